@@ -1,0 +1,133 @@
+"""policy_loss: an algorithm and tensors in, a loss to minimise and its metrics out."""
+
+import torch
+from torch import Tensor
+
+from groupwise.algorithms.aggregation import token_weights
+from groupwise.algorithms.algorithm import Algorithm
+from groupwise.algorithms.correction import mismatch_ratio
+from groupwise.algorithms.credit import spread
+from groupwise.algorithms.kl import k3
+from groupwise.algorithms.ratios import bounded_exp, sequence_log_ratio, token_log_ratio
+from groupwise.algorithms.surrogates import Terms
+
+
+def policy_loss(
+    algorithm: Algorithm,
+    logprobs_BT: Tensor,
+    old_logprobs_BT: Tensor,
+    advantages: Tensor,
+    mask_BT: Tensor,
+    *,
+    group_ids_B: Tensor | None = None,
+    ref_logprobs_BT: Tensor | None = None,
+    rollout_logprobs_BT: Tensor | None = None,
+    weights_BT: Tensor | None = None,
+    entropy_BT: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The algorithm's loss on a batch, or on a part of one whose weights were fixed beforehand.
+
+    Args:
+        algorithm: what to compute.
+        logprobs_BT: float [B, T], log pi_theta of the sampled tokens, in nats; the loss is differentiable in it alone
+            (and in `entropy_BT`).
+        old_logprobs_BT: float [B, T], the policy that the ratio is taken against.
+        advantages: float [B] or [B, T].
+        mask_BT: bool [B, T], True where a token is trained on. What the others hold is never read.
+        group_ids_B: int [B]; needed where weights are left out and count by prompt.
+        ref_logprobs_BT: float [B, T]; needed where beta > 0.
+        rollout_logprobs_BT: float [B, T], as the sampler returned them; needed where the algorithm corrects for it.
+        weights_BT: from `token_weights` over the whole optimiser step; left out: this batch is the whole step.
+        entropy_BT: float [B, T]; needed where there is an entropy bonus.
+
+    Returns:
+        (loss, metrics): a scalar, and detached scalars: clip_fraction (share of trained tokens whose gradient the clip
+        changed), clip_fraction_low and _high (of them, with a ratio below and above 1), ratio_mean and ratio_max of
+        tokens, sequence_ratio_max (the largest geometric mean of a row's ratios), approx_kl (to the old policy, k3),
+        kl_ref where a reference is used.
+
+    Raises:
+        ValueError: something needed is missing, or a log-probability of a trained token is not finite.
+    """
+    if mask_BT.dtype != torch.bool:
+        raise ValueError(f"mask_BT is {mask_BT.dtype}; it says which tokens are trained on, so it must be bool")
+    given = {"logprobs_BT": logprobs_BT, "old_logprobs_BT": old_logprobs_BT}
+    if algorithm.beta > 0:
+        given["ref_logprobs_BT"] = _needed("ref_logprobs_BT", "beta above 0", ref_logprobs_BT)
+    if algorithm.correction != "none":
+        given["rollout_logprobs_BT"] = _needed("rollout_logprobs_BT", "a correction", rollout_logprobs_BT)
+    if algorithm.entropy_bonus:
+        given["entropy_BT"] = _needed("entropy_BT", "an entropy bonus", entropy_BT)
+    given = {name: _trained(name, values_BT, mask_BT) for name, values_BT in given.items()}
+    logprobs_BT, old_BT = given["logprobs_BT"], given["old_logprobs_BT"].detach()
+    if weights_BT is None:
+        weights_BT = token_weights(mask_BT, algorithm.aggregation, group_ids_B=group_ids_B)
+    low_BT, high_BT = algorithm.part("bounds")(old_BT, algorithm.clip_low, algorithm.clip_high)
+    if algorithm.ratio_cap is not None:
+        high_BT = high_BT.clamp(max=algorithm.ratio_cap)
+
+    terms = Terms(
+        logprobs_BT=logprobs_BT,
+        old_logprobs_BT=old_BT,
+        log_ratio_BT=algorithm.part("ratio")(logprobs_BT, old_BT, mask_BT),
+        advantages_BT=spread(advantages.to(logprobs_BT.dtype), mask_BT).detach(),
+        low_BT=low_BT,
+        high_BT=high_BT,
+        mask_BT=mask_BT,
+        settings=algorithm,
+    )
+    token_loss_BT, clipped_BT = algorithm.part("surrogate")(terms)
+    metrics = _metrics(terms, clipped_BT)
+    if algorithm.correction != "none":
+        mismatch_BT = mismatch_ratio(old_BT, given["rollout_logprobs_BT"].detach(), mask_BT, algorithm.correction_level)
+        correct = algorithm.part("correction")
+        correction_BT = correct(mismatch_BT, algorithm.correction_low, algorithm.correction_high)
+        token_loss_BT = token_loss_BT * correction_BT
+        metrics["correction_mean"] = _mean(correction_BT, mask_BT)
+    if algorithm.beta > 0:
+        kl_BT = algorithm.part("kl")(logprobs_BT, given["ref_logprobs_BT"].detach())
+        metrics["kl_ref"] = _mean(kl_BT.detach(), mask_BT)
+        if algorithm.kl_ratio_weighted:
+            kl_BT = kl_BT * bounded_exp(token_log_ratio(logprobs_BT, old_BT, mask_BT))
+        token_loss_BT = token_loss_BT + algorithm.beta * kl_BT
+    if algorithm.entropy_bonus:
+        token_loss_BT = token_loss_BT - algorithm.entropy_bonus * given["entropy_BT"]
+    return (weights_BT.to(logprobs_BT.dtype) * torch.where(mask_BT, token_loss_BT, 0)).sum(), metrics
+
+
+def _needed(name: str, reason: str, values_BT: Tensor | None) -> Tensor:
+    if values_BT is None:
+        raise ValueError(f"{reason} needs {name}, which was not given")
+    return values_BT
+
+
+def _trained(name: str, values_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """The values with 0 where masked, so that nothing there, a NaN included, reaches the loss or its gradient."""
+    values_BT = torch.where(mask_BT, values_BT, 0)
+    if not bool(torch.isfinite(values_BT).all()):
+        raise ValueError(f"{name} holds a value that is not finite at a trained token")
+    return values_BT
+
+
+def _mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    return (values_BT * mask_BT).sum() / mask_BT.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def _metrics(terms: Terms, clipped_BT: Tensor) -> dict[str, Tensor]:
+    mask_BT = terms.mask_BT
+    log_ratio_BT = token_log_ratio(terms.logprobs_BT, terms.old_logprobs_BT, mask_BT)
+    ratio_BT = bounded_exp(log_ratio_BT)
+    sequence_BT = bounded_exp(sequence_log_ratio(terms.logprobs_BT, terms.old_logprobs_BT, mask_BT))
+    clipped_BT = clipped_BT & mask_BT
+    above_BT = terms.log_ratio_BT > 0
+    largest = torch.zeros((), dtype=ratio_BT.dtype, device=ratio_BT.device)
+    return {
+        "clip_fraction": _mean(clipped_BT.to(ratio_BT.dtype), mask_BT),
+        "clip_fraction_low": _mean((clipped_BT & ~above_BT).to(ratio_BT.dtype), mask_BT),
+        "clip_fraction_high": _mean((clipped_BT & above_BT).to(ratio_BT.dtype), mask_BT),
+        "ratio_mean": _mean(ratio_BT, mask_BT),
+        "ratio_max": torch.where(mask_BT, ratio_BT, largest).max() if mask_BT.numel() else largest,
+        "sequence_ratio_max": torch.where(mask_BT, sequence_BT, largest).max() if mask_BT.numel() else largest,
+        "approx_kl": _mean(k3(terms.logprobs_BT, terms.old_logprobs_BT), mask_BT),
+    }

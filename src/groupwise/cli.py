@@ -1,0 +1,268 @@
+"""The command line. Exit codes: 0 done, 1 a run failed, 2 the input is wrong, 130 interrupted."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from groupwise.algorithms.algorithm import AGGREGATIONS, NAMED, PARTS, Algorithm, named
+from groupwise.config import Recipe, SftRecipe, find_recipe, load
+from groupwise.errors import RunError, UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train language models on rewards that can be checked: GRPO, DAPO, GSPO, DCPO and their family.",
+)
+console = Console(highlight=False)
+complaints = Console(stderr=True, highlight=False)
+
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in learner.learning_rate=1e-4.")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Where to write; by default a new directory under runs/.")]
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Errors that have a message become that message and an exit code."""
+    try:
+        yield
+    except UserError as error:
+        complaints.print(Text(f"error: {error}"), style="red", soft_wrap=True)
+        raise typer.Exit(2) from error
+    except RunError as error:
+        complaints.print(Text(f"the run failed: {error}"), style="red", soft_wrap=True)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        complaints.print("interrupted", style="yellow")
+        raise typer.Exit(130) from error
+
+
+@app.command()
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="A TOML file, or the name of a shipped recipe.")] = None,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="Go on with the run in this directory.")] = None,
+) -> None:
+    """Train a model. Without a recipe: the embedded default."""
+    from groupwise.training import checkpoints
+    from groupwise.training.display import Display
+    from groupwise.training.loop import Interrupted, Trainer
+    from groupwise.training.records import RunDirectory
+    from groupwise.training.setup import prepare, resolved
+
+    with exit_codes():
+        if resume is not None and (recipe is not None or out is not None):
+            raise UserError("--resume takes the recipe and the place from the run; change settings with --set")
+        if resume is not None and not (resume / "recipe.toml").is_file():
+            raise UserError(f"--resume {resume}: no recipe.toml in it, so not a run")
+        path = resume / "recipe.toml" if resume else find_recipe(recipe)
+        checkpoint = checkpoints.newest(resume) if resume else None
+        settings, source = load(path, Recipe, overrides or [])
+        ready = prepare(settings, source)
+        run = RunDirectory(resume or out or Path("runs") / f"{path.stem}-{datetime.now():%Y%m%d-%H%M%S}")
+        if resume is None:
+            run.create(resolved(ready))
+        console.print(f"{ready.algorithm.name} on {ready.task.name}, model {settings.model.path}; writing {run.path}")
+        with Display(console, settings.training.steps) as display:
+            trainer = Trainer(ready, run, display)
+            if checkpoint is not None:
+                trainer.resume(checkpoint)
+                display.note(f"going on after step {trainer.step}")
+            try:
+                result = trainer.train()
+            except (Interrupted, KeyboardInterrupt) as error:
+                display.note(f"stopped after step {trainer.step}; to go on: groupwise train --resume {run.path}")
+                raise typer.Exit(130) from error
+            except (UserError, RunError) as error:
+                display.note(f"to go on from the last checkpoint: groupwise train --resume {run.path}")
+                raise error
+        _print_result(result, run.path)
+
+
+def _print_result(result: Any, path: Path) -> None:
+    table = Table("held-out problems", "before", "after", title="What it learned")
+    names = {"eval/pass@1": "pass@1", "eval/length": "mean length, tokens", "eval/truncated": "truncated"}
+    for key, value in result.before.metrics.items():
+        name = names.get(key, key.removeprefix("eval/").replace("_", " "))
+        form = "{:.1f}" if key == "eval/length" else "{:.3f}"
+        table.add_row(name, form.format(value), form.format(result.after.metrics[key]))
+    console.print(table)
+    console.print(_examples(result))
+    console.print(f"{result.seconds:.0f} s; the trained model is in {path / 'model'}", soft_wrap=True)
+
+
+def _examples(result: Any, count: int = 3) -> Table:
+    """Held-out problems that it answers now and did not before."""
+    table = Table("problem", "answer", "it said before", "it says now", title="Examples", show_lines=True)
+    turned = [
+        i
+        for i, (old, new) in enumerate(zip(result.before.scores, result.after.scores, strict=True))
+        if new[0].correct and not old[0].correct
+    ]
+    turned.sort(key=lambda i: -len(result.after.completions[i][0].text))
+    for i in turned[:: max(1, len(turned) // count)][:count]:
+        problem = result.after.problems[i]
+        said = (side.completions[i][0].text for side in (result.before, result.after))
+        table.add_row(Text(problem.prompt), Text(problem.answer), *(Text(text) for text in said))
+    return table
+
+
+@app.command("eval")
+def evaluate_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A model, or a run's directory.")],
+    recipe: Annotated[str | None, typer.Argument(help="Whose task to use; by default the run's own, or the default.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Completions per problem.")] = 1,
+    overrides: Overrides = None,
+) -> None:
+    """Measure pass@1, pass@k and avg@k on held-out problems."""
+    from groupwise.rollouts.native import NativeSampler
+    from groupwise.seeding import derive
+    from groupwise.training.collect import sampling_of
+    from groupwise.training.evaluate import evaluate
+    from groupwise.training.setup import prepare
+
+    with exit_codes():
+        run = Path(model)
+        is_run = (run / "recipe.toml").is_file()
+        if is_run and not (run / "model").is_dir():
+            raise UserError(f"{run}: the run has no model yet; finish it with groupwise train --resume {run}")
+        path = run / "recipe.toml" if is_run and recipe is None else find_recipe(recipe)
+        where = str(run / "model") if is_run else model
+        settings, source = load(path, Recipe, [*(overrides or []), f"model.path={json.dumps(where)}"])
+        ready = prepare(settings, source)
+        result = evaluate(
+            NativeSampler(ready.model, ready.tokenizer),
+            ready.task,
+            ready.tokenizer,
+            ready.task.held_out(settings.training.eval_problems),
+            sampling_of(settings),
+            samples=samples,
+            seed=derive(settings.seed, "evaluation"),
+            chat=settings.model.chat,
+        )
+        metrics = result.metrics | ({f"eval/avg@{samples}": result.metrics["eval/pass@1"]} if samples > 1 else {})
+        table = Table("held-out", where, title=f"{len(result.problems)} problems, {samples} samples each")
+        for key, value in metrics.items():
+            table.add_row(key.removeprefix("eval/").replace("_", " "), f"{value:.3f}")
+        console.print(table)
+
+
+@app.command("sft")
+def sft_command(
+    recipe: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped recipe.")],
+    overrides: Overrides = None,
+    out: Out = None,
+) -> None:
+    """Warm a model up on demonstrations."""
+    from groupwise.training.sft import sft
+
+    with exit_codes():
+        path = find_recipe(recipe)
+        settings, source = load(path, SftRecipe, overrides or [])
+        out = out or Path("models") / path.stem
+        with Progress(*Progress.get_default_columns(), "{task.fields[loss]}", console=console) as progress:
+            bar = progress.add_task("sft", total=settings.sft.steps, loss="")
+
+            def report(step: int, loss: float) -> None:
+                progress.update(bar, completed=step, loss=f"loss {loss:.4f}")
+                if not console.is_terminal and (step % 50 == 0 or step == settings.sft.steps):
+                    progress.print(f"step {step}/{settings.sft.steps}  loss {loss:.4f}")
+
+            record = sft(settings, source, out, report)
+        for key, value in record.items():
+            console.print(f"{key:<16} {value:.4g}")
+        console.print(f"the model is in {out}", soft_wrap=True)
+
+
+@app.command()
+def check(recipe: Annotated[str, typer.Argument(help="A TOML file, or a shipped name.")], overrides: Overrides = None) -> None:
+    """Find everything that can be wrong with a recipe, without training."""
+    from groupwise.models import encode_prompt
+    from groupwise.training.setup import prepare
+
+    with exit_codes():
+        settings, source = load(find_recipe(recipe), Recipe, overrides or [])
+        ready = prepare(settings, source)
+        prompt = encode_prompt(ready.tokenizer, ready.problem.prompt, settings.model.chat)
+        rows = settings.rollouts.prompts_per_step * settings.rollouts.group_size
+        facts = {
+            "model": f"{settings.model.path}: {type(ready.model).__name__}, {ready.model.num_parameters():,} parameters",
+            "task": f"{ready.task.name}: {len(ready.task.held_out(settings.training.eval_problems))} held-out problems",
+            "first prompt": repr(ready.tokenizer.decode(prompt)),
+            "algorithm": ready.algorithm.name,
+            "a step": f"{settings.rollouts.prompts_per_step} prompts x {settings.rollouts.group_size} = {rows} completions, "
+            f"at most {rows * settings.rollouts.max_tokens:,} tokens, {settings.learner.minibatches} updates",
+        }
+        table = Table.grid(padding=(0, 2))
+        for name, value in facts.items():
+            table.add_row(f"[bold]{name}[/bold]", Text(value))
+        console.print(table)
+        console.print("[green]nothing wrong found[/green]")
+
+
+@app.command()
+def algorithms(
+    name: Annotated[str | None, typer.Argument(help="One of them.")] = None,
+    diff: Annotated[str | None, typer.Option("--diff", help="Show what differs from this one.")] = None,
+) -> None:
+    """List the algorithms, or show one: its parts, their formulas, its settings."""
+    with exit_codes():
+        try:
+            if name is None:
+                if diff is not None:
+                    raise UserError("--diff compares with the algorithm named before it: groupwise algorithms dapo --diff grpo")
+                console.print(_all_algorithms())
+            else:
+                console.print(_one_algorithm(named(name), named(diff) if diff else None))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+
+def _all_algorithms() -> Table:
+    table = Table("name", "what it is", "paper")
+    for name, (_, summary, paper) in NAMED.items():
+        table.add_row(name, summary, paper)
+    return table
+
+
+def _one_algorithm(algorithm: Algorithm, other: Algorithm | None) -> Table:
+    """Its settings with their formulas; only what differs, side by side, where there is another."""
+    columns = [algorithm] if other is None else [other, algorithm]
+    table = Table("setting", *(column.name for column in columns), title=NAMED[algorithm.name][1], show_lines=True)
+    for key in (field.name for field in fields(Algorithm)):
+        values = [getattr(column, key) for column in columns]
+        if key != "name" and (other is None or values[0] != values[1]):
+            table.add_row(key, *(Text(_explained(key, value)) for value in values))
+    return table
+
+
+def _explained(key: str, value: Any) -> str:
+    if key in PARTS:
+        return f"{value}\n{PARTS[key][value].formula}"
+    if key == "aggregation":
+        return f"{value}\n{AGGREGATIONS[value]}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else str(value)
+
+
+def main() -> None:
+    """The command `groupwise`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

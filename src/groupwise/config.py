@@ -1,0 +1,241 @@
+"""The recipe file as one typed tree. Unknown keys are refused, with the nearest known one."""
+
+import re
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from groupwise.errors import UserError, nearest
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSection(Section):
+    path: str = "arithmetic-base"
+    """A shipped model, a Hugging Face id, or a local directory."""
+    device: str = "auto"
+    """"auto" takes a CUDA device where there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    chat: bool | None = None
+    """Whether prompts go through the tokenizer's chat template; left out: whenever it has one."""
+
+
+class RolloutsSection(Section):
+    group_size: Count = 16
+    prompts_per_step: Count = 32
+    max_tokens: Count = 64
+    """Completion tokens, the end-of-sequence token included."""
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """0: no limit."""
+    min_p: Share = 0.0
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """Strings that end a completion; they stay part of it."""
+    stop_tokens: list[Annotated[int, Field(ge=0)]] = []
+    """Token ids that end a completion, beside the tokenizer's end-of-sequence token."""
+    max_rows: Count = 1024
+    """Completions generated at once."""
+    max_rounds: Count = 10
+    """Dynamic sampling: how often to generate before a step goes on with the mixed groups it has."""
+
+
+class LearnerSection(Section):
+    learning_rate: NotNegative = 1e-4
+    minibatches: Count = 4
+    """Optimiser updates per rollout batch."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimiser updates over which the learning rate rises from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: constant, or falling to 0 at the end of training."""
+    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: Positive = 1.0
+    micro_batch_tokens: Count = 16384
+    """Padded tokens, prompts and completions, that go through the model at once; changes memory and time, not results."""
+    share_prompts: bool = True
+    """Run each prompt once per group; changes time, not results."""
+    old_logprobs: Literal["sampler", "recompute"] = "recompute"
+    """Where pi_old comes from: as the sampler returned it, or computed by the learner before the first update."""
+    max_bad_updates: Count = 5
+    """How many updates in a row may be skipped for a non-finite loss or gradient before the run stops."""
+
+
+class TrainingSection(Section):
+    steps: Count = 100
+    eval_every: Count = 25
+    eval_problems: Count = 500
+    checkpoint_every: Count = 25
+    keep_checkpoints: Count = 2
+
+
+class Recipe(Section):
+    """What `groupwise train` reads."""
+
+    seed: int = 0
+    model: ModelSection = ModelSection()
+    task: dict[str, Any] = {"name": "arithmetic"}
+    """`name`, then the task's own settings; see `groupwise.tasks`."""
+    algorithm: dict[str, Any] = {"name": "dapo"}
+    """`name`, then any setting of `groupwise.Algorithm`."""
+    rollouts: RolloutsSection = RolloutsSection()
+    learner: LearnerSection = LearnerSection()
+    training: TrainingSection = TrainingSection()
+
+
+class SftModelSection(ModelSection):
+    path: str = ""
+    """The model to start from; empty: a new one."""
+    new: dict[str, Any] = {}
+    """A new model: `model_type` and any other setting of its transformers configuration."""
+    characters: str = ""
+    """A new model's vocabulary, one token per character."""
+
+
+class SftSection(Section):
+    steps: Count = 1000
+    batch_size: Count = 128
+    learning_rate: Positive = 1e-3
+    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: Positive = 1.0
+    max_tokens: Count = 64
+    """The longest completion sampled for the pass rates recorded beside the model."""
+    eval_problems: Count = 500
+
+
+class SftRecipe(Section):
+    """What `groupwise sft` reads."""
+
+    seed: int = 0
+    model: SftModelSection = SftModelSection()
+    task: dict[str, Any] = {"name": "arithmetic"}
+    sft: SftSection = SftSection()
+
+
+class Source:
+    """Where a tree of settings came from, so that a message can name the file and the line."""
+
+    def __init__(self, path: Path, text: str, overrides: Sequence[str] = ()) -> None:
+        self.path, self.text, self.overrides = path, text, tuple(overrides)
+
+    def place(self, key: str) -> str:
+        """ "recipe.toml, line 3, learner.minibatch", or the --set that the key came from."""
+        for override in self.overrides:
+            if override.partition("=")[0].strip() == key:
+                return f"--set {override}"
+        table = ""
+        for number, line in enumerate(self.text.splitlines(), start=1):
+            if header := re.match(r"\s*\[+\s*([^\]]+?)\s*\]", line):
+                table = header[1] + "."
+                if header[1] == key:
+                    return f"{self.path}, line {number}, [{key}]"
+            elif (entry := re.match(r"\s*([\w.-]+)\s*=", line)) and table + entry[1] == key:
+                return f"{self.path}, line {number}, {key}"
+        return f"{self.path}, {key}"
+
+    def error(self, key: str, message: str) -> UserError:
+        return UserError(f"{self.place(key)}: {message}")
+
+
+def shipped_recipes() -> list[str]:
+    return sorted(path.name.removesuffix(".toml") for path in (files("groupwise") / "recipes").iterdir())
+
+
+def find_recipe(name: str | Path | None) -> Path:
+    """The file that a recipe argument means: a path, a shipped recipe's name, or nothing for the embedded default.
+
+    Raises:
+        UserError: there is no such file and no such shipped recipe.
+    """
+    if name is None:
+        name = "default"
+    if str(name) in shipped_recipes():
+        return Path(str(files("groupwise") / "recipes" / f"{name}.toml"))
+    if not Path(name).is_file():
+        raise UserError(f"no recipe {str(name)!r}: neither a file nor a shipped recipe{nearest(str(name), shipped_recipes())}")
+    return Path(name)
+
+
+Tree = TypeVar("Tree", Recipe, SftRecipe)
+
+
+def load(path: Path, kind: type[Tree], overrides: Sequence[str] = ()) -> tuple[Tree, Source]:
+    """Read a recipe file, apply `--set key=value` overrides (values in TOML, or bare strings), check it.
+
+    Raises:
+        UserError: one message with a line for each thing that is wrong.
+    """
+    try:
+        text = path.read_text()
+        tree = tomllib.loads(text)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: {error}") from error
+    for override in overrides:
+        apply_override(tree, override)
+    source = Source(path, text, overrides)
+    try:
+        return kind.model_validate(tree), source
+    except ValidationError as error:
+        raise explain(error, kind, source) from error
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one dotted key of `tree` from "key=value"."""
+    key, equals, value = override.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise UserError(f"--set {override}: expected key=value, as in --set learner.learning_rate=1e-4")
+    for name in names[:-1]:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"--set {override}: {name} is a value, not a table")
+    try:
+        tree[names[-1]] = tomllib.loads(f"value = {value.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        tree[names[-1]] = value.strip()
+
+
+def explain(error: ValidationError, kind: Any, source: Source, prefix: str = "") -> UserError:
+    """pydantic's findings as one message, each with its place, and the nearest known key for an unknown one."""
+    lines = []
+    for finding in error.errors():
+        location = [str(part) for part in finding["loc"]]
+        key = prefix + ".".join(location)
+        if finding["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            message = f"unknown key{nearest(location[-1], _known_keys(kind, location[:-1]))}"
+        else:
+            message = f"{finding['msg'][0].lower()}{finding['msg'][1:]}, not {finding['input']!r}"
+        lines.append(str(source.error(key, message)))
+    return UserError("\n".join(lines))
+
+
+def _known_keys(kind: Any, location: Iterable[str]) -> list[str]:
+    for part in location:
+        kind = kind.model_fields[part].annotation
+    return list(kind.model_fields) if hasattr(kind, "model_fields") else [field.name for field in fields(kind)]
+
+
+def dump(tree: dict[str, Any]) -> str:
+    """TOML text of a tree of settings; a setting that is None is left out."""
+
+    def without_none(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without_none(item) for key, item in value.items() if item is not None}
+        return value
+
+    return tomli_w.dumps(without_none(tree))

@@ -1,0 +1,1 @@
+"""Log-probabilities of completions, and the optimiser step on them."""

@@ -1,0 +1,159 @@
+"""The learner in this process, on one device."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from groupwise.algorithms import Algorithm, policy_loss, token_weights
+from groupwise.config import LearnerSection
+from groupwise.learner.logprobs import completion_logprobs
+from groupwise.learner.optimiser import Optimiser
+from groupwise.types import Batch
+
+
+class LocalLearner:
+    """A `Learner` for a Hugging Face causal language model."""
+
+    def __init__(
+        self,
+        model: Any,
+        algorithm: Algorithm,
+        settings: LearnerSection,
+        *,
+        updates: int,
+        temperature: float,
+        max_tokens: int,
+        reference: Any = None,
+    ) -> None:
+        """`updates`: how many the schedule spans. `reference`: a frozen model, where the algorithm needs one."""
+        self.model, self.reference = model, reference
+        self.algorithm, self.settings = algorithm, settings
+        self.temperature, self.max_tokens = temperature, max_tokens
+        self.optimiser = Optimiser(
+            model,
+            learning_rate=settings.learning_rate,
+            updates=updates,
+            warmup_steps=settings.warmup_steps,
+            schedule=settings.schedule,
+            betas=(settings.betas[0], settings.betas[1]),
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            max_bad_updates=settings.max_bad_updates,
+        )
+
+    @property
+    def version(self) -> int:
+        return self.optimiser.version
+
+    def annotate(self, batch: Batch) -> tuple[Batch, dict[str, float]]:
+        if self.settings.old_logprobs == "recompute":
+            old_BT = self._logprobs(self.model, batch)
+            gap_BT = (old_BT - batch.rollout_logprobs_BT).abs()[batch.mask_BT]
+            metrics = {"sampler_gap_max": float(gap_BT.max()), "sampler_gap_mean": float(gap_BT.mean())}
+        else:
+            old_BT, metrics = batch.rollout_logprobs_BT, {}
+        ref_BT = self._logprobs(self.reference, batch) if self.reference is not None else None
+        return replace(batch, old_logprobs_BT=old_BT, ref_logprobs_BT=ref_BT), metrics
+
+    @torch.no_grad()
+    def _logprobs(self, model: Any, batch: Batch) -> Tensor:
+        logprobs_BT = torch.zeros(batch.tokens_BT.shape)
+        for rows, part in self._micro_batches(batch):
+            values, _ = self._forward(model, part)
+            logprobs_BT[rows, : values.shape[1]] = values.cpu()
+        return logprobs_BT
+
+    def _forward(self, model: Any, part: Batch) -> tuple[Tensor, Tensor]:
+        return completion_logprobs(
+            model,
+            part,
+            temperature=self.temperature,
+            share_prompts=self.settings.share_prompts,
+            entropy_gradient=self.algorithm.entropy_bonus != 0,
+        )
+
+    def _micro_batches(self, batch: Batch) -> Iterator[tuple[Tensor, Batch]]:
+        for rows in cut_rows(batch, self.settings.micro_batch_tokens):
+            yield rows, batch.select(rows).to(self.model.device)
+
+    def update(self, minibatch: Batch) -> dict[str, float]:
+        # The weights are fixed here, before the cut, so that the gradient does not depend on it.
+        weights_BT = token_weights(
+            minibatch.mask_BT,
+            self.algorithm.aggregation,
+            group_ids_B=minibatch.group_ids_B,
+            max_length=self.max_tokens,
+        )
+        minibatch = replace(minibatch, weights_BT=weights_BT)
+        totals = Totals()
+        for _, part in self._micro_batches(minibatch):
+            logprobs_BT, entropy_BT = self._forward(self.model, part)
+            if not torch.isfinite(logprobs_BT).all():
+                totals.add({"loss": logprobs_BT.new_tensor(float("nan"))}, 0)
+                continue
+            assert part.old_logprobs_BT is not None
+            loss, metrics = policy_loss(
+                self.algorithm,
+                logprobs_BT,
+                part.old_logprobs_BT,
+                part.advantages_BT,
+                part.mask_BT,
+                ref_logprobs_BT=part.ref_logprobs_BT,
+                rollout_logprobs_BT=part.rollout_logprobs_BT,
+                weights_BT=part.weights_BT,
+                entropy_BT=entropy_BT,
+            )
+            loss.backward()  # type: ignore[no-untyped-call]
+            trained = int(part.mask_BT.sum())
+            metrics["entropy"] = (entropy_BT.detach() * part.mask_BT).sum() / max(trained, 1)
+            totals.add({"loss": loss.detach(), **metrics}, trained)
+        results = totals.result()
+        return {**results, **self.optimiser.step(results["loss"])}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimiser.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimiser.load_state_dict(state)
+
+
+class Totals:
+    """Metrics of a batch from those of its parts: losses summed, the largest of `_max`, token-weighted means of the rest."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[dict[str, Tensor], int]] = []
+
+    def add(self, metrics: dict[str, Tensor], tokens: int) -> None:
+        self._parts.append((metrics, tokens))
+
+    def result(self) -> dict[str, float]:
+        tokens = max(1, sum(count for _, count in self._parts))
+        names = dict.fromkeys(name for metrics, _ in self._parts for name in metrics)
+        return {name: self._combine(name, tokens) for name in names}
+
+    def _combine(self, name: str, tokens: int) -> float:
+        values = [(float(metrics[name]), count) for metrics, count in self._parts if name in metrics]
+        if name == "loss":
+            return sum(value for value, _ in values)
+        if name.endswith("_max"):
+            return max(value for value, _ in values)
+        return sum(value * count for value, count in values) / tokens
+
+
+def cut_rows(batch: Batch, tokens: int) -> Iterator[Tensor]:
+    """Rows (int64 [R]) of each micro-batch: groups kept together, at most `tokens` padded tokens each (one row at least)."""
+    prompt_lengths = [len(prompt) for prompt in batch.prompts]
+    rows: list[int] = []
+    longest_prompt = longest = 0
+    for row in torch.argsort(batch.group_ids_B, stable=True).tolist():
+        prompt = max(longest_prompt, prompt_lengths[int(batch.group_ids_B[row])])
+        length = max(longest, int(batch.lengths_B[row]))
+        if rows and (len(rows) + 1) * (prompt + length) > tokens:
+            yield torch.tensor(rows)
+            rows, prompt, length = [], prompt_lengths[int(batch.group_ids_B[row])], int(batch.lengths_B[row])
+        rows.append(row)
+        longest_prompt, longest = prompt, length
+    yield torch.tensor(rows)

@@ -1,0 +1,94 @@
+"""Log-probabilities and entropies of completion tokens, without a [B, T, V] tensor and with each prompt run once."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
+
+from groupwise.models import left_pad, logits, positions
+from groupwise.types import Batch
+
+LOGITS_AT_ONCE = 2**22
+"""Numbers of [chunk, V] logits held at a time; the chunk shrinks as V grows, so memory stays flat in V."""
+
+
+def completion_logprobs(
+    model: Any, batch: Batch, *, temperature: float = 1.0, share_prompts: bool = True, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The policy's log-probability of each completion token, and the entropy of the distribution it was drawn from.
+
+    Args:
+        model: a Hugging Face causal language model.
+        batch: rows to score; their advantages are not read.
+        temperature: logits are divided by it, as the sampler's were.
+        share_prompts: run each prompt once, its gradient flowing from every completion, instead of once per row.
+        entropy_gradient: whether the entropy is differentiable.
+
+    Returns:
+        (logprobs_BT, entropy_BT), float32, in nats; 0 after a row's end.
+    """
+    hidden_BTH = (_hidden_shared if share_prompts else _hidden_whole)(model.base_model, batch)
+    B, T = batch.tokens_BT.shape
+    inside_BT = torch.arange(T, device=batch.tokens_BT.device) < batch.lengths_B[:, None]
+    logprobs_N, entropy_N = token_logprobs(
+        model, hidden_BTH[inside_BT], batch.tokens_BT[inside_BT], temperature, entropy_gradient
+    )
+    zeros_BT = torch.zeros(B, T, device=logprobs_N.device)
+    return zeros_BT.masked_scatter(inside_BT, logprobs_N), zeros_BT.masked_scatter(inside_BT, entropy_N)
+
+
+def _hidden_whole(decoder: Any, batch: Batch) -> Tensor:
+    """Hidden states [B, T, H] that predict the completion tokens; every row with its own prompt."""
+    prompt_PL, mask_PL = left_pad(batch.prompts)
+    L = prompt_PL.shape[1]
+    tokens_BL = torch.cat([prompt_PL[batch.group_ids_B], batch.tokens_BT[:, :-1]], dim=1)
+    mask_BL = torch.cat([mask_PL[batch.group_ids_B], torch.ones_like(batch.tokens_BT[:, :-1])], dim=1)
+    output = decoder(input_ids=tokens_BL, attention_mask=mask_BL, position_ids=positions(mask_BL), use_cache=False)
+    hidden_BTH: Tensor = output.last_hidden_state[:, L - 1 :]
+    return hidden_BTH
+
+
+def _hidden_shared(decoder: Any, batch: Batch) -> Tensor:
+    """The same, each prompt once: its keys and values keep their graph and are read by all its completions."""
+    prompt_PL, mask_PL = left_pad(batch.prompts)
+    cache = DynamicCache(config=decoder.config)
+    output = decoder(
+        input_ids=prompt_PL, attention_mask=mask_PL, position_ids=positions(mask_PL), past_key_values=cache, use_cache=True
+    )
+    last_BH = output.last_hidden_state[batch.group_ids_B, -1:]
+    inputs_BT = batch.tokens_BT[:, :-1]
+    if inputs_BT.shape[1] == 0:
+        return cast(Tensor, last_BH)
+    cache.batch_select_indices(batch.group_ids_B)
+    mask_BL = torch.cat([mask_PL[batch.group_ids_B], torch.ones_like(inputs_BT)], dim=1)
+    output = decoder(
+        input_ids=inputs_BT,
+        attention_mask=mask_BL,
+        position_ids=positions(mask_BL)[:, -inputs_BT.shape[1] :],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return torch.cat([last_BH, output.last_hidden_state], dim=1)
+
+
+def token_logprobs(
+    model: Any, hidden_NH: Tensor, targets_N: Tensor, temperature: float, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(logprobs_N, entropy_N) of `targets_N`, a chunk of the vocabulary's logits at a time, recomputed in the backward pass."""
+
+    def chunk(hidden_CH: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs_CV = torch.log_softmax(logits(model, hidden_CH).float() / temperature, dim=-1)
+        of_targets_C = logprobs_CV.gather(1, targets_C[:, None])[:, 0]
+        if not entropy_gradient:
+            logprobs_CV = logprobs_CV.detach()
+        return of_targets_C, -(logprobs_CV.exp() * logprobs_CV).sum(-1)
+
+    size = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+    pieces = [
+        checkpoint(chunk, hidden, targets, use_reentrant=False, preserve_rng_state=False)
+        for hidden, targets in zip(torch.split(hidden_NH, size), torch.split(targets_N, size), strict=True)
+    ]
+    logprobs, entropies = zip(*pieces, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies)

@@ -1,0 +1,78 @@
+"""AdamW with warm-up and a schedule, and an update that refuses what is not finite."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import get_scheduler
+
+from groupwise.errors import RunError
+
+
+class Optimiser:
+    """Takes the gradient that lies on the parameters, one update at a time."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        learning_rate: float,
+        updates: int,
+        warmup_steps: int = 0,
+        schedule: Literal["constant", "linear", "cosine"] = "constant",
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+        max_bad_updates: int = 5,
+    ) -> None:
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.adam = torch.optim.AdamW(self.parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay)
+        name = "constant_with_warmup" if schedule == "constant" else schedule
+        self.scheduler = get_scheduler(name, self.adam, num_warmup_steps=warmup_steps, num_training_steps=updates)
+        self.max_grad_norm, self.max_bad_updates = max_grad_norm, max_bad_updates
+        self.version = 0
+        """Updates taken."""
+        self.skipped = 0
+        """Updates skipped, since the start."""
+        self._bad_in_a_row = 0
+
+    def step(self, loss: float) -> dict[str, float]:
+        """Clip the gradient and take it; skip it when it or `loss` is not finite. Clears the gradient either way.
+
+        Returns:
+            grad_norm (before clipping), learning_rate, skipped (so far).
+
+        Raises:
+            RunError: too many updates in a row were not finite.
+        """
+        norm: Tensor = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        grad_norm = float(norm)
+        learning_rate = float(self.scheduler.get_last_lr()[0])
+        if torch.isfinite(torch.tensor([loss, grad_norm])).all():
+            self._bad_in_a_row = 0
+            self.adam.step()
+            self.version += 1
+        else:
+            self._bad_in_a_row += 1
+            self.skipped += 1
+            if self._bad_in_a_row >= self.max_bad_updates:
+                raise RunError(
+                    f"{self._bad_in_a_row} updates in a row had a loss or a gradient that is not finite "
+                    f"(the last: loss {loss}, gradient norm {grad_norm}); the weights are as before them. "
+                    f"A lower learning rate than {learning_rate:g} or more warm-up may help."
+                )
+        self.scheduler.step()
+        self.adam.zero_grad(set_to_none=True)
+        return {"grad_norm": grad_norm, "learning_rate": learning_rate, "skipped_updates": float(self.skipped)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "adam": self.adam.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "counts": (self.version, self.skipped, self._bad_in_a_row),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.adam.load_state_dict(state["adam"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.version, self.skipped, self._bad_in_a_row = state["counts"]

@@ -1,0 +1,154 @@
+"""Models and tokenizers: shipped, local, from the Hugging Face hub, or made anew."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from groupwise.errors import UserError, nearest
+from groupwise.types import pad_rows
+
+SHIPPED = ("arithmetic-base",)
+END, PAD = "<end>", "<pad>"
+
+
+def shipped_path(name: str) -> Path:
+    with as_file(files("groupwise") / "assets" / name) as path:
+        return path
+
+
+def resolve(path: str) -> str:
+    """A shipped model's directory, a local directory, or a Hugging Face id left as it is.
+
+    Raises:
+        UserError: nothing of that name can be meant.
+    """
+    if path in SHIPPED:
+        return str(shipped_path(path))
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            raise UserError(f"no config.json in the directory {path}: not a Hugging Face model")
+        return path
+    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise UserError(f"no model {path!r}: not a shipped one, a directory or a Hugging Face id{nearest(path, SHIPPED)}")
+    return path
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """transformers reports a model that isn't there as OSError, and one that it doesn't know as ValueError."""
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        hint = nearest(path, SHIPPED) if "/" not in path else ""
+        raise UserError(f"cannot load the model {path!r}: {str(error).splitlines()[0]}{hint}") from error
+
+
+def load_model(path: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The causal language model at `path`, in evaluation mode (no dropout).
+
+    Raises:
+        UserError: there is no such model, or it cannot be loaded.
+    """
+    resolved = resolve(path)
+    with _explained(path):
+        return AutoModelForCausalLM.from_pretrained(resolved, dtype=dtype).eval()
+
+
+def load_model_config(path: str) -> Any:
+    resolved = resolve(path)
+    with _explained(path):
+        return AutoConfig.from_pretrained(resolved)
+
+
+def load_tokenizer(path: str) -> Any:
+    resolved = resolve(path)
+    with _explained(path):
+        tokenizer = AutoTokenizer.from_pretrained(resolved)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {path!r} has no end-of-sequence token, so no completion could end")
+    return tokenizer
+
+
+def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
+    """One token per character of `characters`, and an end and a padding token."""
+    vocabulary = {token: i for i, token in enumerate([PAD, END, *characters])}
+    tokenizer = Tokenizer(tokenizer_models.WordLevel(vocabulary, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False)
+
+
+def new_model(architecture: dict[str, Any], tokenizer: Any, seed: int) -> Any:
+    """A model with random weights; `architecture` is a transformers configuration: model_type and its settings.
+
+    Raises:
+        UserError: the model type is unknown.
+    """
+    settings = dict(architecture)
+    model_type = settings.pop("model_type")
+    known = transformers.CONFIG_MAPPING
+    if model_type not in known:
+        raise UserError(f"unknown model_type {model_type!r}{nearest(model_type, known.keys())}")
+    config = known[model_type](
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        **settings,
+    )
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def left_pad(prompts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Prompts of any length as (tokens, mask), int64 [P, L] each, padded on the left so that each ends where the others do."""
+    tokens_PL = pad_rows([prompt.flip(0) for prompt in prompts]).flip(1)
+    mask_PL = pad_rows([torch.ones_like(prompt) for prompt in prompts]).flip(1)
+    return tokens_PL, mask_PL
+
+
+def positions(mask_BL: Tensor) -> Tensor:
+    return (mask_BL.cumsum(1) - 1).clamp(min=0)
+
+
+def logits(model: Any, hidden_NH: Tensor) -> Tensor:
+    """What the model's own forward makes of its last hidden states; `check_logits` proves it for the model at hand."""
+    config = model.config.get_text_config()
+    scores: Tensor = model.get_output_embeddings()(hidden_NH)
+    scores = scores * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return torch.tanh(scores / cap) * cap if cap else scores
+
+
+@torch.no_grad()
+def check_logits(model: Any) -> None:
+    """Refuse a model whose logits are not made from its last hidden states in a way that `logits` knows.
+
+    Raises:
+        UserError: they are not.
+    """
+    tokens = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
+    theirs = model(input_ids=tokens, use_cache=False).logits
+    ours = logits(model, model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
+    if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2):
+        raise UserError(f"{type(model).__name__} turns hidden states into logits in a way that groupwise does not know")
+
+
+def encode_prompt(tokenizer: Any, prompt: str, chat: bool | None) -> Tensor:
+    """int64 [L]: the prompt's tokens, through the chat template if `chat`, or if it is None and there is one."""
+    if chat if chat is not None else bool(tokenizer.chat_template):
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return torch.tensor(tokenizer(prompt, add_special_tokens=False).input_ids, dtype=torch.long)
+    return torch.tensor(tokenizer(prompt).input_ids, dtype=torch.long)

@@ -1,0 +1,40 @@
+"""A user's own functions, named in a recipe as "file.py:function"."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from groupwise.errors import UserError, nearest
+
+
+def is_reference(value: object) -> bool:
+    return isinstance(value, str) and ".py:" in value
+
+
+def load_function(reference: str, base: Path) -> Callable[..., Any]:
+    """The function that "file.py:function" names; a relative file is looked for beside the recipe, then here.
+
+    Raises:
+        UserError: no such file or function, or the file does not run.
+    """
+    file, _, name = reference.rpartition(":")
+    path = next((path for path in (base / file, Path(file)) if path.is_file()), None)
+    if path is None:
+        raise UserError(f"{reference}: there is no file {file!r} beside the recipe or here")
+    module_name = f"groupwise_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the user's file may raise anything
+        raise UserError(f"{path}: {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UserError(f"{path}: there is no function {name!r}{nearest(name, known)}")
+    function.groupwise_name = f"{path.resolve()}:{name}"
+    return function  # type: ignore[no-any-return]

@@ -1,0 +1,1 @@
+"""Checkers: what judges one answer."""

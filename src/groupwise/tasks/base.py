@@ -1,0 +1,55 @@
+"""What the training loop asks of a task, and how a recipe's [task] becomes one."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import ValidationError
+
+from groupwise.config import Source, explain
+from groupwise.errors import nearest
+from groupwise.tasks.arithmetic import ArithmeticTask
+from groupwise.tasks.dataset import DatasetTask
+from groupwise.types import Demonstration, Problem, Score
+
+
+class Task(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    def problem(self, position: int, seed: int) -> Problem:
+        """The training problem at a position of an endless stream that `seed` names."""
+        ...
+
+    def held_out(self, count: int) -> list[Problem]:
+        """At most `count` problems that are never trained on, the same for every run."""
+        ...
+
+    def score(self, problem: Problem, texts: Sequence[str]) -> list[Score]:
+        """A score for each completion's text."""
+        ...
+
+    def demonstration(self, position: int, seed: int) -> Demonstration:
+        """The supervised example at a position of an endless stream."""
+        ...
+
+
+TASKS: dict[str, type[ArithmeticTask] | type[DatasetTask]] = {"arithmetic": ArithmeticTask, "dataset": DatasetTask}
+
+
+def build_task(settings: dict[str, Any], source: Source) -> Task:
+    """The task that a recipe's [task] describes.
+
+    Raises:
+        UserError: an unknown task, key or value, or data that cannot be read.
+    """
+    name = settings.get("name", "")
+    if name not in TASKS:
+        raise source.error("task.name", f"there is no task {name!r}{nearest(str(name), TASKS)}")
+    try:
+        task = TASKS[name].model_validate(settings)
+    except ValidationError as error:
+        raise explain(error, TASKS[name], source, "task.") from error
+    if isinstance(task, DatasetTask):
+        task.open(source, base=Path(source.path).parent)
+    return task

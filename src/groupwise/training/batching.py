@@ -1,0 +1,91 @@
+"""From scored groups to a batch of rows, their advantages, and the minibatches of a step."""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from groupwise.algorithms import Algorithm, Outcomes, soft_overlong_penalty
+from groupwise.algorithms.credit import Credit, spread
+from groupwise.types import Batch, Group, Score, pad_rows
+
+
+def make_batch(groups: Sequence[Group], algorithm: Algorithm) -> Batch:
+    """Every completion of the groups as a row; advantages still 0.
+
+    Overlong filtering takes a truncated completion out of the mask, and so out of the loss.
+    """
+    completions = [completion for group in groups for completion in group.completions]
+    tokens_BT = pad_rows([completion.tokens for completion in completions])
+    masks = [
+        torch.zeros_like(completion.mask) if algorithm.overlong_filter and completion.stop == "length" else completion.mask
+        for completion in completions
+    ]
+    return Batch(
+        prompts=tuple(group.prompt_tokens for group in groups),
+        group_ids_B=torch.tensor([i for i, group in enumerate(groups) for _ in group.completions]),
+        tokens_BT=tokens_BT,
+        lengths_B=torch.tensor([len(completion.tokens) for completion in completions]),
+        mask_BT=pad_rows(masks),
+        rollout_logprobs_BT=pad_rows([completion.logprobs for completion in completions]),
+        advantages_BT=torch.zeros(tokens_BT.shape),
+    )
+
+
+def shaped_rewards(groups: Sequence[Group], algorithm: Algorithm, max_tokens: int) -> Tensor:
+    """float64 [B]: the task's rewards, verdicts priced by the algorithm, with its soft overlong punishment."""
+    scores = [score for group in groups for score in group.scores]
+    lengths_B = torch.tensor([len(c.tokens) for group in groups for c in group.completions])
+    rewards_B = torch.tensor([_priced(score, algorithm) for score in scores], dtype=torch.float64)
+    if algorithm.overlong_cache:
+        rewards_B = rewards_B + soft_overlong_penalty(lengths_B, max_tokens, round(algorithm.overlong_cache * max_tokens))
+    return rewards_B
+
+
+def _priced(score: Score, algorithm: Algorithm) -> float:
+    if algorithm.outcome_rewards is None or score.verdict is None:
+        return score.reward
+    return algorithm.outcome_rewards[("correct", "wrong", "unparsed").index(score.verdict)]
+
+
+def assign_credit(
+    batch: Batch, groups: Sequence[Group], algorithm: Algorithm, max_tokens: int, history: Mapping[str, Mapping[str, Any]]
+) -> tuple[Batch, Credit]:
+    """The batch with its advantages, and the credit they came from.
+
+    A completion that overlong filtering took out of the loss also leaves its group's baseline, unless the algorithm
+    says otherwise.
+    """
+    counted_B = torch.ones(len(batch), dtype=torch.bool)
+    if not algorithm.overlong_in_baseline:
+        counted_B = batch.mask_BT.any(1)
+    rows = counted_B.nonzero()[:, 0]
+    if len(rows) == 0:
+        return batch, Credit(advantages=torch.zeros(len(batch)), history=history)
+    ids = [group.problem.id for group in groups for _ in group.completions]
+    outcomes = Outcomes(
+        rewards_B=shaped_rewards(groups, algorithm, max_tokens)[rows],
+        group_ids_B=batch.group_ids_B[rows],
+        prompt_ids=[ids[i] for i in rows.tolist()],
+        mask_BT=batch.mask_BT[rows],
+        history=history,
+    )
+    credit = algorithm.part("advantage")(outcomes, algorithm)
+    advantages_BT = torch.zeros(batch.mask_BT.shape)
+    advantages_BT[rows] = spread(credit.advantages, batch.mask_BT[rows]).float()
+    return replace(batch, advantages_BT=advantages_BT), credit
+
+
+def minibatches(batch: Batch, count: int, seed: int) -> Iterator[Batch]:
+    """The batch in `count` parts of whole groups, shuffled by `seed`; fewer parts when there are fewer groups."""
+    order = list(range(len(batch.prompts)))
+    random.Random(seed).shuffle(order)
+    count = min(count, len(order))
+    for i in range(count):
+        part = torch.tensor(order[i * len(order) // count : (i + 1) * len(order) // count])
+        rows = torch.isin(batch.group_ids_B, part).nonzero()[:, 0]
+        if batch.mask_BT[rows].any():
+            yield batch.select(rows)

@@ -1,0 +1,81 @@
+"""Progress on the terminal: a live display, or plain lines where the output is no terminal."""
+
+import time
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+COLUMNS = {
+    "eval/pass@1": ("held-out pass@1", "{:.3f}"),
+    "train/pass_rate": ("train pass rate", "{:.3f}"),
+    "entropy": ("entropy", "{:.3f}"),
+    "groups/dead": ("dead groups", "{:.0%}"),
+    "length/mean": ("length", "{:.1f}"),
+    "clip_fraction": ("clipped", "{:.4f}"),
+    "tokens_per_second": ("tokens/s", "{:,.0f}"),
+}
+"""Metric -> (what it is called, how it is written)."""
+
+
+class Display:
+    """Shows the newest value of each metric, and the time that is left."""
+
+    def __init__(self, console: Console, steps: int, start: int = 0) -> None:
+        self.console, self.steps, self.start = console, steps, start
+        self.step = start
+        self.values: dict[str, float] = {}
+        self.trail: list[float] = []
+        self._started = time.monotonic()
+        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> "Display":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.step = step
+        self.values |= metrics
+        if "train/pass_rate" in metrics:
+            self.trail.append(metrics["train/pass_rate"])
+        if self._live:
+            self._live.update(self._panel())
+        elif "train/pass_rate" in metrics:
+            self.console.print(f"step {step}/{self.steps}  {self._line()}  {self._left()} left", soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True)
+
+    def _items(self) -> list[tuple[str, str]]:
+        return [(name, form.format(self.values[key])) for key, (name, form) in COLUMNS.items() if key in self.values]
+
+    def _line(self) -> str:
+        return "  ".join(f"{name} {value}" for name, value in self._items())
+
+    def _left(self) -> str:
+        done = self.step - self.start
+        if done == 0:
+            return "?"
+        seconds = round((time.monotonic() - self._started) / done * (self.steps - self.step))
+        return f"{seconds // 60}:{seconds % 60:02d}"
+
+    def _panel(self) -> Panel:
+        table = Table.grid(padding=(0, 2))
+        bar = ProgressBar(total=self.steps, completed=self.step, width=40)
+        table.add_row(f"step {self.step}/{self.steps}", bar, f"{self._left()} left")
+        for name, value in self._items():
+            table.add_row(name, f"[bold]{value}[/bold]", _sparkline(self.trail) if name == "train pass rate" else "")
+        return Panel(table, title="groupwise", border_style="cyan")
+
+
+def _sparkline(values: list[float], width: int = 40) -> str:
+    marks = "▁▂▃▄▅▆▇█"
+    return "".join(marks[min(7, int(value * 8))] for value in values[-width:])

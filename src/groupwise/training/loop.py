@@ -1,0 +1,252 @@
+"""The training loop."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from groupwise.algorithms import Algorithm
+from groupwise.config import Recipe
+from groupwise.errors import RunError, UserError
+from groupwise.learner.base import Learner
+from groupwise.learner.local import LocalLearner
+from groupwise.models import load_model
+from groupwise.rollouts.base import Sampler
+from groupwise.rollouts.native import NativeSampler
+from groupwise.seeding import derive
+from groupwise.training import checkpoints
+from groupwise.training.batching import assign_credit, make_batch, minibatches, shaped_rewards
+from groupwise.training.collect import Collected, Collector, sampling_of
+from groupwise.training.display import Display
+from groupwise.training.evaluate import Evaluation, evaluate
+from groupwise.training.records import RunDirectory
+from groupwise.training.setup import Ready
+
+
+class Interrupted(Exception):
+    """The user asked the run to stop; its checkpoint is written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What a run ended with."""
+
+    before: Evaluation
+    after: Evaluation
+    seconds: float
+
+
+class Trainer:
+    """A run: its parts, and the state that a checkpoint carries."""
+
+    def __init__(self, ready: Ready, run: RunDirectory, display: Display) -> None:
+        recipe, algorithm = ready.recipe, ready.algorithm
+        self.ready, self.recipe, self.algorithm = ready, recipe, algorithm
+        self.run_directory, self.display = run, display
+        self.step = 0
+        self.history: Mapping[str, Mapping[str, Any]] = {}
+        self.learner: Learner = LocalLearner(
+            ready.model,
+            algorithm,
+            recipe.learner,
+            updates=recipe.training.steps * recipe.learner.minibatches,
+            temperature=recipe.rollouts.temperature,
+            max_tokens=recipe.rollouts.max_tokens,
+            reference=load_reference(recipe, algorithm, ready.model.device),
+        )
+        self.sampler: Sampler = NativeSampler(ready.model, ready.tokenizer)
+        self.collector = Collector(self.sampler, ready.task, ready.tokenizer, recipe, algorithm)
+        self.held_out = ready.task.held_out(recipe.training.eval_problems)
+
+    def train(self) -> Result:
+        """Every step that is left.
+
+        Raises:
+            Interrupted: Ctrl-C came; a checkpoint was written after the step under way.
+            RunError: the run cannot go on.
+        """
+        started = time.monotonic()
+        before = self.evaluate() if self.step == 0 else None
+        with interruptible() as interrupt:
+            while self.step < self.recipe.training.steps:
+                self.train_step()
+                last = self.step == self.recipe.training.steps
+                if last or self.step % self.recipe.training.checkpoint_every == 0 or interrupt.requested:
+                    self.save()
+                if interrupt.requested:
+                    raise Interrupted
+                if not last and self.step % self.recipe.training.eval_every == 0:
+                    self.evaluate()
+        after = self.evaluate()
+        self.save_model()
+        return Result(before=before or self.evaluate_base(), after=after, seconds=time.monotonic() - started)
+
+    def train_step(self) -> None:
+        """Rollouts, advantages, updates: one step, recorded."""
+        collected = self.collect()
+        groups = collected.groups
+        batch = make_batch(groups, self.algorithm)
+        started = time.perf_counter()
+        batch, metrics = self.learner.annotate(batch)
+        batch, credit = assign_credit(batch, groups, self.algorithm, self.recipe.rollouts.max_tokens, self.history)
+        self.history = credit.history
+        self.step += 1
+        seed = derive(self.recipe.seed, "minibatches", self.step)
+        updates = [self.learner.update(minibatch) for minibatch in minibatches(batch, self.recipe.learner.minibatches, seed)]
+        self.sampler.load(self.ready.model, self.learner.version)
+        seconds = time.perf_counter() - started
+        rewards_B = shaped_rewards(groups, self.algorithm, self.recipe.rollouts.max_tokens)
+        metrics |= {
+            **averaged(updates),
+            **rollout_metrics(collected),
+            "reward/shaped_mean": float(rewards_B.mean()),
+            "utilisation": float((batch.advantages_BT != 0).any(1).float().mean()),
+            "seconds/rollouts": collected.seconds,
+            "seconds/scoring": collected.scoring_seconds,
+            "seconds/learner": seconds,
+            "tokens_per_second": int(batch.lengths_B.sum()) / (collected.seconds + seconds),
+        }
+        self.run_directory.write_metrics(self.step, metrics)
+        self.run_directory.write_rollouts(self.step, groups)
+        self.display.update(self.step, metrics)
+
+    def collect(self) -> Collected:
+        """Groups for the next step. A failure here leaves the weights of the last step whole, so they are saved."""
+        position = self.collector.state_dict()
+        try:
+            collected = self.collector.collect(self.step)
+            if not collected.groups:
+                raise RunError(
+                    f"step {self.step + 1}: dynamic sampling found {collected.describe()}. "
+                    "Easier or harder problems, or a larger group_size, would give it something to learn from."
+                )
+        except (UserError, RunError):
+            self.collector.load_state_dict(position)
+            self.save()
+            raise
+        if not collected.full:
+            self.display.note(f"step {self.step + 1}: dynamic sampling gave up with {collected.describe()}")
+        return collected
+
+    def evaluate(self) -> Evaluation:
+        """Held-out results of the weights as they are, recorded."""
+        recipe = self.recipe
+        evaluation = evaluate(
+            self.sampler,
+            self.ready.task,
+            self.ready.tokenizer,
+            self.held_out,
+            sampling_of(recipe),
+            seed=derive(recipe.seed, "evaluation"),
+            chat=recipe.model.chat,
+        )
+        self.run_directory.write_metrics(self.step, evaluation.metrics)
+        self.display.update(self.step, evaluation.metrics)
+        return evaluation
+
+    def evaluate_base(self) -> Evaluation:
+        """Held-out results of the weights that a resumed run began with."""
+        recipe = self.recipe
+        base = load_model(recipe.model.path).to(self.ready.model.device)
+        return evaluate(
+            NativeSampler(base, self.ready.tokenizer),
+            self.ready.task,
+            self.ready.tokenizer,
+            self.held_out,
+            sampling_of(recipe),
+            seed=derive(recipe.seed, "evaluation"),
+            chat=recipe.model.chat,
+        )
+
+    def save(self) -> Path:
+        state = {
+            "step": self.step,
+            "collector": self.collector.state_dict(),
+            "learner": self.learner.state_dict(),
+            "history": self.history,
+        }
+        keep = self.recipe.training.keep_checkpoints
+        return checkpoints.save(self.run_directory.checkpoints, self.step, self.ready.model, state, keep)
+
+    def resume(self, checkpoint: Path) -> None:
+        """Take up a run where a checkpoint left it."""
+        state = checkpoints.load(checkpoint, self.ready.model)
+        self.step = self.display.start = self.display.step = state["step"]
+        self.collector.load_state_dict(state["collector"])
+        self.learner.load_state_dict(state["learner"])
+        self.history = state["history"]
+        self.sampler.load(self.ready.model, self.learner.version)
+        self.run_directory.rewind(self.step)
+
+    def save_model(self) -> None:
+        """A Hugging Face model directory, tokenizer included."""
+        self.ready.model.save_pretrained(self.run_directory.model)
+        self.ready.tokenizer.save_pretrained(self.run_directory.model)
+
+
+def load_reference(recipe: Recipe, algorithm: Algorithm, device: Any) -> Any:
+    """The frozen model that a KL term compares with, or None."""
+    if not algorithm.needs_reference:
+        return None
+    return load_model(recipe.model.path).to(device).requires_grad_(False)
+
+
+def averaged(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Metrics of a step's updates: their mean, the largest of `_max`, the last of what only counts up."""
+    names = dict.fromkeys(name for update in updates for name in update)
+    result = {}
+    for name in names:
+        values = [update[name] for update in updates if name in update]
+        if name.endswith("_max"):
+            result[name] = max(values)
+        else:
+            result[name] = values[-1] if name in ("learning_rate", "skipped_updates") else sum(values) / len(values)
+    return result
+
+
+def rollout_metrics(collected: Collected) -> dict[str, float]:
+    """Of everything that was generated, whether it was kept or not."""
+    seen = collected.seen
+    completions = [completion for group in seen for completion in group.completions]
+    scores = [score for group in seen for score in group.scores]
+    shares = {name: collected.outcomes[name] / len(seen) for name in ("all_correct", "all_wrong", "mixed")}
+    return {
+        "train/pass_rate": sum(score.correct for score in scores) / len(scores),
+        "reward/mean": sum(score.reward for score in scores) / len(scores),
+        **{f"groups/{name}": share for name, share in shares.items()},
+        "groups/dead": 1 - shares["mixed"],
+        "groups/kept": float(len(collected.groups)),
+        "rollouts/completions": float(len(completions)),
+        "rollouts/rounds": float(collected.rounds),
+        "length/mean": sum(len(completion.tokens) for completion in completions) / len(completions),
+        "length/truncated": sum(completion.stop == "length" for completion in completions) / len(completions),
+    }
+
+
+@dataclass(slots=True)
+class Interrupt:
+    requested: bool = False
+
+
+@contextmanager
+def interruptible() -> Iterator[Interrupt]:
+    """The first Ctrl-C (or SIGTERM) is noted, to be acted on when the step is over; the second acts at once."""
+    interrupt = Interrupt()
+
+    def note(signum: int, frame: object) -> None:
+        if interrupt.requested:
+            raise KeyboardInterrupt
+        interrupt.requested = True
+
+    in_main_thread = threading.current_thread() is threading.main_thread()  # the only one that may set handlers
+    numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield interrupt
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

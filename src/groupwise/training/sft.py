@@ -1,0 +1,125 @@
+"""The supervised warm start: demonstrations in, a model directory out, its loss and pass rates recorded beside it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from groupwise.algorithms import token_weights
+from groupwise.config import SftRecipe, Source
+from groupwise.errors import UserError
+from groupwise.learner.logprobs import completion_logprobs
+from groupwise.learner.optimiser import Optimiser
+from groupwise.models import character_tokenizer, check_logits, encode_prompt, load_model, load_tokenizer, new_model
+from groupwise.rollouts.base import Sampling
+from groupwise.rollouts.native import NativeSampler
+from groupwise.seeding import derive
+from groupwise.tasks.base import Task, build_task
+from groupwise.training.evaluate import evaluate
+from groupwise.training.setup import device_of
+from groupwise.types import Batch, Demonstration, pad_rows
+
+
+def sft(recipe: SftRecipe, source: Source, out: Path, report: Callable[[int, float], None]) -> dict[str, Any]:
+    """Train on demonstrations and save the model with what it can do.
+
+    Args:
+        recipe, source: what to do, and where it was written.
+        out: the model directory to make.
+        report: called with (step, loss) after each step.
+
+    Returns:
+        What is written to `out`/sft.json: the loss and the held-out pass rates.
+
+    Raises:
+        UserError: naming the file, line and key at fault.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out}: already there and not empty")
+    task = build_task(recipe.task, source)
+    tokenizer, model = start(recipe, source)
+    settings = recipe.sft
+    optimiser = Optimiser(
+        model,
+        learning_rate=settings.learning_rate,
+        updates=settings.steps,
+        warmup_steps=settings.warmup_steps,
+        schedule=settings.schedule,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+    )
+    loss = float("nan")
+    for step in range(settings.steps):
+        first = step * settings.batch_size
+        shown = [task.demonstration(first + i, recipe.seed) for i in range(settings.batch_size)]
+        batch = demonstration_batch(tokenizer, shown, recipe.model.chat).to(model.device)
+        loss = train_step(model, optimiser, batch)
+        report(step + 1, loss)
+    record = {"steps": settings.steps, "loss": loss, **pass_rates(model, tokenizer, task, recipe)}
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "sft.json").write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def start(recipe: SftRecipe, source: Source) -> tuple[Any, Any]:
+    """The tokenizer and the model to begin with: loaded, or new."""
+    settings = recipe.model
+    if bool(settings.path) == bool(settings.new):
+        raise source.error("model", "set path for a model to start from, or new for a new one, and not both")
+    if settings.path:
+        tokenizer, model = load_tokenizer(settings.path), load_model(settings.path)
+    elif not settings.characters or "model_type" not in settings.new:
+        raise source.error("model.new", "a new model needs new.model_type, and characters for its vocabulary")
+    else:
+        tokenizer = character_tokenizer(settings.characters)
+        model = new_model(settings.new, tokenizer, recipe.seed)
+    model = model.to(device_of(settings.device, source))
+    check_logits(model)
+    return tokenizer, model
+
+
+def train_step(model: Any, optimiser: Optimiser, batch: Batch) -> float:
+    """One update on the mean negative log-probability of the tokens that count; returns it."""
+    logprobs_BT, _ = completion_logprobs(model, batch, share_prompts=False)
+    weights_BT = token_weights(batch.mask_BT, "token_mean").to(logprobs_BT.dtype)
+    loss = -(weights_BT * logprobs_BT).sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    value = float(loss.detach())
+    optimiser.step(value)
+    return value
+
+
+def demonstration_batch(tokenizer: Any, shown: list[Demonstration], chat: bool | None) -> Batch:
+    """Demonstrations as rows, each with its own prompt; the completion and its end are trained on."""
+    ids = [tokenizer(item.completion, add_special_tokens=False).input_ids for item in shown]
+    tokens = [torch.tensor([*row, tokenizer.eos_token_id]) for row in ids]
+    masks = [torch.ones(len(row), dtype=torch.bool) for row in tokens]
+    for item, mask in zip(shown, masks, strict=True):
+        mask[0] = not item.skip_first
+    tokens_BT = pad_rows(tokens)
+    zeros_BT = torch.zeros(tokens_BT.shape)
+    return Batch(
+        prompts=tuple(encode_prompt(tokenizer, item.prompt, chat) for item in shown),
+        group_ids_B=torch.arange(len(shown)),
+        tokens_BT=tokens_BT,
+        lengths_B=torch.tensor([len(row) for row in tokens]),
+        mask_BT=pad_rows(masks),
+        rollout_logprobs_BT=zeros_BT,
+        advantages_BT=zeros_BT,
+    )
+
+
+def pass_rates(model: Any, tokenizer: Any, task: Task, recipe: SftRecipe) -> dict[str, float]:
+    evaluation = evaluate(
+        NativeSampler(model, tokenizer),
+        task,
+        tokenizer,
+        task.held_out(recipe.sft.eval_problems),
+        Sampling(max_tokens=recipe.sft.max_tokens),
+        seed=derive(recipe.seed, "evaluation"),
+        chat=recipe.model.chat,
+    )
+    return evaluation.metrics

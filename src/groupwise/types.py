@@ -1,0 +1,158 @@
+"""What flows through groupwise: Problem, Completion, Score, Group, Batch, and the Demonstration of a warm start.
+
+Shapes in names: B completions, T completion tokens (right-padded), P prompts (one per group).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One question whose answer can be checked."""
+
+    id: str
+    """Identity of the prompt: the same each time the problem is visited."""
+    prompt: str
+    """What the model reads, before any chat template."""
+    answer: str = ""
+    """The reference answer, in the form that the task's checker understands."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """Whatever else the task knows: its grade, the other columns of its dataset line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demonstration:
+    """One supervised example for `groupwise sft`."""
+
+    prompt: str
+    """What the model reads; carries no loss."""
+    completion: str
+    """What it should say; an end-of-sequence token follows it."""
+    skip_first: bool = False
+    """Leave the first token out of the loss: the skill is taught, the choice to use it is not."""
+
+
+Stop = Literal["stop", "length"]
+Verdict = Literal["correct", "wrong", "unparsed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One sampled answer, as the sampler returns it. T is its own length."""
+
+    text: str
+    """The decoded tokens, without the end-of-sequence token."""
+    tokens: Tensor
+    """int64 [T], the end-of-sequence token included where one was sampled."""
+    logprobs: Tensor
+    """float32 [T], of each token under the distribution it was drawn from."""
+    mask: Tensor
+    """bool [T], True where the policy chose the token (False for the output of a tool, say)."""
+    stop: Stop
+    """"stop": ended by itself. "length": truncated at the limit."""
+    weights_version: int
+    """How many optimiser updates the weights that made it had seen."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """What a task thinks of one completion."""
+
+    reward: float
+    """In the task's own unit, before an algorithm's shaping."""
+    correct: bool
+    """Whether the answer is right: what pass rates and dynamic sampling count."""
+    verdict: Verdict | None = None
+    """Set where the reward is nothing but a verdict, which an algorithm may price its own way; None for a graded reward."""
+    components: Mapping[str, float] = field(default_factory=dict)
+    """Named parts of the reward, for the record."""
+    steps: tuple[tuple[int, float], ...] = ()
+    """(end, reward) of each step that could be checked; `end` counts characters of the text, the step's last included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """The completions of one prompt, scored."""
+
+    problem: Problem
+    prompt_tokens: Tensor
+    """int64 [L]."""
+    completions: tuple[Completion, ...]
+    scores: tuple[Score, ...]
+
+    @property
+    def correct_count(self) -> int:
+        return sum(score.correct for score in self.scores)
+
+    @property
+    def outcome(self) -> Literal["all_correct", "all_wrong", "mixed"]:
+        """Whether its completions agree in correctness."""
+        if self.correct_count == len(self.scores):
+            return "all_correct"
+        return "mixed" if self.correct_count else "all_wrong"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Rows for the learner, right-padded to the longest of them."""
+
+    prompts: tuple[Tensor, ...]
+    """P prompts, int64 [L_p] each; every prompt once."""
+    group_ids_B: Tensor
+    """int64 [B], the row's prompt as an index into `prompts`."""
+    tokens_BT: Tensor
+    """int64 [B, T]; 0 after the row's end."""
+    lengths_B: Tensor
+    """int64 [B], tokens in each row, trained on or not."""
+    mask_BT: Tensor
+    """bool [B, T], True where a token is trained on."""
+    rollout_logprobs_BT: Tensor
+    """float32 [B, T], as sampled; 0 after the row's end."""
+    advantages_BT: Tensor
+    """float32 [B, T]."""
+    old_logprobs_BT: Tensor | None = None
+    """float32 [B, T], the policy at the start of the step; set by the training loop."""
+    ref_logprobs_BT: Tensor | None = None
+    """float32 [B, T], the frozen reference, where the algorithm uses one."""
+    weights_BT: Tensor | None = None
+    """float32 [B, T], what each token counts in the loss of one optimiser step; set before micro-batches are cut."""
+
+    def __len__(self) -> int:
+        return len(self.tokens_BT)
+
+    def select(self, rows: Tensor) -> "Batch":
+        """The given rows (int64 [R]) as a batch of their own, cut to its longest row, with only the prompts it needs."""
+        length = int(self.lengths_B[rows].max())
+        kept = sorted(set(self.group_ids_B[rows].tolist()))
+        changes: dict[str, Any] = {
+            "prompts": tuple(self.prompts[i] for i in kept),
+            "group_ids_B": torch.searchsorted(self.group_ids_B.new_tensor(kept), self.group_ids_B[rows]),
+            "lengths_B": self.lengths_B[rows],
+        }
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name.endswith("_BT") and value is not None:
+                changes[item.name] = value[rows, :length]
+        return replace(self, **changes)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with every tensor on `device`."""
+        changes: dict[str, Any] = {"prompts": tuple(prompt.to(device) for prompt in self.prompts)}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                changes[item.name] = value.to(device)
+        return replace(self, **changes)
+
+
+def pad_rows(rows: Sequence[Tensor], length: int | None = None) -> Tensor:
+    """Stack 1-d tensors into [B, T], zeros (False) after each row's end."""
+    padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    if length is not None and padded.shape[1] < length:
+        padded = torch.nn.functional.pad(padded, (0, length - padded.shape[1]))
+    return padded

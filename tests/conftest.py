@@ -1,0 +1,62 @@
+"""Tiny real models: random weights, one per architecture, and the shipped one."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from groupwise.models import character_tokenizer, load_model, load_tokenizer, new_model
+from groupwise.tasks.arithmetic import CHARACTERS
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 256,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "qwen3": {**SIZES, "head_dim": 8},
+    "llama": SIZES,
+    "gemma2": {**SIZES, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
+    "qwen3_moe": {
+        **SIZES,
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "decoder_sparse_step": 1,
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def _quiet_threads() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return character_tokenizer(CHARACTERS)
+
+
+@pytest.fixture(scope="session")
+def shipped() -> tuple[Any, Any]:
+    """The model and tokenizer that ship with the package."""
+    return load_model("arithmetic-base"), load_tokenizer("arithmetic-base")
+
+
+def tiny_model(architecture: str, tokenizer: Any) -> Any:
+    """Random weights, larger than the usual start, so that distributions are far from flat."""
+    model = new_model({"model_type": architecture, **ARCHITECTURES[architecture]}, tokenizer, seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model
+
+
+@pytest.fixture(scope="session", params=sorted(ARCHITECTURES))
+def any_model(request: pytest.FixtureRequest, tokenizer: Any) -> Any:
+    return tiny_model(request.param, tokenizer)

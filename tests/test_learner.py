@@ -1,0 +1,174 @@
+"""The learner's promises: its log-probabilities are the model's, and a step's gradient does not depend on how it is cut."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from groupwise.algorithms import named
+from groupwise.config import LearnerSection
+from groupwise.errors import RunError
+from groupwise.learner.local import LocalLearner, cut_rows
+from groupwise.learner.logprobs import completion_logprobs
+from groupwise.models import check_logits
+from groupwise.types import Batch, pad_rows
+
+PROMPT_LENGTHS, GROUP_SIZE = (3, 7, 5), 4
+
+
+def random_batch(model: Any, seed: int = 0) -> Batch:
+    """Three groups of four ragged completions, one row of one token, one token inside a row not trained on."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.config.vocab_size
+    lengths = [1, *torch.randint(2, 9, (len(PROMPT_LENGTHS) * GROUP_SIZE - 1,), generator=generator).tolist()]
+    tokens_BT = pad_rows([torch.randint(2, vocabulary, (length,), generator=generator) for length in lengths])
+    mask_BT = pad_rows([torch.ones(length, dtype=torch.bool) for length in lengths])
+    mask_BT[1, 0] = False
+    old_BT = torch.where(mask_BT, -2 + 0.5 * torch.randn(tokens_BT.shape, generator=generator), 0)
+    return Batch(
+        prompts=tuple(torch.randint(2, vocabulary, (length,), generator=generator) for length in PROMPT_LENGTHS),
+        group_ids_B=torch.arange(len(PROMPT_LENGTHS)).repeat_interleave(GROUP_SIZE),
+        tokens_BT=tokens_BT,
+        lengths_B=torch.tensor(lengths),
+        mask_BT=mask_BT,
+        rollout_logprobs_BT=old_BT,
+        old_logprobs_BT=old_BT,
+        ref_logprobs_BT=old_BT - 0.1,
+        advantages_BT=torch.where(mask_BT, torch.randn(len(lengths), 1, generator=generator), 0),
+    )
+
+
+def plain_logprobs(model: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """Each row alone, unpadded, through the model's own forward."""
+    result = torch.zeros(batch.tokens_BT.shape)
+    for row, length in enumerate(batch.lengths_B.tolist()):
+        prompt = batch.prompts[int(batch.group_ids_B[row])]
+        tokens = torch.cat([prompt, batch.tokens_BT[row, :length]])
+        logits = model(input_ids=tokens[None]).logits[0].float() / temperature
+        logprobs = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1]
+        result[row, :length] = logprobs.gather(1, tokens[len(prompt) :, None])[:, 0]
+    return result
+
+
+@pytest.mark.parametrize("share_prompts", [True, False])
+def test_logprobs_are_those_of_the_models_own_forward(any_model: Any, share_prompts: bool) -> None:
+    batch = random_batch(any_model)
+    with torch.no_grad():
+        ours, entropy_BT = completion_logprobs(any_model, batch, temperature=0.7, share_prompts=share_prompts)
+        theirs = plain_logprobs(any_model, batch, temperature=0.7)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+    inside = torch.arange(ours.shape[1]) < batch.lengths_B[:, None]
+    assert (entropy_BT[inside] > 0).all()
+    assert (entropy_BT[~inside] == 0).all()
+
+
+def gradient(model: Any, batch: Batch, algorithm: str = "dapo", **settings: Any) -> Tensor:
+    """The gradient of one update, before the optimiser sees it."""
+    section = LearnerSection(**settings)
+    learner = LocalLearner(model, named(algorithm), section, updates=10, temperature=1.0, max_tokens=16)
+    taken: list[Tensor] = []
+
+    def keep(loss: float) -> dict[str, float]:
+        taken.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        return {}
+
+    learner.optimiser.step = keep  # type: ignore[method-assign]
+    model.zero_grad(set_to_none=True)
+    learner.update(batch)
+    model.zero_grad(set_to_none=True)
+    return taken[0]
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dapo"])
+def test_gradient_does_not_depend_on_the_cut(any_model: Any, algorithm: str) -> None:
+    batch = random_batch(any_model)
+    shuffled = batch.select(torch.randperm(len(batch), generator=torch.Generator().manual_seed(3)))
+    whole = gradient(any_model, batch, algorithm)
+    assert whole.norm() > 1e-3
+    for other, settings in [
+        (batch, {"micro_batch_tokens": 1}),
+        (batch, {"micro_batch_tokens": 40}),
+        (batch, {"share_prompts": False}),
+        (batch, {"share_prompts": False, "micro_batch_tokens": 60}),
+        (shuffled, {}),
+        (shuffled, {"micro_batch_tokens": 50}),
+    ]:
+        error = (gradient(any_model, other, algorithm, **settings) - whole).norm() / whole.norm()
+        assert error <= 1e-5, (settings, float(error))
+
+
+def test_padding_changes_nothing(any_model: Any) -> None:
+    batch = random_batch(any_model)
+    wide = replace(
+        batch,
+        **{
+            name: torch.nn.functional.pad(getattr(batch, name), (0, 5))
+            for name in ("tokens_BT", "mask_BT", "advantages_BT", "rollout_logprobs_BT", "old_logprobs_BT", "ref_logprobs_BT")
+        },
+    )
+    whole = gradient(any_model, batch)
+    assert (gradient(any_model, wide) - whole).norm() / whole.norm() <= 1e-5
+
+
+def test_cut_rows_covers_every_row_once_within_the_budget() -> None:
+    batch = Batch(
+        prompts=(torch.ones(10), torch.ones(4)),
+        group_ids_B=torch.tensor([0, 1, 0, 1, 0]),
+        tokens_BT=torch.zeros(5, 30, dtype=torch.long),
+        lengths_B=torch.tensor([30, 2, 6, 20, 1]),
+        mask_BT=torch.ones(5, 30, dtype=torch.bool),
+        rollout_logprobs_BT=torch.zeros(5, 30),
+        advantages_BT=torch.zeros(5, 30),
+    )
+    cuts = [rows.tolist() for rows in cut_rows(batch, 80)]
+    assert sorted(sum(cuts, [])) == [0, 1, 2, 3, 4]
+    assert cuts == [[0, 2], [4, 1], [3]] or all(len(rows) * (10 + 30) <= 80 for rows in cuts)
+
+
+def test_no_tensor_of_batch_by_length_by_vocabulary(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest logits held at once stay within the limit, however many tokens there are."""
+    from groupwise.learner import logprobs as module
+    from tests.conftest import tiny_model
+
+    model = tiny_model("qwen3", tokenizer)
+    sizes: list[int] = []
+    original = module.logits
+
+    def measured(model: Any, hidden: Tensor) -> Tensor:
+        result = original(model, hidden)
+        sizes.append(result.numel())
+        return result
+
+    monkeypatch.setattr(module, "logits", measured)
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 5 * model.config.vocab_size)
+    batch = random_batch(model)
+    completion_logprobs(model, batch)
+    assert max(sizes) <= 5 * model.config.vocab_size < int(batch.lengths_B.sum()) * model.config.vocab_size
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_several_stop_the_run(tokenizer: Any) -> None:
+    from tests.conftest import tiny_model
+
+    model = tiny_model("qwen3", tokenizer)
+    learner = LocalLearner(
+        model, named("grpo", beta=0.0), LearnerSection(max_bad_updates=3), updates=10, temperature=1.0, max_tokens=16
+    )
+    batch = random_batch(model)
+    bad = replace(batch, advantages_BT=batch.advantages_BT * float("inf"))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    assert learner.update(bad)["skipped_updates"] == 1
+    assert learner.update(bad)["skipped_updates"] == 2
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert learner.update(batch)["skipped_updates"] == 2
+    assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert learner.version == 1
+    learner.update(bad)
+    learner.update(bad)
+    with pytest.raises(RunError, match="3 updates in a row"):
+        learner.update(bad)
+
+
+def test_check_logits_knows_every_architecture(any_model: Any) -> None:
+    check_logits(any_model)

@@ -1,0 +1,113 @@
+"""The native sampler: its log-probabilities are the learner's, its samples follow the distribution, its limits hold."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from groupwise.learner.logprobs import completion_logprobs
+from groupwise.rollouts.base import Sampling
+from groupwise.rollouts.native import NativeSampler, draw
+from groupwise.types import Batch, Completion, pad_rows
+
+PROMPTS = [torch.tensor([3, 12, 4, 15]), torch.tensor([7, 14, 5, 12, 6, 6, 15]), torch.tensor([5, 15])]
+
+
+def sample(model: Any, tokenizer: Any, seed: int = 0, group_size: int = 8, **settings: Any) -> list[tuple[Completion, ...]]:
+    sampling = Sampling(**{"max_tokens": 12, **settings})
+    groups = dict(NativeSampler(model, tokenizer).generate(PROMPTS, group_size, sampling, seed=seed))
+    return [groups[i] for i in range(len(PROMPTS))]
+
+
+def as_batch(groups: list[tuple[Completion, ...]]) -> Batch:
+    rows = [completion for group in groups for completion in group]
+    tokens_BT = pad_rows([row.tokens for row in rows])
+    return Batch(
+        prompts=tuple(PROMPTS),
+        group_ids_B=torch.arange(len(groups)).repeat_interleave(len(groups[0])),
+        tokens_BT=tokens_BT,
+        lengths_B=torch.tensor([len(row.tokens) for row in rows]),
+        mask_BT=pad_rows([row.mask for row in rows]),
+        rollout_logprobs_BT=pad_rows([row.logprobs for row in rows]),
+        advantages_BT=torch.zeros(tokens_BT.shape),
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_are_the_learners(any_model: Any, tokenizer: Any, temperature: float) -> None:
+    batch = as_batch(sample(any_model, tokenizer, temperature=temperature))
+    assert batch.lengths_B.min() < batch.lengths_B.max(), "rows should end at different times"
+    with torch.no_grad():
+        logprobs_BT, _ = completion_logprobs(any_model, batch, temperature=temperature)
+    torch.testing.assert_close(logprobs_BT, batch.rollout_logprobs_BT, rtol=0, atol=1e-4)
+
+
+def test_same_seed_same_completions_whatever_is_generated_beside_them(any_model: Any, tokenizer: Any) -> None:
+    together = sample(any_model, tokenizer)
+    apart = sample(any_model, tokenizer, max_rows=1)
+    other = sample(any_model, tokenizer, seed=1)
+    same = [a.tokens.tolist() == b.tokens.tolist() for x, y in zip(together, apart, strict=True) for a, b in zip(x, y, strict=True)]
+    assert all(same)
+    assert [c.tokens.tolist() for group in together for c in group] != [c.tokens.tolist() for group in other for c in group]
+
+
+def test_stop_reasons(any_model: Any, tokenizer: Any) -> None:
+    completions = [completion for group in sample(any_model, tokenizer, group_size=32) for completion in group]
+    for completion in completions:
+        ended = completion.tokens[-1] == tokenizer.eos_token_id
+        assert completion.stop == ("stop" if ended else "length")
+        assert not (completion.tokens[:-1] == tokenizer.eos_token_id).any()
+        assert len(completion.tokens) == 12 or ended
+        assert len(completion.tokens) == len(completion.logprobs) == len(completion.mask)
+        assert tokenizer.eos_token not in completion.text
+    assert {completion.stop for completion in completions} == {"stop", "length"}
+
+
+def test_stop_strings_and_tokens_end_a_completion_and_stay_in_it(any_model: Any, tokenizer: Any) -> None:
+    for completion in (c for group in sample(any_model, tokenizer, group_size=32, stop=("12", "+")) for c in group):
+        said = [stop for stop in ("12", "+") if stop in completion.text]
+        assert bool(said) <= (completion.stop == "stop")
+        assert not said or completion.text.endswith(tuple(said))
+    star = tokenizer.convert_tokens_to_ids("*")
+    groups = sample(any_model, tokenizer, group_size=32, stop_tokens=(star,))
+    ended = [c for group in groups for c in group if (c.tokens == star).any()]
+    assert ended
+    assert all(c.stop == "stop" and c.tokens[-1] == star and "*" in c.text for c in ended)
+
+
+@pytest.mark.parametrize(
+    ("settings", "allowed"), [({"top_k": 2}, 2), ({"top_p": 0.3}, 17), ({"min_p": 0.5}, 17), ({"top_k": 1}, 1)]
+)
+def test_limits_and_their_logprobs(any_model: Any, tokenizer: Any, settings: dict[str, Any], allowed: int) -> None:
+    """A first token is drawn from the cut distribution, and its log-probability is of that one."""
+    groups = sample(any_model, tokenizer, group_size=64, max_tokens=1, **settings)
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        with torch.no_grad():
+            probs = torch.softmax(any_model(input_ids=prompt[None]).logits[0, -1], -1)
+        ranked = probs.argsort(descending=True)
+        if "top_p" in settings:
+            allowed = int((probs[ranked].cumsum(0) - probs[ranked] < settings["top_p"]).sum())
+        if "min_p" in settings:
+            allowed = int((probs >= settings["min_p"] * probs.max()).sum())
+        kept = ranked[:allowed]
+        for completion in group:
+            token = int(completion.tokens[0])
+            assert token in kept
+            expected = torch.log(probs[token] / probs[kept].sum())
+            torch.testing.assert_close(completion.logprobs[0], expected, rtol=0, atol=1e-4)
+
+
+def test_draw_follows_the_distribution() -> None:
+    probs = torch.tensor([0.5, 0.0, 0.2, 0.3])
+    uniforms = torch.rand(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tokens = draw(probs.log().expand(len(uniforms), 4), uniforms)
+    shares = torch.bincount(tokens, minlength=4) / len(uniforms)
+    assert shares[1] == 0
+    # Five standard deviations of a share of 200,000 draws.
+    torch.testing.assert_close(shares, probs, rtol=0, atol=5 * (0.25 / len(uniforms)) ** 0.5)
+
+
+def test_draw_never_takes_a_token_without_probability() -> None:
+    probs = torch.tensor([0.0, 1.0, 0.0])
+    uniforms = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert draw(probs.log().expand(3, 3), uniforms).tolist() == [1, 1, 1]
