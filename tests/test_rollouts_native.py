@@ -19,6 +19,10 @@ def sample(model: Any, tokenizer: Any, seed: int = 0, group_size: int = 8, **set
     return [groups[i] for i in range(len(PROMPTS))]
 
 
+def spoken(groups: list[tuple[Completion, ...]]) -> list[list[int]]:
+    return [completion.tokens.tolist() for group in groups for completion in group]
+
+
 def as_batch(groups: list[tuple[Completion, ...]]) -> Batch:
     rows = [completion for group in groups for completion in group]
     tokens_BT = pad_rows([row.tokens for row in rows])
@@ -46,9 +50,8 @@ def test_same_seed_same_completions_whatever_is_generated_beside_them(any_model:
     together = sample(any_model, tokenizer)
     apart = sample(any_model, tokenizer, max_rows=1)
     other = sample(any_model, tokenizer, seed=1)
-    same = [a.tokens.tolist() == b.tokens.tolist() for x, y in zip(together, apart, strict=True) for a, b in zip(x, y, strict=True)]
-    assert all(same)
-    assert [c.tokens.tolist() for group in together for c in group] != [c.tokens.tolist() for group in other for c in group]
+    assert spoken(together) == spoken(apart)
+    assert spoken(together) != spoken(other)
 
 
 def test_stop_reasons(any_model: Any, tokenizer: Any) -> None:

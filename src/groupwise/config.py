@@ -113,6 +113,8 @@ class SftSection(Section):
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     weight_decay: NotNegative = 0.0
     max_grad_norm: Positive = 1.0
+    micro_batch_tokens: Count = 16384
+    """Padded tokens that go through the model at once; changes memory and time, not results."""
     max_tokens: Count = 64
     """The longest completion sampled for the pass rates recorded beside the model."""
     eval_problems: Count = 500

@@ -51,6 +51,7 @@ class Optimiser:
         if torch.isfinite(torch.tensor([loss, grad_norm])).all():
             self._bad_in_a_row = 0
             self.adam.step()
+            self.scheduler.step()
             self.version += 1
         else:
             self._bad_in_a_row += 1
@@ -61,7 +62,6 @@ class Optimiser:
                     f"(the last: loss {loss}, gradient norm {grad_norm}); the weights are as before them. "
                     f"A lower learning rate than {learning_rate:g} or more warm-up may help."
                 )
-        self.scheduler.step()
         self.adam.zero_grad(set_to_none=True)
         return {"grad_norm": grad_norm, "learning_rate": learning_rate, "skipped_updates": float(self.skipped)}
 

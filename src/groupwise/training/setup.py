@@ -16,7 +16,6 @@ from groupwise.plugins import is_reference, load_function
 from groupwise.tasks.base import Task, build_task
 from groupwise.types import Problem
 
-
 AlgorithmSection = create_model(
     "AlgorithmSection",
     __config__=ConfigDict(extra="forbid", strict=True),

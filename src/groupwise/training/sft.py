@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from groupwise.algorithms import token_weights
 from groupwise.config import SftRecipe, Source
 from groupwise.errors import UserError
+from groupwise.learner.local import cut_rows
 from groupwise.learner.logprobs import completion_logprobs
 from groupwise.learner.optimiser import Optimiser
 from groupwise.models import character_tokenizer, check_logits, encode_prompt, load_model, load_tokenizer, new_model
@@ -54,8 +56,8 @@ def sft(recipe: SftRecipe, source: Source, out: Path, report: Callable[[int, flo
     for step in range(settings.steps):
         first = step * settings.batch_size
         shown = [task.demonstration(first + i, recipe.seed) for i in range(settings.batch_size)]
-        batch = demonstration_batch(tokenizer, shown, recipe.model.chat).to(model.device)
-        loss = train_step(model, optimiser, batch)
+        batch = demonstration_batch(tokenizer, shown, recipe.model.chat)
+        loss = train_step(model, optimiser, batch, settings.micro_batch_tokens)
         report(step + 1, loss)
     record = {"steps": settings.steps, "loss": loss, **pass_rates(model, tokenizer, task, recipe)}
     model.save_pretrained(out)
@@ -81,19 +83,24 @@ def start(recipe: SftRecipe, source: Source) -> tuple[Any, Any]:
     return tokenizer, model
 
 
-def train_step(model: Any, optimiser: Optimiser, batch: Batch) -> float:
+def train_step(model: Any, optimiser: Optimiser, batch: Batch, micro_batch_tokens: int) -> float:
     """One update on the mean negative log-probability of the tokens that count; returns it."""
-    logprobs_BT, _ = completion_logprobs(model, batch, share_prompts=False)
-    weights_BT = token_weights(batch.mask_BT, "token_mean").to(logprobs_BT.dtype)
-    loss = -(weights_BT * logprobs_BT).sum()
-    loss.backward()  # type: ignore[no-untyped-call]
-    value = float(loss.detach())
-    optimiser.step(value)
-    return value
+    batch = replace(batch, weights_BT=token_weights(batch.mask_BT, "token_mean"))
+    total = 0.0
+    for rows in cut_rows(batch, micro_batch_tokens):
+        part = batch.select(rows).to(model.device)
+        logprobs_BT, _ = completion_logprobs(model, part, share_prompts=False)
+        assert part.weights_BT is not None
+        loss = -(part.weights_BT.to(logprobs_BT.dtype) * logprobs_BT).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
+    optimiser.step(total)
+    return total
 
 
 def demonstration_batch(tokenizer: Any, shown: list[Demonstration], chat: bool | None) -> Batch:
-    """Demonstrations as rows, each with its own prompt; the completion and its end are trained on."""
+    """Demonstrations as rows, the shortest first, each with its own prompt; the completion and its end are trained on."""
+    shown = sorted(shown, key=lambda item: len(item.prompt) + len(item.completion))
     ids = [tokenizer(item.completion, add_special_tokens=False).input_ids for item in shown]
     tokens = [torch.tensor([*row, tokenizer.eos_token_id]) for row in ids]
     masks = [torch.ones(len(row), dtype=torch.bool) for row in tokens]

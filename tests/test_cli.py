@@ -1,0 +1,118 @@
+"""The command line as a user meets it: what works, and what each mistake is told."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from groupwise.cli import app
+from groupwise.config import shipped_recipes
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
+def test_algorithms_lists_shows_and_compares() -> None:
+    listed = run("algorithms")
+    assert listed.exit_code == 0
+    assert all(name in listed.stdout for name in ("dapo", "gspo_token", "dcpo", "arXiv 2503.14476"))
+    assert "1 + clip_high" in run("algorithms", "dapo").stdout
+    diff = run("algorithms", "dapo", "--diff", "grpo").stdout
+    assert "clip_high" in diff and "0.28" in diff and "token_mean" in diff
+    assert "gae_lambda" not in diff
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_recipes() if name != "arithmetic-base"])
+def test_check_finds_nothing_wrong_with_a_shipped_recipe(name: str) -> None:
+    result = run("check", name)
+    assert result.exit_code == 0, result.output
+    assert "nothing wrong found" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("[learner]\nminibatch = 4", "recipe.toml, line 2, learner.minibatch: unknown key; did you mean 'minibatches'?"),
+        ("[lerner]\nminibatches = 4", "recipe.toml, line 1, [lerner]: unknown key; did you mean 'learner'?"),
+        ("[learner]\n\nminibatches = 'four'", "recipe.toml, line 3, learner.minibatches: input should be a valid integer"),
+        ("[learner]\nminibatches = 0", "learner.minibatches: input should be greater than or equal to 1, not 0"),
+        ("[learner\n", "recipe.toml: "),
+        ("[algorithm]\nname = 'dapoo'", "line 2, algorithm.name: there is no algorithm 'dapoo'; did you mean 'dapo'?"),
+        ("[algorithm]\nname = 'dapo'\nclip_hihg = 0.3", "line 3, algorithm.clip_hihg: unknown key; did you mean 'clip_high'?"),
+        ("[algorithm]\nname = 'dapo'\nclip_high = 'big'", "line 3, algorithm.clip_high: input should be a valid number"),
+        ("[algorithm]\nname = 'dapo'\nratio = 'tokens'", "line 3, algorithm.ratio: there is no 'tokens'; did you mean 'token'?"),
+        ("[algorithm]\nname = 'gspo'\nadvantage = 'process'", "algorithm.ratio: one ratio for the sequence cannot carry"),
+        ("[task]\nname = 'arithmetics'", "line 2, task.name: there is no task 'arithmetics'; did you mean 'arithmetic'?"),
+        ("[task]\nname = 'arithmetic'\ngrades = [9]", "recipe.toml, task.grades.0: input should be less than or equal to 5"),
+        ("[model]\npath = 'arithmetic-bas'", "line 2, model.path: no model 'arithmetic-bas'"),
+        ("[model]\npath = 'arithmetic-bas'", "did you mean 'arithmetic-base'?"),
+        ("[model]\ndevice = 'cuda:9'", "model.device: 'cuda:9' is not here"),
+        ("[rollouts]\nmax_tokens = 5000", "rollouts.max_tokens: a prompt of"),
+        ("[rollouts]\ngroup_size = 1", "rollouts.group_size: dapo compares the completions of a prompt"),
+        ("[rollouts]\ntop_p = 0.5\n[learner]\nold_logprobs = 'sampler'", "learner.old_logprobs: the sampler's"),
+    ],
+)
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_a_wrong_recipe_gets_one_message_before_anything_is_trained(
+    tmp_path: Path, command: str, recipe: str, message: str
+) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe)
+    result = run(command, path, *(["--out", tmp_path / "out"] if command == "train" else []))
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return [1.0]", "returned 1 values for 16 completions"),
+        ("return [float('nan')] * len(completions)", "returned nan for completion 0"),
+        ("return None", "returned None; expected a list of 16 numbers"),
+        ("raise KeyError('x')", "KeyError: 'x'"),
+    ],
+)
+def test_a_wrong_reward_is_found_before_anything_is_trained(tmp_path: Path, body: str, message: str) -> None:
+    (tmp_path / "mine.py").write_text(f"def reward(problem, completions):\n    {body}\n")
+    (tmp_path / "data.jsonl").write_text('{"prompt": "1+1="}\n' * 4)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[task]\nname = 'dataset'\npath = 'data.jsonl'\nreward = 'mine.py:reward'\n")
+    result = run("train", recipe, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert message in result.stderr and "mine.py:reward" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_arguments_that_cannot_be_meant(tmp_path: Path) -> None:
+    assert "no recipe 'qick'" in run("train", "qick").stderr
+    assert "did you mean 'quick'?" in run("train", "qick").stderr
+    assert "--set learner.minibatch=2: unknown key" in run("check", "quick", "--set", "learner.minibatch=2").stderr
+    assert "expected key=value" in run("check", "quick", "--set", "steps").stderr
+    assert "not a run" in run("train", "--resume", tmp_path).stderr
+    (tmp_path / "something").touch()
+    taken = run("train", "quick", "--out", tmp_path)
+    assert taken.exit_code == 2 and "not empty" in taken.stderr
+
+
+def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "groupwise", "train", "quick", "--out", str(out), "--set", "training.steps=1000"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as process:
+        deadline = time.monotonic() + 120
+        while not (out / "rollouts" / "step-000002.txt").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert f"groupwise train --resume {out}" in output
+    assert "Traceback" not in output
+    assert list((out / "checkpoints").glob("step-*/state.pt"))

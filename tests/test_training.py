@@ -1,0 +1,161 @@
+"""The whole path: a run learns, repeats bit for bit, resumes bit for bit, and leaves what it promises."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from groupwise.algorithms import named
+from groupwise.training.batching import assign_credit, make_batch, minibatches, shaped_rewards
+from groupwise.types import Completion, Group, Problem, Score
+from tests.test_cli import run
+
+
+def metrics_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("quick") / "run"
+    result = run("train", "quick", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "What it learned" in result.stdout
+    return out
+
+
+def test_quick_learns(quick: Path) -> None:
+    rates = [row["eval/pass@1"] for row in metrics_of(quick) if "eval/pass@1" in row]
+    lengths = [row["eval/length"] for row in metrics_of(quick) if "eval/length" in row]
+    assert rates[-1] > rates[0] + 0.25
+    assert lengths[-1] > lengths[0] + 2
+
+
+def test_sampler_and_learner_agree(quick: Path) -> None:
+    assert all(row["sampler_gap_max"] <= 1e-4 for row in metrics_of(quick) if "sampler_gap_max" in row)
+
+
+def test_run_directory(quick: Path) -> None:
+    steps = [row["step"] for row in metrics_of(quick) if "loss" in row]
+    assert steps == list(range(1, 17))
+    assert 'name = "dapo"' in (quick / "recipe.toml").read_text()
+    assert "clip_high = 0.28" in (quick / "recipe.toml").read_text()
+    assert "--- best: reward 1" in (quick / "rollouts" / "step-000001.txt").read_text()
+    row = next(row for row in metrics_of(quick) if "loss" in row)
+    for key in ("clip_fraction", "entropy", "groups/all_wrong", "rollouts/rounds", "length/mean", "grad_norm", "utilisation"):
+        assert key in row
+
+
+def test_saved_model_loads_and_answers(quick: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(quick / "model")
+    tokenizer = AutoTokenizer.from_pretrained(quick / "model")
+    inputs = tokenizer("4+3=", return_tensors="pt")
+    said = model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=16, do_sample=False)
+    assert tokenizer.decode(said[0, inputs.input_ids.shape[1] :], skip_special_tokens=True).split("\n")[-1] == "7"
+
+
+def test_eval_of_a_run_and_of_a_model(quick: Path) -> None:
+    trained = run("eval", quick, "--samples", "4", "--set", "training.eval_problems=50")
+    base = run("eval", "arithmetic-base", "quick", "--set", "training.eval_problems=50")
+    assert trained.exit_code == base.exit_code == 0, trained.output + base.output
+    assert "pass@4" in trained.stdout and "avg@4" in trained.stdout
+
+    def rate(text: str) -> float:
+        return float(next(line for line in text.splitlines() if "pass@1" in line).replace("│", " ").split()[-1])
+
+    assert rate(trained.stdout) > rate(base.stdout)
+
+
+SHORT = ["--set", "training.steps=4", "--set", "training.checkpoint_every=2", "--set", "training.eval_problems=20"]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("extra", [[], ["--set", "algorithm.name=grpo", "--set", "learner.warmup_steps=3"]])
+def test_same_seed_same_bits_also_across_a_resume(tmp_path: Path, extra: list[str]) -> None:
+    for name in ("one", "two"):
+        assert run("train", "quick", "--out", tmp_path / name, *SHORT, *extra).exit_code == 0
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+    # As if the second run had been killed after its first checkpoint and in the middle of writing.
+    cut = tmp_path / "two"
+    shutil.rmtree(cut / "checkpoints" / "step-000004")
+    shutil.rmtree(cut / "model")
+    with (cut / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
+    resumed = run("train", "--resume", cut)
+    assert resumed.exit_code == 0, resumed.output
+    assert all(torch.equal(value, weights(cut)[key]) for key, value in one.items())
+    drop = ("seconds/rollouts", "seconds/learner", "seconds/scoring", "tokens_per_second")
+    for row, again in zip(metrics_of(tmp_path / "one"), metrics_of(cut), strict=True):
+        assert {key: value for key, value in row.items() if key not in drop} == {k: v for k, v in again.items() if k not in drop}
+
+    other = run("train", "quick", "--out", tmp_path / "three", *SHORT, *extra, "--set", "seed=1")
+    assert other.exit_code == 0
+    assert not all(torch.equal(value, weights(tmp_path / "three")[key]) for key, value in one.items())
+
+
+def test_dynamic_sampling_gives_up_with_a_report(tmp_path: Path) -> None:
+    """Answers that cannot be said: every group is all wrong."""
+    (tmp_path / "data.jsonl").write_text('{"prompt": "1+1=", "answer": "two"}\n' * 4)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[task]\nname = 'dataset'\npath = 'data.jsonl'\n[rollouts]\nprompts_per_step = 2\nmax_rounds = 3\n")
+    result = run("train", recipe, "--out", tmp_path / "run")
+    assert result.exit_code == 1
+    assert "0 mixed groups after 3 rounds" in result.stderr
+    assert "0 were all right, 18 all wrong" in result.stderr
+    assert list((tmp_path / "run" / "checkpoints").glob("step-000000/state.pt"))
+
+
+def make_group(rewards: list[float], lengths: list[int], truncated: list[bool], prompt: str = "1+1=") -> Group:
+    return Group(
+        problem=Problem(id=prompt, prompt=prompt, answer="2"),
+        prompt_tokens=torch.tensor([3, 4]),
+        completions=tuple(
+            Completion(
+                text="2",
+                tokens=torch.full((length,), 5),
+                logprobs=torch.full((length,), -1.0),
+                mask=torch.ones(length, dtype=torch.bool),
+                stop="length" if cut else "stop",
+                weights_version=0,
+            )
+            for length, cut in zip(lengths, truncated, strict=True)
+        ),
+        scores=tuple(Score(reward=r, correct=r > 0, verdict="correct" if r > 0 else "wrong") for r in rewards),
+    )
+
+
+def test_overlong_filter_takes_truncated_completions_out_of_the_loss_and_the_baseline() -> None:
+    group = make_group([1, 0, 0, 1], [2, 3, 4, 4], [False, False, True, True])
+    for in_baseline, expected in [(False, [0.7071068, -0.7071068, 0, 0]), (True, [0.8660254, -0.8660254, 0, 0])]:
+        algorithm = named("grpo", beta=0.0, overlong_filter=True, overlong_in_baseline=in_baseline, advantage_eps=0.0)
+        batch = make_batch([group], algorithm)
+        assert batch.mask_BT.sum(1).tolist() == [2, 3, 0, 0]
+        batch, _ = assign_credit(batch, [group], algorithm, 4, {})
+        torch.testing.assert_close(batch.advantages_BT[:, 0], torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_shaped_rewards_by_hand() -> None:
+    """DAPO prices verdicts at 1 and -1 and takes off up to 1 over the last fifth of 20 tokens: 16, 18 and 20."""
+    group = make_group([1, 0, 1, 1], [5, 16, 18, 20], [False] * 4)
+    assert shaped_rewards([group], named("dapo"), 20).tolist() == [1.0, -1.0, 0.5, 0.0]
+    assert shaped_rewards([group], named("grpo"), 20).tolist() == [1.0, 0.0, 1.0, 1.0]
+
+
+def test_minibatches_are_whole_groups_each_once_and_shuffled() -> None:
+    groups = [make_group([1, 0], [2, 3], [False, False], prompt=f"{i}+1=") for i in range(6)]
+    batch = make_batch(groups, named("grpo"))
+    batch, _ = assign_credit(batch, groups, named("grpo"), 8, {})
+    for count, sizes in [(4, [2, 4, 2, 4]), (6, [2] * 6), (100, [2] * 6), (1, [12])]:
+        parts = list(minibatches(batch, count, seed=0))
+        assert sorted(len(part) for part in parts) == sorted(sizes)
+        assert all(len(part.prompts) * 2 == len(part) for part in parts)
