@@ -69,7 +69,7 @@ def cispo(terms: Terms) -> tuple[Tensor, Tensor]:
 def sapo(terms: Terms) -> tuple[Tensor, Tensor]:
     """-4/tau sigmoid(tau (ratio - 1)) A, tau by the sign of A: a smooth gate, nothing clipped (arXiv 2511.20347)."""
     settings = terms.settings
-    tau = torch.where(terms.advantages_BT > 0, settings.gate_positive, settings.gate_negative).to(terms.log_ratio_BT.dtype)
+    tau = torch.full_like(terms.log_ratio_BT, settings.gate_negative).masked_fill(terms.advantages_BT > 0, settings.gate_positive)
     gate = 4 / tau * torch.sigmoid(tau * (bounded_exp(terms.log_ratio_BT) - 1))
     return -gate * terms.advantages_BT, torch.zeros_like(terms.mask_BT)
 
