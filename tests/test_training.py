@@ -1,7 +1,9 @@
 """The whole path: a run learns, repeats bit for bit, resumes bit for bit, and leaves what it promises."""
 
 import json
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from groupwise.algorithms import named
-from groupwise.training.batching import assign_credit, make_batch, minibatches, shaped_rewards
+from groupwise.algorithms.algorithm import NAMED
+from groupwise.tasks.arithmetic import score_answer
+from groupwise.training.batching import assign_credit, last_token, make_batch, minibatches, shaped_rewards, step_positions
 from groupwise.types import Completion, Group, Problem, Score
 from tests.test_cli import run
 
@@ -78,7 +82,15 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "model" / "model.safetensors")
 
 
-@pytest.mark.parametrize("extra", [[], ["--set", "algorithm.name=grpo", "--set", "learner.warmup_steps=3"]])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [],
+        ["--set", "algorithm.name=grpo", "--set", "learner.warmup_steps=3"],
+        ["--set", "algorithm.name=dcpo", "--set", "task.problems=24"],
+        ["--set", "algorithm.name=ppo", "--set", "algorithm.kl_target=1e-3"],
+    ],
+)
 def test_same_seed_same_bits_also_across_a_resume(tmp_path: Path, extra: list[str]) -> None:
     for name in ("one", "two"):
         assert run("train", "quick", "--out", tmp_path / name, *SHORT, *extra).exit_code == 0
@@ -115,6 +127,28 @@ def test_dynamic_sampling_gives_up_with_a_report(tmp_path: Path) -> None:
     assert list((tmp_path / "run" / "checkpoints").glob("step-000000/state.pt"))
 
 
+@pytest.mark.parametrize("name", [*NAMED, "default"])
+def test_every_shipped_recipe_runs_two_steps(tmp_path: Path, name: str) -> None:
+    small = ["training.steps=2", "training.eval_problems=10", "rollouts.prompts_per_step=4", "rollouts.group_size=8"]
+    result = run("train", name, "--out", tmp_path / "run", *(part for item in small for part in ("--set", item)))
+    assert result.exit_code == 0, result.output
+    rows = [row for row in metrics_of(tmp_path / "run") if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["grad_norm"] > 0 for row in rows)
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
+def test_dcpo_remembers_prompts_and_uses_groups_that_agree(tmp_path: Path) -> None:
+    """On a pool that is revisited, uniform groups get advantages from the second visit on, and not before."""
+    out = tmp_path / "run"
+    pool = ["algorithm.name=dcpo", "task.problems=16", "training.steps=3", "training.eval_problems=10"]
+    assert run("train", "quick", "--out", out, *(part for item in pool for part in ("--set", item))).exit_code == 0
+    first, second, _ = (row for row in metrics_of(out) if "loss" in row)
+    assert first["groups/dead"] > 0
+    assert first["utilisation"] == pytest.approx(1 - first["groups/dead"])
+    assert second["utilisation"] > 1 - second["groups/dead"]
+
+
 def make_group(rewards: list[float], lengths: list[int], truncated: list[bool], prompt: str = "1+1=") -> Group:
     return Group(
         problem=Problem(id=prompt, prompt=prompt, answer="2"),
@@ -140,7 +174,7 @@ def test_overlong_filter_takes_truncated_completions_out_of_the_loss_and_the_bas
         algorithm = named("grpo", beta=0.0, overlong_filter=True, overlong_in_baseline=in_baseline, advantage_eps=0.0)
         batch = make_batch([group], algorithm)
         assert batch.mask_BT.sum(1).tolist() == [2, 3, 0, 0]
-        batch, _ = assign_credit(batch, [group], algorithm, 4, {})
+        batch, _ = assign_credit(batch, [group], algorithm, None, max_tokens=4, history={})
         torch.testing.assert_close(batch.advantages_BT[:, 0], torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
@@ -154,8 +188,68 @@ def test_shaped_rewards_by_hand() -> None:
 def test_minibatches_are_whole_groups_each_once_and_shuffled() -> None:
     groups = [make_group([1, 0], [2, 3], [False, False], prompt=f"{i}+1=") for i in range(6)]
     batch = make_batch(groups, named("grpo"))
-    batch, _ = assign_credit(batch, groups, named("grpo"), 8, {})
+    batch, _ = assign_credit(batch, groups, named("grpo"), None, max_tokens=8, history={})
     for count, sizes in [(4, [2, 4, 2, 4]), (6, [2] * 6), (100, [2] * 6), (1, [12])]:
         parts = list(minibatches(batch, count, seed=0))
         assert sorted(len(part) for part in parts) == sorted(sizes)
         assert all(len(part.prompts) * 2 == len(part) for part in parts)
+
+
+def spoken(text: str, tokenizer: Any, task_score: Score, ended: bool = True) -> Group:
+    ids = tokenizer(text).input_ids + ([tokenizer.eos_token_id] if ended else [])
+    completion = Completion(
+        text=text,
+        tokens=torch.tensor(ids),
+        logprobs=torch.zeros(len(ids)),
+        mask=torch.ones(len(ids), dtype=torch.bool),
+        stop="stop" if ended else "length",
+        weights_version=0,
+    )
+    problem = Problem(id="7+3*4-5", prompt="7+3*4-5=", answer="14")
+    return Group(problem=problem, prompt_tokens=torch.tensor([3]), completions=(completion,), scores=(task_score,))
+
+
+def test_steps_end_at_their_tokens(tokenizer: Any) -> None:
+    """Line ends at characters 7, 12, 15, so at tokens 6, 11, 14; the last step owns the end token, 15."""
+    problem = Problem(id="7+3*4-5", prompt="7+3*4-5=", answer="14")
+    for text, ended, expected in [
+        ("\n7+12-5\n19-5\n14", True, ([1, 1, 1], [6, 11, 15])),
+        ("\n7+12-5\n18-5\n1", False, ([1, 0, 0], [6, 11, 13])),
+        ("14", True, ([1], [2])),
+        ("", True, ([0], [0])),
+    ]:
+        group = spoken(text, tokenizer, score_answer(problem, text), ended)
+        assert step_positions([group], tokenizer) == [expected]
+
+
+def test_steps_end_at_their_tokens_where_a_token_is_less_than_a_character() -> None:
+    """Byte-level tokens: "é" is two of them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={mark: i for i, mark in enumerate([*alphabet, "<end>"])}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    byte_level = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
+    group = spoken("éa b", byte_level, Score(reward=1, correct=True, steps=((1, 0.5), (4, 1.0))))
+    assert len(group.completions[0].tokens) == 6
+    assert step_positions([group], byte_level) == [([0.5, 1.0], [1, 5])]
+
+
+def test_kl_is_taken_off_the_reward() -> None:
+    """Two tokens of log ratio 0.5 each at coefficient 0.1: 0.1 off a completion's reward, 0.05 off each token's."""
+    group = make_group([1, 0], [2, 2], [False, False])
+    batch = make_batch([group], named("dr_grpo"))
+    shift = torch.tensor([[0.5, 0.5], [0.0, 0.0]])
+    batch = replace(batch, old_logprobs_BT=-1 + shift, ref_logprobs_BT=-torch.ones(2, 2), values_BT=torch.zeros(2, 2))
+    credited, _ = assign_credit(batch, [group], named("dr_grpo"), None, max_tokens=4, kl_coefficient=0.1, history={})
+    torch.testing.assert_close(credited.advantages_BT[:, 0], torch.tensor([0.45, -0.45]))
+    _, credit = assign_credit(batch, [group], named("ppo", gae_lambda=1.0), None, max_tokens=4, kl_coefficient=0.1, history={})
+    assert credit.returns_BT is not None
+    torch.testing.assert_close(credit.returns_BT, torch.tensor([[0.9, 0.95], [0.0, 0.0]], dtype=torch.float64))
+
+
+def test_last_token_of_ragged_rows_with_holes() -> None:
+    mask = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()
+    assert last_token(mask).int().tolist() == [[0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1]]

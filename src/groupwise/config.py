@@ -74,6 +74,16 @@ class LearnerSection(Section):
     """How many updates in a row may be skipped for a non-finite loss or gradient before the run stops."""
 
 
+class CriticSection(Section):
+    """The critic of algorithms that have one; a second copy of the model with a scalar head."""
+
+    learning_rate: NotNegative = 1e-4
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    max_grad_norm: Positive = 1.0
+    value_clip: Positive = 0.2
+    """How far a value may move from the one before the update and still lower the loss."""
+
+
 class TrainingSection(Section):
     steps: Count = 100
     eval_every: Count = 25
@@ -93,6 +103,7 @@ class Recipe(Section):
     """`name`, then any setting of `groupwise.Algorithm`."""
     rollouts: RolloutsSection = RolloutsSection()
     learner: LearnerSection = LearnerSection()
+    critic: CriticSection = CriticSection()
     training: TrainingSection = TrainingSection()
 
 

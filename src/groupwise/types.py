@@ -119,6 +119,10 @@ class Batch:
     """float32 [B, T], the policy at the start of the step; set by the training loop."""
     ref_logprobs_BT: Tensor | None = None
     """float32 [B, T], the frozen reference, where the algorithm uses one."""
+    values_BT: Tensor | None = None
+    """float32 [B, T], the critic's values before the update, where the algorithm has one."""
+    returns_BT: Tensor | None = None
+    """float32 [B, T], what the critic learns to predict."""
     weights_BT: Tensor | None = None
     """float32 [B, T], what each token counts in the loss of one optimiser step; set before micro-batches are cut."""
 

@@ -14,7 +14,7 @@ def steps_to_reach(start: float, target: float, clip_high: float) -> float:
 
 def probability_after(start: float, steps: float, clip_high: float) -> float:
     """min(1, start (1 + clip_high)^steps): the same climb, which ends at 1."""
-    return min(1.0, start * (1 + clip_high) ** steps)
+    return min(1.0, start * math.exp(steps * math.log1p(clip_high)))
 
 
 def upper_clip_is_inert_above(clip_high: float) -> float:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from groupwise.algorithms import Algorithm, policy_loss, token_weights
 from groupwise.config import LearnerSection
+from groupwise.learner.critic import Critic
 from groupwise.learner.logprobs import completion_logprobs
 from groupwise.learner.optimiser import Optimiser
 from groupwise.types import Batch
@@ -27,9 +28,10 @@ class LocalLearner:
         temperature: float,
         max_tokens: int,
         reference: Any = None,
+        critic: Critic | None = None,
     ) -> None:
-        """`updates`: how many the schedule spans. `reference`: a frozen model, where the algorithm needs one."""
-        self.model, self.reference = model, reference
+        """`updates`: how many the schedule spans. `reference` (a frozen model) and `critic`: where the algorithm needs one."""
+        self.model, self.reference, self.critic = model, reference, critic
         self.algorithm, self.settings = algorithm, settings
         self.temperature, self.max_tokens = temperature, max_tokens
         self.optimiser = Optimiser(
@@ -56,7 +58,8 @@ class LocalLearner:
         else:
             old_BT, metrics = batch.rollout_logprobs_BT, {}
         ref_BT = self._logprobs(self.reference, batch) if self.reference is not None else None
-        return replace(batch, old_logprobs_BT=old_BT, ref_logprobs_BT=ref_BT), metrics
+        values_BT = self._values(self.critic, batch) if self.critic is not None else None
+        return replace(batch, old_logprobs_BT=old_BT, ref_logprobs_BT=ref_BT, values_BT=values_BT), metrics
 
     @torch.no_grad()
     def _logprobs(self, model: Any, batch: Batch) -> Tensor:
@@ -65,6 +68,14 @@ class LocalLearner:
             values, _ = self._forward(model, part)
             logprobs_BT[rows, : values.shape[1]] = values.cpu()
         return logprobs_BT
+
+    @torch.no_grad()
+    def _values(self, critic: Critic, batch: Batch) -> Tensor:
+        values_BT = torch.zeros(batch.tokens_BT.shape)
+        for rows, part in self._micro_batches(batch):
+            values = critic.values(part, self.settings.share_prompts)
+            values_BT[rows, : values.shape[1]] = values.cpu()
+        return values_BT
 
     def _forward(self, model: Any, part: Batch) -> tuple[Tensor, Tensor]:
         return completion_logprobs(
@@ -111,13 +122,20 @@ class LocalLearner:
             metrics["entropy"] = (entropy_BT.detach() * part.mask_BT).sum() / max(trained, 1)
             totals.add({"loss": loss.detach(), **metrics}, trained)
         results = totals.result()
-        return {**results, **self.optimiser.step(results["loss"])}
+        results |= self.optimiser.step(results["loss"])
+        if self.critic is not None:
+            parts = (part for _, part in self._micro_batches(minibatch))
+            results |= self.critic.update(parts, int(minibatch.mask_BT.sum()), self.settings.share_prompts)
+        return results
 
     def state_dict(self) -> dict[str, Any]:
-        return self.optimiser.state_dict()
+        state = {"policy": self.optimiser.state_dict()}
+        return state if self.critic is None else {**state, "critic": self.critic.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimiser.load_state_dict(state)
+        self.optimiser.load_state_dict(state["policy"])
+        if self.critic is not None:
+            self.critic.load_state_dict(state["critic"])
 
 
 class Totals:

@@ -29,14 +29,24 @@ def completion_logprobs(
     Returns:
         (logprobs_BT, entropy_BT), float32, in nats; 0 after a row's end.
     """
-    hidden_BTH = (_hidden_shared if share_prompts else _hidden_whole)(model.base_model, batch)
+    hidden_BTH = completion_hidden(model.base_model, batch, share_prompts)
     B, T = batch.tokens_BT.shape
-    inside_BT = torch.arange(T, device=batch.tokens_BT.device) < batch.lengths_B[:, None]
+    inside_BT = inside_rows(batch)
     logprobs_N, entropy_N = token_logprobs(
         model, hidden_BTH[inside_BT], batch.tokens_BT[inside_BT], temperature, entropy_gradient
     )
     zeros_BT = torch.zeros(B, T, device=logprobs_N.device)
     return zeros_BT.masked_scatter(inside_BT, logprobs_N), zeros_BT.masked_scatter(inside_BT, entropy_N)
+
+
+def inside_rows(batch: Batch) -> Tensor:
+    """bool [B, T], False after a row's end."""
+    return torch.arange(batch.tokens_BT.shape[1], device=batch.tokens_BT.device) < batch.lengths_B[:, None]
+
+
+def completion_hidden(decoder: Any, batch: Batch, share_prompts: bool) -> Tensor:
+    """The last hidden states [B, T, H] from which each completion token is predicted."""
+    return (_hidden_shared if share_prompts else _hidden_whole)(decoder, batch)
 
 
 def _hidden_whole(decoder: Any, batch: Batch) -> Tensor:

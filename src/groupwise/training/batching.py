@@ -1,5 +1,9 @@
 """From scored groups to a batch of rows, their advantages, and the minibatches of a step."""
 
+import bisect
+import functools
+import itertools
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -8,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groupwise.algorithms import Algorithm, Outcomes, soft_overlong_penalty
+from groupwise.algorithms import Algorithm, Outcomes, soft_overlong_penalty, token_log_ratio
 from groupwise.algorithms.credit import Credit, spread
 from groupwise.types import Batch, Group, Score, pad_rows
 
@@ -52,12 +56,19 @@ def _priced(score: Score, algorithm: Algorithm) -> float:
 
 
 def assign_credit(
-    batch: Batch, groups: Sequence[Group], algorithm: Algorithm, max_tokens: int, history: Mapping[str, Mapping[str, Any]]
+    batch: Batch,
+    groups: Sequence[Group],
+    algorithm: Algorithm,
+    tokenizer: Any,
+    *,
+    max_tokens: int,
+    kl_coefficient: float = 0.0,
+    history: Mapping[str, Mapping[str, Any]],
 ) -> tuple[Batch, Credit]:
-    """The batch with its advantages, and the credit they came from.
+    """The batch with its advantages (and returns, for a critic), and the credit they came from.
 
     A completion that overlong filtering took out of the loss also leaves its group's baseline, unless the algorithm
-    says otherwise.
+    says otherwise. `kl_coefficient` times log(pi_old / pi_ref) is taken off the reward of each token.
     """
     counted_B = torch.ones(len(batch), dtype=torch.bool)
     if not algorithm.overlong_in_baseline:
@@ -65,18 +76,58 @@ def assign_credit(
     rows = counted_B.nonzero()[:, 0]
     if len(rows) == 0:
         return batch, Credit(advantages=torch.zeros(len(batch)), history=history)
+    penalty_BT = torch.zeros(batch.mask_BT.shape, dtype=torch.float64)
+    if kl_coefficient:
+        assert batch.old_logprobs_BT is not None and batch.ref_logprobs_BT is not None
+        penalty_BT = kl_coefficient * token_log_ratio(batch.old_logprobs_BT, batch.ref_logprobs_BT, batch.mask_BT).double()
+    rewards_B = shaped_rewards(groups, algorithm, max_tokens)
     ids = [group.problem.id for group in groups for _ in group.completions]
+    steps = step_positions(groups, tokenizer) if "steps" in algorithm.needs else None
     outcomes = Outcomes(
-        rewards_B=shaped_rewards(groups, algorithm, max_tokens)[rows],
+        rewards_B=(rewards_B - penalty_BT.sum(1))[rows],
         group_ids_B=batch.group_ids_B[rows],
         prompt_ids=[ids[i] for i in rows.tolist()],
         mask_BT=batch.mask_BT[rows],
+        step_rewards=[steps[i][0] for i in rows.tolist()] if steps else None,
+        step_ends=[steps[i][1] for i in rows.tolist()] if steps else None,
+        token_rewards_BT=(last_token(batch.mask_BT) * rewards_B[:, None] - penalty_BT)[rows],
+        values_BT=batch.values_BT[rows].double() if batch.values_BT is not None else None,
         history=history,
     )
     credit = algorithm.part("advantage")(outcomes, algorithm)
     advantages_BT = torch.zeros(batch.mask_BT.shape)
     advantages_BT[rows] = spread(credit.advantages, batch.mask_BT[rows]).float()
-    return replace(batch, advantages_BT=advantages_BT), credit
+    returns_BT = None
+    if credit.returns_BT is not None:
+        returns_BT = torch.zeros(batch.mask_BT.shape)
+        returns_BT[rows] = credit.returns_BT.float()
+    return replace(batch, advantages_BT=advantages_BT, returns_BT=returns_BT), credit
+
+
+def last_token(mask_BT: Tensor) -> Tensor:
+    """bool [B, T], True at each row's last trained token."""
+    return mask_BT & (mask_BT.flip(1).cumsum(1).flip(1) == 1)
+
+
+def step_positions(groups: Sequence[Group], tokenizer: Any) -> list[tuple[list[float], list[int]]]:
+    """For each completion the rewards of its steps and the index of each step's last token.
+
+    Tasks count a step's end in characters; the last step also owns what follows it, the end-of-sequence token.
+    """
+    lengths = functools.cache(lambda token: len(tokenizer.decode([token], skip_special_tokens=True)))
+    result = []
+    for group in groups:
+        for completion, score in zip(group.completions, group.scores, strict=True):
+            tokens = completion.tokens.tolist()
+            reached = list(itertools.accumulate(lengths(token) for token in tokens))
+            if reached[-1] != len(completion.text):  # some tokens are less than a character each
+                starts = [tokenizer.decode(tokens[: t + 1], skip_special_tokens=True) for t in range(len(tokens))]
+                reached = [len(os.path.commonprefix([start, completion.text])) for start in starts]
+            ends = [min(bisect.bisect_left(reached, end), len(tokens) - 1) for end, _ in score.steps]
+            if ends:
+                ends[-1] = len(tokens) - 1
+            result.append(([reward for _, reward in score.steps], ends))
+    return result
 
 
 def minibatches(batch: Batch, count: int, seed: int) -> Iterator[Batch]:

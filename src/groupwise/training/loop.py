@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from groupwise.algorithms import Algorithm
+from groupwise.algorithms import Algorithm, adaptive_coefficient, token_log_ratio
 from groupwise.config import Recipe
 from groupwise.errors import RunError, UserError
 from groupwise.learner.base import Learner
+from groupwise.learner.critic import Critic
 from groupwise.learner.local import LocalLearner
 from groupwise.models import load_model
 from groupwise.rollouts.base import Sampler
@@ -25,6 +26,7 @@ from groupwise.training.display import Display
 from groupwise.training.evaluate import Evaluation, evaluate
 from groupwise.training.records import RunDirectory
 from groupwise.training.setup import Ready
+from groupwise.types import Batch
 
 
 class Interrupted(Exception):
@@ -49,6 +51,7 @@ class Trainer:
         self.run_directory, self.display = run, display
         self.step = 0
         self.history: Mapping[str, Mapping[str, Any]] = {}
+        self.kl_coefficient = algorithm.kl_reward
         self.learner: Learner = LocalLearner(
             ready.model,
             algorithm,
@@ -57,6 +60,7 @@ class Trainer:
             temperature=recipe.rollouts.temperature,
             max_tokens=recipe.rollouts.max_tokens,
             reference=load_reference(recipe, algorithm, ready.model.device),
+            critic=load_critic(recipe, algorithm, ready.model.device),
         )
         self.sampler: Sampler = NativeSampler(ready.model, ready.tokenizer)
         self.collector = Collector(self.sampler, ready.task, ready.tokenizer, recipe, algorithm)
@@ -92,7 +96,16 @@ class Trainer:
         batch = make_batch(groups, self.algorithm)
         started = time.perf_counter()
         batch, metrics = self.learner.annotate(batch)
-        batch, credit = assign_credit(batch, groups, self.algorithm, self.recipe.rollouts.max_tokens, self.history)
+        metrics |= self.adapt_kl(batch)
+        batch, credit = assign_credit(
+            batch,
+            groups,
+            self.algorithm,
+            self.ready.tokenizer,
+            max_tokens=self.recipe.rollouts.max_tokens,
+            kl_coefficient=self.kl_coefficient,
+            history=self.history,
+        )
         self.history = credit.history
         self.step += 1
         seed = derive(self.recipe.seed, "minibatches", self.step)
@@ -113,6 +126,15 @@ class Trainer:
         self.run_directory.write_metrics(self.step, metrics)
         self.run_directory.write_rollouts(self.step, groups)
         self.display.update(self.step, metrics)
+
+    def adapt_kl(self, batch: Batch) -> dict[str, float]:
+        """The KL to the reference that the reward is charged for; where there is a target for it, the charge follows."""
+        if not self.algorithm.kl_reward or batch.old_logprobs_BT is None or batch.ref_logprobs_BT is None:
+            return {}
+        kl = float(token_log_ratio(batch.old_logprobs_BT, batch.ref_logprobs_BT, batch.mask_BT)[batch.mask_BT].mean())
+        if self.algorithm.kl_target is not None and self.step > 0:
+            self.kl_coefficient = adaptive_coefficient(self.kl_coefficient, kl, self.algorithm.kl_target)
+        return {"kl_reward/kl": kl, "kl_reward/coefficient": self.kl_coefficient}
 
     def collect(self) -> Collected:
         """Groups for the next step. A failure here leaves the weights of the last step whole, so they are saved."""
@@ -168,6 +190,7 @@ class Trainer:
             "collector": self.collector.state_dict(),
             "learner": self.learner.state_dict(),
             "history": self.history,
+            "kl_coefficient": self.kl_coefficient,
         }
         keep = self.recipe.training.keep_checkpoints
         return checkpoints.save(self.run_directory.checkpoints, self.step, self.ready.model, state, keep)
@@ -178,7 +201,7 @@ class Trainer:
         self.step = self.display.start = self.display.step = state["step"]
         self.collector.load_state_dict(state["collector"])
         self.learner.load_state_dict(state["learner"])
-        self.history = state["history"]
+        self.history, self.kl_coefficient = state["history"], state["kl_coefficient"]
         self.sampler.load(self.ready.model, self.learner.version)
         self.run_directory.rewind(self.step)
 
@@ -193,6 +216,14 @@ def load_reference(recipe: Recipe, algorithm: Algorithm, device: Any) -> Any:
     if not algorithm.needs_reference:
         return None
     return load_model(recipe.model.path).to(device).requires_grad_(False)
+
+
+def load_critic(recipe: Recipe, algorithm: Algorithm, device: Any) -> Critic | None:
+    """A second copy of the base model with a scalar head, where the algorithm has a critic."""
+    if "critic" not in algorithm.needs:
+        return None
+    model = load_model(recipe.model.path).to(device)
+    return Critic(model, updates=recipe.training.steps * recipe.learner.minibatches, **recipe.critic.model_dump())
 
 
 def averaged(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
