@@ -122,7 +122,7 @@ def step_positions(groups: Sequence[Group], tokenizer: Any) -> list[tuple[list[f
             reached = list(itertools.accumulate(lengths(token) for token in tokens))
             if reached[-1] != len(completion.text):  # some tokens are less than a character each
                 starts = [tokenizer.decode(tokens[: t + 1], skip_special_tokens=True) for t in range(len(tokens))]
-                reached = [len(os.path.commonprefix([start, completion.text])) for start in starts]
+                reached = [len(os.path.commonprefix([start, completion.text])) for start in starts]  # noqa: RUF071 characters, as meant
             ends = [min(bisect.bisect_left(reached, end), len(tokens) - 1) for end, _ in score.steps]
             if ends:
                 ends[-1] = len(tokens) - 1
