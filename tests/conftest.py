@@ -19,6 +19,7 @@ SIZES: dict[str, Any] = {
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3": {**SIZES, "head_dim": 8},
     "llama": SIZES,
+    "gemma": {**SIZES, "head_dim": 8},
     "gemma2": {**SIZES, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
     "qwen3_moe": {
         **SIZES,

@@ -10,7 +10,7 @@ ROOT = Path(groupwise.__file__).parent
 LEVELS = [
     {"algorithms", "errors", "seeding"},
     {"types", "plugins"},
-    {"models", "config"},
+    {"models", "config", "attention"},
     {"tasks", "rewards", "rollouts", "learner"},
     {"training"},
     {"cluster"},

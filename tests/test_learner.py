@@ -122,9 +122,11 @@ def test_cut_rows_covers_every_row_once_within_the_budget() -> None:
         rollout_logprobs_BT=torch.zeros(5, 30),
         advantages_BT=torch.zeros(5, 30),
     )
-    cuts = [rows.tolist() for rows in cut_rows(batch, 80)]
+    cuts = [rows.tolist() for rows in cut_rows(batch, 80, padded=True)]
     assert sorted(row for rows in cuts for row in rows) == [0, 1, 2, 3, 4]
-    assert cuts == [[0, 2], [4, 1], [3]] or all(len(rows) * (10 + 30) <= 80 for rows in cuts)
+    assert cuts == [[0, 2], [4, 1, 3]]  # 2 x (10 + 30); 3 x (4 + 20), which the one token of row 4 shares
+    packed = [rows.tolist() for rows in cut_rows(batch, 45, padded=False)]
+    assert packed == [[0], [2, 4, 1, 3]]  # 10 + 30; 10 + 6, 1, 4 + 2, 20
 
 
 def test_no_tensor_of_batch_by_length_by_vocabulary(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

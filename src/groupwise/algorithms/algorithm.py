@@ -214,6 +214,11 @@ class Algorithm:
         return frozenset() if callable(self.advantage) else PARTS["advantage"][self.advantage].needs
 
     @property
+    def zero_advantage_is_idle(self) -> bool:
+        """Whether a row whose advantages are all zero adds nothing to the gradient, so that it need not be run."""
+        return self.beta == 0 and self.entropy_bonus == 0 and not callable(self.surrogate)
+
+    @property
     def needs_reference(self) -> bool:
         return self.beta > 0 or self.kl_reward > 0
 

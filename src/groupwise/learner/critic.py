@@ -18,6 +18,7 @@ class Critic:
         self, model: Any, *, updates: int, learning_rate: float, warmup_steps: int, max_grad_norm: float, value_clip: float
     ) -> None:
         """`model`: a causal language model of its own, whose decoder is used. The head starts at 0, so every value does."""
+        self.model = model
         decoder = model.base_model
         head = nn.Linear(decoder.config.get_text_config().hidden_size, 1, device=model.device, dtype=model.dtype)
         nn.init.zeros_(head.weight)
@@ -34,9 +35,9 @@ class Critic:
 
     def values(self, batch: Batch, share_prompts: bool) -> Tensor:
         """float32 [B, T]: the value of the state before each token; 0 after a row's end."""
-        hidden_BTH = completion_hidden(self.network["decoder"], batch, share_prompts)
-        values_BT: Tensor = self.network["head"](hidden_BTH)[..., 0].float()
-        return torch.where(inside_rows(batch), values_BT, 0)
+        values_N = self.network["head"](completion_hidden(self.model, batch, share_prompts))[:, 0].float()
+        zeros_BT = torch.zeros(batch.tokens_BT.shape, device=values_N.device)
+        return zeros_BT.masked_scatter(inside_rows(batch), values_N)
 
     def update(self, parts: Iterator[Batch], tokens: int, share_prompts: bool) -> dict[str, float]:
         """One optimiser step on the parts of a minibatch that has `tokens` trained tokens."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from groupwise.algorithms import Algorithm, policy_loss, token_weights
+from groupwise.attention import packs
 from groupwise.config import LearnerSection
 from groupwise.learner.critic import Critic
 from groupwise.learner.logprobs import completion_logprobs
@@ -52,22 +53,27 @@ class LocalLearner:
 
     def annotate(self, batch: Batch) -> tuple[Batch, dict[str, float]]:
         if self.settings.old_logprobs == "recompute":
-            old_BT = self._logprobs(self.model, batch)
+            old_BT, entropy_BT = self._logprobs(self.model, batch)
             gap_BT = (old_BT - batch.rollout_logprobs_BT).abs()[batch.mask_BT]
-            metrics = {"sampler_gap_max": float(gap_BT.max()), "sampler_gap_mean": float(gap_BT.mean())}
+            metrics = {
+                "sampler_gap_max": float(gap_BT.max()),
+                "sampler_gap_mean": float(gap_BT.mean()),
+                "entropy": float(entropy_BT[batch.mask_BT].mean()),
+            }
         else:
             old_BT, metrics = batch.rollout_logprobs_BT, {}
-        ref_BT = self._logprobs(self.reference, batch) if self.reference is not None else None
+        ref_BT = self._logprobs(self.reference, batch)[0] if self.reference is not None else None
         values_BT = self._values(self.critic, batch) if self.critic is not None else None
         return replace(batch, old_logprobs_BT=old_BT, ref_logprobs_BT=ref_BT, values_BT=values_BT), metrics
 
     @torch.no_grad()
-    def _logprobs(self, model: Any, batch: Batch) -> Tensor:
-        logprobs_BT = torch.zeros(batch.tokens_BT.shape)
+    def _logprobs(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies [B, T] under `model`."""
+        whole = torch.zeros(batch.tokens_BT.shape), torch.zeros(batch.tokens_BT.shape)
         for rows, part in self._micro_batches(batch):
-            values, _ = self._forward(model, part)
-            logprobs_BT[rows, : values.shape[1]] = values.cpu()
-        return logprobs_BT
+            for whole_BT, values in zip(whole, self._forward(model, part), strict=True):
+                whole_BT[rows, : values.shape[1]] = values.cpu()
+        return whole
 
     @torch.no_grad()
     def _values(self, critic: Critic, batch: Batch) -> Tensor:
@@ -87,7 +93,8 @@ class LocalLearner:
         )
 
     def _micro_batches(self, batch: Batch) -> Iterator[tuple[Tensor, Batch]]:
-        for rows in cut_rows(batch, self.settings.micro_batch_tokens):
+        packed = self.settings.share_prompts and packs(self.model)
+        for rows in cut_rows(batch, self.settings.micro_batch_tokens, padded=not packed):
             yield rows, batch.select(rows).to(self.model.device)
 
     def update(self, minibatch: Batch) -> dict[str, float]:
@@ -100,7 +107,11 @@ class LocalLearner:
         )
         minibatch = replace(minibatch, weights_BT=weights_BT)
         totals = Totals()
-        for _, part in self._micro_batches(minibatch):
+        teaching_B = (minibatch.advantages_BT != 0).any(1) | (not self.algorithm.zero_advantage_is_idle)
+        idle = int(minibatch.mask_BT[~teaching_B].sum())
+        totals.add({name: torch.zeros(()) for name in ("loss", "clip_fraction", "clip_fraction_low", "clip_fraction_high")}, idle)
+        taught = minibatch.select(teaching_B.nonzero()[:, 0]) if teaching_B.any() else None
+        for _, part in self._micro_batches(taught) if taught is not None else ():
             logprobs_BT, entropy_BT = self._forward(self.model, part)
             if not torch.isfinite(logprobs_BT).all():
                 totals.add({"loss": logprobs_BT.new_tensor(float("nan"))}, 0)
@@ -119,7 +130,7 @@ class LocalLearner:
             )
             loss.backward()  # type: ignore[no-untyped-call]
             trained = int(part.mask_BT.sum())
-            metrics["entropy"] = (entropy_BT.detach() * part.mask_BT).sum() / max(trained, 1)
+            metrics["entropy_updated"] = (entropy_BT.detach() * part.mask_BT).sum() / max(trained, 1)
             totals.add({"loss": loss.detach(), **metrics}, trained)
         results = totals.result()
         results |= self.optimiser.step(results["loss"])
@@ -148,30 +159,38 @@ class Totals:
         self._parts.append((metrics, tokens))
 
     def result(self) -> dict[str, float]:
-        tokens = max(1, sum(count for _, count in self._parts))
-        names = dict.fromkeys(name for metrics, _ in self._parts for name in metrics)
-        return {name: self._combine(name, tokens) for name in names}
+        return {name: self._combine(name) for name in dict.fromkeys(name for metrics, _ in self._parts for name in metrics)}
 
-    def _combine(self, name: str, tokens: int) -> float:
+    def _combine(self, name: str) -> float:
         values = [(float(metrics[name]), count) for metrics, count in self._parts if name in metrics]
         if name == "loss":
             return sum(value for value, _ in values)
         if name.endswith("_max"):
             return max(value for value, _ in values)
-        return sum(value * count for value, count in values) / tokens
+        return sum(value * count for value, count in values) / max(1, sum(count for _, count in values))
 
 
-def cut_rows(batch: Batch, tokens: int) -> Iterator[Tensor]:
-    """Rows (int64 [R]) of each micro-batch: groups kept together, at most `tokens` padded tokens each (one row at least)."""
-    prompt_lengths = [len(prompt) for prompt in batch.prompts]
+def cut_rows(batch: Batch, tokens: int, *, padded: bool) -> Iterator[Tensor]:
+    """Rows (int64 [R]) of each micro-batch: groups kept together, at most `tokens` tokens each (one row at least).
+
+    Args:
+        batch: what to cut.
+        tokens: the budget.
+        padded: whether every row costs as much as the longest, its prompt included; else each costs its own length, and
+            a prompt once for its rows.
+    """
     rows: list[int] = []
-    longest_prompt = longest = 0
+    prompts: set[int] = set()
+    longest = packed = 0
     for row in torch.argsort(batch.group_ids_B, stable=True).tolist():
-        prompt = max(longest_prompt, prompt_lengths[int(batch.group_ids_B[row])])
-        length = max(longest, int(batch.lengths_B[row]))
-        if rows and (len(rows) + 1) * (prompt + length) > tokens:
+        prompt, length = int(batch.group_ids_B[row]), int(batch.lengths_B[row])
+        prompt_length = len(batch.prompts[prompt])
+        cost = length if prompt in prompts else length + prompt_length
+        whole = (len(rows) + 1) * max(longest, prompt_length + length) if padded else packed + cost
+        if rows and whole > tokens:
             yield torch.tensor(rows)
-            rows, prompt, length = [], prompt_lengths[int(batch.group_ids_B[row])], int(batch.lengths_B[row])
+            rows, prompts, longest, packed, cost = [], set(), 0, 0, length + prompt_length
         rows.append(row)
-        longest_prompt, longest = prompt, length
+        prompts.add(prompt)
+        longest, packed = max(longest, prompt_length + length), packed + cost
     yield torch.tensor(rows)

@@ -1,5 +1,6 @@
 """Log-probabilities and entropies of completion tokens, without a [B, T, V] tensor and with each prompt run once."""
 
+import itertools
 from typing import Any, cast
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
+from groupwise.attention import Packed, packs, run_packed
 from groupwise.models import left_pad, logits, positions
 from groupwise.types import Batch
 
@@ -29,13 +31,10 @@ def completion_logprobs(
     Returns:
         (logprobs_BT, entropy_BT), float32, in nats; 0 after a row's end.
     """
-    hidden_BTH = completion_hidden(model.base_model, batch, share_prompts)
-    B, T = batch.tokens_BT.shape
+    hidden_NH = completion_hidden(model, batch, share_prompts)
     inside_BT = inside_rows(batch)
-    logprobs_N, entropy_N = token_logprobs(
-        model, hidden_BTH[inside_BT], batch.tokens_BT[inside_BT], temperature, entropy_gradient
-    )
-    zeros_BT = torch.zeros(B, T, device=logprobs_N.device)
+    logprobs_N, entropy_N = token_logprobs(model, hidden_NH, batch.tokens_BT[inside_BT], temperature, entropy_gradient)
+    zeros_BT = torch.zeros(batch.tokens_BT.shape, device=logprobs_N.device)
     return zeros_BT.masked_scatter(inside_BT, logprobs_N), zeros_BT.masked_scatter(inside_BT, entropy_N)
 
 
@@ -44,9 +43,28 @@ def inside_rows(batch: Batch) -> Tensor:
     return torch.arange(batch.tokens_BT.shape[1], device=batch.tokens_BT.device) < batch.lengths_B[:, None]
 
 
-def completion_hidden(decoder: Any, batch: Batch, share_prompts: bool) -> Tensor:
-    """The last hidden states [B, T, H] from which each completion token is predicted."""
-    return (_hidden_shared if share_prompts else _hidden_whole)(decoder, batch)
+def completion_hidden(model: Any, batch: Batch, share_prompts: bool) -> Tensor:
+    """The last hidden states [N, H] from which the completion tokens are predicted, row after row, without padding."""
+    if share_prompts and packs(model):
+        return _hidden_packed(model.base_model, batch)
+    hidden_BTH = (_hidden_shared if share_prompts else _hidden_whole)(model.base_model, batch)
+    return hidden_BTH[inside_rows(batch)]
+
+
+def _hidden_packed(decoder: Any, batch: Batch) -> Tensor:
+    """Prompts once and completions without padding, on one flat sequence; a row's last token predicts nothing and stays out."""
+    prompt_lengths = [len(prompt) for prompt in batch.prompts]
+    lengths = batch.lengths_B.tolist()
+    layout = Packed(prompt_lengths, batch.group_ids_B, batch.lengths_B - 1, batch.tokens_BT.device)
+    rows = [batch.tokens_BT[row, : length - 1] for row, length in enumerate(lengths)]
+    hidden_NH = run_packed(decoder, torch.cat([*batch.prompts, *rows]), layout.positions_N, layout)
+    prompt_ends = list(itertools.accumulate(prompt_lengths))
+    start = prompt_ends[-1]
+    index = []
+    for prompt, length in zip(batch.group_ids_B.tolist(), lengths, strict=True):
+        index += [prompt_ends[prompt] - 1, *range(start, start + length - 1)]
+        start += length - 1
+    return hidden_NH[torch.tensor(index, device=hidden_NH.device)]
 
 
 def _hidden_whole(decoder: Any, batch: Batch) -> Tensor:

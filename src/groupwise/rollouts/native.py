@@ -1,5 +1,6 @@
-"""Sampling with the learner's own model: each prompt run once per group, finished rows dropped at once."""
+"""Sampling with the learner's own model: each prompt run once per group, finished rows replaced by new groups."""
 
+import collections
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from groupwise.attention import Decoding, packs
 from groupwise.models import left_pad, logits, positions
 from groupwise.rollouts.base import Sampling
 from groupwise.types import Completion
@@ -28,53 +30,76 @@ class NativeSampler:
     ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
         # One number per token that could be drawn, by prompt: what a row says does not depend on the rows beside it.
         generator = torch.Generator().manual_seed(seed)
-        uniforms = [torch.rand(group_size, sampling.max_tokens, generator=generator, dtype=torch.float64) for _ in prompts]
+        shape = (len(prompts) * group_size, sampling.max_tokens)
+        draft = Draft(torch.rand(shape, generator=generator, dtype=torch.float64), self.model.device)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        run = self._run_packed if packs(self.model) else self._run_padded
+        left = [group_size] * len(prompts)
+        for finished in run(prompts, order, group_size, sampling, draft):
+            for prompt in (row // group_size for row in finished):
+                left[prompt] -= 1
+                if left[prompt] == 0:
+                    yield prompt, self._completions(draft, range(prompt * group_size, (prompt + 1) * group_size))
+
+    @torch.inference_mode()
+    def _run_packed(
+        self, prompts: Sequence[Tensor], order: list[int], group_size: int, sampling: Sampling, draft: "Draft"
+    ) -> Iterator[list[int]]:
+        """Write every row, new groups joining as rows finish; yields rows as they do.
+
+        Keys and values stay where they were first written; see `Decoding`.
+        """
+        decoder, device = self.model.base_model, self.model.device
+        choose, ended = self._chooser(sampling), self._end_detector(sampling, draft)
+        groups = min(len(prompts), max(1, sampling.max_rows // group_size))
+        longest = max(len(prompt) for prompt in prompts)
+        like = next(self.model.parameters())
+        state = Decoding(decoder.config, groups, longest, groups * group_size, sampling.max_tokens, like)
+        waiting = collections.deque(order)
+        hidden_RH = like.new_empty(0, decoder.config.hidden_size)
+        rows_R = torch.zeros(0, dtype=torch.long, device=device)  # the rows being written
+        while waiting or len(rows_R):
+            room = min((groups * group_size - len(rows_R)) // group_size, groups - len(state.lengths_P), len(waiting))
+            if room:
+                joining = [waiting.popleft() for _ in range(room)]
+                hidden_PH = state.prefill(decoder, [prompts[i].to(device) for i in joining], group_size)
+                hidden_RH = torch.cat([hidden_RH, hidden_PH.repeat_interleave(group_size, dim=0)])
+                new_rows = [i * group_size + place for i in joining for place in range(group_size)]
+                rows_R = torch.cat([rows_R, torch.tensor(new_rows, device=device)])
+            tokens_R, done_R = draft.write(rows_R, *choose(hidden_RH, draft.uniforms(rows_R)), ended)
+            if done_R.any():
+                yield rows_R[done_R].tolist()
+                order_R = state.keep(~done_R)
+                rows_R, tokens_R = rows_R[order_R], tokens_R[order_R]
+            hidden_RH = state.step(decoder, tokens_R) if len(rows_R) else hidden_RH[:0]
+
+    @torch.inference_mode()
+    def _run_padded(
+        self, prompts: Sequence[Tensor], order: list[int], group_size: int, sampling: Sampling, draft: "Draft"
+    ) -> Iterator[list[int]]:
+        """The general path: a few prompts at a time, padded, on transformers' own cache and attention."""
+        device = self.model.device
+        choose, ended = self._chooser(sampling), self._end_detector(sampling, draft)
         size = max(1, sampling.max_rows // group_size)
         for start in range(0, len(order), size):
             chunk = order[start : start + size]
-            uniforms_BT = torch.cat([uniforms[i] for i in chunk])
-            rows = self._rows([prompts[i] for i in chunk], group_size, sampling, uniforms_BT)
-            for number, i in enumerate(chunk):
-                yield i, tuple(rows[number * group_size : (number + 1) * group_size])
-
-    @torch.no_grad()
-    def _rows(self, prompts: list[Tensor], group_size: int, sampling: Sampling, uniforms_BT: Tensor) -> list[Completion]:
-        """The completions of a few prompts, group by group."""
-        model, device = self.model, self.model.device
-        warp = _warper(sampling)
-        ended = self._end_detector(sampling)
-        prompt_PL, mask_PL = left_pad(tuple(prompt.to(device) for prompt in prompts))
-        cache = DynamicCache(config=model.base_model.config)
-        hidden_PH = self._forward(prompt_PL, mask_PL, cache)
-        hidden_RH = hidden_PH.repeat_interleave(group_size, dim=0)
-        mask_RL = mask_PL.repeat_interleave(group_size, dim=0)
-        cache.batch_repeat_interleave(group_size)
-
-        B, T = uniforms_BT.shape
-        uniforms_BT = uniforms_BT.to(device)
-        tokens_BT = torch.zeros(B, T, dtype=torch.long, device=device)
-        logprobs_BT = torch.zeros(B, T, device=device)
-        lengths_B = torch.full((B,), T, device=device)
-        stopped_B = torch.zeros(B, dtype=torch.bool, device=device)
-        rows_R = torch.arange(B, device=device)  # the rows still being written
-        for t in range(T):
-            scores_RV = torch.log_softmax(warp(logits(model, hidden_RH).float() / sampling.temperature), dim=-1)
-            tokens_R = draw(scores_RV, uniforms_BT[rows_R, t])
-            tokens_BT[rows_R, t] = tokens_R
-            logprobs_BT[rows_R, t] = scores_RV.gather(1, tokens_R[:, None])[:, 0]
-            ended_R = ended(tokens_R, tokens_BT[rows_R, : t + 1])
-            if ended_R.any():
-                lengths_B[rows_R[ended_R]] = t + 1
-                stopped_B[rows_R[ended_R]] = True
-                keep = (~ended_R).nonzero()[:, 0]
-                rows_R, tokens_R, mask_RL = rows_R[keep], tokens_R[keep], mask_RL[keep]
-                cache.batch_select_indices(keep)
-            if len(rows_R) == 0 or t + 1 == T:
-                break
-            mask_RL = torch.nn.functional.pad(mask_RL, (0, 1), value=1)
-            hidden_RH = self._forward(tokens_R[:, None], mask_RL, cache)
-        return self._completions(tokens_BT.cpu(), logprobs_BT.cpu(), lengths_B.tolist(), stopped_B.tolist())
+            prompt_PL, mask_PL = left_pad(tuple(prompts[i].to(device) for i in chunk))
+            cache = DynamicCache(config=self.model.base_model.config)
+            hidden_RH = self._forward(prompt_PL, mask_PL, cache).repeat_interleave(group_size, dim=0)
+            mask_RL = mask_PL.repeat_interleave(group_size, dim=0)
+            cache.batch_repeat_interleave(group_size)
+            rows_R = torch.tensor([i * group_size + place for i in chunk for place in range(group_size)], device=device)
+            while True:
+                tokens_R, done_R = draft.write(rows_R, *choose(hidden_RH, draft.uniforms(rows_R)), ended)
+                if done_R.any():
+                    yield rows_R[done_R].tolist()
+                    keep = (~done_R).nonzero()[:, 0]
+                    rows_R, tokens_R, mask_RL = rows_R[keep], tokens_R[keep], mask_RL[keep]
+                    cache.batch_select_indices(keep)
+                if len(rows_R) == 0:
+                    break
+                mask_RL = torch.nn.functional.pad(mask_RL, (0, 1), value=1)
+                hidden_RH = self._forward(tokens_R[:, None], mask_RL, cache)
 
     def _forward(self, tokens_RL: Tensor, mask_RL: Tensor, cache: DynamicCache) -> Tensor:
         """The last hidden state [R, H] after appending `tokens_RL` to what the cache holds."""
@@ -88,34 +113,83 @@ class NativeSampler:
         hidden: Tensor = output.last_hidden_state[:, -1]
         return hidden
 
-    def _end_detector(self, sampling: Sampling) -> Callable[[Tensor, Tensor], Tensor]:
-        """A function (tokens_R, written_RT) -> bool [R]: which rows the newest token has ended."""
+    def _end_detector(self, sampling: Sampling, draft: "Draft") -> Callable[[Tensor, Tensor], Tensor]:
+        """A function (tokens_R, rows_R) -> bool [R]: which rows the newest token has ended."""
         ends = torch.tensor(sorted({self.tokenizer.eos_token_id, *sampling.stop_tokens}), device=self.model.device)
         if not sampling.stop:
             return lambda tokens_R, _: torch.isin(tokens_R, ends)
         # A token decodes to at least one byte of the stop string; a few more cover a character cut in two.
         tail = max(len(stop.encode()) for stop in sampling.stop) + 4
 
-        def ended(tokens_R: Tensor, written_RT: Tensor) -> Tensor:
-            texts = self.tokenizer.batch_decode(written_RT[:, -tail:], skip_special_tokens=True)
+        def ended(tokens_R: Tensor, rows_R: Tensor) -> Tensor:
+            texts = self.tokenizer.batch_decode(draft.tails(rows_R, tail), skip_special_tokens=True)
             said = [any(stop in text for stop in sampling.stop) for text in texts]
             return torch.isin(tokens_R, ends) | torch.tensor(said, device=tokens_R.device)
 
         return ended
 
-    def _completions(self, tokens_BT: Tensor, logprobs_BT: Tensor, lengths: list[int], stopped: list[bool]) -> list[Completion]:
-        rows = [tokens_BT[i, :length] for i, length in enumerate(lengths)]
-        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
-        return [
+    def _chooser(self, sampling: Sampling) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """A function (hidden_RH, uniforms_R) -> (tokens_R, their logprobs_R under the distribution they were drawn from)."""
+        warp = _warper(sampling)
+
+        def choose(hidden_RH: Tensor, uniforms_R: Tensor) -> tuple[Tensor, Tensor]:
+            scores_RV = torch.log_softmax(warp(logits(self.model, hidden_RH).float() / sampling.temperature), dim=-1)
+            tokens_R = draw(scores_RV, uniforms_R)
+            return tokens_R, scores_RV.gather(1, tokens_R[:, None])[:, 0]
+
+        return choose
+
+    def _completions(self, draft: "Draft", rows: range) -> tuple[Completion, ...]:
+        lengths = draft.lengths_B[rows.start : rows.stop].tolist()
+        tokens_RT, logprobs_RT = (x[rows.start : rows.stop].cpu() for x in (draft.tokens_BT, draft.logprobs_BT))
+        stopped = draft.stopped_B[rows.start : rows.stop].tolist()
+        written = [tokens_RT[i, :length] for i, length in enumerate(lengths)]
+        texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return tuple(
             Completion(
                 text=text,
                 tokens=tokens,
-                logprobs=logprobs_BT[i, : len(tokens)],
+                logprobs=logprobs_RT[i, : len(tokens)],
                 mask=torch.ones(len(tokens), dtype=torch.bool),
                 stop="stop" if stopped[i] else "length",
                 weights_version=self.version,
             )
-            for i, (tokens, text) in enumerate(zip(rows, texts, strict=True))
+            for i, (tokens, text) in enumerate(zip(written, texts, strict=True))
+        )
+
+
+class Draft:
+    """What has been written so far, row by row: B rows for all prompts together."""
+
+    def __init__(self, uniforms_BT: Tensor, device: Any) -> None:
+        B, T = uniforms_BT.shape
+        self._uniforms_BT = uniforms_BT.to(device)
+        self.tokens_BT = torch.zeros(B, T, dtype=torch.long, device=device)
+        self.logprobs_BT = torch.zeros(B, T, device=device)
+        self.lengths_B = torch.zeros(B, dtype=torch.long, device=device)
+        self.stopped_B = torch.zeros(B, dtype=torch.bool, device=device)
+
+    def uniforms(self, rows_R: Tensor) -> Tensor:
+        return self._uniforms_BT[rows_R, self.lengths_B[rows_R]]
+
+    def write(
+        self, rows_R: Tensor, tokens_R: Tensor, logprobs_R: Tensor, ended: Callable[[Tensor, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Append a token to each of the rows; returns the tokens, and which rows are done: ended, or full."""
+        places_R = self.lengths_B[rows_R]
+        self.tokens_BT[rows_R, places_R] = tokens_R
+        self.logprobs_BT[rows_R, places_R] = logprobs_R
+        self.lengths_B[rows_R] = places_R + 1
+        ended_R = ended(tokens_R, rows_R)
+        self.stopped_B[rows_R] = ended_R
+        return tokens_R, ended_R | (places_R + 1 == self.tokens_BT.shape[1])
+
+    def tails(self, rows_R: Tensor, count: int) -> list[list[int]]:
+        """The last tokens of each row, at most `count`."""
+        lengths = self.lengths_B[rows_R].tolist()
+        return [
+            self.tokens_BT[row, max(0, length - count) : length].tolist()
+            for row, length in zip(rows_R.tolist(), lengths, strict=True)
         ]
 
 

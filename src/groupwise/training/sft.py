@@ -87,7 +87,7 @@ def train_step(model: Any, optimiser: Optimiser, batch: Batch, micro_batch_token
     """One update on the mean negative log-probability of the tokens that count; returns it."""
     batch = replace(batch, weights_BT=token_weights(batch.mask_BT, "token_mean"))
     total = 0.0
-    for rows in cut_rows(batch, micro_batch_tokens):
+    for rows in cut_rows(batch, micro_batch_tokens, padded=True):
         part = batch.select(rows).to(model.device)
         logprobs_BT, _ = completion_logprobs(model, part, share_prompts=False)
         assert part.weights_BT is not None
