@@ -128,6 +128,16 @@ def test_adaptive_coefficient() -> None:
     assert [gw.adaptive_coefficient(1.0, kl, 0.1) for kl in (0.16, 0.15, 0.1, 0.067, 0.066)] == [2, 1, 1, 1, 0.5]
 
 
+def test_approx_kl_estimates_the_kl_from_old_to_new() -> None:
+    """Samples of old (0.7, 0.3) against new (0.4, 0.6): KL = 0.7 ln(0.7/0.4) + 0.3 ln(0.3/0.6), the mean over old's draws."""
+    old, new = torch.tensor([[0.7, 0.3], [0.4, 0.6]], dtype=torch.float64).log()
+    draws = torch.tensor([0] * 7 + [1] * 3)
+    _, metrics = gw.policy_loss(
+        gw.named("dapo"), new[draws][:, None], old[draws][:, None], torch.ones(10), torch.ones(10, 1).bool()
+    )
+    near(metrics["approx_kl"], 0.7 * math.log(0.7 / 0.4) + 0.3 * math.log(0.3 / 0.6))
+
+
 def test_clip_metrics_by_hand() -> None:
     """Four tokens, A = 1, 1, -1, -1 with ratios 1.3, 0.5, 1.3, 0.5: only the first and the last lose their gradient."""
     logprobs = torch.tensor([[1.3], [0.5], [1.3], [0.5]]).log()
@@ -346,7 +356,14 @@ def test_a_users_own_part() -> None:
         ("grpo", {"surrogate": "cispo"}, "ratio_cap: the surrogate cispo needs one"),
         ("grpo", {"kl_target": 0.1}, "kl_target: needs kl_reward"),
         ("grpo", {"overlong_in_baseline": True}, "overlong_in_baseline: only a filtered completion"),
-        ("grpo", {"beta": -1.0}, "beta: -1.0 is negative"),
+        ("grpo", {"beta": -1.0}, "beta: -1.0 is not a number of at least 0"),
+        ("grpo", {"clip_high": math.nan}, "clip_high: nan is not a number"),
+        ("grpo", {"center": "x"}, "center: 'x' is not one of"),
+        ("sapo", {"gate_positive": 0.0}, "gate_positive: must be above 0"),
+        ("sapo", {"dual_clip": 3.0}, "dual_clip: the surrogate sapo does not use it"),
+        ("gmpo", {"advantage": "process"}, "ratio: one ratio for the sequence cannot carry"),
+        ("dapo", {"advantage": "process"}, "overlong_cache: changes the reward of a completion"),
+        ("grpo", {"correction": "icepop", "correction_low": 3.0}, "correction_low: is above correction_high"),
         ("grpo", {"dual_clip": 0.5}, "dual_clip: must be above 1"),
         ("grpo", {"aggregation": "tokens_mean"}, "aggregation: there is no 'tokens_mean'; did you mean 'token_mean'"),
     ],

@@ -49,11 +49,22 @@ def test_check_finds_nothing_wrong_with_a_shipped_recipe(name: str) -> None:
         ("[algorithm]\nname = 'dapo'\nratio = 'tokens'", "line 3, algorithm.ratio: there is no 'tokens'; did you mean 'token'?"),
         ("[algorithm]\nname = 'gspo'\nadvantage = 'process'", "algorithm.ratio: one ratio for the sequence cannot carry"),
         ("[task]\nname = 'arithmetics'", "line 2, task.name: there is no task 'arithmetics'; did you mean 'arithmetic'?"),
-        ("[task]\nname = 'arithmetic'\ngrades = [9]", "recipe.toml, task.grades.0: input should be less than or equal to 5"),
+        ("[task]\nname = 'arithmetic'\ngrades = [9]", "line 3, task.grades: input should be less than or equal to 5"),
         ("[model]\npath = 'arithmetic-bas'", "line 2, model.path: no model 'arithmetic-bas'"),
         ("[model]\npath = 'arithmetic-bas'", "did you mean 'arithmetic-base'?"),
         ("[model]\ndevice = 'cuda:9'", "model.device: 'cuda:9' is not here"),
         ("[rollouts]\nmax_tokens = 5000", "rollouts.max_tokens: a prompt of"),
+        ("[algorithm]\nname = 3", "line 2, algorithm.name: there is no algorithm 3"),
+        ("[algorithm]\nclip_high = nan", "line 2, algorithm.clip_high: nan is not a number of at least 0"),
+        ("[algorithm]\nname = 'grpo'\nratio = 5", "line 3, algorithm.ratio: input should be a valid string"),
+        ("[algorithm]\nsurrogate = 'no.py:f'", "line 2, algorithm.surrogate: no.py:f: there is no file 'no.py'"),
+        ("[task]\nname = [1]", "line 2, task.name: there is no task [1]"),
+        ("[task]\ngrades = ['1']", "line 2, task.grades: input should be a valid integer"),
+        ("[model]\nchat = true", "line 2, model.chat: the tokenizer of 'arithmetic-base' has no chat template"),
+        ("[rollouts]\nstop_tokens = [999]", "line 2, rollouts.stop_tokens: 999 is no token: the vocabulary has 17"),
+        ("[rollouts]\ntemperature = inf", "line 2, rollouts.temperature: input should be a finite number"),
+        ("[rollouts]\nprompts_per_step = 2", "learner.minibatches: a minibatch holds whole groups"),
+        ("[algorithm]\ncorrection = 'tis'\n[learner]\nold_logprobs = 'sampler'", "line 4, learner.old_logprobs: a correction"),
         ("[rollouts]\ngroup_size = 1", "rollouts.group_size: dapo compares the completions of a prompt"),
         ("[rollouts]\ntop_p = 0.5\n[learner]\nold_logprobs = 'sampler'", "learner.old_logprobs: the sampler's"),
     ],
@@ -82,13 +93,73 @@ def test_a_wrong_recipe_gets_one_message_before_anything_is_trained(
 )
 def test_a_wrong_reward_is_found_before_anything_is_trained(tmp_path: Path, body: str, message: str) -> None:
     (tmp_path / "mine.py").write_text(f"def reward(problem, completions):\n    {body}\n")
-    (tmp_path / "data.jsonl").write_text('{"prompt": "1+1="}\n' * 4)
+    (tmp_path / "data.jsonl").write_text("".join(f'{{"prompt": "{i}+1="}}\n' for i in range(4)))
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("[task]\nname = 'dataset'\npath = 'data.jsonl'\nreward = 'mine.py:reward'\n")
     result = run("train", recipe, "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert message in result.stderr and "mine.py:reward" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("def loss(terms):\n    raise KeyError('x')", "KeyError: 'x'"),
+        ("def loss():\n    pass", "TypeError"),
+        ("def loss(terms):\n    return terms.log_ratio_BT", "trying surrogate"),
+    ],
+)
+def test_a_wrong_part_is_found_before_anything_is_trained(tmp_path: Path, body: str, message: str) -> None:
+    (tmp_path / "mine.py").write_text(body)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[algorithm]\nsurrogate = 'mine.py:loss'\n")
+    result = run("train", recipe, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert message in result.stderr and "mine.py:loss" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (
+            "[model]\ncharacters = '0123'\n[model.new]\nmodel_type = 'qwen3'\n[sft]",
+            "line 2, model.characters: the task also",
+        ),
+        (
+            "[model]\ncharacters = \"0123456789+-*=\\n\"\n[model.new]\nmodel_type = 'qwen'\n[sft]",
+            "[model.new]: unknown model_type 'qwen'",
+        ),
+        (
+            "[model]\ncharacters = \"0123456789+-*=\\n\"\n[model.new]\nmodel_type = 'qwen3'\nhidden = 8\n[sft]",
+            "qwen3 has no setting 'hidden'",
+        ),
+        (
+            "[model]\ncharacters = \"0123456789+-*=\\n\"\n[model.new]\nmodel_type = 'qwen3'\nhidden_size = 'x'\n[sft]",
+            "cannot load the model",
+        ),
+        ("[model]\npath = 'nothere'\n[sft]", "line 2, model.path: no model 'nothere'"),
+        ("[sft]\nstep = 3", "line 2, sft.step: unknown key; did you mean 'steps'?"),
+        ("[model]\n[sft]", "line 1, [model]: set path for a model to start from, or new"),
+    ],
+)
+@pytest.mark.parametrize("command", ["check", "sft"])
+def test_a_wrong_sft_recipe_gets_one_message(tmp_path: Path, command: str, recipe: str, message: str) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe)
+    result = run(command, path, *(["--out", tmp_path / "out"] if command == "sft" else []))
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_sft_makes_a_model_that_trains(tmp_path: Path) -> None:
+    small = ["sft.steps=3", "sft.batch_size=8", "sft.eval_problems=5", "model.new.hidden_size=32", "model.new.head_dim=8"]
+    made = run("sft", "arithmetic-base", "--out", tmp_path / "base", *(part for item in small for part in ("--set", item)))
+    assert made.exit_code == 0, made.output
+    assert (tmp_path / "base" / "sft.json").exists()
+    assert run("eval", tmp_path / "base", "quick", "--set", "training.eval_problems=5").exit_code == 0
 
 
 def test_arguments_that_cannot_be_meant(tmp_path: Path) -> None:

@@ -54,6 +54,19 @@ def test_same_seed_same_completions_whatever_is_generated_beside_them(any_model:
     assert spoken(together) != spoken(other)
 
 
+def test_groups_join_as_rows_finish(tokenizer: Any) -> None:
+    """Room for one group at a time, prompts of different lengths, memory that held NaN before."""
+    from groupwise.attention import packs
+    from tests.conftest import tiny_model
+
+    model = tiny_model("qwen3", tokenizer)
+    assert packs(model)
+    for _ in range(3):
+        litter = [torch.full((2, 2, 24, 2, 12, 8), float("nan")) for _ in range(8)]
+        del litter
+        assert spoken(sample(model, tokenizer, max_rows=16)) == spoken(sample(model, tokenizer))
+
+
 def test_stop_reasons(any_model: Any, tokenizer: Any) -> None:
     completions = [completion for group in sample(any_model, tokenizer, group_size=32) for completion in group]
     for completion in completions:

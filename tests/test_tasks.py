@@ -109,8 +109,9 @@ def test_dataset_visits_each_problem_once_an_epoch(tmp_path: Path) -> None:
     [("exact", " 8 ", True), ("last_line", "so\n8\n", True), ("exact", "so\n8", False), ("math", "it is $\\frac{16}{2}$", True)],
 )
 def test_checkers(tmp_path: Path, reward: str, text: str, correct: bool) -> None:
-    task = write_dataset(tmp_path, ['{"prompt": "7+1=", "answer": 8}'] * 3, reward=reward)
-    assert [score.correct for score in task.score(task.problem(0, 0), [text, "9"])] == [correct, False]
+    task = write_dataset(tmp_path, rows(5), reward=reward)
+    seven = Problem(id="7+1=", prompt="7+1=", answer="8")
+    assert [score.correct for score in task.score(seven, [text, "9"])] == [correct, False]
 
 
 def test_a_users_reward(tmp_path: Path) -> None:
@@ -118,6 +119,13 @@ def test_a_users_reward(tmp_path: Path) -> None:
     task = write_dataset(tmp_path, rows(4), reward="mine.py:close", correct_above=-2.5)
     scores = task.score(task.problem(0, 0), ["a", "abc"])
     assert [(score.reward, score.correct) for score in scores] == [(-1.0, True), (-3.0, False)]
+
+
+def test_an_answer_that_takes_forever_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("groupwise.rewards.checkers.TIME_LIMIT", 2.0)
+    task = write_dataset(tmp_path, rows(5), reward="math")
+    problem = Problem(id="x", prompt="x", answer="8")
+    assert [score.verdict for score in task.score(problem, ["$9^{9^{9^{9}}}$", "$8$"])] == ["unparsed", "correct"]
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_run_directory(quick: Path) -> None:
     steps = [row["step"] for row in metrics_of(quick) if "loss" in row]
     assert steps == list(range(1, 17))
     assert 'name = "dapo"' in (quick / "recipe.toml").read_text()
-    assert "clip_high = 0.28" in (quick / "recipe.toml").read_text()
+    assert "minibatches = 4" in (quick / "recipe.toml").read_text()
     assert "--- best: reward 1" in (quick / "rollouts" / "step-000001.txt").read_text()
     row = next(row for row in metrics_of(quick) if "loss" in row)
     for key in ("clip_fraction", "entropy", "groups/all_wrong", "rollouts/rounds", "length/mean", "grad_norm", "utilisation"):
@@ -115,11 +115,78 @@ def test_same_seed_same_bits_also_across_a_resume(tmp_path: Path, extra: list[st
     assert not all(torch.equal(value, weights(tmp_path / "three")[key]) for key, value in one.items())
 
 
+def test_resume_takes_changed_settings_and_finished_runs(quick: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(quick, out)
+    again = run("train", "--resume", out)
+    assert again.exit_code == 0, again.output
+    assert metrics_of(out) == metrics_of(quick)
+    longer = run("train", "--resume", out, "--set", "training.steps=17", "--set", "learner.learning_rate=1e-9")
+    assert longer.exit_code == 0, longer.output
+    last = next(row for row in metrics_of(out) if row["step"] == 17 and "loss" in row)
+    assert last["learning_rate"] == 1e-9
+    assert "steps = 17" in (out / "recipe.toml").read_text()
+    other = run("train", "--resume", out, "--set", "algorithm.name=ppo")
+    assert other.exit_code == 2
+    assert "a run goes on with the algorithm it began with" in other.stderr
+
+
+@pytest.mark.parametrize("file", ["state.pt", "model.safetensors"])
+def test_a_damaged_checkpoint_is_named(quick: Path, tmp_path: Path, file: str) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(quick, out)
+    (out / "checkpoints" / "step-000016" / file).write_bytes(b"torn")
+    result = run("train", "--resume", out)
+    assert result.exit_code == 2
+    assert "step-000016: cannot be read" in result.stderr
+    assert "remove it to go on from step-000008" in result.stderr
+
+
+def test_a_dataset_run_resumes_and_is_evaluated_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths are relative to the recipe when it is written, and absolute in the run's directory."""
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "data.jsonl").write_text("".join(f'{{"prompt": "{i}+1=", "answer": {i + 1}}}\n' for i in range(9)))
+    (project / "mine.py").write_text(
+        "def reward(problem, completions):\n    return [float(text.endswith(problem.answer)) for text in completions]\n"
+        "def loss(terms):\n    return -terms.log_ratio_BT.exp() * terms.advantages_BT, terms.log_ratio_BT > 9\n"
+    )
+    (project / "r.toml").write_text(
+        "[task]\nname = 'dataset'\npath = 'data.jsonl'\nreward = 'mine.py:reward'\n"
+        "[algorithm]\nname = 'grpo'\nsurrogate = 'mine.py:loss'\nbeta = 0.0\ndual_clip = 'none'\n"
+        "[rollouts]\nprompts_per_step = 4\n[learner]\nold_logprobs = 'sampler'\n"
+        "[training]\nsteps = 2\ncheckpoint_every = 1\neval_problems = 4\n"
+    )
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert run("train", "../project/r.toml", "--out", "out").exit_code == 0
+    longer = run("train", "--resume", "out", "--set", "training.steps=3")
+    assert longer.exit_code == 0, longer.output
+    assert run("eval", "out").exit_code == 0
+
+
+def test_steps_in_which_everything_is_filtered_are_passed_over(tmp_path: Path) -> None:
+    small = ["training.steps=2", "training.eval_problems=4", "rollouts.prompts_per_step=4", "rollouts.max_tokens=1"]
+    sets = [part for item in [*small, "algorithm.overlong_filter=true"] for part in ("--set", item)]
+    result = run("train", "grpo", "--out", tmp_path / "run", *sets)
+    assert result.exit_code == 0, result.output
+    assert "every completion was truncated and filtered" in result.stdout
+
+
+def test_weights_that_diverge_stop_the_run_with_a_message(tmp_path: Path) -> None:
+    sets = ["learner.learning_rate=1e30", "training.eval_problems=4"]
+    result = run("train", "quick", "--out", tmp_path / "run", *(part for item in sets for part in ("--set", item)))
+    assert result.exit_code == 1
+    assert "not finite" in result.stderr
+    assert "a lower learning rate" in result.stderr.lower()
+
+
 def test_dynamic_sampling_gives_up_with_a_report(tmp_path: Path) -> None:
     """Answers that cannot be said: every group is all wrong."""
-    (tmp_path / "data.jsonl").write_text('{"prompt": "1+1=", "answer": "two"}\n' * 4)
+    (tmp_path / "data.jsonl").write_text("".join(f'{{"prompt": "{i}+1=", "answer": "two"}}\n' for i in range(4)))
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text("[task]\nname = 'dataset'\npath = 'data.jsonl'\n[rollouts]\nprompts_per_step = 2\nmax_rounds = 3\n")
+    recipe.write_text("[task]\nname = 'dataset'\npath = 'data.jsonl'\n[rollouts]\nprompts_per_step = 2\nmax_rounds = 3\n[learner]\nminibatches = 2\n")
     result = run("train", recipe, "--out", tmp_path / "run")
     assert result.exit_code == 1
     assert "0 mixed groups after 3 rounds" in result.stderr

@@ -259,11 +259,12 @@ class Decoding:
 
     def __init__(self, config: Any, prompts: int, prompt_length: int, rows: int, tokens: int, like: Tensor) -> None:
         """Room for so many prompts and rows at once; `like` gives dtype and device."""
+        # Zeros, not what memory held: a padded place counts for nothing, but nothing times NaN is NaN.
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         layers = config.num_hidden_layers
-        self.prompt_cache = like.new_empty(layers, 2, prompts, heads, prompt_length, size)
-        self.row_cache = like.new_empty(layers, 2, rows, heads, tokens, size)
+        self.prompt_cache = like.new_zeros(layers, 2, prompts, heads, prompt_length, size)
+        self.row_cache = like.new_zeros(layers, 2, rows, heads, tokens, size)
         self.lengths_P = torch.zeros(0, dtype=torch.long, device=like.device)
         """Tokens of each prompt."""
         self.prompt_R = torch.zeros(0, dtype=torch.long, device=like.device)

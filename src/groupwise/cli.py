@@ -14,8 +14,8 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from groupwise.algorithms.algorithm import AGGREGATIONS, NAMED, PARTS, Algorithm, named
-from groupwise.config import Recipe, SftRecipe, find_recipe, load
+from groupwise.algorithms.algorithm import FORMULAS, NAMED, PARTS, Algorithm, named
+from groupwise.config import Recipe, SftRecipe, find_recipe, is_sft, load
 from groupwise.errors import RunError, UserError
 
 app = typer.Typer(
@@ -44,6 +44,9 @@ def exit_codes() -> Iterator[None]:
     except RunError as error:
         complaints.print(Text(f"the run failed: {error}"), style="red", soft_wrap=True)
         raise typer.Exit(1) from error
+    except OSError as error:  # a full disk, a file that cannot be written
+        complaints.print(Text(f"the run failed: {error}"), style="red", soft_wrap=True)
+        raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         complaints.print("interrupted", style="yellow")
         raise typer.Exit(130) from error
@@ -70,11 +73,17 @@ def train(
             raise UserError(f"--resume {resume}: no recipe.toml in it, so not a run")
         path = resume / "recipe.toml" if resume else find_recipe(recipe)
         checkpoint = checkpoints.newest(resume) if resume else None
+        if resume is not None and checkpoint is None:
+            raise UserError(f"--resume {resume}: the run has no checkpoint; begin again with groupwise train {path} --out ...")
         settings, source = load(path, Recipe, overrides or [])
+        if resume is not None and settings.algorithm.get("name") != load(path, Recipe)[0].algorithm.get("name"):
+            raise source.error("algorithm.name", "a run goes on with the algorithm it began with; its settings may change")
         ready = prepare(settings, source)
         run = RunDirectory(resume or out or Path("runs") / f"{path.stem}-{datetime.now():%Y%m%d-%H%M%S}")
         if resume is None:
             run.create(resolved(ready))
+        else:
+            run.write_recipe(resolved(ready))
         console.print(f"{ready.algorithm.name} on {ready.task.name}, model {settings.model.path}; writing {run.path}")
         with Display(console, settings.training.steps) as display:
             trainer = Trainer(ready, run, display)
@@ -84,12 +93,19 @@ def train(
             try:
                 result = trainer.train()
             except (Interrupted, KeyboardInterrupt) as error:
-                display.note(f"stopped after step {trainer.step}; to go on: groupwise train --resume {run.path}")
+                display.note(f"stopped in step {trainer.step + 1}{_how_to_go_on(run)}")
                 raise typer.Exit(130) from error
-            except (UserError, RunError) as error:
-                display.note(f"to go on from the last checkpoint: groupwise train --resume {run.path}")
-                raise error
+            except (UserError, RunError):
+                display.note(f"stopped in step {trainer.step + 1}{_how_to_go_on(run)}")
+                raise
         _print_result(result, run.path)
+
+
+def _how_to_go_on(run: Any) -> str:
+    from groupwise.training import checkpoints
+
+    checkpoint = checkpoints.newest(run.path)
+    return f"; to go on from {checkpoint.name}: groupwise train --resume {run.path}" if checkpoint else ""
 
 
 def _print_result(result: Any, path: Path) -> None:
@@ -141,7 +157,7 @@ def evaluate_command(
             raise UserError(f"{run}: the run has no model yet; finish it with groupwise train --resume {run}")
         path = run / "recipe.toml" if is_run and recipe is None else find_recipe(recipe)
         where = str(run / "model") if is_run else model
-        settings, source = load(path, Recipe, [*(overrides or []), f"model.path={json.dumps(where)}"])
+        settings, source = load(path, Recipe, [*(overrides or []), f"model.path={json.dumps(where, ensure_ascii=False)}"])
         ready = prepare(settings, source)
         result = evaluate(
             NativeSampler(ready.model, ready.tokenizer),
@@ -194,7 +210,11 @@ def check(recipe: Annotated[str, typer.Argument(help="A TOML file, or a shipped 
     from groupwise.training.setup import prepare
 
     with exit_codes():
-        settings, source = load(find_recipe(recipe), Recipe, overrides or [])
+        path = find_recipe(recipe)
+        if is_sft(path):
+            _check_sft(path, overrides or [])
+            return
+        settings, source = load(path, Recipe, overrides or [])
         ready = prepare(settings, source)
         prompt = encode_prompt(ready.tokenizer, ready.problem.prompt, settings.model.chat)
         rows = settings.rollouts.prompts_per_step * settings.rollouts.group_size
@@ -211,6 +231,16 @@ def check(recipe: Annotated[str, typer.Argument(help="A TOML file, or a shipped 
             table.add_row(f"[bold]{name}[/bold]", Text(value))
         console.print(table)
         console.print("[green]nothing wrong found[/green]")
+
+
+def _check_sft(path: Path, overrides: list[str]) -> None:
+    from groupwise.tasks.base import build_task
+    from groupwise.training.sft import start
+
+    settings, source = load(path, SftRecipe, overrides)
+    _, model = start(settings, build_task(settings.task, source), source)
+    console.print(f"{type(model).__name__}, {model.num_parameters():,} parameters; {settings.sft.steps} steps")
+    console.print("[green]nothing wrong found[/green]")
 
 
 @app.command()
@@ -252,11 +282,8 @@ def _one_algorithm(algorithm: Algorithm, other: Algorithm | None) -> Table:
 def _explained(key: str, value: Any) -> str:
     if key in PARTS:
         return f"{value}\n{PARTS[key][value].formula}"
-    if key == "aggregation":
-        return f"{value}\n{AGGREGATIONS[value]}"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "-" if value is None else str(value)
+    text = {None: "none", True: "yes", False: "no"}.get(value) if value is None or isinstance(value, bool) else str(value)
+    return f"{text}\n{FORMULAS[key]}" if key in FORMULAS and value else str(text)
 
 
 def main() -> None:

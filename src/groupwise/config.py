@@ -3,7 +3,6 @@
 import re
 import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -20,7 +19,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -107,9 +106,11 @@ class Recipe(Section):
     training: TrainingSection = TrainingSection()
 
 
-class SftModelSection(ModelSection):
+class SftModelSection(Section):
     path: str = ""
     """The model to start from; empty: a new one."""
+    device: str = "auto"
+    chat: bool | None = None
     new: dict[str, Any] = {}
     """A new model: `model_type` and any other setting of its transformers configuration."""
     characters: str = ""
@@ -179,9 +180,18 @@ def find_recipe(name: str | Path | None) -> Path:
         name = "default"
     if str(name) in shipped_recipes():
         return Path(str(files("groupwise") / "recipes" / f"{name}.toml"))
-    if not Path(name).is_file():
+    try:
+        found = Path(name).is_file()
+    except OSError:  # a name too long to be a file's
+        found = False
+    if not found:
         raise UserError(f"no recipe {str(name)!r}: neither a file nor a shipped recipe{nearest(str(name), shipped_recipes())}")
     return Path(name)
+
+
+def is_sft(path: Path) -> bool:
+    """Whether a recipe is for `groupwise sft`: it has an [sft] table."""
+    return re.search(r"^\s*\[sft\]", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE) is not None
 
 
 Tree = TypeVar("Tree", Recipe, SftRecipe)
@@ -194,7 +204,7 @@ def load(path: Path, kind: type[Tree], overrides: Sequence[str] = ()) -> tuple[T
         UserError: one message with a line for each thing that is wrong.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         tree = tomllib.loads(text)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: {error}") from error
@@ -228,19 +238,25 @@ def explain(error: ValidationError, kind: Any, source: Source, prefix: str = "")
     lines = []
     for finding in error.errors():
         location = [str(part) for part in finding["loc"]]
+        if kind.model_fields.get(location[0]) and not _is_table(kind.model_fields[location[0]].annotation):
+            location = location[:1]  # below a value are only its place in a list and pydantic's names of alternatives
         key = prefix + ".".join(location)
-        if finding["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        if finding["type"] == "extra_forbidden":
             message = f"unknown key{nearest(location[-1], _known_keys(kind, location[:-1]))}"
         else:
             message = f"{finding['msg'][0].lower()}{finding['msg'][1:]}, not {finding['input']!r}"
         lines.append(str(source.error(key, message)))
-    return UserError("\n".join(lines))
+    return UserError("\n".join(dict.fromkeys(lines)))
+
+
+def _is_table(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _known_keys(kind: Any, location: Iterable[str]) -> list[str]:
     for part in location:
         kind = kind.model_fields[part].annotation
-    return list(kind.model_fields) if hasattr(kind, "model_fields") else [field.name for field in fields(kind)]
+    return list(kind.model_fields)
 
 
 def dump(tree: dict[str, Any]) -> str:

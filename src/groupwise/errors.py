@@ -12,6 +12,9 @@ class RunError(Exception):
     """A run failed on its way, for a reason that is not the user's input: exit code 1."""
 
 
+DIVERGED = "the weights have diverged: a lower learning rate or more warm-up may help"
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint to end a message with: "; did you mean 'x'?", or the list of known words when none is near."""
     known = sorted(known)

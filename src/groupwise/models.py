@@ -45,13 +45,13 @@ def resolve(path: str) -> str:
 
 @contextmanager
 def _explained(path: str) -> Iterator[None]:
-    """transformers reports a model that isn't there as OSError, and one that it doesn't know as ValueError."""
+    """Whatever a model's files make transformers raise, as one message."""
     transformers_logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError) as error:
-        hint = nearest(path, SHIPPED) if "/" not in path else ""
-        raise UserError(f"cannot load the model {path!r}: {str(error).splitlines()[0]}{hint}") from error
+    except Exception as error:  # files we do not control: missing, damaged, of another kind
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot load the model {path!r}: {first}") from error
 
 
 def load_model(path: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -96,19 +96,25 @@ def new_model(architecture: dict[str, Any], tokenizer: Any, seed: int) -> Any:
         UserError: the model type is unknown.
     """
     settings = dict(architecture)
-    model_type = settings.pop("model_type")
+    model_type = str(settings.pop("model_type"))
     known = transformers.CONFIG_MAPPING
     if model_type not in known:
         raise UserError(f"unknown model_type {model_type!r}{nearest(model_type, known.keys())}")
-    config = known[model_type](
-        vocab_size=len(tokenizer),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        **settings,
-    )
-    torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    config_class = known[model_type]
+    for key in settings:
+        hint = nearest(key, [name for name in vars(config_class()) if not name.startswith("_")])
+        if not hasattr(config_class(), key) and "did you mean" in hint:  # models also read settings without a default
+            raise UserError(f"{model_type} has no setting {key!r}{hint}")
+    with _explained(model_type):
+        config = config_class(
+            vocab_size=len(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            **settings,
+        )
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 def left_pad(prompts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

@@ -3,17 +3,32 @@
 import importlib.util
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from groupwise.errors import UserError, nearest
 
 
+@dataclass(frozen=True, slots=True)
+class UserFunction:
+    """A function of the user's, and where it came from."""
+
+    function: Callable[..., Any]
+    reference: str
+    """Absolute "file.py:function"."""
+    needs: frozenset[str] = frozenset()
+    """What an advantage function reads beyond rewards: its attribute `needs`, such as {"steps"}."""
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self.function(*arguments, **named)
+
+
 def is_reference(value: object) -> bool:
     return isinstance(value, str) and ".py:" in value
 
 
-def load_function(reference: str, base: Path) -> Callable[..., Any]:
+def load_function(reference: str, base: Path) -> UserFunction:
     """The function that "file.py:function" names; a relative file is looked for beside the recipe, then here.
 
     Raises:
@@ -36,5 +51,4 @@ def load_function(reference: str, base: Path) -> Callable[..., Any]:
     if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UserError(f"{path}: there is no function {name!r}{nearest(name, known)}")
-    function.groupwise_name = f"{path.resolve()}:{name}"
-    return function  # type: ignore[no-any-return]
+    return UserFunction(function, f"{path.resolve()}:{name}", frozenset(getattr(function, "needs", ())))

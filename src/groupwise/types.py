@@ -69,8 +69,6 @@ class Score:
     """Whether the answer is right: what pass rates and dynamic sampling count."""
     verdict: Verdict | None = None
     """Set where the reward is nothing but a verdict, which an algorithm may price its own way; None for a graded reward."""
-    components: Mapping[str, float] = field(default_factory=dict)
-    """Named parts of the reward, for the record."""
     steps: tuple[tuple[int, float], ...] = ()
     """(end, reward) of each step that could be checked; `end` counts characters of the text, the step's last included."""
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from groupwise.algorithms import clipping, correction, credit, kl, ratios, surrogates
+from groupwise.algorithms import aggregation, clipping, correction, credit, kl, ratios, surrogates
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,16 @@ PARTS: dict[str, dict[str, Part]] = {
         "gmpo": Part(surrogates.gmpo, "-A (prod_t clip(rho_t))^(1/|o|)"),
         "dppo": Part(surrogates.dppo, "-rho A, 0 where |pi - pi_old| > divergence_limit the way A pushes"),
     },
+    "aggregation": {
+        mode: Part(functools.partial(aggregation.token_weights, mode=mode), formula)
+        for mode, formula in {
+            "sequence_mean": "1/n sum_i 1/|o_i| sum_t",
+            "token_mean": "1/sum|o_i| sum_i sum_t",
+            "prompt_token_mean": "mean over prompts of 1/sum|o_i| sum_i sum_t",
+            "sequence_sum": "sum_i 1/|o_i| sum_t",
+            "constant": "1/(n max_length) sum_i sum_t",
+        }.items()
+    },
     "kl": {
         "k1": Part(kl.k1, "log(pi/pi_ref)"),
         "k2": Part(kl.k2, "log(pi/pi_ref)^2 / 2"),
@@ -82,13 +92,15 @@ PARTS: dict[str, dict[str, Part]] = {
         "icepop": Part(correction.mask_outside, "w if correction_low <= w <= correction_high else 0, w = pi_old/pi_rollout"),
     },
 }
-AGGREGATIONS = {
-    "sequence_mean": "1/n sum_i 1/|o_i| sum_t",
-    "token_mean": "1/sum|o_i| sum_i sum_t",
-    "prompt_token_mean": "mean over prompts of 1/sum|o_i| sum_i sum_t",
-    "sequence_sum": "sum_i 1/|o_i| sum_t",
-    "constant": "1/(n max_length) sum_i sum_t",
+FORMULAS = {
+    "beta": "beta kl(pi, pi_ref) added to each token's loss",
+    "kl_reward": "r_t = r [t = last] - kl_reward log(pi_old / pi_ref)",
+    "dynamic_sampling": "0 < #correct < G",
+    "overlong_filter": "truncated completions have no trained token",
+    "overlong_cache": "r += -clip((|o| - (L - c)) / c, 0, 1), L = max_tokens, c = overlong_cache L",
+    "outcome_rewards": "r of a correct, a wrong and an unparsable answer",
 }
+"""How `groupwise algorithms` prints settings that are no parts."""
 PartName = str | Callable[..., Any]
 
 
@@ -99,7 +111,8 @@ class Algorithm:
     name: str = "custom"
 
     advantage: PartName = "group"
-    """"group", "leave_one_out", "process", "smoothed", "gae", or a function (Outcomes, Algorithm) -> Credit."""
+    """"group", "leave_one_out", "process", "smoothed", "gae", or a function (Outcomes, Algorithm) -> Credit,
+    whose attribute `needs` may hold "steps", "critic", "history"."""
     center: Literal["group", "batch", "none"] = "group"
     scale: Literal["group", "batch", "mean", "none"] = "group"
     ddof: Literal[0, 1] = 1
@@ -123,8 +136,8 @@ class Algorithm:
     gate_positive: float = 1.0
     gate_negative: float = 1.05
     divergence_limit: float = 0.2
-    aggregation: str = "sequence_mean"
-    """A mode of `token_weights`."""
+    aggregation: PartName = "sequence_mean"
+    """A mode of `token_weights`, or a function (mask_BT, *, group_ids_B, max_length) -> weights [B, T]."""
 
     kl: PartName = "k3"
     """"k1", "k2", "k3", or a function (logprobs_BT, ref_logprobs_BT) -> [B, T]."""
@@ -161,19 +174,35 @@ class Algorithm:
             choice = getattr(self, key)
             if not callable(choice) and choice not in PARTS[key]:
                 raise ValueError(f"{key}: there is no {choice!r}{_hint(choice, PARTS[key])}")
-        if self.aggregation not in AGGREGATIONS:
-            raise ValueError(f"aggregation: there is no {self.aggregation!r}{_hint(self.aggregation, AGGREGATIONS)}")
         for key, wrong, reason in self._contradictions():
             if wrong:
                 raise ValueError(f"{key}: {reason}")
 
     def _contradictions(self) -> Iterable[tuple[str, bool, str]]:
         """(key, whether it is so, what is wrong with it)."""
-        for key in ("clip_low", "clip_high", "beta", "kl_reward", "advantage_eps", "correction_low", "divergence_limit"):
-            yield key, getattr(self, key) < 0, f"{getattr(self, key)} is negative"
+        for key in (field.name for field in fields(self)):
+            value = getattr(self, key)
+            if isinstance(value, float | int) and not isinstance(value, bool):
+                yield key, not 0 <= value < math.inf, f"{value} is not a number of at least 0"
+        for key in ("gamma", "gae_lambda"):
+            yield key, getattr(self, key) > 1, "must lie in 0 to 1"
+        for key in ("gate_positive", "gate_negative"):
+            yield key, getattr(self, key) == 0, "must be above 0"
+        for key, known in (
+            ("center", ("group", "batch", "none")),
+            ("scale", ("group", "batch", "mean", "none")),
+            ("ddof", (0, 1)),
+        ):
+            yield key, getattr(self, key) not in known, f"{getattr(self, key)!r} is not one of {known}"
         yield "overlong_cache", not 0 <= self.overlong_cache <= 1, "a share of the token limit lies in 0 to 1"
         yield "clip_low", self.bounds == "fixed" and self.clip_low > 1, "a ratio cannot fall below 0, so 1 is the most"
         yield "dual_clip", self.dual_clip is not None and self.dual_clip <= 1, "must be above 1"
+        ignored = self.dual_clip is not None and not callable(self.surrogate) and self.surrogate != "clip"
+        yield "dual_clip", ignored, f"the surrogate {self.surrogate} does not use it"
+        yield "correction_low", self.correction_low > self.correction_high, "is above correction_high, so nothing would count"
+        for key in ("kl_reward", "overlong_cache"):
+            wrong = bool("steps" in self.needs and getattr(self, key))
+            yield key, wrong, "changes the reward of a completion, and process supervision reads those of its steps; set it to 0"
         yield "ratio_cap", self.ratio_cap is not None and self.ratio_cap <= 1, "must be above 1"
         yield "ratio_cap", self.surrogate == "cispo" and self.ratio_cap is None, "the surrogate cispo needs one, such as 5.0"
         yield (
@@ -183,7 +212,7 @@ class Algorithm:
         )
         yield (
             "ratio",
-            self.ratio == "sequence" and bool({"steps", "critic"} & self.needs),
+            (self.ratio == "sequence" or self.surrogate == "gmpo") and bool({"steps", "critic"} & self.needs),
             "one ratio for the sequence cannot carry advantages that differ between tokens; use 'sequence_token'",
         )
         yield (
@@ -204,14 +233,16 @@ class Algorithm:
         )
 
     def part(self, key: str) -> Callable[..., Any]:
-        """The function of a part: advantage, ratio, bounds, surrogate, kl or correction."""
+        """The function of a part, one of the keys of `PARTS`."""
         choice = getattr(self, key)
         return choice if callable(choice) else PARTS[key][choice].function
 
     @property
     def needs(self) -> frozenset[str]:
         """What its advantage reads beyond a group's rewards: "steps", "critic", "history"."""
-        return frozenset() if callable(self.advantage) else PARTS["advantage"][self.advantage].needs
+        if callable(self.advantage):
+            return frozenset(getattr(self.advantage, "needs", ()))
+        return PARTS["advantage"][self.advantage].needs
 
     @property
     def zero_advantage_is_idle(self) -> bool:

@@ -22,7 +22,7 @@ def dynamic_bounds(old_logprobs_BT: Tensor, low: float, high: float, cap: float 
     1/2 + 1/2 sqrt(max(1 - 4 low / q, 0)) and min(cap, 1/2 + 1/2 sqrt(1 + 4 high / q)), float [B, T] each. For
     q <= 4 low the derivation asks for no lower bound; the paper imposes 1/2 there, and so does this.
     """
-    q_BT = old_logprobs_BT.exp()
+    q_BT = old_logprobs_BT.exp().clamp(min=torch.finfo(old_logprobs_BT.dtype).tiny)
     low_BT = 0.5 + 0.5 * (1 - 4 * low / q_BT).clamp(min=0).sqrt()
     high_BT = 0.5 + 0.5 * (1 + 4 * high / q_BT).sqrt()
     return low_BT, high_BT.clamp(max=cap)

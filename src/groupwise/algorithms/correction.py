@@ -24,7 +24,7 @@ def none(ratio_BT: Tensor, low: float, high: float) -> Tensor:
 
 
 def truncate(ratio_BT: Tensor, low: float, high: float) -> Tensor:
-    """min(ratio, high): truncated importance sampling, TIS (arXiv 2511.10947 compares; low is not used)."""
+    """min(ratio, high): truncated importance sampling, TIS; low is not used."""
     return ratio_BT.clamp(max=high)
 
 

@@ -1,7 +1,8 @@
 """Estimates of KL(pi_theta || pi_ref) at a sampled token, float [B, T] (http://joschu.net/blog/kl-approx.html).
 
 Under samples of pi_theta, k1 and k3 are unbiased and k2 is not; none of their gradients is the KL's own, except k2's on
-average. Multiplying by the importance ratio (`Algorithm.kl_ratio_weighted`) corrects both for samples of pi_old.
+average. Multiplying k1 or k3 by the importance ratio (`Algorithm.kl_ratio_weighted`) makes value and gradient unbiased
+under samples of pi_old.
 """
 
 from torch import Tensor

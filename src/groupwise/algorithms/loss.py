@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from groupwise.algorithms.aggregation import token_weights
 from groupwise.algorithms.algorithm import Algorithm
 from groupwise.algorithms.correction import mismatch_ratio
 from groupwise.algorithms.credit import spread
@@ -37,14 +36,15 @@ def policy_loss(
         group_ids_B: int [B]; needed where weights are left out and count by prompt.
         ref_logprobs_BT: float [B, T]; needed where beta > 0.
         rollout_logprobs_BT: float [B, T], as the sampler returned them; needed where the algorithm corrects for it.
-        weights_BT: from `token_weights` over the whole optimiser step; left out: this batch is the whole step.
+        weights_BT: from `token_weights` over the whole optimiser step; left out: this batch is the whole step, and T is the
+            max_length of the aggregation "constant".
         entropy_BT: float [B, T]; needed where there is an entropy bonus.
 
     Returns:
         (loss, metrics): a scalar, and detached scalars: clip_fraction (share of trained tokens whose gradient the clip
         changed), clip_fraction_low and _high (of them, with a ratio below and above 1), ratio_mean and ratio_max of
-        tokens, sequence_ratio_max (the largest geometric mean of a row's ratios), approx_kl (to the old policy, k3),
-        kl_ref where a reference is used.
+        tokens, sequence_ratio_max (the largest geometric mean of a row's ratios), approx_kl (k3's estimate of
+        KL(pi_old || pi_theta)), kl_ref where a reference is used.
 
     Raises:
         ValueError: something needed is missing, or a log-probability of a trained token is not finite.
@@ -61,7 +61,7 @@ def policy_loss(
     given = {name: _trained(name, values_BT, mask_BT) for name, values_BT in given.items()}
     logprobs_BT, old_BT = given["logprobs_BT"], given["old_logprobs_BT"].detach()
     if weights_BT is None:
-        weights_BT = token_weights(mask_BT, algorithm.aggregation, group_ids_B=group_ids_B)
+        weights_BT = algorithm.part("aggregation")(mask_BT, group_ids_B=group_ids_B, max_length=None)
     low_BT, high_BT = algorithm.part("bounds")(old_BT, algorithm.clip_low, algorithm.clip_high)
     if algorithm.ratio_cap is not None:
         high_BT = high_BT.clamp(max=algorithm.ratio_cap)
@@ -129,5 +129,5 @@ def _metrics(terms: Terms, clipped_BT: Tensor) -> dict[str, Tensor]:
         "ratio_mean": _mean(ratio_BT, mask_BT),
         "ratio_max": torch.where(mask_BT, ratio_BT, largest).max() if mask_BT.numel() else largest,
         "sequence_ratio_max": torch.where(mask_BT, sequence_BT, largest).max() if mask_BT.numel() else largest,
-        "approx_kl": _mean(k3(terms.logprobs_BT, terms.old_logprobs_BT), mask_BT),
+        "approx_kl": _mean(k3(terms.old_logprobs_BT, terms.logprobs_BT), mask_BT),
     }

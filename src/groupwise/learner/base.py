@@ -12,7 +12,10 @@ class Learner(Protocol):
         ...
 
     def annotate(self, batch: Batch) -> tuple[Batch, dict[str, float]]:
-        """The batch with old_logprobs_BT, and ref_logprobs_BT where the algorithm uses a reference; and metrics."""
+        """The batch with old_logprobs_BT, and ref_logprobs_BT and values_BT where the algorithm uses them; and metrics.
+
+        At least one token must be trained on.
+        """
         ...
 
     def update(self, minibatch: Batch) -> dict[str, float]:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groupwise.algorithms import Algorithm, policy_loss, token_weights
+from groupwise.algorithms import Algorithm, policy_loss
 from groupwise.attention import packs
 from groupwise.config import LearnerSection
+from groupwise.errors import DIVERGED, RunError
 from groupwise.learner.critic import Critic
 from groupwise.learner.logprobs import completion_logprobs
 from groupwise.learner.optimiser import Optimiser
@@ -54,16 +55,19 @@ class LocalLearner:
     def annotate(self, batch: Batch) -> tuple[Batch, dict[str, float]]:
         if self.settings.old_logprobs == "recompute":
             old_BT, entropy_BT = self._logprobs(self.model, batch)
-            gap_BT = (old_BT - batch.rollout_logprobs_BT).abs()[batch.mask_BT]
+            gap_N = (old_BT - batch.rollout_logprobs_BT).abs()[batch.mask_BT]
             metrics = {
-                "sampler_gap_max": float(gap_BT.max()),
-                "sampler_gap_mean": float(gap_BT.mean()),
+                "sampler_gap_max": float(gap_N.max()),
+                "sampler_gap_mean": float(gap_N.mean()),
                 "entropy": float(entropy_BT[batch.mask_BT].mean()),
             }
         else:
             old_BT, metrics = batch.rollout_logprobs_BT, {}
         ref_BT = self._logprobs(self.reference, batch)[0] if self.reference is not None else None
         values_BT = self._values(self.critic, batch) if self.critic is not None else None
+        for name, found in (("the policy", old_BT), ("the reference", ref_BT), ("the critic", values_BT)):
+            if found is not None and not torch.isfinite(found).all():
+                raise RunError(f"{name} gives numbers that are not finite; {DIVERGED}")
         return replace(batch, old_logprobs_BT=old_BT, ref_logprobs_BT=ref_BT, values_BT=values_BT), metrics
 
     @torch.no_grad()
@@ -99,11 +103,8 @@ class LocalLearner:
 
     def update(self, minibatch: Batch) -> dict[str, float]:
         # The weights are fixed here, before the cut, so that the gradient does not depend on it.
-        weights_BT = token_weights(
-            minibatch.mask_BT,
-            self.algorithm.aggregation,
-            group_ids_B=minibatch.group_ids_B,
-            max_length=self.max_tokens,
+        weights_BT = self.algorithm.part("aggregation")(
+            minibatch.mask_BT, group_ids_B=minibatch.group_ids_B, max_length=self.max_tokens
         )
         minibatch = replace(minibatch, weights_BT=weights_BT)
         totals = Totals()

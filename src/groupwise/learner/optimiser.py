@@ -68,11 +68,18 @@ class Optimiser:
     def state_dict(self) -> dict[str, Any]:
         return {
             "adam": self.adam.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
+            "scheduled": self.scheduler.last_epoch,
             "counts": (self.version, self.skipped, self._bad_in_a_row),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Moments and counts; learning rate, schedule, betas and weight decay stay those of this optimiser's settings."""
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in self.adam.param_groups]
         self.adam.load_state_dict(state["adam"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        self.scheduler.last_epoch = state["scheduled"]
+        for group, mine in zip(self.adam.param_groups, settings, strict=True):
+            group.update(mine)
+        for group, learning_rate in zip(self.adam.param_groups, self.scheduler.get_lr(), strict=True):
+            group["lr"] = learning_rate
+        self.scheduler._last_lr = [group["lr"] for group in self.adam.param_groups]
         self.version, self.skipped, self._bad_in_a_row = state["counts"]

@@ -1,8 +1,11 @@
 """Judges of one answer against the reference answer."""
 
+import functools
+import logging
+import multiprocessing
 from collections.abc import Callable
 
-from math_verify import parse, verify
+from pebble import ProcessPool
 
 from groupwise.types import Verdict
 
@@ -20,9 +23,32 @@ def last_line(answer: str, text: str) -> Verdict:
     return "correct" if lines[-1].strip() == answer.strip() else "wrong"
 
 
+TIME_LIMIT = 5.0
+"""Seconds for one answer; simplifying what a model wrote can take forever."""
+
+
 def math(answer: str, text: str) -> Verdict:
-    """Right when the mathematical expression at the end of the completion equals the answer's (the library math-verify)."""
-    # Its time limits use SIGALRM, which works in the main thread alone; both texts are short.
+    """Right when the mathematical expression at the end of the completion equals the answer's (the library math-verify).
+
+    An answer that takes longer than `TIME_LIMIT` counts as unparsed. It is judged in a process of its own, which is killed
+    then, since some expressions hold the interpreter in one call that nothing else can stop.
+    """
+    try:
+        verdict: Verdict = _pool().schedule(_math, args=[answer, text], timeout=TIME_LIMIT).result()
+    except TimeoutError:
+        return "unparsed"
+    return verdict
+
+
+@functools.cache
+def _pool() -> ProcessPool:
+    return ProcessPool(max_workers=1, context=multiprocessing.get_context("spawn"))
+
+
+def _math(answer: str, text: str) -> Verdict:
+    from math_verify import parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of having no time limit of its own, once an answer
     said = parse(text, parsing_timeout=None)
     if not said:
         return "unparsed"

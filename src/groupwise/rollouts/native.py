@@ -11,6 +11,7 @@ from transformers import DynamicCache, LogitsProcessorList
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from groupwise.attention import Decoding, packs
+from groupwise.errors import DIVERGED, RunError
 from groupwise.models import left_pad, logits, positions
 from groupwise.rollouts.base import Sampling
 from groupwise.types import Completion
@@ -115,7 +116,8 @@ class NativeSampler:
 
     def _end_detector(self, sampling: Sampling, draft: "Draft") -> Callable[[Tensor, Tensor], Tensor]:
         """A function (tokens_R, rows_R) -> bool [R]: which rows the newest token has ended."""
-        ends = torch.tensor(sorted({self.tokenizer.eos_token_id, *sampling.stop_tokens}), device=self.model.device)
+        ids = end_tokens(self.model, self.tokenizer) | set(sampling.stop_tokens)
+        ends = torch.tensor(sorted(ids), device=self.model.device)
         if not sampling.stop:
             return lambda tokens_R, _: torch.isin(tokens_R, ends)
         # A token decodes to at least one byte of the stop string; a few more cover a character cut in two.
@@ -135,6 +137,8 @@ class NativeSampler:
         def choose(hidden_RH: Tensor, uniforms_R: Tensor) -> tuple[Tensor, Tensor]:
             scores_RV = torch.log_softmax(warp(logits(self.model, hidden_RH).float() / sampling.temperature), dim=-1)
             tokens_R = draw(scores_RV, uniforms_R)
+            if int(tokens_R.max()) >= scores_RV.shape[1]:  # what a search among NaN finds
+                raise RunError(f"the model's scores of the next token are not finite; {DIVERGED}")
             return tokens_R, scores_RV.gather(1, tokens_R[:, None])[:, 0]
 
         return choose
@@ -191,6 +195,13 @@ class Draft:
             self.tokens_BT[row, max(0, length - count) : length].tolist()
             for row, length in zip(rows_R.tolist(), lengths, strict=True)
         ]
+
+
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """The tokenizer's end-of-sequence token, and those of the model's generation config: chat models may end on another."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    more = configured if isinstance(configured, list) else [configured]
+    return {tokenizer.eos_token_id, *(token for token in more if token is not None)}
 
 
 def draw(logprobs_RV: Tensor, uniforms_R: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def working(expression: Expression) -> str:
 class Habits(BaseModel):
     """How a base model is taught: which habit is shown how often, and how carelessly the quick one answers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     working_share: Annotated[float, Field(ge=0, le=1)] = 0.7
     """Share of demonstrations that are worked but leave the first token, which chooses to work, out of the loss."""
@@ -114,7 +114,7 @@ class Habits(BaseModel):
 class ArithmeticTask(BaseModel):
     """The embedded task. Its settings are the keys of [task] in a recipe."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     name: Literal["arithmetic"] = "arithmetic"
     grades: list[Annotated[int, Field(ge=1, le=max(GRADES))]] = Field(default=sorted(GRADES), min_length=1)

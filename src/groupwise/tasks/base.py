@@ -29,6 +29,10 @@ class Task(Protocol):
         """A score for each completion's text."""
         ...
 
+    def model_dump(self) -> dict[str, Any]:
+        """Its settings, from which `build_task` makes it again."""
+        ...
+
     def demonstration(self, position: int, seed: int) -> Demonstration:
         """The supervised example at a position of an endless stream."""
         ...
@@ -43,8 +47,9 @@ def build_task(settings: dict[str, Any], source: Source) -> Task:
     Raises:
         UserError: an unknown task, key or value, or data that cannot be read.
     """
-    name = settings.get("name", "")
-    if name not in TASKS:
+    settings = {"name": ArithmeticTask().name, **settings}
+    name = settings["name"]
+    if not isinstance(name, str) or name not in TASKS:
         raise source.error("task.name", f"there is no task {name!r}{nearest(str(name), TASKS)}")
     try:
         task = TASKS[name].model_validate(settings)

@@ -2,15 +2,15 @@
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from groupwise.config import Source
 from groupwise.errors import UserError, nearest
-from groupwise.plugins import is_reference, load_function
+from groupwise.plugins import UserFunction, is_reference, load_function
 from groupwise.rewards.checkers import CHECKERS
 from groupwise.rewards.user import call_reward
 from groupwise.types import Demonstration, Problem, Score
@@ -36,7 +36,7 @@ class DatasetTask(BaseModel):
 
     _train: list[Problem] = PrivateAttr(default_factory=list)
     _held_out: list[Problem] = PrivateAttr(default_factory=list)
-    _reward: Callable[..., Any] | None = PrivateAttr(default=None)
+    _reward: UserFunction | None = PrivateAttr(default=None)
     _order: tuple[str, list[int]] = PrivateAttr(default=("", []))
 
     def open(self, source: Source, base: Path) -> None:
@@ -45,9 +45,10 @@ class DatasetTask(BaseModel):
         Raises:
             UserError: something is missing, or a line is not what it should be.
         """
-        problems = self._read(source, "task.path", self.path, base)
+        problems, self.path = self._read(source, "task.path", self.path, base)
         if self.held_out_path:
-            self._train, self._held_out = problems, self._read(source, "task.held_out_path", self.held_out_path, base)
+            held_out, self.held_out_path = self._read(source, "task.held_out_path", self.held_out_path, base)
+            self._train, self._held_out = problems, held_out
         else:
             random.Random("held out").shuffle(problems)
             count = max(1, round(len(problems) * self.held_out_share))
@@ -55,22 +56,32 @@ class DatasetTask(BaseModel):
         if not self._train:
             raise source.error("task.path", f"{self.path} has too few problems to hold any out")
         if is_reference(self.reward):
-            self._reward = load_function(self.reward, base)
+            try:
+                self._reward = load_function(self.reward, base)
+            except UserError as error:
+                raise source.error("task.reward", str(error)) from error
+            self.reward = self._reward.reference
         elif self.reward not in CHECKERS:
             raise source.error("task.reward", f"there is no reward {self.reward!r}{nearest(self.reward, CHECKERS)}")
 
-    def _read(self, source: Source, key: str, name: str, base: Path) -> list[Problem]:
+    def _read(self, source: Source, key: str, name: str, base: Path) -> tuple[list[Problem], str]:
+        """The problems of a file, each prompt once, and the file's absolute path."""
         path = next((path for path in (base / name, Path(name)) if path.is_file()), None)
         if path is None:
             beside = [item.name for item in base.glob("*.jsonl")]
             raise source.error(key, f"there is no file {name!r} beside the recipe or here{nearest(name, beside)}")
-        problems = []
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
+        problems: dict[str, Problem] = {}
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from error
+        for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
-                problems.append(self._problem(f"{path}, line {number}", line))
+                problem = self._problem(f"{path}, line {number}", line)
+                problems[problem.id] = problem
         if not problems:
             raise UserError(f"{path}: no problems in it")
-        return problems
+        return list(problems.values()), str(path.resolve())
 
     def _problem(self, place: str, line: str) -> Problem:
         try:

@@ -26,20 +26,22 @@ def save(directory: Path, step: int, model: Any, state: dict[str, Any], keep: in
     return final
 
 
-def newest(run: Path) -> Path:
-    """The last checkpoint of a run.
-
-    Raises:
-        UserError: the run has none.
-    """
-    found = sorted((run / "checkpoints").glob("step-*"))
-    if not found:
-        raise UserError(f"{run}: no checkpoint to resume from")
-    return found[-1]
+def newest(run: Path) -> Path | None:
+    """The last checkpoint of a run, or None."""
+    return max((run / "checkpoints").glob("step-*"), default=None)
 
 
 def load(checkpoint: Path, model: Any) -> dict[str, Any]:
-    """Fill the model with a checkpoint's weights and return its state."""
-    load_model(model, str(checkpoint / "model.safetensors"), device=str(model.device))
-    state: dict[str, Any] = torch.load(checkpoint / "state.pt", weights_only=True)
+    """Fill the model with a checkpoint's weights and return its state.
+
+    Raises:
+        UserError: the checkpoint is damaged, or of another model.
+    """
+    try:
+        state: dict[str, Any] = torch.load(checkpoint / "state.pt", weights_only=True)
+        load_model(model, str(checkpoint / "model.safetensors"), device=str(model.device))
+    except Exception as error:  # whatever the readers make of a damaged file
+        older = [path.name for path in sorted(checkpoint.parent.glob("step-*")) if path != checkpoint]
+        hint = f"; remove it to go on from {older[-1]}" if older else ""
+        raise UserError(f"{checkpoint}: cannot be read: {str(error).splitlines()[0]}{hint}") from error
     return state

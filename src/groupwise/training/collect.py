@@ -39,8 +39,10 @@ class Collected:
         self.outcomes = Counter(group.outcome for group in self.seen)
 
     @property
-    def keep_rate(self) -> float:
-        return self.outcomes["mixed"] / max(1, len(self.seen))
+    def dropped(self) -> list[Group]:
+        """Generated and not kept."""
+        kept = {id(group) for group in self.groups}
+        return [group for group in self.seen if id(group) not in kept]
 
     def describe(self) -> str:
         """Why a batch could not be filled."""

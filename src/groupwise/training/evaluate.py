@@ -48,10 +48,8 @@ def evaluate(
         "eval/length": _mean([len(completion.tokens) for completion in every]),
         "eval/truncated": _mean([completion.stop == "length" for completion in every]),
     }
-    k = 2
-    while k <= samples:
+    for k in sorted({2**i for i in range(1, samples.bit_length())} | {samples} - {1}):
         metrics[f"eval/pass@{k}"] = _mean([pass_at(k, samples, round(rate * samples)) for rate in rates])
-        k *= 2
     by_grade = defaultdict(list)
     for problem, rate in zip(problems, rates, strict=True):
         if "grade" in problem.metadata:

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import math
 import signal
 import threading
 import time
@@ -59,8 +60,8 @@ class Trainer:
             updates=recipe.training.steps * recipe.learner.minibatches,
             temperature=recipe.rollouts.temperature,
             max_tokens=recipe.rollouts.max_tokens,
-            reference=load_reference(recipe, algorithm, ready.model.device),
-            critic=load_critic(recipe, algorithm, ready.model.device),
+            reference=load_reference(recipe, algorithm, ready.model),
+            critic=load_critic(recipe, algorithm, ready.model),
         )
         self.sampler: Sampler = NativeSampler(ready.model, ready.tokenizer)
         self.collector = Collector(self.sampler, ready.task, ready.tokenizer, recipe, algorithm)
@@ -74,20 +75,24 @@ class Trainer:
             RunError: the run cannot go on.
         """
         started = time.monotonic()
-        before = self.evaluate() if self.step == 0 else None
         with interruptible() as interrupt:
+            before = after = self.evaluate_base() if self.step else self.evaluate()
+            if self.step and self.evaluation_is_due():
+                after = self.evaluate()
             while self.step < self.recipe.training.steps:
-                self.train_step()
-                last = self.step == self.recipe.training.steps
-                if last or self.step % self.recipe.training.checkpoint_every == 0 or interrupt.requested:
-                    self.save()
                 if interrupt.requested:
+                    self.save()
                     raise Interrupted
-                if not last and self.step % self.recipe.training.eval_every == 0:
-                    self.evaluate()
-        after = self.evaluate()
+                self.train_step()
+                if self.step % self.recipe.training.checkpoint_every == 0 or self.step == self.recipe.training.steps:
+                    self.save()
+                if self.evaluation_is_due():
+                    after = self.evaluate()
         self.save_model()
-        return Result(before=before or self.evaluate_base(), after=after, seconds=time.monotonic() - started)
+        return Result(before=before, after=after, seconds=time.monotonic() - started)
+
+    def evaluation_is_due(self) -> bool:
+        return self.step % self.recipe.training.eval_every == 0 or self.step == self.recipe.training.steps
 
     def train_step(self) -> None:
         """Rollouts, advantages, updates: one step, recorded."""
@@ -95,26 +100,21 @@ class Trainer:
         groups = collected.groups
         batch = make_batch(groups, self.algorithm)
         started = time.perf_counter()
-        batch, metrics = self.learner.annotate(batch)
-        metrics |= self.adapt_kl(batch)
-        batch, credit = assign_credit(
-            batch,
-            groups,
-            self.algorithm,
-            self.ready.tokenizer,
-            max_tokens=self.recipe.rollouts.max_tokens,
-            kl_coefficient=self.kl_coefficient,
-            history=self.history,
-        )
-        self.history = credit.history
+        metrics: dict[str, float] = {}
         self.step += 1
-        seed = derive(self.recipe.seed, "minibatches", self.step)
-        updates = [self.learner.update(minibatch) for minibatch in minibatches(batch, self.recipe.learner.minibatches, seed)]
-        self.sampler.load(self.ready.model, self.learner.version)
+        if batch.mask_BT.any():
+            batch, metrics = self.learner.annotate(batch)
+            metrics |= self.adapt_kl(batch)
+            batch = self.assign_credit(batch, collected)
+            seed = derive(self.recipe.seed, "minibatches", self.step)
+            parts = minibatches(batch, self.recipe.learner.minibatches, seed)
+            metrics |= averaged([self.learner.update(minibatch) for minibatch in parts])
+            self.sampler.load(self.ready.model, self.learner.version)
+        else:
+            self.display.note(f"step {self.step}: every completion was truncated and filtered; nothing to learn from")
         seconds = time.perf_counter() - started
         rewards_B = shaped_rewards(groups, self.algorithm, self.recipe.rollouts.max_tokens)
         metrics |= {
-            **averaged(updates),
             **rollout_metrics(collected),
             "reward/shaped_mean": float(rewards_B.mean()),
             "utilisation": float((batch.advantages_BT != 0).any(1).float().mean()),
@@ -126,6 +126,21 @@ class Trainer:
         self.run_directory.write_metrics(self.step, metrics)
         self.run_directory.write_rollouts(self.step, groups)
         self.display.update(self.step, metrics)
+
+    def assign_credit(self, batch: Batch, collected: Collected) -> Batch:
+        """The batch with its advantages; what the algorithm remembers of each prompt moves on, dropped groups included."""
+        settings: dict[str, Any] = {
+            "max_tokens": self.recipe.rollouts.max_tokens,
+            "kl_coefficient": self.kl_coefficient,
+        }
+        tokenizer = self.ready.tokenizer
+        batch, credit = assign_credit(batch, collected.groups, self.algorithm, tokenizer, history=self.history, **settings)
+        if "history" in self.algorithm.needs and collected.dropped:
+            dropped = make_batch(collected.dropped, self.algorithm)
+            settings["kl_coefficient"] = 0.0  # dropped groups are not run through the learner
+            _, credit = assign_credit(dropped, collected.dropped, self.algorithm, tokenizer, history=credit.history, **settings)
+        self.history = credit.history
+        return batch
 
     def adapt_kl(self, batch: Batch) -> dict[str, float]:
         """The KL to the reference that the reward is charged for; where there is a target for it, the charge follows."""
@@ -173,7 +188,7 @@ class Trainer:
     def evaluate_base(self) -> Evaluation:
         """Held-out results of the weights that a resumed run began with."""
         recipe = self.recipe
-        base = load_model(recipe.model.path).to(self.ready.model.device)
+        base = load_model(recipe.model.path, self.ready.model.dtype).to(self.ready.model.device)
         return evaluate(
             NativeSampler(base, self.ready.tokenizer),
             self.ready.task,
@@ -211,18 +226,18 @@ class Trainer:
         self.ready.tokenizer.save_pretrained(self.run_directory.model)
 
 
-def load_reference(recipe: Recipe, algorithm: Algorithm, device: Any) -> Any:
+def load_reference(recipe: Recipe, algorithm: Algorithm, policy: Any) -> Any:
     """The frozen model that a KL term compares with, or None."""
     if not algorithm.needs_reference:
         return None
-    return load_model(recipe.model.path).to(device).requires_grad_(False)
+    return load_model(recipe.model.path, policy.dtype).to(policy.device).requires_grad_(False)
 
 
-def load_critic(recipe: Recipe, algorithm: Algorithm, device: Any) -> Critic | None:
+def load_critic(recipe: Recipe, algorithm: Algorithm, policy: Any) -> Critic | None:
     """A second copy of the base model with a scalar head, where the algorithm has a critic."""
     if "critic" not in algorithm.needs:
         return None
-    model = load_model(recipe.model.path).to(device)
+    model = load_model(recipe.model.path, policy.dtype).to(policy.device)
     return Critic(model, updates=recipe.training.steps * recipe.learner.minibatches, **recipe.critic.model_dump())
 
 
@@ -231,7 +246,7 @@ def averaged(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
     names = dict.fromkeys(name for update in updates for name in update)
     result = {}
     for name in names:
-        values = [update[name] for update in updates if name in update]
+        values = [update[name] for update in updates if math.isfinite(update.get(name, math.nan))] or [math.nan]
         if name.endswith("_max"):
             result[name] = max(values)
         else:

@@ -1,6 +1,7 @@
 """What a run leaves in its directory: recipe.toml, metrics.jsonl, rollouts to read."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from groupwise.types import Group
 
 
 class RunDirectory:
-    """A run's files; see DESIGN in the documentation for the layout."""
+    """A run's files: recipe.toml, metrics.jsonl, rollouts/, checkpoints/, model/."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -25,17 +26,25 @@ class RunDirectory:
         """
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserError(f"--out {self.path}: already there and not empty; to go on with a run: --resume {self.path}")
-        (self.path / "rollouts").mkdir(parents=True, exist_ok=True)
+        try:
+            (self.path / "rollouts").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.path}: {error.strerror}") from error
+        self.write_recipe(recipe)
+
+    def write_recipe(self, recipe: dict[str, Any]) -> None:
         (self.path / "recipe.toml").write_text(dump(recipe))
 
     def rewind(self, step: int) -> None:
-        """Forget what was recorded after `step`, which will be done again."""
+        """Forget what was recorded after `step`, which will be done again, and evaluations of it, which may be missing."""
         lines = self.metrics_path.read_text().splitlines(keepends=True) if self.metrics_path.exists() else []
-        self.metrics_path.write_text("".join(line for line in lines if _step_of(line) <= step))
+        kept = [line for line in lines if _step_of(line) < step or (_step_of(line) == step and "loss" in json.loads(line))]
+        self.metrics_path.write_text("".join(kept))
 
     def write_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}  # JSON has no NaN
         with self.metrics_path.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+            file.write(json.dumps({"step": step, **finite}) + "\n")
 
     def write_rollouts(self, step: int, groups: Sequence[Group]) -> None:
         """The best and the worst completion of each group, for a person to read."""

@@ -20,7 +20,7 @@ from groupwise.rollouts.native import NativeSampler
 from groupwise.seeding import derive
 from groupwise.tasks.base import Task, build_task
 from groupwise.training.evaluate import evaluate
-from groupwise.training.setup import device_of
+from groupwise.training.setup import LOOKED_AT, device_of
 from groupwise.types import Batch, Demonstration, pad_rows
 
 
@@ -38,10 +38,10 @@ def sft(recipe: SftRecipe, source: Source, out: Path, report: Callable[[int, flo
     Raises:
         UserError: naming the file, line and key at fault.
     """
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: already there and not empty")
     task = build_task(recipe.task, source)
-    tokenizer, model = start(recipe, source)
+    tokenizer, model = start(recipe, task, source)
     settings = recipe.sft
     optimiser = Optimiser(
         model,
@@ -66,20 +66,33 @@ def sft(recipe: SftRecipe, source: Source, out: Path, report: Callable[[int, flo
     return record
 
 
-def start(recipe: SftRecipe, source: Source) -> tuple[Any, Any]:
-    """The tokenizer and the model to begin with: loaded, or new."""
+def start(recipe: SftRecipe, task: Task, source: Source) -> tuple[Any, Any]:
+    """The tokenizer and the model to begin with: loaded, or new.
+
+    Raises:
+        UserError: neither can be had, or the vocabulary lacks a character of the task.
+    """
     settings = recipe.model
     if bool(settings.path) == bool(settings.new):
         raise source.error("model", "set path for a model to start from, or new for a new one, and not both")
-    if settings.path:
-        tokenizer, model = load_tokenizer(settings.path), load_model(settings.path)
-    elif not settings.characters or "model_type" not in settings.new:
+    if settings.new and (not settings.characters or "model_type" not in settings.new):
         raise source.error("model.new", "a new model needs new.model_type, and characters for its vocabulary")
-    else:
-        tokenizer = character_tokenizer(settings.characters)
-        model = new_model(settings.new, tokenizer, recipe.seed)
-    model = model.to(device_of(settings.device, source))
-    check_logits(model)
+    shown = [task.demonstration(i, recipe.seed) for i in range(LOOKED_AT)]
+    text = "".join(item.prompt + item.completion for item in shown)
+    if settings.new and (missing := sorted(set(text) - set(settings.characters))):
+        raise source.error("model.characters", f"the task also uses {''.join(missing)!r}")
+    device = device_of(settings.device, source)
+    try:
+        if settings.path:
+            tokenizer, model = load_tokenizer(settings.path), load_model(settings.path)
+        else:
+            tokenizer = character_tokenizer(settings.characters)
+            model = new_model(settings.new, tokenizer, recipe.seed)
+        check_logits(model.to(device))
+    except UserError as error:
+        raise source.error("model.path" if settings.path else "model.new", str(error)) from error
+    if settings.chat and not tokenizer.chat_template:
+        raise source.error("model.chat", "the tokenizer has no chat template")
     return tokenizer, model
 
 
