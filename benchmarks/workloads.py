@@ -1,0 +1,83 @@
+"""The works that are compared: one model and its prompts, the same for every peer. Needs transformers and torch only."""
+
+import json
+import random
+import string
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+CHARACTERS = string.ascii_letters + string.digits
+
+
+@dataclass(frozen=True)
+class Work:
+    """A rollout batch: prompts of so many tokens, G completions each, at most so many tokens."""
+
+    prompts: int
+    prompt_tokens: int
+    group_size: int
+    max_tokens: int
+    endless: bool = False
+    """No completion ends by itself: each has exactly max_tokens."""
+    vocabulary: int = 64
+    hidden: int = 192
+    layers: int = 4
+    heads: int = 3
+    mlp: int = 768
+
+
+WORKS = {
+    "reasoning": Work(prompts=16, prompt_tokens=200, group_size=16, max_tokens=256),
+    "short": Work(prompts=16, prompt_tokens=10, group_size=16, max_tokens=64, endless=True),
+    "vocabulary": Work(
+        prompts=4,
+        prompt_tokens=128,
+        group_size=8,
+        max_tokens=128,
+        endless=True,
+        vocabulary=151_936,
+        hidden=256,
+        heads=4,
+        mlp=1024,
+    ),
+}
+
+
+def make(work: Work, directory: Path) -> None:
+    """Write the model (random weights), its tokenizer (one token a character) and prompts.json into a directory."""
+    end = work.vocabulary if work.endless else 1  # an id that the model has no logit for is never drawn
+    vocabulary = {"<pad>": 0, "<spare>" if work.endless else "<end>": 1}
+    vocabulary |= {character: 2 + i for i, character in enumerate(CHARACTERS)} | {"<end>": end}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    core.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<pad>")
+    config = Qwen3Config(
+        vocab_size=work.vocabulary,
+        hidden_size=work.hidden,
+        num_hidden_layers=work.layers,
+        num_attention_heads=work.heads,
+        num_key_value_heads=work.heads,
+        head_dim=64,
+        intermediate_size=work.mlp,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        eos_token_id=end,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    rng = random.Random(0)
+    prompts = ["".join(rng.choices(CHARACTERS, k=work.prompt_tokens)) for _ in range(work.prompts)]
+    (directory / "prompts.json").write_text(json.dumps(prompts))
+
+
+def reward(text: str) -> float:
+    """Right or wrong by a coin that the text itself tosses, so that every group is mixed."""
+    return float(sum(map(ord, text)) % 2)
