@@ -174,3 +174,35 @@ def test_an_update_that_is_not_finite_is_skipped_and_several_stop_the_run(tokeni
 
 def test_check_logits_knows_every_architecture(any_model: Any) -> None:
     check_logits(any_model)
+
+
+def test_which_models_run_packed(tokenizer: Any) -> None:
+    """Full, plain attention does; Gemma 2 has soft caps and sliding windows, and takes the general path."""
+    from groupwise.attention import packs
+    from tests.conftest import ARCHITECTURES, tiny_model
+
+    found = {name: packs(tiny_model(name, tokenizer)) for name in ARCHITECTURES}
+    assert found == {"qwen3": True, "llama": True, "gemma": True, "qwen3_moe": True, "gemma2": False}
+
+
+def test_rows_that_teach_nothing_are_not_run_and_change_nothing(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from groupwise.learner import local
+    from tests.conftest import tiny_model
+
+    model = tiny_model("qwen3", tokenizer)
+    batch = random_batch(model)
+    idle_B = torch.arange(len(batch)) % 3 == 0
+    batch = replace(batch, advantages_BT=torch.where(idle_B[:, None], 0, batch.advantages_BT))
+    seen: list[int] = []
+    original = local.completion_logprobs
+
+    def counted(model: Any, part: Batch, **settings: Any) -> Any:
+        seen.append(len(part))
+        return original(model, part, **settings)
+
+    monkeypatch.setattr(local, "completion_logprobs", counted)
+    skipped = gradient(model, batch)
+    assert seen == [int((~idle_B).sum())]
+    monkeypatch.setattr("groupwise.algorithms.Algorithm.zero_advantage_is_idle", False)
+    whole = gradient(model, batch)
+    assert (skipped - whole).norm() / whole.norm() <= 1e-5

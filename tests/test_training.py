@@ -88,6 +88,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
         [],
         ["--set", "algorithm.name=grpo", "--set", "learner.warmup_steps=3"],
         ["--set", "algorithm.name=dcpo", "--set", "task.problems=24"],
+        ["--set", "rollouts.max_age=2", "--set", "learner.old_logprobs=sampler"],
         ["--set", "algorithm.name=ppo", "--set", "algorithm.kl_target=1e-3"],
     ],
 )
@@ -206,6 +207,17 @@ def test_every_shipped_recipe_runs_two_steps(tmp_path: Path, name: str) -> None:
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["grad_norm"] > 0 for row in rows)
     assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
+def test_surplus_groups_wait_for_the_next_batch_and_no_longer(tmp_path: Path) -> None:
+    """The keep-rate starts at what the last step saw, so rounds overshoot; what is left over is used, or gets too old."""
+    out = tmp_path / "run"
+    sets = ["rollouts.max_age=1", "training.steps=6", "training.eval_problems=4", "rollouts.prompts_per_step=6"]
+    assert run("train", "quick", "--out", out, *(part for item in sets for part in ("--set", item))).exit_code == 0
+    rows = [row for row in metrics_of(out) if "loss" in row]
+    assert rows[0]["groups/reused"] == 0
+    assert sum(row["groups/reused"] for row in rows) > 0
+    assert all(row["groups/kept"] == 6 for row in rows)
 
 
 def test_dcpo_remembers_prompts_and_uses_groups_that_agree(tmp_path: Path) -> None:

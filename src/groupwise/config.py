@@ -50,6 +50,9 @@ class RolloutsSection(Section):
     """Completions generated at once."""
     max_rounds: Count = 10
     """Dynamic sampling: how often to generate before a step goes on with the mixed groups it has."""
+    max_age: Annotated[int, Field(ge=0)] = 0
+    """Dynamic sampling: for how many steps mixed groups beyond the batch are kept for later batches; 0: dropped. Weights
+    have moved on since they were sampled: `learner.old_logprobs = "sampler"` lets the ratio account for that."""
 
 
 class LearnerSection(Section):

@@ -83,6 +83,16 @@ class Group:
     completions: tuple[Completion, ...]
     scores: tuple[Score, ...]
 
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> "Group":
+        """The group that `dataclasses.asdict` made a tree of."""
+        return cls(
+            problem=Problem(**tree["problem"]),
+            prompt_tokens=tree["prompt_tokens"],
+            completions=tuple(Completion(**completion) for completion in tree["completions"]),
+            scores=tuple(Score(**score) for score in tree["scores"]),
+        )
+
     @property
     def correct_count(self) -> int:
         return sum(score.correct for score in self.scores)

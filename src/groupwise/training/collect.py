@@ -1,9 +1,12 @@
 """Rollouts of one step: problems drawn, completions sampled and scored, groups kept until the batch is full."""
 
 import math
+import queue
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -13,7 +16,7 @@ from groupwise.models import encode_prompt
 from groupwise.rollouts.base import Sampler, Sampling
 from groupwise.seeding import derive
 from groupwise.tasks.base import Task
-from groupwise.types import Group, Problem
+from groupwise.types import Completion, Group, Problem
 
 LARGEST_ROUND = 4
 """Dynamic sampling never asks for more than this many times the batch at once."""
@@ -32,6 +35,10 @@ class Collected:
     scoring_seconds: float = 0.0
     full: bool = True
     """Whether the batch was filled."""
+    reused: int = 0
+    """Groups among those kept that an earlier step generated."""
+    too_old: int = 0
+    """Groups that earlier steps generated and no batch took in time."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
 
@@ -63,30 +70,38 @@ class Collector:
         """How many training problems have been drawn."""
         self.keep_rate = 1.0
         """Share of groups that dynamic sampling kept in the last step."""
+        self.surplus: list[tuple[int, Group]] = []
+        """Mixed groups beyond the last batch, and the step that generated each."""
+        self._generator = ThreadPoolExecutor(1, "rollouts")
 
     def collect(self, step: int) -> Collected:
         """The groups of one step. Without dynamic sampling: one round, everything kept."""
         started = time.perf_counter()
         wanted = self.recipe.rollouts.prompts_per_step
         limit = self.recipe.rollouts.max_rounds if self.algorithm.dynamic_sampling else 1
-        kept: list[Group] = []
-        seen: list[Group] = []
+        young = [(born, group) for born, group in self.surplus if step - born <= self.recipe.rollouts.max_age]
+        too_old = len(self.surplus) - len(young)
+        kept, seen = list(young), list[Group]()
         rounds, scoring = 0, 0.0
         while len(kept) < wanted and rounds < limit:
             problems = self._draw(self._count(wanted - len(kept)))
             groups, seconds = self._generate(problems, derive(self.recipe.seed, "rollouts", step, rounds))
             seen += groups
-            kept += [group for group in groups if not self.algorithm.dynamic_sampling or is_mixed(group)]
+            mixed = [group for group in groups if not self.algorithm.dynamic_sampling or is_mixed(group)]
+            kept += [(step, group) for group in mixed]
             scoring += seconds
             rounds += 1
-            self.keep_rate = len(kept) / len(seen)
+            self.keep_rate = (len(kept) - len(young)) / len(seen)
+        self.surplus = kept[wanted:] if self.recipe.rollouts.max_age else []
         return Collected(
-            groups=kept[:wanted],
+            groups=[group for _, group in kept[:wanted]],
             seen=seen,
             rounds=rounds,
             seconds=time.perf_counter() - started,
             scoring_seconds=scoring,
             full=len(kept) >= wanted,
+            reused=min(len(young), wanted),
+            too_old=too_old,
         )
 
     def _count(self, missing: int) -> int:
@@ -102,22 +117,43 @@ class Collector:
         return problems
 
     def _generate(self, problems: list[Problem], seed: int) -> tuple[list[Group], float]:
-        """Groups in the order of their problems, and the seconds that scoring took."""
+        """Groups in the order of their problems, and the seconds that scoring took.
+
+        Groups are scored here as they finish while others are still generated in a thread of its own; scoring stays in
+        the main thread, where a user's reward may use signals.
+        """
         prompts = [encode_prompt(self.tokenizer, problem.prompt, self.recipe.model.chat) for problem in problems]
+        finished: queue.SimpleQueue[tuple[int, tuple[Completion, ...]] | None] = queue.SimpleQueue()
+
+        def generate() -> None:
+            try:
+                group_size = self.recipe.rollouts.group_size
+                for item in self.sampler.generate(prompts, group_size, self.sampling, seed=seed):
+                    finished.put(item)
+            finally:
+                finished.put(None)
+
+        generation = self._generator.submit(generate)
         groups: dict[int, Group] = {}
         scoring = 0.0
-        for i, completions in self.sampler.generate(prompts, self.recipe.rollouts.group_size, self.sampling, seed=seed):
-            started = time.perf_counter()
-            scores = tuple(self.task.score(problems[i], [completion.text for completion in completions]))
-            groups[i] = Group(problem=problems[i], prompt_tokens=prompts[i], completions=completions, scores=scores)
-            scoring += time.perf_counter() - started
+        try:
+            while (item := finished.get()) is not None:
+                i, completions = item
+                started = time.perf_counter()
+                scores = tuple(self.task.score(problems[i], [completion.text for completion in completions]))
+                groups[i] = Group(problem=problems[i], prompt_tokens=prompts[i], completions=completions, scores=scores)
+                scoring += time.perf_counter() - started
+        finally:
+            generation.result()
         return [groups[i] for i in range(len(problems))], scoring
 
-    def state_dict(self) -> dict[str, float]:
-        return {"position": self.position, "keep_rate": self.keep_rate}
+    def state_dict(self) -> dict[str, Any]:
+        surplus = [(born, asdict(group)) for born, group in self.surplus]
+        return {"position": self.position, "keep_rate": self.keep_rate, "surplus": surplus}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.position, self.keep_rate = int(state["position"]), state["keep_rate"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position, self.keep_rate = state["position"], state["keep_rate"]
+        self.surplus = [(born, Group.from_dict(group)) for born, group in state["surplus"]]
 
 
 def is_mixed(group: Group) -> bool:

@@ -255,8 +255,8 @@ def averaged(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def rollout_metrics(collected: Collected) -> dict[str, float]:
-    """Of everything that was generated, whether it was kept or not."""
-    seen = collected.seen
+    """Of everything that was generated, whether it was kept or not; of what was kept, where nothing was generated."""
+    seen = collected.seen or collected.groups
     completions = [completion for group in seen for completion in group.completions]
     scores = [score for group in seen for score in group.scores]
     shares = {name: collected.outcomes[name] / len(seen) for name in ("all_correct", "all_wrong", "mixed")}
@@ -266,8 +266,10 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
         **{f"groups/{name}": share for name, share in shares.items()},
         "groups/dead": 1 - shares["mixed"],
         "groups/kept": float(len(collected.groups)),
-        "rollouts/completions": float(len(completions)),
+        "rollouts/completions": float(sum(len(group.completions) for group in collected.seen)),
         "rollouts/rounds": float(collected.rounds),
+        "groups/reused": float(collected.reused),
+        "groups/too_old": float(collected.too_old),
         "length/mean": sum(len(completion.tokens) for completion in completions) / len(completions),
         "length/truncated": sum(completion.stop == "length" for completion in completions) / len(completions),
     }
