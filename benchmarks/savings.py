@@ -1,0 +1,67 @@
+"""What each part of the fast path saves alone, on the work `reasoning`: one thing taken away at a time, in turn.
+
+python benchmarks/savings.py
+"""
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+from worker_groupwise import Step
+from workloads import WORKS, make
+
+PAIRS = 3
+
+
+def padded_sampler(step: Step) -> dict[str, float]:
+    with mock.patch("groupwise.rollouts.native.packs", return_value=False):
+        return step.run()
+
+
+def padded_learner(step: Step) -> dict[str, float]:
+    with (
+        mock.patch("groupwise.learner.logprobs.packs", return_value=False),
+        mock.patch("groupwise.learner.local.packs", return_value=False),
+    ):
+        return step.run()
+
+
+def unshared_prompts(step: Step) -> dict[str, float]:
+    settings = step.learner.settings
+    step.learner.settings = settings.model_copy(update={"share_prompts": False})
+    report = step.run()
+    step.learner.settings = settings
+    return report
+
+
+VARIANTS: dict[str, Callable[[Step], dict[str, float]]] = {
+    "everything": Step.run,
+    "sampler: transformers' cache, padded": padded_sampler,
+    "learner: prompts shared, but padded": padded_learner,
+    "learner: prompts run for every row, padded": unshared_prompts,
+}
+
+
+def main() -> None:
+    torch.set_num_threads(2)
+    with tempfile.TemporaryDirectory() as directory:
+        make(WORKS["reasoning"], Path(directory))
+        step = Step(WORKS["reasoning"], Path(directory))
+        step.run()
+        reports: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
+        for _ in range(PAIRS):
+            for name, variant in VARIANTS.items():
+                reports[name].append(variant(step))
+    print("| | generation, tok/s | training, s |")
+    print("|---|---|---|")
+    for name, found in reports.items():
+        rate = statistics.median(report["tokens"] / report["generation"] for report in found)
+        training = statistics.median(report["training"] for report in found)
+        print(f"| {name} | {rate:,.0f} | {training:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
