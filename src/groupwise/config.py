@@ -66,8 +66,9 @@ class LearnerSection(Section):
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     weight_decay: NotNegative = 0.0
     max_grad_norm: Positive = 1.0
-    micro_batch_tokens: Count = 16384
-    """Padded tokens, prompts and completions, that go through the model at once; changes memory and time, not results."""
+    micro_batch_tokens: Count = 4096
+    """Tokens, prompts and completions, that go through the model at once; changes memory and time, not results. More suits
+    a GPU; on a CPU this many keep the intermediate results in its caches."""
     share_prompts: bool = True
     """Run each prompt once per group; changes time, not results."""
     old_logprobs: Literal["sampler", "recompute"] = "recompute"
