@@ -22,6 +22,10 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+LIKE_LENGTH, SHORT = 0.7, 8
+"""Rows share a padded kernel call when the shorter has at least this share of the longer's tokens, less a few."""
+
+
 class Attend(Protocol):
     def __call__(self, layer: int, query_HND: Tensor, key_KND: Tensor, value_KND: Tensor, scale: float) -> Tensor:
         """What each of N tokens gathers, [N, H, D]; K key-value heads serve H query heads."""
@@ -112,11 +116,10 @@ class Packed:
         self.prompt_tokens = int(prompts_P.sum())
         self.prompts = Layout(_ragged(prompts_P, 0), device)
         rows_RT = _ragged(lengths_R, self.prompt_tokens)
-        self.rows = Layout(rows_RT, device)
-        members = [(groups_R == p).nonzero()[:, 0] for p in range(len(prompt_lengths))]
-        member_PG = torch.nn.utils.rnn.pad_sequence(members, batch_first=True, padding_value=-1)
-        of_group_PGT = torch.where(member_PG[..., None] >= 0, rows_RT[member_PG.clamp(min=0)], -1)
-        self.groups = Layout(of_group_PGT.flatten(1), device)
+        self.rows = [Layout(rows_RT[rows, : int(lengths_R[rows].max())], device) for rows in _by_length(lengths_R)]
+        members = [rows_RT[groups_R == p] for p in range(len(prompt_lengths))]
+        tokens = [rows[rows >= 0] for rows in members]
+        self.groups = Layout(torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=-1), device)
         self.prompt_bias = _padding_bias(self.prompts.inside, device)
         positions = [torch.arange(n) for n in prompt_lengths]
         starts = prompts_P[groups_R].tolist()
@@ -133,7 +136,7 @@ class Layout:
     """Flat tokens as padded rows and back, for the time of an attention kernel."""
 
     def __init__(self, index_RT: Tensor, device: Any) -> None:
-        """`index_RT`: flat index of each place, -1 for padding; the indices that occur are consecutive."""
+        """`index_RT`: flat index of each place, -1 for padding."""
         self.shape = tuple(index_RT.shape)
         inside = index_RT >= 0
         self.full = bool(inside.all())
@@ -141,8 +144,11 @@ class Layout:
         self.index = index_RT.clamp(min=0).flatten().to(device)
         flat = index_RT.flatten()
         places = (flat >= 0).nonzero()[:, 0]
-        self.back = places[flat[places].argsort()].to(device)
+        order = flat[places].argsort()
+        self.back = places[order].to(device)
         """Where each flat token lies among the places, in the order of flat tokens."""
+        self.tokens = flat[places][order].to(device)
+        """The flat tokens that have a place."""
 
     def rows(self, flat_NHD: Tensor) -> Tensor:
         """[R, H, T, D] (or [R, H, T] from [N, H]), 0 in the padding."""
@@ -172,9 +178,10 @@ class _PackedAttention(torch.autograd.Function):
             o, s = _flash(q, *_repeat(q, k, v), 0.0, True, scale=scale)
             output[:n], sums[:n] = layout.prompts.flat(o), layout.prompts.flat(s)
         if n < len(query):
-            q, k, v = layout.rows.rows(query), layout.rows.rows(key), layout.rows.rows(value)
-            own = _flash(q, *_repeat(q, k, v), 0.0, True, scale=scale)
-            output[n:], sums[n:] = layout.rows.flat(own[0]), layout.rows.flat(own[1])
+            for rows in layout.rows:
+                q, k, v = rows.rows(query), rows.rows(key), rows.rows(value)
+                o, s = _flash(q, *_repeat(q, k, v), 0.0, True, scale=scale)
+                output[rows.tokens], sums[rows.tokens] = rows.flat(o), rows.flat(s)
             if n:
                 q, k, v = layout.groups.rows(query), layout.prompts.rows(key), layout.prompts.rows(value)
                 o, s = _flash(_fold(q, k), k, v, 0.0, False, attn_mask=layout.prompt_bias, scale=scale)
@@ -192,17 +199,13 @@ class _PackedAttention(torch.autograd.Function):
         n = layout.prompt_tokens
         d_query, d_key, d_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
 
-        def causal(where: Layout, part: slice) -> None:
-            q, k, v, o, s, g = (where.rows(x) for x in (query, key, value, output, sums, gradient))
-            dq, dk, dv = _flash_backward(g, q, *_repeat(q, k, v), o, s, 0.0, True, scale=scale)
-            d_query[part] += where.flat(dq)
-            d_key[part] += where.flat(_sum_repeats(dk, k))
-            d_value[part] += where.flat(_sum_repeats(dv, v))
-
-        if n:
-            causal(layout.prompts, slice(0, n))
-        if n < len(query):
-            causal(layout.rows, slice(n, None))
+        for rows in [layout.prompts, *layout.rows]:
+            if len(rows.tokens):
+                q, k, v, o, s, g = (rows.rows(x) for x in (query, key, value, output, sums, gradient))
+                dq, dk, dv = _flash_backward(g, q, *_repeat(q, k, v), o, s, 0.0, True, scale=scale)
+                d_query[rows.tokens] = rows.flat(dq)
+                d_key[rows.tokens] = rows.flat(_sum_repeats(dk, k))
+                d_value[rows.tokens] = rows.flat(_sum_repeats(dv, v))
         if 0 < n < len(query):
             q, o, s, g = (layout.groups.rows(x) for x in (query, output, sums, gradient))
             k, v = layout.prompts.rows(key), layout.prompts.rows(value)
@@ -241,6 +244,20 @@ def _padding_bias(inside_PL: Tensor, device: Any) -> Tensor | None:
     if bool(inside_PL.all()):
         return None
     return torch.zeros(inside_PL.shape, device=device).masked_fill(~inside_PL, -torch.inf)[:, None, None]
+
+
+def _by_length(lengths_R: Tensor) -> list[Tensor]:
+    """Rows (int64 [r] each) in sets of like length, so that little is padded; rows without a token are in none."""
+    order = lengths_R.argsort(descending=True)
+    sets: list[list[int]] = []
+    longest = 0
+    for row, length in zip(order.tolist(), lengths_R[order].tolist(), strict=True):
+        if length > 0:
+            if not sets or length < LIKE_LENGTH * longest - SHORT:
+                sets.append([])
+                longest = length
+            sets[-1].append(row)
+    return [torch.tensor(rows) for rows in sets]
 
 
 def _ragged(lengths_R: Tensor, offset: int) -> Tensor:
