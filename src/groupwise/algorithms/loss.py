@@ -49,16 +49,14 @@ def policy_loss(
     Raises:
         ValueError: something needed is missing, or a log-probability of a trained token is not finite.
     """
-    if mask_BT.dtype != torch.bool:
-        raise ValueError(f"mask_BT is {mask_BT.dtype}; it says which tokens are trained on, so it must be bool")
-    given = {"logprobs_BT": logprobs_BT, "old_logprobs_BT": old_logprobs_BT}
-    if algorithm.beta > 0:
-        given["ref_logprobs_BT"] = _needed("ref_logprobs_BT", "beta above 0", ref_logprobs_BT)
-    if algorithm.correction != "none":
-        given["rollout_logprobs_BT"] = _needed("rollout_logprobs_BT", "a correction", rollout_logprobs_BT)
-    if algorithm.entropy_bonus:
-        given["entropy_BT"] = _needed("entropy_BT", "an entropy bonus", entropy_BT)
-    given = {name: _trained(name, values_BT, mask_BT) for name, values_BT in given.items()}
+    given = _checked(
+        mask_BT,
+        logprobs_BT=(logprobs_BT, "the loss"),
+        old_logprobs_BT=(old_logprobs_BT, "the loss"),
+        ref_logprobs_BT=(ref_logprobs_BT, "beta above 0" if algorithm.beta > 0 else None),
+        rollout_logprobs_BT=(rollout_logprobs_BT, "a correction" if algorithm.correction != "none" else None),
+        entropy_BT=(entropy_BT, "an entropy bonus" if algorithm.entropy_bonus else None),
+    )
     logprobs_BT, old_BT = given["logprobs_BT"], given["old_logprobs_BT"].detach()
     if weights_BT is None:
         weights_BT = algorithm.part("aggregation")(mask_BT, group_ids_B=group_ids_B, max_length=None)
@@ -95,18 +93,23 @@ def policy_loss(
     return (weights_BT.to(logprobs_BT.dtype) * torch.where(mask_BT, token_loss_BT, 0)).sum(), metrics
 
 
-def _needed(name: str, reason: str, values_BT: Tensor | None) -> Tensor:
-    if values_BT is None:
-        raise ValueError(f"{reason} needs {name}, which was not given")
-    return values_BT
+def _checked(mask_BT: Tensor, **inputs: tuple[Tensor | None, str | None]) -> dict[str, Tensor]:
+    """The inputs that something needs, each given as (values, what needs it), with 0 where masked.
 
-
-def _trained(name: str, values_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """The values with 0 where masked, so that nothing there, a NaN included, reaches the loss or its gradient."""
-    values_BT = torch.where(mask_BT, values_BT, 0)
-    if not bool(torch.isfinite(values_BT).all()):
-        raise ValueError(f"{name} holds a value that is not finite at a trained token")
-    return values_BT
+    So nothing that stands there, a NaN included, reaches the loss or its gradient.
+    """
+    if mask_BT.dtype != torch.bool:
+        raise ValueError(f"mask_BT is {mask_BT.dtype}; it says which tokens are trained on, so it must be bool")
+    found = {}
+    for name, (values_BT, reason) in inputs.items():
+        if reason is None:
+            continue
+        if values_BT is None:
+            raise ValueError(f"{reason} needs {name}, which was not given")
+        found[name] = torch.where(mask_BT, values_BT, 0)
+        if not bool(torch.isfinite(found[name]).all()):
+            raise ValueError(f"{name} holds a value that is not finite at a trained token")
+    return found
 
 
 def _mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
