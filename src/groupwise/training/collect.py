@@ -1,10 +1,8 @@
 """Rollouts of one step: problems drawn, completions sampled and scored, groups kept until the batch is full."""
 
 import math
-import queue
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,7 +14,7 @@ from groupwise.models import encode_prompt
 from groupwise.rollouts.base import Sampler, Sampling
 from groupwise.seeding import derive
 from groupwise.tasks.base import Task
-from groupwise.types import Completion, Group, Problem
+from groupwise.types import Group, Problem
 
 LARGEST_ROUND = 4
 """Dynamic sampling never asks for more than this many times the batch at once."""
@@ -72,7 +70,6 @@ class Collector:
         """Share of groups that dynamic sampling kept in the last step."""
         self.surplus: list[tuple[int, Group]] = []
         """Mixed groups beyond the last batch, and the step that generated each."""
-        self._generator = ThreadPoolExecutor(1, "rollouts")
 
     def collect(self, step: int) -> Collected:
         """The groups of one step. Without dynamic sampling: one round, everything kept."""
@@ -117,34 +114,19 @@ class Collector:
         return problems
 
     def _generate(self, problems: list[Problem], seed: int) -> tuple[list[Group], float]:
-        """Groups in the order of their problems, and the seconds that scoring took.
+        """Groups in the order of their problems, each scored as it finishes, and the seconds that scoring took.
 
-        Groups are scored here as they finish while others are still generated in a thread of its own; scoring stays in
-        the main thread, where a user's reward may use signals.
+        In this thread: a second one that ran the model, or that ran beside it, would have the two fight over the cores
+        (measured: rollouts and learner both 1.6 times slower), and a user's reward may use signals, which need this one.
         """
         prompts = [encode_prompt(self.tokenizer, problem.prompt, self.recipe.model.chat) for problem in problems]
-        finished: queue.SimpleQueue[tuple[int, tuple[Completion, ...]] | None] = queue.SimpleQueue()
-
-        def generate() -> None:
-            try:
-                group_size = self.recipe.rollouts.group_size
-                for item in self.sampler.generate(prompts, group_size, self.sampling, seed=seed):
-                    finished.put(item)
-            finally:
-                finished.put(None)
-
-        generation = self._generator.submit(generate)
         groups: dict[int, Group] = {}
         scoring = 0.0
-        try:
-            while (item := finished.get()) is not None:
-                i, completions = item
-                started = time.perf_counter()
-                scores = tuple(self.task.score(problems[i], [completion.text for completion in completions]))
-                groups[i] = Group(problem=problems[i], prompt_tokens=prompts[i], completions=completions, scores=scores)
-                scoring += time.perf_counter() - started
-        finally:
-            generation.result()
+        for i, completions in self.sampler.generate(prompts, self.recipe.rollouts.group_size, self.sampling, seed=seed):
+            started = time.perf_counter()
+            scores = tuple(self.task.score(problems[i], [completion.text for completion in completions]))
+            groups[i] = Group(problem=problems[i], prompt_tokens=prompts[i], completions=completions, scores=scores)
+            scoring += time.perf_counter() - started
         return [groups[i] for i in range(len(problems))], scoring
 
     def state_dict(self) -> dict[str, Any]:
