@@ -44,7 +44,7 @@ class Step:
         generated = time.perf_counter()
         groups = []
         for i, text in enumerate(self.texts):
-            rewards = [reward(completion.text) for completion in answers[i]]
+            rewards = [reward(completion.tokens.tolist()) for completion in answers[i]]
             groups.append(
                 Group(
                     problem=Problem(id=text, prompt=text),

@@ -49,7 +49,7 @@ def main() -> None:
 
     def rewards(completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
         clock.tokens += sum(len(ids) for ids in completion_ids)
-        return [reward(text) for text in completions]
+        return [reward(ids) for ids in completion_ids]
 
     rows = work.prompts * work.group_size
     batch = min(64, rows)

@@ -78,6 +78,6 @@ def make(work: Work, directory: Path) -> None:
     (directory / "prompts.json").write_text(json.dumps(prompts))
 
 
-def reward(text: str) -> float:
-    """Right or wrong by a coin that the text itself tosses, so that every group is mixed."""
-    return float(sum(map(ord, text)) % 2)
+def reward(tokens: list[int]) -> float:
+    """Right or wrong by a coin that the completion itself tosses, so that nearly every group is mixed."""
+    return float(sum(tokens) % 2)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from groupwise.config import LearnerSection
 from groupwise.learner.critic import Critic, value_losses
 from groupwise.learner.local import cut_rows
 from tests.conftest import tiny_model
@@ -31,10 +32,10 @@ def randomised(critic: Critic) -> Critic:
 def test_values_start_at_zero_and_are_of_the_state_before_the_token(tokenizer: Any) -> None:
     critic = make_critic(tokenizer)
     batch = random_batch(tiny_model("qwen3", tokenizer))
-    assert critic.values(batch, share_prompts=True).abs().max() == 0
+    assert critic.values(batch, LearnerSection()).abs().max() == 0
     randomised(critic)
-    values_BT = critic.values(batch, share_prompts=True)
-    torch.testing.assert_close(values_BT, critic.values(batch, share_prompts=False), rtol=0, atol=1e-4)
+    values_BT = critic.values(batch, LearnerSection())
+    torch.testing.assert_close(values_BT, critic.values(batch, LearnerSection(share_prompts=False)), rtol=0, atol=1e-4)
     for row, length in enumerate(batch.lengths_B.tolist()):
         prompt = batch.prompts[int(batch.group_ids_B[row])]
         tokens = torch.cat([prompt, batch.tokens_BT[row, :length]])
@@ -60,9 +61,9 @@ def test_update_does_not_depend_on_the_cut_and_learns(tokenizer: Any) -> None:
         critic = randomised(make_critic(tokenizer))
         torch.nn.init.constant_(critic.network["head"].weight, 0.01)
         results.append(
-            critic.update((batch.select(rows) for rows in cut_rows(batch, budget, padded=False)), tokens, share_prompts=True)
+            critic.update((batch.select(rows) for rows in cut_rows(batch, budget, padded=False)), tokens, LearnerSection())
         )
     assert results[0]["critic/grad_norm"] == pytest.approx(results[1]["critic/grad_norm"], rel=1e-5)
     critic = make_critic(tokenizer)
-    losses = [critic.update(iter([batch]), tokens, share_prompts=True)["critic/loss"] for _ in range(60)]
+    losses = [critic.update(iter([batch]), tokens, LearnerSection())["critic/loss"] for _ in range(60)]
     assert losses[-1] < 0.2 * losses[0]

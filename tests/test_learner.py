@@ -129,27 +129,6 @@ def test_cut_rows_covers_every_row_once_within_the_budget() -> None:
     assert packed == [[0], [2, 4, 1, 3]]  # 10 + 30; 10 + 6, 1, 4 + 2, 20
 
 
-def test_no_tensor_of_batch_by_length_by_vocabulary(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest logits held at once stay within the limit, however many tokens there are."""
-    from groupwise.learner import logprobs as module
-    from tests.conftest import tiny_model
-
-    model = tiny_model("qwen3", tokenizer)
-    sizes: list[int] = []
-    original = module.logits
-
-    def measured(model: Any, hidden: Tensor) -> Tensor:
-        result = original(model, hidden)
-        sizes.append(result.numel())
-        return result
-
-    monkeypatch.setattr(module, "logits", measured)
-    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 5 * model.config.vocab_size)
-    batch = random_batch(model)
-    completion_logprobs(model, batch)
-    assert max(sizes) <= 5 * model.config.vocab_size < int(batch.lengths_B.sum()) * model.config.vocab_size
-
-
 def test_an_update_that_is_not_finite_is_skipped_and_several_stop_the_run(tokenizer: Any) -> None:
     from tests.conftest import tiny_model
 
@@ -206,3 +185,55 @@ def test_rows_that_teach_nothing_are_not_run_and_change_nothing(tokenizer: Any, 
     monkeypatch.setattr("groupwise.algorithms.Algorithm.zero_advantage_is_idle", False)
     whole = gradient(model, batch)
     assert (skipped - whole).norm() / whole.norm() <= 1e-5
+
+
+def gradients_of(model: Any, batch: Batch, **settings: Any) -> list[Tensor]:
+    """The gradient that one update of DAPO takes, by parameter."""
+    learner = LocalLearner(
+        model,
+        named("dapo", overlong_cache=0.0),
+        LearnerSection(learning_rate=0.0, **settings),
+        updates=10,
+        temperature=1.0,
+        max_tokens=16,
+    )
+    found: list[Tensor] = []
+
+    def take(_: float) -> dict[str, float]:
+        found.extend(parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None)
+        return {}
+
+    learner.optimiser.step = take  # type: ignore[method-assign]
+    learner.update(batch)
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def test_checkpointing_gives_the_same_gradient_and_keeps_less(any_model: Any) -> None:
+    batch = random_batch(any_model)
+
+    def kept(checkpointed: bool) -> tuple[list[Tensor], int]:
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return gradients_of(any_model, batch, checkpointing=checkpointed), sum(sizes.values())
+
+    (plain, plain_bytes), (ours, our_bytes) = kept(False), kept(True)
+    for mine, theirs in zip(ours, plain, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+    assert our_bytes < 0.7 * plain_bytes
+    assert not any(module.training for module in any_model.modules())
+
+
+def test_bfloat16_products_leave_weights_and_gradients_in_float32(any_model: Any) -> None:
+    batch = random_batch(any_model)
+    exact, rough = (
+        torch.cat([g.flatten() for g in gradients_of(any_model, batch, precision=p)]) for p in ("float32", "bfloat16")
+    )
+    assert rough.dtype == torch.float32
+    assert not torch.equal(rough, exact)
+    assert torch.nn.functional.cosine_similarity(rough, exact, dim=0) > 0.98

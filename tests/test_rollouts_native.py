@@ -1,10 +1,12 @@
 """The native sampler: its log-probabilities are the learner's, its samples follow the distribution, its limits hold."""
 
+import shutil
 from typing import Any
 
 import pytest
 import torch
 
+from groupwise.attention import packs
 from groupwise.learner.logprobs import completion_logprobs
 from groupwise.rollouts.base import Sampling
 from groupwise.rollouts.native import NativeSampler, draw
@@ -116,7 +118,7 @@ def test_limits_and_their_logprobs(any_model: Any, tokenizer: Any, settings: dic
 def test_draw_follows_the_distribution() -> None:
     probs = torch.tensor([0.5, 0.0, 0.2, 0.3])
     uniforms = torch.rand(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    tokens = draw(probs.log().expand(len(uniforms), 4), uniforms)
+    tokens = draw(probs.expand(len(uniforms), 4), uniforms)
     shares = torch.bincount(tokens, minlength=4) / len(uniforms)
     assert shares[1] == 0
     # Five standard deviations of a share of 200,000 draws.
@@ -126,4 +128,51 @@ def test_draw_follows_the_distribution() -> None:
 def test_draw_never_takes_a_token_without_probability() -> None:
     probs = torch.tensor([0.0, 1.0, 0.0])
     uniforms = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
-    assert draw(probs.log().expand(3, 3), uniforms).tolist() == [1, 1, 1]
+    assert draw(probs.expand(3, 3), uniforms).tolist() == [1, 1, 1]
+
+
+def test_draw_finds_the_same_token_in_a_large_vocabulary_as_a_plain_cumulative_sum() -> None:
+    torch.manual_seed(0)
+    weights = torch.rand(64, 5000).masked_fill_(torch.rand(64, 5000) < 0.9, 0)
+    uniforms = torch.rand(64, dtype=torch.float64)
+    plain = torch.searchsorted(weights.double().cumsum(-1), ((1 - uniforms) * weights.double().sum(-1))[:, None])[:, 0]
+    assert torch.equal(draw(weights, uniforms), plain)
+    assert (weights.gather(1, draw(weights, torch.zeros(64, dtype=torch.float64))[:, None]) > 0).all()
+
+
+def test_a_sampler_in_bfloat16_follows_the_weights_of_the_model(tokenizer: Any) -> None:
+    from tests.conftest import tiny_model
+
+    model = tiny_model("qwen3", tokenizer)
+    sampler = NativeSampler(model, tokenizer, torch.bfloat16)
+    assert packs(sampler.model)
+    with torch.no_grad():
+        next(model.parameters()).mul_(-1)
+    sampler.load(model, 3)
+    groups = dict(sampler.generate(PROMPTS, 4, Sampling(max_tokens=12), seed=0))
+    completion = groups[0][0]
+    assert completion.weights_version == 3
+    assert next(sampler.model.parameters()).dtype == torch.bfloat16 and model.dtype == torch.float32
+    tokens = torch.cat([PROMPTS[0], completion.tokens])[None]
+    exact = torch.log_softmax(model(input_ids=tokens).logits[0].float(), -1)[len(PROMPTS[0]) - 1 : -1]
+    gap = completion.logprobs - exact.gather(1, completion.tokens[:, None])[:, 0]
+    assert 0 < gap.abs().mean() < 0.2  # bfloat16 has eight bits, and the weights of this model are large
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_decoder_samples_and_learns_the_same(tokenizer: Any) -> None:
+    from tests.conftest import tiny_model
+    from tests.test_learner import gradients_of, random_batch
+
+    model = tiny_model("qwen3", tokenizer)
+    sampler, batch = NativeSampler(model, tokenizer), random_batch(model)
+    before = dict(sampler.generate(PROMPTS, 4, Sampling(max_tokens=12), seed=0))
+    gradients = gradients_of(model, batch)
+    model.base_model.compile(dynamic=True)
+    after = dict(sampler.generate(PROMPTS, 4, Sampling(max_tokens=12), seed=0))
+    for prompt, completions in before.items():
+        for old, new in zip(completions, after[prompt], strict=True):
+            assert old.text == new.text
+            torch.testing.assert_close(old.logprobs, new.logprobs, rtol=0, atol=1e-4)
+    for old, new in zip(gradients, gradients_of(model, batch), strict=True):
+        torch.testing.assert_close(old, new, rtol=1e-4, atol=1e-4 * float(old.abs().max()))

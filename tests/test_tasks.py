@@ -1,6 +1,7 @@
 """The arithmetic task is right about arithmetic, and the dataset task about files."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from groupwise.config import Source
 from groupwise.errors import UserError
 from groupwise.tasks.arithmetic import ArithmeticTask, parse, score_answer, working
 from groupwise.tasks.base import build_task
-from groupwise.types import Problem
+from groupwise.types import Problem, Score
 
 
 def problem(expression: str) -> Problem:
@@ -146,3 +147,33 @@ def test_an_answer_that_takes_forever_is_given_up(tmp_path: Path, monkeypatch: p
 def test_bad_data_is_named(tmp_path: Path, lines: list[str], settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         write_dataset(tmp_path, lines, **settings)
+
+
+@pytest.mark.parametrize("concurrent", [False, True])
+def test_scoring_beside_the_generation_or_within_it_gives_the_same(concurrent: bool, tmp_path: Path, shipped: Any) -> None:
+    from groupwise.algorithms import named
+    from groupwise.config import Recipe
+    from groupwise.rollouts.native import NativeSampler
+    from groupwise.training.collect import Collector
+
+    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"prompt": f"{i}+2=", "answer": str(i + 2)}) for i in range(1, 9)))
+    source = Source(tmp_path / "r.toml", "")
+    task = build_task({"name": "dataset", "path": "d.jsonl", "reward": "last_line", "concurrent": concurrent}, source)
+    threads: list[bool] = []
+    score = task.score
+
+    class Watched:
+        scores_beside_generation = task.scores_beside_generation
+        problem = staticmethod(task.problem)
+
+        def score(self, problem: Problem, texts: list[str]) -> list[Score]:
+            threads.append(threading.current_thread() is threading.main_thread())
+            return score(problem, texts)
+
+    recipe = Recipe.model_validate({"rollouts": {"prompts_per_step": 6, "group_size": 4, "max_tokens": 8}})
+    model, tokenizer = shipped
+    collector = Collector(NativeSampler(model, tokenizer), Watched(), tokenizer, recipe, named("grpo"))
+    groups = collector.collect(0).groups
+    assert threads == [not concurrent] * 6
+    for group in groups:
+        assert [s.correct for s in group.scores] == [s.correct for s in score(group.problem, [c.text for c in group.completions])]

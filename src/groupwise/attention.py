@@ -9,7 +9,7 @@ plain (no soft cap, no sinks), on a CPU; `packs` tells. Others take the general 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -43,7 +43,25 @@ def _interface(
         if extra.get(name) is not None:
             raise NotImplementedError(f"attention with {name}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _attend.get()(module.layer_idx, query[0], key[0], value[0], scale)[None], None
+    if not torch.compiler.is_compiling():
+        return _run(module.layer_idx, query, key, value, scale), None
+    run = _outside_graph if torch.is_grad_enabled() else _in_graph
+    return run(module.layer_idx, query, key, value, scale), None
+
+
+def _run(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    return _attend.get()(layer, query[0], key[0], value[0], scale)[None]
+
+
+_outside_graph = torch.compiler.disable(_run)  # type: ignore[no-untyped-call]
+"""With gradients the graph breaks here, since the attention has its own backward pass."""
+_in_graph = torch.library.custom_op("groupwise::attend", _run, mutates_args=())
+"""Without gradients, one node of the graph; what it writes is the cache, which the graph knows nothing of."""
+
+
+@_in_graph.register_fake
+def _(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    return query.transpose(1, 2).new_empty(query.transpose(1, 2).shape)
 
 
 AttentionInterface.register(NAME, _interface)
@@ -61,6 +79,12 @@ def attending(decoder: Any, attend: Attend) -> Iterator[None]:
     finally:
         config._attn_implementation = before
         _attend.reset(token)
+
+
+def recomputing(decoder: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For torch's checkpoint: what surrounds a layer's first run, and its second, in the backward pass."""
+    attend = _attend.get(None)
+    return nullcontext(), nullcontext() if attend is None else attending(decoder, attend)
 
 
 def run_packed(decoder: Any, tokens_N: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
@@ -92,7 +116,8 @@ def _trial(model: Any) -> bool:
     except (NotImplementedError, AttributeError, LookupError, TypeError, RuntimeError, ValueError):
         return False  # whatever a stranger's forward makes of a flat batch
     theirs = decoder(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
-    return bool(torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max())))
+    close = max(1e-3, 10 * torch.finfo(theirs.dtype).eps)
+    return bool(torch.allclose(ours, theirs, rtol=close, atol=close * float(theirs.abs().max())))
 
 
 def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
@@ -101,7 +126,7 @@ def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor
     Each is (output [..., D], normalised within its set; log of the sum of exponentials of the set's scores [...]).
     """
     share = torch.sigmoid(second[1] - first[1])[..., None]
-    return torch.lerp(first[0], second[0], share)
+    return torch.lerp(first[0], second[0], share.to(first[0].dtype))
 
 
 class Packed:
@@ -127,7 +152,8 @@ class Packed:
         self.positions_N = torch.cat(positions).to(device)
 
     def __call__(self, layer: int, query_HND: Tensor, key_KND: Tensor, value_KND: Tensor, scale: float) -> Tensor:
-        query, key, value = (x.transpose(0, 1).contiguous() for x in (query_HND, key_KND, value_KND))
+        # Under autocast the norms of queries and keys, and only they, come in float32.
+        query, key, value = (x.transpose(0, 1).contiguous().to(value_KND.dtype) for x in (query_HND, key_KND, value_KND))
         output_NHD: Tensor = _PackedAttention.apply(query, key, value, self, scale)  # type: ignore[no-untyped-call]
         return output_NHD
 

@@ -28,6 +28,9 @@ class ModelSection(Section):
     device: str = "auto"
     """"auto" takes a CUDA device where there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights, their gradients and the optimiser's moments."""
+    compile: bool = False
+    """Run the decoder through torch.compile; the first steps then take a minute more, and a C++ compiler is needed."""
     chat: bool | None = None
     """Whether prompts go through the tokenizer's chat template; left out: whenever it has one."""
 
@@ -46,6 +49,8 @@ class RolloutsSection(Section):
     """Strings that end a completion; they stay part of it."""
     stop_tokens: list[Annotated[int, Field(ge=0)]] = []
     """Token ids that end a completion, beside the tokenizer's end-of-sequence token."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Generate with a copy of the weights in this type, made anew at each step; left out: with the model itself."""
     max_rows: Count = 1024
     """Completions generated at once."""
     max_rounds: Count = 10
@@ -69,6 +74,10 @@ class LearnerSection(Section):
     micro_batch_tokens: Count = 4096
     """Tokens, prompts and completions, that go through the model at once; changes memory and time, not results. More suits
     a GPU; on a CPU this many keep the intermediate results in its caches."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: matrix products and attention run in it (autocast), while weights, gradients and moments stay as they are."""
+    checkpointing: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, more time."""
     share_prompts: bool = True
     """Run each prompt once per group; changes time, not results."""
     old_logprobs: Literal["sampler", "recompute"] = "recompute"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -128,13 +129,39 @@ def positions(mask_BL: Tensor) -> Tensor:
     return (mask_BL.cumsum(1) - 1).clamp(min=0)
 
 
-def logits(model: Any, hidden_NH: Tensor) -> Tensor:
-    """What the model's own forward makes of its last hidden states; `check_logits` proves it for the model at hand."""
-    config = model.config.get_text_config()
+@dataclass(frozen=True, slots=True)
+class LogitShape:
+    """What happens to the output layer's scores before the softmax: z = cap tanh(multiplier score / cap) / temperature."""
+
+    multiplier: float
+    cap: float | None
+    temperature: float
+
+    @classmethod
+    def of(cls, model: Any, temperature: float) -> "LogitShape":
+        """As the model's configuration says; `check_logits` proves it for the model at hand."""
+        config = model.config.get_text_config()
+        multiplier = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        return cls(multiplier, getattr(config, "final_logit_softcapping", None), temperature)
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        if self.cap:
+            return torch.tanh(scores * (self.multiplier / self.cap)) * (self.cap / self.temperature)
+        factor = self.multiplier / self.temperature
+        return scores if factor == 1 else scores * factor
+
+    def backward(self, gradient: Tensor, z: Tensor) -> Tensor:
+        """The gradient with respect to the scores, from that with respect to z."""
+        if self.cap:
+            gradient = gradient * (1 - (z * (self.temperature / self.cap)) ** 2)
+        factor = self.multiplier / self.temperature
+        return gradient if factor == 1 else gradient * factor
+
+
+def logits(model: Any, hidden_NH: Tensor, temperature: float = 1.0) -> Tensor:
+    """The logits over the temperature, in float32 or wider, from the last hidden states."""
     scores: Tensor = model.get_output_embeddings()(hidden_NH)
-    scores = scores * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
-    return torch.tanh(scores / cap) * cap if cap else scores
+    return LogitShape.of(model, temperature)(scores.to(torch.promote_types(scores.dtype, torch.float32)))
 
 
 @torch.no_grad()
@@ -145,7 +172,7 @@ def check_logits(model: Any) -> None:
         UserError: they are not.
     """
     tokens = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
-    theirs = model(input_ids=tokens, use_cache=False).logits
+    theirs = model(input_ids=tokens, use_cache=False).logits.float()
     ours = logits(model, model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
     if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2):
         raise UserError(f"{type(model).__name__} turns hidden states into logits in a way that groupwise does not know")

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from groupwise.learner.logprobs import completion_hidden, inside_rows
+from groupwise.config import LearnerSection
+from groupwise.learner.logprobs import completion_hidden, inside_rows, running
 from groupwise.learner.optimiser import Optimiser
 from groupwise.types import Batch
 
@@ -33,18 +34,20 @@ class Critic:
             max_grad_norm=max_grad_norm,
         )
 
-    def values(self, batch: Batch, share_prompts: bool) -> Tensor:
+    def values(self, batch: Batch, settings: LearnerSection) -> Tensor:
         """float32 [B, T]: the value of the state before each token; 0 after a row's end."""
-        values_N = self.network["head"](completion_hidden(self.model, batch, share_prompts))[:, 0].float()
+        with running(self.model, settings):
+            hidden_NH = completion_hidden(self.model, batch, settings.share_prompts)
+            values_N = self.network["head"](hidden_NH)[:, 0].float()
         zeros_BT = torch.zeros(batch.tokens_BT.shape, device=values_N.device)
         return zeros_BT.masked_scatter(inside_rows(batch), values_N)
 
-    def update(self, parts: Iterator[Batch], tokens: int, share_prompts: bool) -> dict[str, float]:
+    def update(self, parts: Iterator[Batch], tokens: int, settings: LearnerSection) -> dict[str, float]:
         """One optimiser step on the parts of a minibatch that has `tokens` trained tokens."""
         total = 0.0
         for part in parts:
             assert part.values_BT is not None and part.returns_BT is not None
-            losses_BT = value_losses(self.values(part, share_prompts), part.values_BT, part.returns_BT, self.value_clip)
+            losses_BT = value_losses(self.values(part, settings), part.values_BT, part.returns_BT, self.value_clip)
             loss = torch.where(part.mask_BT, losses_BT, 0).sum() / tokens
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())

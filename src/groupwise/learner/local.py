@@ -12,7 +12,7 @@ from groupwise.attention import packs
 from groupwise.config import LearnerSection
 from groupwise.errors import DIVERGED, RunError
 from groupwise.learner.critic import Critic
-from groupwise.learner.logprobs import completion_logprobs
+from groupwise.learner.logprobs import completion_logprobs, running
 from groupwise.learner.optimiser import Optimiser
 from groupwise.types import Batch
 
@@ -83,18 +83,19 @@ class LocalLearner:
     def _values(self, critic: Critic, batch: Batch) -> Tensor:
         values_BT = torch.zeros(batch.tokens_BT.shape)
         for rows, part in self._micro_batches(batch):
-            values = critic.values(part, self.settings.share_prompts)
+            values = critic.values(part, self.settings)
             values_BT[rows, : values.shape[1]] = values.cpu()
         return values_BT
 
     def _forward(self, model: Any, part: Batch) -> tuple[Tensor, Tensor]:
-        return completion_logprobs(
-            model,
-            part,
-            temperature=self.temperature,
-            share_prompts=self.settings.share_prompts,
-            entropy_gradient=self.algorithm.entropy_bonus != 0,
-        )
+        with running(model, self.settings):
+            return completion_logprobs(
+                model,
+                part,
+                temperature=self.temperature,
+                share_prompts=self.settings.share_prompts,
+                entropy_gradient=self.algorithm.entropy_bonus != 0,
+            )
 
     def _micro_batches(self, batch: Batch) -> Iterator[tuple[Tensor, Batch]]:
         packed = self.settings.share_prompts and packs(self.model)
@@ -137,7 +138,7 @@ class LocalLearner:
         results |= self.optimiser.step(results["loss"])
         if self.critic is not None:
             parts = (part for _, part in self._micro_batches(minibatch))
-            results |= self.critic.update(parts, int(minibatch.mask_BT.sum()), self.settings.share_prompts)
+            results |= self.critic.update(parts, int(minibatch.mask_BT.sum()), self.settings)
         return results
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,19 +1,21 @@
-"""Log-probabilities and entropies of completion tokens, without a [B, T, V] tensor and with each prompt run once."""
+"""Log-probabilities and entropies of completion tokens, with each prompt run once."""
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
+from transformers import DynamicCache, GradientCheckpointingLayer
 
-from groupwise.attention import Packed, packs, run_packed
-from groupwise.models import left_pad, logits, positions
+from groupwise.attention import Packed, packs, recomputing, run_packed
+from groupwise.config import LearnerSection
+from groupwise.learner.head import token_logprobs
+from groupwise.models import left_pad, positions
 from groupwise.types import Batch
-
-LOGITS_AT_ONCE = 2**22
-"""Numbers of [chunk, V] logits held at a time; the chunk shrinks as V grows, so memory stays flat in V."""
 
 
 def completion_logprobs(
@@ -38,6 +40,37 @@ def completion_logprobs(
     return zeros_BT.masked_scatter(inside_BT, logprobs_N), zeros_BT.masked_scatter(inside_BT, entropy_N)
 
 
+@contextmanager
+def running(model: Any, settings: LearnerSection) -> Iterator[None]:
+    """How the learner runs a model: with products in the settings' precision, and with layers checkpointed if they say so."""
+    rough = settings.precision == "bfloat16"
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=rough):
+        if settings.checkpointing and torch.is_grad_enabled():
+            with _checkpointing(model):
+                yield
+        else:
+            yield
+
+
+@contextmanager
+def _checkpointing(model: Any) -> Iterator[None]:
+    """Within: each layer keeps only its input for the backward pass, and is computed again there."""
+    context = partial(recomputing, model.base_model)
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=context)
+    layers = _layers(model)
+    for layer in layers:  # they checkpoint in training only; what lies inside them stays as it is, without dropout
+        layer.training, layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, True, again
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training, layer.gradient_checkpointing = False, False
+
+
+def _layers(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 def inside_rows(batch: Batch) -> Tensor:
     """bool [B, T], False after a row's end."""
     return torch.arange(batch.tokens_BT.shape[1], device=batch.tokens_BT.device) < batch.lengths_B[:, None]
@@ -47,6 +80,8 @@ def completion_hidden(model: Any, batch: Batch, share_prompts: bool) -> Tensor:
     """The last hidden states [N, H] from which the completion tokens are predicted, row after row, without padding."""
     if share_prompts and packs(model):
         return _hidden_packed(model.base_model, batch)
+    if any(layer.training for layer in _layers(model)):  # checkpointing: a cache that keeps its graph cannot be written twice
+        share_prompts = False
     hidden_BTH = (_hidden_shared if share_prompts else _hidden_whole)(model.base_model, batch)
     return hidden_BTH[inside_rows(batch)]
 
@@ -99,24 +134,3 @@ def _hidden_shared(decoder: Any, batch: Batch) -> Tensor:
         use_cache=True,
     )
     return torch.cat([last_BH, output.last_hidden_state], dim=1)
-
-
-def token_logprobs(
-    model: Any, hidden_NH: Tensor, targets_N: Tensor, temperature: float, entropy_gradient: bool = False
-) -> tuple[Tensor, Tensor]:
-    """(logprobs_N, entropy_N) of `targets_N`, a chunk of the vocabulary's logits at a time, recomputed in the backward pass."""
-
-    def chunk(hidden_CH: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs_CV = torch.log_softmax(logits(model, hidden_CH).float() / temperature, dim=-1)
-        of_targets_C = logprobs_CV.gather(1, targets_C[:, None])[:, 0]
-        if not entropy_gradient:
-            logprobs_CV = logprobs_CV.detach()
-        return of_targets_C, -(logprobs_CV.exp() * logprobs_CV).sum(-1)
-
-    size = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
-    pieces = [
-        checkpoint(chunk, hidden, targets, use_reentrant=False, preserve_rng_state=False)
-        for hidden, targets in zip(torch.split(hidden_NH, size), torch.split(targets_N, size), strict=True)
-    ]
-    logprobs, entropies = zip(*pieces, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)

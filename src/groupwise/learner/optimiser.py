@@ -26,7 +26,7 @@ class Optimiser:
         max_bad_updates: int = 5,
     ) -> None:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.adam = torch.optim.AdamW(self.parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay)
+        self.adam = torch.optim.AdamW(self.parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True)
         name = "constant_with_warmup" if schedule == "constant" else schedule
         self.scheduler = get_scheduler(name, self.adam, num_warmup_steps=warmup_steps, num_training_steps=updates)
         self.max_grad_norm, self.max_bad_updates = max_grad_norm, max_bad_updates

@@ -1,6 +1,7 @@
 """Sampling with the learner's own model: each prompt run once per group, finished rows replaced by new groups."""
 
 import collections
+import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,11 +21,18 @@ from groupwise.types import Completion
 class NativeSampler:
     """A `Sampler` for any Hugging Face causal language model, in this process."""
 
-    def __init__(self, model: Any, tokenizer: Any, version: int = 0) -> None:
-        self.model, self.tokenizer, self.version = model, tokenizer, version
+    def __init__(self, model: Any, tokenizer: Any, dtype: torch.dtype | None = None) -> None:
+        """`dtype`: generate with a copy of the model in it; None: with the model itself."""
+        self.model, self.tokenizer, self.version = model, tokenizer, 0
+        if dtype not in (None, model.dtype):
+            self.model = copy.deepcopy(model).to(dtype)
 
+    @torch.no_grad()
     def load(self, model: Any, version: int) -> None:
-        self.model, self.version = model, version
+        self.version = version
+        if self.model is not model:
+            for mine, new in zip(self.model.parameters(), model.parameters(), strict=True):
+                mine.copy_(new)
 
     def generate(
         self, prompts: Sequence[Tensor], group_size: int, sampling: Sampling, *, seed: int
@@ -135,11 +143,13 @@ class NativeSampler:
         warp = _warper(sampling)
 
         def choose(hidden_RH: Tensor, uniforms_R: Tensor) -> tuple[Tensor, Tensor]:
-            scores_RV = torch.log_softmax(warp(logits(self.model, hidden_RH).float() / sampling.temperature), dim=-1)
-            tokens_R = draw(scores_RV, uniforms_R)
-            if int(tokens_R.max()) >= scores_RV.shape[1]:  # what a search among NaN finds
+            z_RV = warp(logits(self.model, hidden_RH, sampling.temperature))
+            z_RV = z_RV - z_RV.amax(-1, keepdim=True)
+            weights_RV = z_RV.exp()
+            tokens_R = draw(weights_RV, uniforms_R)
+            if int(tokens_R.max()) >= z_RV.shape[1]:  # what a search among NaN finds
                 raise RunError(f"the model's scores of the next token are not finite; {DIVERGED}")
-            return tokens_R, scores_RV.gather(1, tokens_R[:, None])[:, 0]
+            return tokens_R, z_RV.gather(1, tokens_R[:, None])[:, 0] - weights_RV.sum(-1).log()
 
         return choose
 
@@ -204,14 +214,26 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
     return {tokenizer.eos_token_id, *(token for token in more if token is not None)}
 
 
-def draw(logprobs_RV: Tensor, uniforms_R: Tensor) -> Tensor:
-    """One token per row by inverting its cumulative distribution at `uniforms_R`, in [0, 1).
+BLOCK = 512
+"""Tokens of the vocabulary whose probabilities `draw` sums before it looks for one among them."""
 
-    The point 1 - u lies in (0, total], so the token found has probability above zero, whatever rounds.
+
+def draw(weights_RV: Tensor, uniforms_R: Tensor) -> Tensor:
+    """One token per row, each as likely as its weight is large: the cumulative sum inverted at `uniforms_R`, in [0, 1).
+
+    The point 1 - u lies in (0, total], so the token found has probability above zero, whatever rounds. Sums over many are
+    float64, and go over blocks of the vocabulary first and then over one block, so that a large vocabulary costs one pass.
     """
-    cumulative_RV = logprobs_RV.double().exp().cumsum(-1)
-    points_R = (1 - uniforms_R) * cumulative_RV[:, -1]
-    return torch.searchsorted(cumulative_RV, points_R[:, None])[:, 0]
+    R, V = weights_RV.shape
+    size = min(BLOCK, V)
+    weights_RKS = torch.nn.functional.pad(weights_RV, (0, -V % size)).view(R, -1, size)
+    ends_RK = weights_RKS.sum(-1).double().cumsum(-1)
+    points_R = (1 - uniforms_R) * ends_RK[:, -1]
+    block_R = torch.searchsorted(ends_RK, points_R[:, None])[:, 0].clamp(max=ends_RK.shape[1] - 1)
+    before_R = torch.where(block_R > 0, ends_RK.gather(1, (block_R - 1).clamp(min=0)[:, None])[:, 0], 0.0)
+    within_RS = weights_RKS[torch.arange(R, device=block_R.device), block_R].double().cumsum(-1)
+    rest_R = torch.minimum(points_R - before_R, within_RS[:, -1])
+    return block_R * size + torch.searchsorted(within_RS, rest_R[:, None])[:, 0]
 
 
 def _warper(sampling: Sampling) -> Callable[[Tensor], Tensor]:

@@ -123,6 +123,10 @@ class ArithmeticTask(BaseModel):
     """Size of the training pool, revisited in turn; 0: never the same draw twice."""
     habits: Habits = Habits()
 
+    @property
+    def scores_beside_generation(self) -> bool:
+        return False
+
     def problem(self, position: int, seed: int) -> Problem:
         """The training problem at a position of the endless stream that `seed` names."""
         if self.problems:

@@ -29,6 +29,11 @@ class Task(Protocol):
         """A score for each completion's text."""
         ...
 
+    @property
+    def scores_beside_generation(self) -> bool:
+        """Whether `score` is to be called in a thread of its own, beside the generation of other groups."""
+        ...
+
     def model_dump(self) -> dict[str, Any]:
         """Its settings, from which `build_task` makes it again."""
         ...

@@ -30,6 +30,9 @@ class DatasetTask(BaseModel):
     """"exact", "last_line", "math", or a function of yours: "file.py:function" taking (problem, completions)."""
     correct_above: float = 0.0
     """A completion counts as correct when your function's reward is above this."""
+    concurrent: bool | None = None
+    """Score in a thread beside the generation, which pays where scoring waits for something: a process, a server. Left out:
+    for the reward "math"."""
     held_out_path: str = ""
     """A .jsonl file of held-out problems; empty: a share of `path`."""
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -99,6 +102,10 @@ class DatasetTask(BaseModel):
             raise UserError(f"{place}: {self.prompt_key!r} must be a text that is not empty, not {prompt!r}")
         answer = columns.pop(self.answer_key, "")
         return Problem(id=prompt, prompt=prompt, answer=str(answer), metadata=columns)
+
+    @property
+    def scores_beside_generation(self) -> bool:
+        return self.reward == "math" if self.concurrent is None else self.concurrent
 
     def problem(self, position: int, seed: int) -> Problem:
         epoch, place = divmod(position, len(self._train))

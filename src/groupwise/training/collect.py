@@ -3,6 +3,8 @@
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,7 +16,7 @@ from groupwise.models import encode_prompt
 from groupwise.rollouts.base import Sampler, Sampling
 from groupwise.seeding import derive
 from groupwise.tasks.base import Task
-from groupwise.types import Group, Problem
+from groupwise.types import Completion, Group, Problem, Score
 
 LARGEST_ROUND = 4
 """Dynamic sampling never asks for more than this many times the batch at once."""
@@ -114,20 +116,29 @@ class Collector:
         return problems
 
     def _generate(self, problems: list[Problem], seed: int) -> tuple[list[Group], float]:
-        """Groups in the order of their problems, each scored as it finishes, and the seconds that scoring took.
+        """Groups in the order of their problems, each scored as it finishes, and the seconds that scoring took of this thread.
 
-        In this thread: a second one that ran the model, or that ran beside it, would have the two fight over the cores
-        (measured: rollouts and learner both 1.6 times slower), and a user's reward may use signals, which need this one.
+        Scoring that computes stays in this thread: in another it would take the interpreter from the generation again and
+        again (measured: rollouts 1.6 times slower). Scoring that waits goes on in another.
         """
         prompts = [encode_prompt(self.tokenizer, problem.prompt, self.recipe.model.chat) for problem in problems]
-        groups: dict[int, Group] = {}
+        finished: dict[int, tuple[Completion, ...]] = {}
+        scores: dict[int, Future[list[Score]]] = {}
         scoring = 0.0
-        for i, completions in self.sampler.generate(prompts, self.recipe.rollouts.group_size, self.sampling, seed=seed):
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            submit = thread.submit if self.task.scores_beside_generation else _now
+            for i, completions in self.sampler.generate(prompts, self.recipe.rollouts.group_size, self.sampling, seed=seed):
+                started = time.perf_counter()
+                finished[i] = completions
+                scores[i] = submit(self.task.score, problems[i], [completion.text for completion in completions])
+                scoring += time.perf_counter() - started
             started = time.perf_counter()
-            scores = tuple(self.task.score(problems[i], [completion.text for completion in completions]))
-            groups[i] = Group(problem=problems[i], prompt_tokens=prompts[i], completions=completions, scores=scores)
+            groups = [
+                Group(problem=problem, prompt_tokens=prompts[i], completions=finished[i], scores=tuple(scores[i].result()))
+                for i, problem in enumerate(problems)
+            ]
             scoring += time.perf_counter() - started
-        return [groups[i] for i in range(len(problems))], scoring
+        return groups, scoring
 
     def state_dict(self) -> dict[str, Any]:
         surplus = [(born, asdict(group)) for born, group in self.surplus]
@@ -136,6 +147,13 @@ class Collector:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.position, self.keep_rate = state["position"], state["keep_rate"]
         self.surplus = [(born, Group.from_dict(group)) for born, group in state["surplus"]]
+
+
+def _now(function: Callable[..., list[Score]], *arguments: Any) -> Future[list[Score]]:
+    """What an executor's `submit` does, at once and in this thread."""
+    future: Future[list[Score]] = Future()
+    future.set_result(function(*arguments))
+    return future
 
 
 def is_mixed(group: Group) -> bool:

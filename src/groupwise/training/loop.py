@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from groupwise.algorithms import Algorithm, adaptive_coefficient, token_log_ratio
 from groupwise.config import Recipe
 from groupwise.errors import RunError, UserError
@@ -63,7 +65,8 @@ class Trainer:
             reference=load_reference(recipe, algorithm, ready.model),
             critic=load_critic(recipe, algorithm, ready.model),
         )
-        self.sampler: Sampler = NativeSampler(ready.model, ready.tokenizer)
+        dtype = getattr(torch, recipe.rollouts.dtype) if recipe.rollouts.dtype else None
+        self.sampler: Sampler = NativeSampler(ready.model, ready.tokenizer, dtype)
         self.collector = Collector(self.sampler, ready.task, ready.tokenizer, recipe, algorithm)
         self.held_out = ready.task.held_out(recipe.training.eval_problems)
 

@@ -63,6 +63,8 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
     try:
         model = load_model(recipe.model.path, getattr(torch, recipe.model.dtype)).to(device)
         check_logits(model)
+        if recipe.model.compile:
+            model.base_model.compile(dynamic=True)
     except UserError as error:
         raise source.error("model.path", str(error)) from error
     return Ready(recipe=recipe, algorithm=algorithm, task=task, tokenizer=tokenizer, model=model, problem=problem)

@@ -1,0 +1,128 @@
+"""The output layer, log-softmax and entropy in one: a block of the vocabulary at a time, for all tokens.
+
+No more than `LOGITS_AT_ONCE` logits exist at once, in the forward pass or in the backward, which computes them again. Each
+block of the output matrix is read once a pass, and its gradient is written once.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from groupwise.models import LogitShape, logits
+
+LOGITS_AT_ONCE = 2**22
+"""Numbers of [tokens, block] logits held at a time; the block shrinks as tokens are more, so memory is flat in V."""
+
+
+def token_logprobs(
+    model: Any, hidden_NH: Tensor, targets_N: Tensor, temperature: float, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of `targets_N` and entropies, from the last hidden states; differentiable, the entropy on demand.
+
+    Returns:
+        (logprobs_N, entropy_N), in float32 or the hidden states' dtype if that is wider, in nats.
+    """
+    layer = model.get_output_embeddings()
+    if type(layer) is not torch.nn.Linear:
+        return _through_any_layer(model, hidden_NH, targets_N, temperature, entropy_gradient)
+    kind = hidden_NH.device.type
+    if torch.is_autocast_enabled(kind):
+        hidden_NH = hidden_NH.to(torch.get_autocast_dtype(kind))
+    shape = LogitShape.of(model, temperature)
+    output: tuple[Tensor, Tensor] = _Head.apply(hidden_NH, layer.weight, layer.bias, targets_N, shape, entropy_gradient)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _Head(torch.autograd.Function):
+    """z: the logits over the temperature. The softmax runs over blocks: each new maximum rescales the sums so far."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        shape: LogitShape,
+        entropy_gradient: bool,
+    ) -> tuple[Tensor, Tensor]:
+        total_N = hidden_NH.new_zeros(len(hidden_NH), dtype=torch.promote_types(hidden_NH.dtype, torch.float32))
+        moment_N, of_target_N = torch.zeros_like(total_N), torch.zeros_like(total_N)
+        top_N = torch.full_like(total_N, -1e30)
+        for _, z_NV, rows, columns in _blocks(hidden_NH, weight_VH, bias_V, targets_N, shape):
+            of_target_N[rows] = z_NV[rows, columns]
+            higher_N = torch.maximum(top_N, z_NV.amax(1))
+            shrink_N = (top_N - higher_N).exp()
+            moment_N = shrink_N * (moment_N + total_N * (top_N - higher_N))
+            z_NV -= higher_N[:, None]
+            weights_NV = z_NV.exp()
+            total_N = shrink_N * total_N + weights_NV.sum(1)  # of exp(z - top)
+            moment_N = moment_N + z_NV.mul_(weights_NV).sum(1)  # of (z - top) exp(z - top)
+            top_N = higher_N
+        logs_N, entropy_N = top_N + total_N.log(), total_N.log() - moment_N / total_N
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy_N)
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, logs_N, entropy_N)
+        ctx.shape, ctx.entropy_gradient = shape, entropy_gradient
+        return of_target_N - top_N - total_N.log(), entropy_N
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_NH, weight_VH, bias_V, targets_N, logs_N, entropy_N = ctx.saved_tensors
+        d_logprobs_N, d_entropy_N = gradients
+        d_hidden_NH = torch.zeros_like(hidden_NH)
+        d_weight_VH = torch.empty_like(weight_VH) if ctx.needs_input_grad[1] else None
+        d_bias_V = torch.empty_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
+        mean_N = logs_N - entropy_N  # of z under the distribution
+        for block, z_NV, rows, columns in _blocks(hidden_NH, weight_VH, bias_V, targets_N, ctx.shape):
+            d_NV = (z_NV - logs_N[:, None]).exp_()  # probabilities p, then the derivative by z
+            if ctx.entropy_gradient:
+                d_NV *= -(d_logprobs_N[:, None] + d_entropy_N[:, None] * (z_NV - mean_N[:, None]))
+            else:
+                d_NV *= -d_logprobs_N[:, None]
+            d_NV[rows, columns] += d_logprobs_N[rows]
+            d_NV = ctx.shape.backward(d_NV, z_NV).to(hidden_NH.dtype)
+            d_hidden_NH.addmm_(d_NV, weight_VH[block].to(hidden_NH.dtype))
+            if d_weight_VH is not None:
+                d_weight_VH[block] = d_NV.t() @ hidden_NH
+            if d_bias_V is not None:
+                d_bias_V[block] = d_NV.sum(0)
+        return d_hidden_NH, d_weight_VH, d_bias_V, None, None, None
+
+
+def _blocks(
+    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, shape: LogitShape
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """(block of the vocabulary, z of all tokens there [N, block], tokens whose target lies there, its column for each)."""
+    size = max(1, LOGITS_AT_ONCE // max(1, len(hidden_NH)))
+    for start in range(0, len(weight_VH), size):
+        block = slice(start, start + size)
+        bias = None if bias_V is None else bias_V[block].to(hidden_NH.dtype)
+        scores_NV = torch.nn.functional.linear(hidden_NH, weight_VH[block].to(hidden_NH.dtype), bias)
+        z_NV = shape(scores_NV.to(torch.promote_types(scores_NV.dtype, torch.float32)))
+        rows = ((targets_N >= start) & (targets_N < start + size)).nonzero()[:, 0]
+        yield block, z_NV, rows, targets_N[rows] - start
+
+
+def _through_any_layer(
+    model: Any, hidden_NH: Tensor, targets_N: Tensor, temperature: float, entropy_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """For an output layer that is not a plain matrix: a few tokens at a time, computed again in the backward pass."""
+
+    def chunk(hidden_CH: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs_CV = torch.log_softmax(logits(model, hidden_CH, temperature), dim=-1)
+        of_targets_C = logprobs_CV.gather(1, targets_C[:, None])[:, 0]
+        if not entropy_gradient:
+            logprobs_CV = logprobs_CV.detach()
+        return of_targets_C, -(logprobs_CV.exp() * logprobs_CV).sum(-1)
+
+    size = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+    pieces = [
+        checkpoint(chunk, hidden, targets, use_reentrant=False, preserve_rng_state=False)
+        for hidden, targets in zip(torch.split(hidden_NH, size), torch.split(targets_N, size), strict=True)
+    ]
+    logprobs, entropies = zip(*pieces, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies)
