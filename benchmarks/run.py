@@ -2,7 +2,7 @@
 
     make bench
 
-Every peer is a process of its own that waits between its turns. Writes RESULTS.md beside this file.
+Every peer is a process of its own that waits between its turns. Writes RESULTS.md and RESULTS.png beside this file.
 """
 
 import argparse
@@ -19,9 +19,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import altair as alt
 import torch
 from rich.console import Console
-from workloads import WORKS, Work, make
+from workloads import WORKS, Work, make, parameters
 
 HERE = Path(__file__).parent
 Report = dict[str, float]
@@ -80,6 +81,31 @@ def compare(
     return results
 
 
+def plot(results: dict[str, dict[str, list[Report]]], path: Path) -> None:
+    """Every turn as a dot: seconds for a thousand useful tokens, by work and part."""
+    rows = [
+        {"work": work, "part": part, "peer": peer, "seconds": 1000 * report[part] / report["tokens"]}
+        for work, peers in results.items()
+        for peer, reports in peers.items()
+        for report in reports
+        for part in ("generation", "training")
+        if part in report
+    ]
+    order = ["groupwise", "trl", "vllm"]
+    chart = (
+        alt.Chart(alt.Data(values=rows), width=220, height=110)
+        .mark_circle(size=50, opacity=0.7)
+        .encode(
+            x=alt.X("seconds:Q", scale=alt.Scale(type="log"), title="seconds for 1,000 useful tokens (less is better)"),
+            y=alt.Y("peer:N", sort=order, title=None),
+            color=alt.Color("peer:N", sort=order, legend=None),
+            row=alt.Row("work:N", sort=list(results), title=None),
+            column=alt.Column("part:N", title=None),
+        )
+    )
+    chart.save(path, scale_factor=1.5)
+
+
 def median(reports: list[Report], key: str) -> float:
     return statistics.median(report[key] for report in reports)
 
@@ -98,8 +124,7 @@ def ceiling(work: Work) -> dict[str, float]:
     for _ in range(500):
         a @ b
     rate = 500 * 2 * 256 * work.hidden * work.mlp / (time.perf_counter() - started)
-    parameters = work.layers * (4 * work.hidden * work.heads * 64 + 3 * work.hidden * work.mlp) + work.hidden * work.vocabulary
-    return {"gflops": rate / 1e9, "tokens_per_second": rate / (2 * parameters)}
+    return {"gflops": rate / 1e9, "tokens_per_second": rate / (2 * parameters(work))}
 
 
 def table(work: Work, results: dict[str, list[Report]]) -> list[str]:
@@ -178,6 +203,7 @@ def main() -> None:
     console = Console(highlight=False)
     pythons = {name: str(arguments.peers / name / "bin" / "python") for name in ("trl", "vllm")} | {"groupwise": sys.executable}
     lines = ["# Results", "", "Two CPU cores, fp32, PyTorch " + torch.__version__ + ". `make bench` measures again."]
+    results: dict[str, dict[str, list[Report]]] = {}
     for name in arguments.works:
         console.print(f"[bold]{name}[/bold]")
         lines += ["", f"## {name}", ""]
@@ -187,8 +213,13 @@ def main() -> None:
         scripts = {"groupwise": "worker_groupwise.py", "trl": "worker_trl.py"}
         if name != "vocabulary":
             scripts["vllm"] = "worker_vllm.py"
-        lines += table(WORKS[name], compare(WORKS[name], pythons, scripts, arguments.pairs, console))
+        results[name] = compare(WORKS[name], pythons, scripts, arguments.pairs, console)
+        lines += table(WORKS[name], results[name])
         arguments.out.write_text("\n".join(lines) + "\n")
+    if results:
+        picture = arguments.out.with_suffix(".png")
+        plot(results, picture)
+        lines += ["", f"![Seconds for 1,000 useful tokens, every turn]({picture.name})"]
     arguments.out.write_text("\n".join(lines) + "\n")
     console.print(f"written: {arguments.out}")
 

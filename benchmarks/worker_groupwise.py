@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-import resource
 import sys
 import time
 from pathlib import Path
 
 import torch
-from workloads import WORKS, Work, reward
+from workloads import WORKS, Work, peak_mib, reward
 
 from groupwise.algorithms import named
 from groupwise.config import LearnerSection
@@ -25,11 +24,15 @@ class Step:
 
     def __init__(self, work: Work, directory: Path) -> None:
         self.work = work
-        self.model, self.tokenizer = load_model(str(directory)), load_tokenizer(str(directory))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = load_model(str(directory), getattr(torch, work.dtype)).to(device)
+        self.tokenizer = load_tokenizer(str(directory))
         self.texts = json.loads((directory / "prompts.json").read_text())
         self.prompts = [encode_prompt(self.tokenizer, text, False) for text in self.texts]
         self.algorithm = named("dapo", overlong_cache=0.0)
-        settings = LearnerSection(learning_rate=1e-6, minibatches=1, old_logprobs="sampler")
+        settings = LearnerSection(
+            learning_rate=1e-6, minibatches=1, old_logprobs="sampler", micro_batch_tokens=work.micro_batch_tokens
+        )
         self.learner = LocalLearner(
             self.model, self.algorithm, settings, updates=1000, temperature=1.0, max_tokens=work.max_tokens
         )
@@ -62,7 +65,7 @@ class Step:
             "generation": generated - started,
             "training": ended - generated,
             "tokens": int(batch.lengths_B.sum()),
-            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "peak_mib": peak_mib(),
         }
 
 

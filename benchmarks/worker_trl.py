@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -13,7 +12,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-from workloads import WORKS, reward
+from workloads import WORKS, peak_mib, reward
 
 
 class Clock(TrainerCallback):
@@ -35,7 +34,7 @@ class Clock(TrainerCallback):
             "generation": self.generation,
             "training": seconds - self.generation,
             "tokens": self.tokens,
-            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "peak_mib": peak_mib(),
         }
         print("REPORT " + json.dumps(report), flush=True)
 
@@ -52,7 +51,7 @@ def main() -> None:
         return [reward(ids) for ids in completion_ids]
 
     rows = work.prompts * work.group_size
-    batch = min(64, rows)
+    batch = min(work.micro_batch_rows, rows)
     config = GRPOConfig(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=batch,
@@ -66,8 +65,8 @@ def main() -> None:
         temperature=1.0,
         max_steps=1000,
         gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
+        bf16=work.dtype == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),
         report_to=[],
         save_strategy="no",
         logging_steps=1000,
@@ -76,7 +75,7 @@ def main() -> None:
     )
     prompts = json.loads((directory / "prompts.json").read_text())
     trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, work.dtype)),
         processing_class=tokenizer,
         reward_funcs=rewards,
         args=config,

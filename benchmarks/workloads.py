@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 import string
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,15 @@ class Work:
     hidden: int = 192
     layers: int = 4
     heads: int = 3
+    kv_heads: int = 0
+    """Fewer than heads where groups of heads share keys and values; 0: as many."""
+    head_dim: int = 64
     mlp: int = 768
+    dtype: str = "float32"
+    micro_batch_tokens: int = 4096
+    """Of groupwise's learner."""
+    micro_batch_rows: int = 64
+    """Of TRL's."""
 
 
 WORKS = {
@@ -43,6 +52,7 @@ WORKS = {
         hidden=256,
         heads=4,
         mlp=1024,
+        micro_batch_tokens=1024,
     ),
 }
 
@@ -61,21 +71,35 @@ def make(work: Work, directory: Path) -> None:
         hidden_size=work.hidden,
         num_hidden_layers=work.layers,
         num_attention_heads=work.heads,
-        num_key_value_heads=work.heads,
-        head_dim=64,
+        num_key_value_heads=work.kv_heads or work.heads,
+        head_dim=work.head_dim,
         intermediate_size=work.mlp,
-        max_position_embeddings=2048,
+        max_position_embeddings=4096,
         tie_word_embeddings=True,
         eos_token_id=end,
         pad_token_id=0,
         bos_token_id=None,
     )
     torch.manual_seed(0)
-    Qwen3ForCausalLM(config).save_pretrained(directory)
+    Qwen3ForCausalLM(config).to(getattr(torch, work.dtype)).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     rng = random.Random(0)
     prompts = ["".join(rng.choices(CHARACTERS, k=work.prompt_tokens)) for _ in range(work.prompts)]
     (directory / "prompts.json").write_text(json.dumps(prompts))
+
+
+def parameters(work: Work) -> int:
+    """Weights that multiply each token."""
+    heads = work.heads * work.head_dim
+    key_values = 2 * (work.kv_heads or work.heads) * work.head_dim
+    return work.layers * work.hidden * (2 * heads + key_values + 3 * work.mlp) + work.hidden * work.vocabulary
+
+
+def peak_mib() -> float:
+    """Of this process: on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def reward(tokens: list[int]) -> float:
