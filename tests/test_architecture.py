@@ -12,7 +12,7 @@ LEVELS = [
     {"types", "plugins"},
     {"models", "config", "attention"},
     {"tasks", "rewards", "rollouts", "learner"},
-    {"training"},
+    {"training", "evidence"},
     {"cluster"},
     {"cli"},
     {"__init__", "__main__"},
@@ -55,6 +55,12 @@ def test_learner_and_rollouts_do_not_see_each_other() -> None:
     for own, other in (("learner", "rollouts"), ("rollouts", "learner"), ("rewards", "tasks"), ("learner", "tasks")):
         for path in (ROOT / own).glob("*.py"):
             assert not any(name.startswith(f"groupwise.{other}") for name in imports(path)), path
+
+
+def test_evidence_reads_run_directories_only() -> None:
+    for path in (ROOT / "evidence").glob("*.py"):
+        for name in imports(path):
+            assert not name.startswith(tuple(f"groupwise.{room}" for room in ("learner", "rollouts", "training", "tasks"))), path
 
 
 def test_algorithms_import_torch_and_the_standard_library_only() -> None:

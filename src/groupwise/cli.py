@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -246,6 +246,88 @@ def _check_sft(path: Path, overrides: list[str]) -> None:
     _, model = start(settings, build_task(settings.task, source), source)
     console.print(f"{type(model).__name__}, {model.num_parameters():,} parameters; {settings.sft.steps} steps")
     console.print("[green]nothing wrong found[/green]")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of runs; several are compared.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The page, or with --format png the directory.")] = None,
+    form: Annotated[Literal["html", "png"], typer.Option("--format", help="One page, or each figure as a picture.")] = "html",
+) -> None:
+    """Draw what runs recorded, and say what is the matter with them."""
+    from groupwise.evidence.report import as_text, write_page, write_pictures
+    from groupwise.evidence.runs import open_run
+
+    with exit_codes():
+        opened = [open_run(run) for run in runs]
+        home = runs[0] if len(runs) == 1 else Path()
+        if form == "png":
+            written = write_pictures(opened, out or home / "figures")
+            console.print(f"{len(written)} figures in {written[0].parent if written else out}", soft_wrap=True)
+            return
+        page = out or home / "report.html"
+        for line in as_text(write_page(opened, page)):
+            console.print(line, soft_wrap=True)
+        console.print(f"written: {page}", soft_wrap=True)
+
+
+@app.command()
+def explore(
+    run: Annotated[Path | None, typer.Argument(help="A run whose tokens are laid over the figures.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Where to write the page.")] = Path("explorer.html"),
+    show: Annotated[bool, typer.Option("--open/--no-open", help="Open it in the browser.")] = True,
+) -> None:
+    """The mechanisms as interactive figures, in a browser."""
+    from groupwise.evidence.explorer import write_explorer
+    from groupwise.evidence.runs import open_run
+
+    with exit_codes():
+        write_explorer(open_run(run) if run else None, out)
+        console.print(f"written: {out}", soft_wrap=True)
+        if show:
+            typer.launch(str(out))
+
+
+@app.command()
+def ablate(
+    ladder: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped ladder.")] = "dapo",
+    seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="Runs of each rung; by default as the ladder says.")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at once, sharing the cores.")] = 1,
+    out: Out = None,
+) -> None:
+    """Run one technique after another for several seeds, and compare. The same command goes on where it was stopped."""
+    from groupwise.evidence import ablation
+
+    with exit_codes():
+        path = ablation.find_ladder(ladder)
+        settings, recipe = ablation.load_ladder(path)
+        home = out or Path("runs") / f"ladder-{path.stem}"
+        plan = ablation.plan(settings, home, seeds or settings.seeds)
+        ablation.claim(path, home)
+        left = [job for job in plan if not job.done]
+        console.print(f"{settings.title}: {len(plan)} runs, {len(left)} of them to do; writing {home}", soft_wrap=True)
+        with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as progress:
+            bar = progress.add_task("runs", total=len(left))
+
+            def note(job: ablation.Job, good: bool) -> None:
+                progress.advance(bar)
+                if not console.is_terminal or not good:
+                    progress.console.print(f"{settings.rungs[job.rung].name}, seed {job.seed}: {'done' if good else 'failed'}")
+
+            failed = ablation.run_all(settings, recipe, plan, home, jobs, note)
+        rows = ablation.compare(settings, plan)
+        table = Table(*ablation.COLUMNS, title=settings.title)
+        for row in rows:
+            table.add_row(*map(Text, ablation.cells(row)))
+        console.print(table)
+        (home / "ladder.md").write_text(ablation.as_markdown(settings, rows))
+        ablation.picture(settings, rows).save(home / "ladder.png", scale_factor=2)
+        console.print(
+            f"written: {home / 'ladder.md'} and ladder.png; groupwise report {home}/*/seed-* draws every run", soft_wrap=True
+        )
+        if failed:
+            logs = ", ".join(f"{job.path}.log" for job in failed)
+            raise RunError(f"{len(failed)} of {len(left)} runs failed; what they said is in {logs}")
 
 
 @app.command()

@@ -102,6 +102,8 @@ class TrainingSection(Section):
     eval_problems: Count = 500
     checkpoint_every: Count = 25
     keep_checkpoints: Count = 2
+    tokens_every: Annotated[int, Field(ge=0)] = 25
+    """Every so many steps, the first one and the last included, every token is written to tokens/ as Parquet; 0: never."""
 
 
 class Recipe(Section):

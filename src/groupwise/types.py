@@ -37,6 +37,8 @@ class Demonstration:
     """Leave the first token out of the loss: the skill is taught, the choice to use it is not."""
 
 
+Metrics = dict[str, float | list[float]]
+"""Numbers by name, for a person or a plot to read; lists are sums over bins."""
 Stop = Literal["stop", "length"]
 Verdict = Literal["correct", "wrong", "unparsed"]
 
@@ -69,6 +71,8 @@ class Score:
     """Whether the answer is right: what pass rates and dynamic sampling count."""
     verdict: Verdict | None = None
     """Set where the reward is nothing but a verdict, which an algorithm may price its own way; None for a graded reward."""
+    components: Mapping[str, float] = field(default_factory=dict)
+    """What the reward is the sum of, where it has parts with names."""
     steps: tuple[tuple[int, float], ...] = ()
     """(end, reward) of each step that could be checked; `end` counts characters of the text, the step's last included."""
 
@@ -129,6 +133,8 @@ class Batch:
     """float32 [B, T], the frozen reference, where the algorithm uses one."""
     values_BT: Tensor | None = None
     """float32 [B, T], the critic's values before the update, where the algorithm has one."""
+    rows_B: Tensor | None = None
+    """int64 [B], which completion of the step each row is, counted through its groups."""
     returns_BT: Tensor | None = None
     """float32 [B, T], what the critic learns to predict."""
     weights_BT: Tensor | None = None
@@ -146,6 +152,8 @@ class Batch:
             "group_ids_B": torch.searchsorted(self.group_ids_B.new_tensor(kept), self.group_ids_B[rows]),
             "lengths_B": self.lengths_B[rows],
         }
+        if self.rows_B is not None:
+            changes["rows_B"] = self.rows_B[rows]
         for item in fields(self):
             value = getattr(self, item.name)
             if item.name.endswith("_BT") and value is not None:

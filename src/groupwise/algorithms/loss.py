@@ -1,5 +1,7 @@
 """policy_loss: an algorithm and tensors in, a loss to minimise and its metrics out."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ def policy_loss(
     rollout_logprobs_BT: Tensor | None = None,
     weights_BT: Tensor | None = None,
     entropy_BT: Tensor | None = None,
+    examine: Callable[[Terms, Tensor], None] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The algorithm's loss on a batch, or on a part of one whose weights were fixed beforehand.
 
@@ -39,6 +42,7 @@ def policy_loss(
         weights_BT: from `token_weights` over the whole optimiser step; left out: this batch is the whole step, and T is the
             max_length of the aggregation "constant".
         entropy_BT: float [B, T]; needed where there is an entropy bonus.
+        examine: called with the terms of the loss and with clipped_BT, for diagnostics of single tokens.
 
     Returns:
         (loss, metrics): a scalar, and detached scalars: clip_fraction (share of trained tokens whose gradient the clip
@@ -76,6 +80,8 @@ def policy_loss(
     )
     token_loss_BT, clipped_BT = algorithm.part("surrogate")(terms)
     metrics = _metrics(terms, clipped_BT)
+    if examine is not None:
+        examine(terms, clipped_BT & mask_BT)
     if algorithm.correction != "none":
         mismatch_BT = mismatch_ratio(old_BT, given["rollout_logprobs_BT"].detach(), mask_BT, algorithm.correction_level)
         correct = algorithm.part("correction")

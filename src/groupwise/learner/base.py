@@ -1,8 +1,14 @@
 """What the training loop asks of a learner."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
-from groupwise.types import Batch
+from torch import Tensor
+
+from groupwise.types import Batch, Metrics
+
+TokenRecord = dict[str, Tensor]
+"""Of rows that were run: rows_B, as in the batch, and logprob, low, high (bounds on the ratio), clipped, entropy [B, T]."""
 
 
 class Learner(Protocol):
@@ -18,8 +24,11 @@ class Learner(Protocol):
         """
         ...
 
-    def update(self, minibatch: Batch) -> dict[str, float]:
-        """One optimiser step on rows whose advantages are set. Returns metrics."""
+    def update(self, minibatch: Batch, record: Callable[[TokenRecord], None] | None = None) -> Metrics:
+        """One optimiser step on rows whose advantages are set. Returns metrics.
+
+        `record` is called with what the loss made of the tokens of each part that is run.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:

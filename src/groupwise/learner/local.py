@@ -1,20 +1,24 @@
 """The learner in this process, on one device."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from groupwise.algorithms import Algorithm, policy_loss
+from groupwise.algorithms.diagnostics import diagnose
+from groupwise.algorithms.surrogates import Terms
 from groupwise.attention import packs
 from groupwise.config import LearnerSection
 from groupwise.errors import DIVERGED, RunError
+from groupwise.learner.base import TokenRecord
 from groupwise.learner.critic import Critic
 from groupwise.learner.logprobs import completion_logprobs, running
 from groupwise.learner.optimiser import Optimiser
-from groupwise.types import Batch
+from groupwise.types import Batch, Metrics
 
 
 class LocalLearner:
@@ -102,13 +106,13 @@ class LocalLearner:
         for rows in cut_rows(batch, self.settings.micro_batch_tokens, padded=not packed):
             yield rows, batch.select(rows).to(self.model.device)
 
-    def update(self, minibatch: Batch) -> dict[str, float]:
+    def update(self, minibatch: Batch, record: Callable[[TokenRecord], None] | None = None) -> Metrics:
         # The weights are fixed here, before the cut, so that the gradient does not depend on it.
         weights_BT = self.algorithm.part("aggregation")(
             minibatch.mask_BT, group_ids_B=minibatch.group_ids_B, max_length=self.max_tokens
         )
         minibatch = replace(minibatch, weights_BT=weights_BT)
-        totals = Totals()
+        totals, sums = Totals(), dict[str, Tensor]()
         teaching_B = (minibatch.advantages_BT != 0).any(1) | (not self.algorithm.zero_advantage_is_idle)
         idle = int(minibatch.mask_BT[~teaching_B].sum())
         totals.add({name: torch.zeros(()) for name in ("loss", "clip_fraction", "clip_fraction_low", "clip_fraction_high")}, idle)
@@ -129,6 +133,7 @@ class LocalLearner:
                 rollout_logprobs_BT=part.rollout_logprobs_BT,
                 weights_BT=part.weights_BT,
                 entropy_BT=entropy_BT,
+                examine=partial(_examine, sums, record, part, entropy_BT.detach()),
             )
             loss.backward()  # type: ignore[no-untyped-call]
             trained = int(part.mask_BT.sum())
@@ -136,10 +141,11 @@ class LocalLearner:
             totals.add({"loss": loss.detach(), **metrics}, trained)
         results = totals.result()
         results |= self.optimiser.step(results["loss"])
+        results["idle_tokens"] = float(idle)
         if self.critic is not None:
             parts = (part for _, part in self._micro_batches(minibatch))
             results |= self.critic.update(parts, int(minibatch.mask_BT.sum()), self.settings)
-        return results
+        return {**results, **{name: value.flatten().tolist() for name, value in sums.items()}}
 
     def state_dict(self) -> dict[str, Any]:
         state = {"policy": self.optimiser.state_dict()}
@@ -149,6 +155,23 @@ class LocalLearner:
         self.optimiser.load_state_dict(state["policy"])
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"])
+
+
+def _examine(
+    sums: dict[str, Tensor],
+    record: Callable[[TokenRecord], None] | None,
+    part: Batch,
+    entropy_BT: Tensor,
+    terms: Terms,
+    clipped_BT: Tensor,
+) -> None:
+    """Add a part's diagnostics to `sums`, and hand its tokens to `record`."""
+    for name, value in diagnose(terms, clipped_BT).items():
+        sums[name] = sums[name] + value if name in sums else value
+    if record is not None and part.rows_B is not None:
+        logprobs_BT = terms.logprobs_BT.detach()
+        found = {"logprob": logprobs_BT, "low": terms.low_BT, "high": terms.high_BT, "clipped": clipped_BT, "entropy": entropy_BT}
+        record({"rows_B": part.rows_B.cpu(), **{name: value.expand_as(logprobs_BT).cpu() for name, value in found.items()}})
 
 
 class Totals:

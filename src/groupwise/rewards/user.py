@@ -1,7 +1,10 @@
-"""The user's own reward function: `def reward(problem, completions) -> list of floats`, one per completion."""
+"""The user's own reward function: `def reward(problem, completions) -> list`, one float per completion.
+
+Or one mapping of floats per completion, {"right": 1.0, "short": 0.2}: the reward is their sum, and each is recorded.
+"""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from groupwise.errors import UserError
 from groupwise.plugins import UserFunction
@@ -21,7 +24,8 @@ def call_reward(function: UserFunction, problem: Problem, texts: Sequence[str], 
     except Exception as error:  # the user's function may raise anything
         raise UserError(f"reward {name}: {type(error).__name__}: {error} (problem {problem.id!r})") from error
     try:
-        rewards = [float(value) for value in values]
+        parts = [{key: float(part) for key, part in value.items()} if isinstance(value, Mapping) else {} for value in values]
+        rewards = [sum(part.values()) if part else float(value) for value, part in zip(values, parts, strict=True)]
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"reward {name}: returned {values!r}; expected a list of {len(texts)} numbers") from error
     if len(rewards) != len(texts):
@@ -29,4 +33,6 @@ def call_reward(function: UserFunction, problem: Problem, texts: Sequence[str], 
     for i, reward in enumerate(rewards):
         if not math.isfinite(reward):
             raise UserError(f"reward {name}: returned {reward} for completion {i} of problem {problem.id!r}; must be finite")
-    return [Score(reward=reward, correct=reward > correct_above) for reward in rewards]
+    return [
+        Score(reward=reward, correct=reward > correct_above, components=part) for reward, part in zip(rewards, parts, strict=True)
+    ]

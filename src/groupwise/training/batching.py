@@ -29,6 +29,7 @@ def make_batch(groups: Sequence[Group], algorithm: Algorithm) -> Batch:
         for completion in completions
     ]
     return Batch(
+        rows_B=torch.arange(len(completions)),
         prompts=tuple(group.prompt_tokens for group in groups),
         group_ids_B=torch.tensor([i for i, group in enumerate(groups) for _ in group.completions]),
         tokens_BT=tokens_BT,
@@ -41,12 +42,17 @@ def make_batch(groups: Sequence[Group], algorithm: Algorithm) -> Batch:
 
 def shaped_rewards(groups: Sequence[Group], algorithm: Algorithm, max_tokens: int) -> Tensor:
     """float64 [B]: the task's rewards, verdicts priced by the algorithm, with its soft overlong punishment."""
+    return torch.stack(list(reward_parts(groups, algorithm, max_tokens).values())).sum(0)
+
+
+def reward_parts(groups: Sequence[Group], algorithm: Algorithm, max_tokens: int) -> dict[str, Tensor]:
+    """What a completion's reward is the sum of, float64 [B] each: the task's, and the overlong punishment where there is one."""
     scores = [score for group in groups for score in group.scores]
-    lengths_B = torch.tensor([len(c.tokens) for group in groups for c in group.completions])
-    rewards_B = torch.tensor([_priced(score, algorithm) for score in scores], dtype=torch.float64)
+    parts = {"task": torch.tensor([_priced(score, algorithm) for score in scores], dtype=torch.float64)}
     if algorithm.overlong_cache:
-        rewards_B = rewards_B + soft_overlong_penalty(lengths_B, max_tokens, round(algorithm.overlong_cache * max_tokens))
-    return rewards_B
+        lengths_B = torch.tensor([len(c.tokens) for group in groups for c in group.completions])
+        parts["overlong"] = soft_overlong_penalty(lengths_B, max_tokens, round(algorithm.overlong_cache * max_tokens))
+    return parts
 
 
 def _priced(score: Score, algorithm: Algorithm) -> float:

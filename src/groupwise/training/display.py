@@ -41,11 +41,11 @@ class Display:
         if self._live:
             self._live.stop()
 
-    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+    def update(self, step: int, metrics: Mapping[str, float | list[float]]) -> None:
         self.step = step
-        self.values |= metrics
+        self.values |= {name: value for name, value in metrics.items() if not isinstance(value, list)}
         if "train/pass_rate" in metrics:
-            self.trail.append(metrics["train/pass_rate"])
+            self.trail.append(self.values["train/pass_rate"])
         if self._live:
             self._live.update(self._panel())
         elif "train/pass_rate" in metrics:

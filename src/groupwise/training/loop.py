@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from groupwise.algorithms import Algorithm, adaptive_coefficient, token_log_ratio
+from groupwise.algorithms.diagnostics import effective_share, summarise
 from groupwise.config import Recipe
 from groupwise.errors import RunError, UserError
-from groupwise.learner.base import Learner
+from groupwise.learner.base import Learner, TokenRecord
 from groupwise.learner.critic import Critic
 from groupwise.learner.local import LocalLearner
 from groupwise.models import load_model
@@ -23,13 +24,13 @@ from groupwise.rollouts.base import Sampler
 from groupwise.rollouts.native import NativeSampler
 from groupwise.seeding import derive
 from groupwise.training import checkpoints
-from groupwise.training.batching import assign_credit, make_batch, minibatches, shaped_rewards
+from groupwise.training.batching import assign_credit, make_batch, minibatches, reward_parts
 from groupwise.training.collect import Collected, Collector, sampling_of
 from groupwise.training.display import Display
 from groupwise.training.evaluate import Evaluation, evaluate
 from groupwise.training.records import RunDirectory
 from groupwise.training.setup import Ready
-from groupwise.types import Batch
+from groupwise.types import Batch, Group, Metrics
 
 
 class Interrupted(Exception):
@@ -97,30 +98,35 @@ class Trainer:
     def evaluation_is_due(self) -> bool:
         return self.step % self.recipe.training.eval_every == 0 or self.step == self.recipe.training.steps
 
+    def tokens_are_due(self) -> bool:
+        every = self.recipe.training.tokens_every
+        return every > 0 and (self.step % every == 0 or self.step in (1, self.recipe.training.steps))
+
     def train_step(self) -> None:
         """Rollouts, advantages, updates: one step, recorded."""
         collected = self.collect()
         groups = collected.groups
         batch = make_batch(groups, self.algorithm)
         started = time.perf_counter()
-        metrics: dict[str, float] = {}
+        metrics: Metrics = {}
+        records: list[TokenRecord] = []
         self.step += 1
         if batch.mask_BT.any():
-            batch, metrics = self.learner.annotate(batch)
-            metrics |= self.adapt_kl(batch)
+            batch, annotated = self.learner.annotate(batch)
+            metrics |= {**annotated, "seconds/annotate": time.perf_counter() - started, **self.adapt_kl(batch)}
             batch = self.assign_credit(batch, collected)
             seed = derive(self.recipe.seed, "minibatches", self.step)
             parts = minibatches(batch, self.recipe.learner.minibatches, seed)
-            metrics |= averaged([self.learner.update(minibatch) for minibatch in parts])
+            record = records.append if self.tokens_are_due() else None
+            metrics |= averaged([self.learner.update(minibatch, record) for minibatch in parts])
             self.sampler.load(self.ready.model, self.learner.version)
         else:
             self.display.note(f"step {self.step}: every completion was truncated and filtered; nothing to learn from")
         seconds = time.perf_counter() - started
-        rewards_B = shaped_rewards(groups, self.algorithm, self.recipe.rollouts.max_tokens)
         metrics |= {
             **rollout_metrics(collected),
-            "reward/shaped_mean": float(rewards_B.mean()),
-            "utilisation": float((batch.advantages_BT != 0).any(1).float().mean()),
+            **reward_metrics(groups, self.algorithm, self.recipe.rollouts.max_tokens),
+            **advantage_metrics(batch),
             "seconds/rollouts": collected.seconds,
             "seconds/scoring": collected.scoring_seconds,
             "seconds/learner": seconds,
@@ -128,6 +134,8 @@ class Trainer:
         }
         self.run_directory.write_metrics(self.step, metrics)
         self.run_directory.write_rollouts(self.step, groups)
+        if records:
+            self.run_directory.write_tokens(self.step, groups, batch, records, self.ready.tokenizer)
         self.display.update(self.step, metrics)
 
     def assign_credit(self, batch: Batch, collected: Collected) -> Batch:
@@ -244,23 +252,58 @@ def load_critic(recipe: Recipe, algorithm: Algorithm, policy: Any) -> Critic | N
     return Critic(model, updates=recipe.training.steps * recipe.learner.minibatches, **recipe.critic.model_dump())
 
 
-def averaged(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Metrics of a step's updates: their mean, the largest of `_max`, the last of what only counts up."""
-    names = dict.fromkeys(name for update in updates for name in update)
-    result = {}
-    for name in names:
-        values = [update[name] for update in updates if math.isfinite(update.get(name, math.nan))] or [math.nan]
+def averaged(updates: Sequence[Metrics]) -> Metrics:
+    """Metrics of a step's updates: their mean, the largest of `_max`, the last of what only counts up; sums of sums."""
+    scalars: dict[str, list[float]] = {}
+    sums: dict[str, list[float]] = {}
+    for update in updates:
+        for name, value in update.items():
+            if isinstance(value, list):
+                sums[name] = [a + b for a, b in zip(sums.get(name, [0.0] * len(value)), value, strict=True)]
+            elif math.isfinite(value):
+                scalars.setdefault(name, []).append(value)
+            else:
+                scalars.setdefault(name, [])
+    result: Metrics = {}
+    for name, values in scalars.items():
         if name.endswith("_max"):
-            result[name] = max(values)
+            result[name] = max(values, default=math.nan)
+        elif name in ("learning_rate", "skipped_updates"):
+            result[name] = values[-1]
         else:
-            result[name] = values[-1] if name in ("learning_rate", "skipped_updates") else sum(values) / len(values)
-    return result
+            result[name] = sum(values) / len(values) if values else math.nan
+    return {**result, **(summarise(sums) if sums else {}), **sums}
+
+
+def reward_metrics(groups: Sequence[Group], algorithm: Algorithm, max_tokens: int) -> dict[str, float]:
+    """Of the groups that were kept: the reward that advantages are made of, its spread, and its parts by name."""
+    parts = {f"reward/part/{name}": values_B for name, values_B in reward_parts(groups, algorithm, max_tokens).items()}
+    rewards_B = torch.stack(list(parts.values())).sum(0)
+    scores = [score for group in groups for score in group.scores]
+    for name in dict.fromkeys(name for score in scores for name in score.components):
+        parts[f"reward/part/{name}"] = torch.tensor([score.components.get(name, 0.0) for score in scores])
+    return {
+        "reward/shaped_mean": float(rewards_B.mean()),
+        "reward/shaped_spread": float(rewards_B.std(correction=0)),
+        **{name: float(values_B.mean()) for name, values_B in parts.items()},
+    }
+
+
+def advantage_metrics(batch: Batch) -> dict[str, float]:
+    """How many completions teach, how evenly, and how many were taken out of the loss."""
+    advantages_B = torch.where(batch.mask_BT, batch.advantages_BT, 0).abs().amax(1)
+    return {
+        "utilisation": float((advantages_B != 0).float().mean()),
+        "utilisation/effective": effective_share(advantages_B),
+        "dropped/filtered": float((~batch.mask_BT.any(1)).sum()),
+    }
 
 
 def rollout_metrics(collected: Collected) -> dict[str, float]:
     """Of everything that was generated, whether it was kept or not; of what was kept, where nothing was generated."""
     seen = collected.seen or collected.groups
     completions = [completion for group in seen for completion in group.completions]
+    finished = [len(completion.tokens) for completion in completions if completion.stop == "stop"]
     scores = [score for group in seen for score in group.scores]
     shares = {name: collected.outcomes[name] / len(seen) for name in ("all_correct", "all_wrong", "mixed")}
     return {
@@ -273,7 +316,10 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
         "rollouts/rounds": float(collected.rounds),
         "groups/reused": float(collected.reused),
         "groups/too_old": float(collected.too_old),
+        "dropped/uniform": float(sum(group.outcome != "mixed" for group in collected.dropped)),
+        "dropped/surplus": float(sum(group.outcome == "mixed" for group in collected.dropped)),
         "length/mean": sum(len(completion.tokens) for completion in completions) / len(completions),
+        "length/finished": sum(finished) / len(finished) if finished else math.nan,
         "length/truncated": sum(completion.stop == "length" for completion in completions) / len(completions),
     }
 

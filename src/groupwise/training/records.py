@@ -1,18 +1,24 @@
-"""What a run leaves in its directory: recipe.toml, metrics.jsonl, rollouts to read."""
+"""What a run leaves in its directory: recipe.toml, metrics.jsonl, rollouts to read, tokens to analyse."""
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
 from groupwise.config import dump
 from groupwise.errors import UserError
-from groupwise.types import Group
+from groupwise.learner.base import TokenRecord
+from groupwise.types import Batch, Group
 
 
 class RunDirectory:
-    """A run's files: recipe.toml, metrics.jsonl, rollouts/, checkpoints/, model/."""
+    """A run's files: recipe.toml, metrics.jsonl, rollouts/, tokens/, checkpoints/, model/."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -41,8 +47,9 @@ class RunDirectory:
         kept = [line for line in lines if _step_of(line) < step or (_step_of(line) == step and "loss" in json.loads(line))]
         self.metrics_path.write_text("".join(kept))
 
-    def write_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}  # JSON has no NaN
+    def write_metrics(self, step: int, metrics: Mapping[str, float | list[float]]) -> None:
+        # JSON has no NaN.
+        finite = {key: value if isinstance(value, list) or math.isfinite(value) else None for key, value in metrics.items()}
         with self.metrics_path.open("a") as file:
             file.write(json.dumps({"step": step, **finite}) + "\n")
 
@@ -50,6 +57,68 @@ class RunDirectory:
         """The best and the worst completion of each group, for a person to read."""
         text = "\n".join(_readable(group) for group in groups)
         (self.path / "rollouts" / f"step-{step:06d}.txt").write_text(text)
+
+    def write_tokens(
+        self, step: int, groups: Sequence[Group], batch: Batch, records: Sequence[TokenRecord], tokenizer: Any
+    ) -> None:
+        """Every completion token as a row of Parquet; what only a run of the learner knows is null where it was not run."""
+        (self.path / "tokens").mkdir(exist_ok=True)
+        table = pa.table(token_columns(step, groups, batch, records, tokenizer))
+        pq.write_table(table, self.path / "tokens" / f"step-{step:06d}.parquet")
+
+
+def token_columns(
+    step: int, groups: Sequence[Group], batch: Batch, records: Sequence[TokenRecord], tokenizer: Any
+) -> dict[str, Any]:
+    """Columns of equal length: one entry for each completion token of the step, row after row.
+
+    `ratio`, `low` and `high` are of tokens, even where the algorithm's own ratio is the sequence's.
+    """
+    inside_BT = torch.arange(batch.tokens_BT.shape[1]) < batch.lengths_B[:, None]
+    rows_N, positions_N = inside_BT.nonzero(as_tuple=True)
+    known: dict[str, Tensor] = {
+        name: torch.full(inside_BT.shape, math.nan) for name in ("logprob", "low", "high", "clipped", "entropy")
+    }
+    for record in records:
+        for name, whole_BT in known.items():
+            part = record[name]
+            whole_BT[record["rows_B"], : part.shape[1]] = part.float()
+    completions = [completion for group in groups for completion in group.completions]
+    scores = [score for group in groups for score in group.scores]
+    prompts = [group.problem.prompt for group in groups for _ in group.completions]
+    old_BT = batch.old_logprobs_BT if batch.old_logprobs_BT is not None else batch.rollout_logprobs_BT
+    measured_BT = torch.where(batch.mask_BT, 1.0, math.nan)  # a masked token has no ratio
+    texts = {token: tokenizer.decode([token]) for token in batch.tokens_BT[inside_BT].unique().tolist()}
+    rows = rows_N.tolist()
+
+    def of_rows(values: Sequence[Any]) -> list[Any]:
+        return [values[row] for row in rows]
+
+    def floats(values_BT: Tensor) -> Any:
+        return pa.array(values_BT[inside_BT].float().numpy(), from_pandas=True)  # NaN as null
+
+    return {
+        "step": pa.array([step] * len(rows), pa.int32()),
+        "group": pa.array(batch.group_ids_B[rows_N].numpy(), pa.int32()),
+        "row": pa.array(rows, pa.int32()),
+        "position": pa.array(positions_N.numpy(), pa.int32()),
+        "prompt": pa.array(of_rows(prompts)).dictionary_encode(),
+        "token": pa.array(batch.tokens_BT[inside_BT].numpy(), pa.int32()),
+        "text": pa.array([texts[token] for token in batch.tokens_BT[inside_BT].tolist()]).dictionary_encode(),
+        "reward": pa.array(of_rows([score.reward for score in scores]), pa.float32()),
+        "correct": pa.array(of_rows([score.correct for score in scores])),
+        "stop": pa.array(of_rows([completion.stop for completion in completions])).dictionary_encode(),
+        "trained": pa.array(batch.mask_BT[inside_BT].numpy()),
+        "advantage": floats(batch.advantages_BT),
+        "rollout_logprob": floats(batch.rollout_logprobs_BT),
+        "old_logprob": floats(old_BT),
+        "logprob": floats(known["logprob"] * measured_BT),
+        "ratio": floats((known["logprob"] - old_BT).exp() * measured_BT),
+        "low": floats(known["low"] * measured_BT),
+        "high": floats(known["high"] * measured_BT),
+        "clipped": floats(known["clipped"] * measured_BT).cast(pa.bool_()),
+        "entropy": floats(known["entropy"]),
+    }
 
 
 def _step_of(line: str) -> float:

@@ -1,0 +1,326 @@
+"""`groupwise ablate`: a ladder of settings, each run for several seeds, and the table that compares them.
+
+Every run is a `groupwise train` of its own in a directory of its own, so a ladder that was stopped goes on where it was.
+"""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+from pydantic import Field, ValidationError
+
+from groupwise.config import Recipe, Section, SftRecipe, Source, explain, find_recipe, load
+from groupwise.errors import UserError, nearest
+from groupwise.evidence.figures import data
+from groupwise.evidence.runs import Run, finite, open_run
+from groupwise.evidence.statistics import Interval, interval, paired
+
+
+class Rung(Section):
+    """One setting."""
+
+    name: str
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Recipe keys, dotted, and their values."""
+    paper: float | None = None
+    """The paper's own score for it."""
+
+
+class Ladder(Section):
+    """What `groupwise ablate` reads."""
+
+    title: str
+    recipe: str = "default"
+    """A shipped recipe or a TOML file beside the ladder."""
+    base: str = ""
+    """A recipe for `groupwise sft` whose model every run starts from; made once."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Changes to the recipe for every rung."""
+    cumulative: bool = False
+    """Each rung keeps the changes of those before it, and is compared with the one before; else with the first."""
+    seeds: int = 5
+    paper: str = ""
+    """Where the paper's scores come from."""
+    rungs: list[Rung]
+
+    def settings(self, rung: int) -> dict[str, Any]:
+        """All changes that a rung makes to the recipe."""
+        first = 0 if self.cumulative else rung
+        merged = dict(self.set)
+        for item in self.rungs[first : rung + 1]:
+            merged |= item.set
+        return merged
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One run of a ladder."""
+
+    rung: int
+    seed: int
+    path: Path
+
+    @property
+    def done(self) -> bool:
+        return (self.path / "model" / "config.json").is_file()
+
+
+def shipped_ladders() -> list[str]:
+    return sorted(path.name.removesuffix(".toml") for path in (files("groupwise") / "ladders").iterdir())
+
+
+def find_ladder(name: str) -> Path:
+    """The file of a ladder: a path, or a shipped one's name.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if name in shipped_ladders():
+        return Path(str(files("groupwise") / "ladders" / f"{name}.toml"))
+    if not Path(name).is_file():
+        raise UserError(f"no ladder {name!r}: neither a file nor a shipped ladder{nearest(name, shipped_ladders())}")
+    return Path(name)
+
+
+def load_ladder(path: Path) -> tuple[Ladder, Path]:
+    """A ladder, every rung's recipe checked, and the path of the recipe.
+
+    Raises:
+        UserError: with file, line and key of what is wrong.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        source = Source(path, text)
+        ladder = Ladder.model_validate(tomllib.loads(text))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: {error}") from error
+    except ValidationError as error:
+        raise explain(error, Ladder, source) from error
+    if len(ladder.rungs) < 2:
+        raise source.error("rungs", "a comparison needs at least two")
+    repeated = [rung.name for rung in ladder.rungs if [other.name for other in ladder.rungs].count(rung.name) > 1]
+    if repeated:
+        raise source.error("rungs", f"two are called {repeated[0]!r}")
+    beside = path.parent / ladder.recipe
+    recipe = beside if beside.is_file() else find_recipe(ladder.recipe)
+    for rung in range(len(ladder.rungs)):
+        load(recipe, Recipe, overrides(ladder.settings(rung)))
+    if ladder.base:
+        load(find_recipe(ladder.base), SftRecipe)
+    return ladder, recipe
+
+
+def overrides(settings: dict[str, Any]) -> list[str]:
+    """Settings as `--set` takes them; JSON of numbers, texts, truth and lists of them is TOML too."""
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+
+
+def plan(ladder: Ladder, out: Path, seeds: int) -> list[Job]:
+    """Every run: all rungs of a seed before the next seed, so that a ladder cut short compares what it has."""
+    return [
+        Job(rung=i, seed=seed, path=out / f"{i + 1}-{_slug(rung.name)}" / f"seed-{seed}")
+        for seed, (i, rung) in itertools.product(range(seeds), enumerate(ladder.rungs))
+    ]
+
+
+def _slug(name: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def claim(ladder_path: Path, out: Path) -> None:
+    """Make `out` this ladder's.
+
+    Raises:
+        UserError: it holds something else, or the same ladder with other settings.
+    """
+    copy = out / "ladder.toml"
+    if copy.is_file():
+        if tomllib.loads(copy.read_text(encoding="utf-8")) != tomllib.loads(ladder_path.read_text(encoding="utf-8")):
+            raise UserError(f"--out {out}: holds the runs of another ladder, or of this one before it was changed")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: already there and not empty, and not a ladder's")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ladder_path, copy)
+
+
+def run_all(
+    ladder: Ladder, recipe: Path, jobs: Sequence[Job], out: Path, at_once: int, report: Callable[[Job, bool], None]
+) -> list[Job]:
+    """Run what is not done yet, `at_once` processes sharing the cores; returns the runs that failed.
+
+    `report` is called after each run with whether it succeeded.
+    """
+    threads = max(1, (os.cpu_count() or 1) // at_once)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    model = make_base(ladder, out, environment) if ladder.base else None
+    failed: list[Job] = []
+
+    def run(job: Job) -> None:
+        if stop:
+            return
+        settings = {**ladder.settings(job.rung), "seed": job.seed} | ({"model.path": str(model)} if model else {})
+        command = [sys.executable, "-m", "groupwise", "train"]
+        if any((job.path / "checkpoints").glob("step-*")):
+            command += ["--resume", str(job.path)]
+        else:
+            shutil.rmtree(job.path, ignore_errors=True)  # of a run that was stopped before its first checkpoint
+            sets = [f"--set={override}" for override in overrides(settings)]
+            command += [str(recipe), *sets, "--out", str(job.path)]
+        job.path.parent.mkdir(parents=True, exist_ok=True)
+        with (job.path.parent / f"{job.path.name}.log").open("w") as log:
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False).returncode
+        if code != 0 and not stop:
+            failed.append(job)
+        report(job, code == 0)
+
+    stop: list[bool] = []
+    with ThreadPoolExecutor(max_workers=at_once) as pool:
+        try:
+            list(pool.map(run, [job for job in jobs if not job.done]))
+        except KeyboardInterrupt:
+            stop.append(True)  # the runs themselves had the signal too, and write their checkpoints
+            raise
+    return failed
+
+
+def make_base(ladder: Ladder, out: Path, environment: dict[str, str]) -> Path:
+    """The model that every run starts from, made by `groupwise sft` unless it is there.
+
+    Raises:
+        UserError: it could not be made.
+    """
+    path = out / "base"
+    if not (path / "sft.json").is_file():
+        shutil.rmtree(path, ignore_errors=True)
+        command = [sys.executable, "-m", "groupwise", "sft", str(find_recipe(ladder.base)), "--out", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        if done.returncode != 0:
+            raise UserError(f"groupwise sft {ladder.base}: {done.stderr.strip()}")
+    return path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What became of a rung."""
+
+    name: str
+    seeds: int
+    scores: dict[int, float]
+    """Held-out pass@1 at the end, by seed."""
+    score: Interval
+    change: Interval | None
+    """Seed by seed, against the rung before or the first; None for the first."""
+    completions: float
+    seconds: float
+    paper: float | None
+    paper_change: float | None
+
+
+def compare(ladder: Ladder, jobs: Sequence[Job]) -> list[Row]:
+    """A row for each rung, of the runs that are done."""
+    runs: dict[int, dict[int, Run]] = {}
+    for job in jobs:
+        if job.done:
+            runs.setdefault(job.rung, {})[job.seed] = open_run(job.path)
+    rows: list[Row] = []
+    for i, rung in enumerate(ladder.rungs):
+        found = runs.get(i, {})
+        scores = {seed: run.last("eval/pass@1", 1) for seed, run in sorted(found.items())}
+        before = rows[i - 1 if ladder.cumulative else 0] if i else None
+        shared = [seed for seed in scores if before and seed in before.scores]
+        change = paired([before.scores[s] for s in shared], [scores[s] for s in shared]) if before and shared else None
+        totals = [run.cumulative[max(run.cumulative)] for run in found.values()]
+        known = before is not None and before.paper is not None and rung.paper is not None
+        rows.append(
+            Row(
+                name=rung.name,
+                seeds=len(scores),
+                scores=scores,
+                score=interval(finite(scores.values())),
+                change=change,
+                completions=_mean([rollouts for rollouts, _ in totals]),
+                seconds=_mean([seconds for _, seconds in totals]),
+                paper=rung.paper,
+                paper_change=rung.paper - before.paper if known else None,  # type: ignore[operator, union-attr]
+            )
+        )
+    return rows
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+COLUMNS = ("", "seeds", "held-out pass@1", "change, seed by seed", "completions", "seconds", "paper", "paper's change")
+
+
+def cells(row: Row) -> list[str]:
+    """A row as text, in the order of `COLUMNS`; a change whose interval excludes zero is marked with a star."""
+    change = "" if row.change is None else f"{row.change.mean:+.3f}"
+    if row.change is not None and not math.isnan(row.change.half):
+        change += f" ± {row.change.half:.3f}{' *' if row.change.excludes_zero else ''}"
+    return [
+        row.name,
+        str(row.seeds),
+        str(row.score),
+        change,
+        f"{row.completions:,.0f}",
+        f"{row.seconds:,.0f}",
+        "" if row.paper is None else f"{row.paper:g}",
+        "" if row.paper_change is None else f"{row.paper_change:+g}",
+    ]
+
+
+def as_markdown(ladder: Ladder, rows: Sequence[Row]) -> str:
+    paper = f" Paper: {ladder.paper}." if ladder.paper else ""
+    against = "the rung before" if ladder.cumulative else "the first"
+    return "\n".join(
+        [
+            f"# {ladder.title}",
+            "",
+            "| " + " | ".join(COLUMNS) + " |",
+            "|" + "---|" * len(COLUMNS),
+            *("| " + " | ".join(cells(row)) + " |" for row in rows),
+            "",
+            f"± is Student's 95 % interval over seeds; changes are against {against}, * where the interval excludes zero.{paper}",
+            "",
+        ]
+    )
+
+
+def picture(ladder: Ladder, rows: Sequence[Row]) -> Any:
+    """Each seed as a dot, each mean with its interval."""
+    order = [row.name for row in rows]
+    dots = [{"rung": row.name, "score": score, "seed": seed} for row in rows for seed, score in row.scores.items()]
+    means = [
+        {"rung": row.name, "mean": row.score.mean, "low": row.score.low, "high": row.score.high}
+        for row in rows
+        if not math.isnan(row.score.half)
+    ]
+    y = alt.Y("rung:N", sort=order, title=None, axis=alt.Axis(labelLimit=300))
+    axis = alt.Axis(format="%")
+    points = (
+        alt.Chart(data(dots))
+        .mark_circle(size=45, opacity=0.5)
+        .encode(
+            y=y,
+            x=alt.X("score:Q", title="held-out pass@1", scale=alt.Scale(zero=False), axis=axis),
+            tooltip=["seed:N", "score:Q"],
+        )
+    )
+    bars = alt.Chart(data(means)).mark_rule(strokeWidth=2, color="#c8553d").encode(y=y, x="low:Q", x2="high:Q")
+    ticks = alt.Chart(data(means)).mark_tick(thickness=3, size=18, color="#c8553d").encode(y=y, x="mean:Q")
+    return alt.layer(points, bars, ticks).properties(width=520, height=alt.Step(34), title=ladder.title)

@@ -1,0 +1,154 @@
+"""`groupwise report`: one self-contained page about one run, or about several side by side."""
+
+import html
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import pyarrow.compute as pc
+import vl_convert
+
+from groupwise.config import dump
+from groupwise.evidence.figures import Figure, draw_all
+from groupwise.evidence.findings import Finding, findings
+from groupwise.evidence.page import asset, embed, embed_script, render
+from groupwise.evidence.runs import Run, by_setting
+from groupwise.evidence.statistics import interval
+
+SHOWN_GROUPS, SHOWN_COMPLETIONS = 6, 4
+"""Of each step whose tokens were recorded: groups to read, and completions of each, the best and the worst."""
+
+
+def write_page(runs: Sequence[Run], out: Path) -> list[Finding]:
+    """Write the page about `runs`; returns what was found in each, for a terminal."""
+    groups = by_setting(runs)
+    found = {run.path.as_posix(): findings(run) for run in runs}
+    figures = draw_all(groups)
+    page = render(
+        "report.html",
+        title=" · ".join(groups),
+        summary=summary(groups),
+        findings=list(found.items()),
+        several=len(runs) > 1,
+        figures=figures,
+        specs=embed({figure.id: _spec(figure) for figure in figures}),
+        completions=embed(readable_completions(runs[0])),
+        recipes=[(run.path.as_posix(), dump(run.recipe)) for run in runs[:12]],
+        bundle=embed_script(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),
+        script=asset("report.js"),
+        style=asset("page.css"),
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+    return [finding for items in found.values() for finding in items]
+
+
+def write_pictures(runs: Sequence[Run], directory: Path) -> list[Path]:
+    """Each figure as a PNG, for a paper."""
+    directory.mkdir(parents=True, exist_ok=True)
+    written = []
+    for figure in draw_all(by_setting(runs)):
+        path = directory / f"{figure.id}.png"
+        figure.chart.properties(width=480, title=figure.title).save(path, scale_factor=2)
+        written.append(path)
+    return written
+
+
+def summary(groups: dict[str, list[Run]]) -> list[dict[str, str]]:
+    """A row for each setting: what a person wants to know first."""
+    rows = []
+    for name, runs in groups.items():
+        seconds = [run.cumulative[max(run.cumulative)][1] for run in runs]
+        rollouts = [run.cumulative[max(run.cumulative)][0] for run in runs]
+        rows.append(
+            {
+                "setting": name,
+                "runs": str(len(runs)),
+                "steps": str(max((run.steps[-1]["step"] for run in runs if run.steps), default=0)),
+                "before": _percent([run.first("eval/pass@1", 1) for run in runs]),
+                "after": _percent([run.last("eval/pass@1", 1) for run in runs]),
+                "rollouts": f"{sum(rollouts) / len(runs):,.0f}",
+                "seconds": f"{sum(seconds) / len(runs):,.0f}",
+            }
+        )
+    return rows
+
+
+def _percent(values: list[float]) -> str:
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return "–"
+    mean = interval(known)
+    return f"{mean.mean:.1%}" + ("" if math.isnan(mean.half) else f" ± {mean.half:.1%}")
+
+
+def readable_completions(run: Run) -> list[dict[str, Any]]:
+    """Completions of the recorded steps (the first, one in the middle, the last), best and worst of some groups, token by token."""
+    steps = run.token_steps()
+    chosen = sorted({steps[0], steps[len(steps) // 2], steps[-1]}) if steps else []
+    shown = []
+    for step in chosen:
+        table = run.tokens(step)
+        names = (
+            "group",
+            "row",
+            "prompt",
+            "text",
+            "reward",
+            "correct",
+            "stop",
+            "advantage",
+            "ratio",
+            "entropy",
+            "clipped",
+            "old_logprob",
+        )
+        table = table.filter(pc.less(table["group"], 4 * SHOWN_GROUPS)).select(names)
+        rows: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        for token in table.to_pylist():
+            rows.setdefault((token["group"], token["row"]), []).append(token)
+        by_group: dict[int, list[list[dict[str, Any]]]] = {}
+        for (group, _), tokens in rows.items():
+            by_group.setdefault(group, []).append(tokens)
+        mixed_first = sorted(by_group, key=lambda group: len({tokens[0]["correct"] for tokens in by_group[group]}) == 1)
+        for group in mixed_first[:SHOWN_GROUPS]:
+            ranked = sorted(by_group[group], key=lambda tokens: -tokens[0]["reward"])
+            half = SHOWN_COMPLETIONS // 2
+            picked = ranked if len(ranked) <= SHOWN_COMPLETIONS else ranked[:half] + ranked[-half:]
+            shown.append(
+                {"step": step, "prompt": ranked[0][0]["prompt"], "completions": [_completion(tokens) for tokens in picked]}
+            )
+    return shown
+
+
+def _completion(tokens: list[dict[str, Any]]) -> dict[str, Any]:
+    first = tokens[0]
+    return {
+        "reward": first["reward"],
+        "correct": first["correct"],
+        "stop": first["stop"],
+        "text": [token["text"] for token in tokens],
+        "advantage": [_round(token["advantage"]) for token in tokens],
+        "ratio": [_round(token["ratio"]) for token in tokens],
+        "entropy": [_round(token["entropy"]) for token in tokens],
+        "clipped": [token["clipped"] for token in tokens],
+        "probability": [_round(math.exp(token["old_logprob"])) for token in tokens],
+    }
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.3g}")
+
+
+def _spec(figure: Figure) -> dict[str, Any]:
+    spec: dict[str, Any] = figure.chart.configure(
+        background="transparent", autosize=alt.AutoSizeParams(type="fit-x", contains="padding")
+    ).to_dict()
+    return spec
+
+
+def as_text(items: Sequence[Finding]) -> list[str]:
+    marks = {"sick": "[red]sick[/red]", "watch": "[yellow]watch[/yellow]", "well": "[green]well[/green]"}
+    return [f"{marks[item.kind]}  {item.title}: {html.unescape(item.text)}" for item in items]

@@ -1,0 +1,52 @@
+"""Means over seeds, with intervals that are honest about how few they are."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09, 2.09)
+"""Student's t, two-sided 95 %, by degrees of freedom from 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean, and how far to either side of it its 95 % interval goes; NaN where there is one value only."""
+
+    mean: float
+    half: float
+    count: int
+
+    @property
+    def low(self) -> float:
+        return self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        return self.mean + self.half
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f}" if math.isnan(self.half) else f"{self.mean:.3f} ± {self.half:.3f}"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Student's 95 % interval of the mean of independent values, one per seed."""
+    n = len(values)
+    if n < 2:
+        return Interval(values[0] if values else math.nan, math.nan, n)
+    t = _T_975[n - 2] if n - 2 < len(_T_975) else 1.96
+    return Interval(statistics.mean(values), t * statistics.stdev(values) / math.sqrt(n), n)
+
+
+def paired(first: Sequence[float], second: Sequence[float]) -> Interval:
+    """Of second minus first, seed by seed: seeds share their problems, so much of the noise is shared too."""
+    return interval([b - a for a, b in zip(first, second, strict=True)])
+
+
+def binomial(share: float, count: int) -> float:
+    """How far the 95 % interval of a share of `count` independent trials goes to either side (normal approximation)."""
+    return 1.96 * math.sqrt(max(share * (1 - share), 0.0) / count) if count else math.nan
