@@ -1,7 +1,7 @@
 """The numbers of docs/findings.md, from the runs of the shipped ladders.
 
-    for ladder in dapo one-change overlong easy gspo dcpo group-size; do groupwise ablate $ladder --jobs 2; done
-    python benchmarks/claims.py runs docs/figures
+for ladder in dapo one-change overlong easy gspo dcpo group-size; do groupwise ablate $ladder --jobs 2; done
+python benchmarks/claims.py runs docs/figures
 """
 
 import argparse
@@ -16,6 +16,7 @@ from groupwise.evidence.figures import draw_all
 from groupwise.evidence.runs import Run, open_run
 from groupwise.evidence.statistics import Interval, interval, paired
 
+SHOWN = {"entropy", "groups", "utilisation", "accuracy-rollouts", "clip-by-probability", "spread-length", "length", "truncated"}
 Rungs = dict[str, list[Run]]
 
 
@@ -72,7 +73,11 @@ def growth_of_spread(name: str) -> Callable[[Run], float]:
 
     def measure(run: Run) -> float:
         rows, squares = run.total("by_length/rows"), run.total(f"by_length/{name}")
-        points = [(i * math.log(2), 0.5 * math.log(s / n), n) for i, (n, s) in enumerate(zip(rows, squares, strict=True)) if n > 20 and s > 0]
+        points = [
+            (i * math.log(2), 0.5 * math.log(s / n), n)
+            for i, (n, s) in enumerate(zip(rows, squares, strict=True))
+            if n > 20 and s > 0
+        ]
         weight = sum(n for _, _, n in points)
         mx, my = (sum(p[k] * p[2] for p in points) / weight for k in (0, 1))
         return sum(n * (x - mx) * (y - my) for x, y, n in points) / sum(n * (x - mx) ** 2 for x, _, n in points)
@@ -120,20 +125,35 @@ def main() -> None:
     parser.add_argument("figures", type=Path, help="Where to draw the figures of the ladders.")
     arguments = parser.parse_args()
     arguments.figures.mkdir(parents=True, exist_ok=True)
-    ladders = {path.name.removeprefix("ladder-"): read(arguments.runs, path.name.removeprefix("ladder-")) for path in arguments.runs.glob("ladder-*")}
+    ladders = {
+        path.name.removeprefix("ladder-"): read(arguments.runs, path.name.removeprefix("ladder-"))
+        for path in arguments.runs.glob("ladder-*")
+    }
     common = {
-        "score": score, "entropy at the end": last("entropy"), "entropy, end over start": lambda r: last("entropy")(r) / first("entropy")(r),
-        "length at the end": last("length/mean"), "truncated at the end": last("length/truncated"),
-        "all right, start": first("groups/all_correct"), "all right, end": last("groups/all_correct"), "dead, end": last("groups/dead"),
-        "utilisation": mean("utilisation"), "effective": mean("utilisation/effective"),
-        "clip fraction": mean("clip_fraction"), "clipped up": mean("clip_fraction_high"), "clipped down": mean("clip_fraction_low"),
+        "score": score,
+        "entropy at the end": last("entropy"),
+        "entropy, end over start": lambda r: last("entropy")(r) / first("entropy")(r),
+        "length at the end": last("length/mean"),
+        "truncated at the end": last("length/truncated"),
+        "all right, start": first("groups/all_correct"),
+        "all right, end": last("groups/all_correct"),
+        "dead, end": last("groups/dead"),
+        "utilisation": mean("utilisation"),
+        "effective": mean("utilisation/effective"),
+        "clip fraction": mean("clip_fraction"),
+        "clipped up": mean("clip_fraction_high"),
+        "clipped down": mean("clip_fraction_low"),
         "mean probability of up-clipped": mean("clip/high_probability"),
-        "up-clipped below 0.2": below(0.2), "all tokens below 0.2": all_tokens_below(0.2),
-        "exponent of the sum's spread": growth_of_spread("sum_square"), "exponent of the mean's spread": growth_of_spread("mean_square"),
+        "up-clipped below 0.2": below(0.2),
+        "all tokens below 0.2": all_tokens_below(0.2),
+        "exponent of the sum's spread": growth_of_spread("sum_square"),
+        "exponent of the mean's spread": growth_of_spread("mean_square"),
         "gradient norm": mean("grad_norm"),
-        "completions": lambda r: r.cumulative[max(r.cumulative)][0], "seconds": lambda r: r.cumulative[max(r.cumulative)][1],
-        "completions to 0.6": reached(0.6, 0), "seconds to 0.6": reached(0.6, 1),
-    }  # fmt: skip
+        "completions": lambda r: r.cumulative[max(r.cumulative)][0],
+        "seconds": lambda r: r.cumulative[max(r.cumulative)][1],
+        "completions to 0.6": reached(0.6, 0),
+        "seconds to 0.6": reached(0.6, 1),
+    }
     for ladder, rungs in sorted(ladders.items()):
         if not rungs:
             continue
@@ -145,7 +165,16 @@ def main() -> None:
             except (ZeroDivisionError, ValueError):
                 continue
         for figure in draw_all(rungs):
-            if figure.id in ("entropy", "groups", "utilisation", "accuracy-rollouts", "clip-by-probability", "spread-length", "length", "truncated"):
+            if figure.id in (
+                "entropy",
+                "groups",
+                "utilisation",
+                "accuracy-rollouts",
+                "clip-by-probability",
+                "spread-length",
+                "length",
+                "truncated",
+            ):
                 chart: alt.Chart = figure.chart.properties(width=460, title=figure.title)
                 chart.save(arguments.figures / f"{ladder}-{figure.id}.png", scale_factor=1.5)
 

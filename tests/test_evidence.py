@@ -108,7 +108,7 @@ def test_settings_that_differ_name_the_groups(healthy: list[Path]) -> None:
 def test_a_report_opens_by_itself(healthy: list[Path], browser: Any, tmp_path: Path) -> None:
     page_path = tmp_path / "report.html"
     said = groupwise("report", *map(str, healthy), "--out", str(page_path))
-    assert "It learned" in said
+    assert "It learned, in 2 of 2 runs" in said or "It learned, in 1 of 2 runs" in said
     assert page_path.stat().st_size < 5_000_000
     page, wrong = opened(browser, page_path, color_scheme="dark", viewport={"width": 390, "height": 800})
     page.wait_for_function("document.documentElement.dataset.drawn === 'dark'", timeout=20_000)
@@ -150,8 +150,9 @@ def test_a_reward_that_is_always_one_is_named(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"prompt": f"{i}+1="}) for i in range(30)))
     (tmp_path / "always.py").write_text("def one(problem, completions):\n    return [1.0 for _ in completions]\n")
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text("[task]\nname='dataset'\npath='data.jsonl'\nreward='always.py:one'\n[algorithm]\nname='grpo'\nbeta=0.0\n"
-                      "[rollouts]\ngroup_size=4\nprompts_per_step=4\nmax_tokens=8\n[training]\nsteps=3\neval_problems=3\n")  # fmt: skip
+    task = "[task]\nname='dataset'\npath='data.jsonl'\nreward='always.py:one'\n[algorithm]\nname='grpo'\nbeta=0.0\n"
+    sizes = "[rollouts]\ngroup_size=4\nprompts_per_step=4\nmax_tokens=8\n[training]\nsteps=3\neval_problems=3\n"
+    recipe.write_text(task + sizes)
     groupwise("train", str(recipe), "--out", str(tmp_path / "run"))
     said = groupwise("report", str(tmp_path / "run"))
     assert "Every completion gets the same reward" in said
@@ -216,13 +217,13 @@ def test_a_ladder_that_is_wrong_is_refused_before_anything_runs(change: tuple[st
 
 
 def noise(count: int) -> list[float]:
-    """The explorer's normal numbers: a linear congruential generator and Box and Muller's method."""
+    """The explorer's normal numbers: Lehmer's generator and Box and Muller's method."""
     state, numbers = 12345, []
     for _ in range(count):
         pair = []
         for _ in range(2):
-            state = (state * 1103515245 + 12345) % 2147483648
-            pair.append((state + 0.5) / 2147483648)
+            state = state * 16807 % 2147483647
+            pair.append(state / 2147483647)
         numbers.append(math.sqrt(-2 * math.log(pair[0])) * math.cos(2 * math.pi * pair[1]))
     return numbers
 
@@ -242,7 +243,7 @@ def sequence(v: dict[str, float]) -> tuple[float, float]:
 
 def dynamic(v: dict[str, float]) -> tuple[float, float]:
     bound = gw.dynamic_bounds(torch.tensor([[math.log(v["q"])]], dtype=torch.float64), v["low"], v["high"])[1]
-    return v["q"], min(3.5, float(bound))
+    return v["q"], min(4.0, float(bound))
 
 
 def overlong(v: dict[str, float]) -> tuple[float, float]:
@@ -336,12 +337,13 @@ def test_the_explorer_speaks_two_languages_and_takes_keys_and_fingers(explorer: 
     page, _ = explorer
     assert "tokens of your run" in page.inner_text("#run") and page.locator("#ceiling .dot").count() > 50
     page.click("#language")
-    assert "裁剪的天花板" in page.inner_text("#ceiling h2") and not re.search("[a-z]{6}", page.inner_text("#dead p"))
+    assert "裁剪的天花板" in page.inner_text("#ceiling h2") and "通过率" in page.inner_text("#dead p")
     page.click("#language")
     page.focus("#dead-size")
     before = page.input_value("#dead-size")
     page.keyboard.press("ArrowRight")
     assert float(page.input_value("#dead-size")) == float(before) + 1
+    page.locator("#ceiling svg").scroll_into_view_if_needed()
     box = page.locator("#ceiling svg").bounding_box()
     page.mouse.click(box["x"] + box["width"] * 0.75, box["y"] + box["height"] / 2)
     assert 0.6 < float(page.input_value("#ceiling-q")) < 0.8

@@ -301,6 +301,7 @@ def ablate(
     with exit_codes():
         path = ablation.find_ladder(ladder)
         settings, recipe = ablation.load_ladder(path)
+        _check_rungs(settings, recipe)
         home = out or Path("runs") / f"ladder-{path.stem}"
         plan = ablation.plan(settings, home, seeds or settings.seeds)
         ablation.claim(path, home)
@@ -328,6 +329,18 @@ def ablate(
         if failed:
             logs = ", ".join(f"{job.path}.log" for job in failed)
             raise RunError(f"{len(failed)} of {len(left)} runs failed; what they said is in {logs}")
+
+
+def _check_rungs(ladder: Any, recipe: Path) -> None:
+    """What `train` would refuse in any of them, before the first one runs."""
+    from groupwise.evidence.ablation import overrides
+    from groupwise.tasks.base import build_task
+    from groupwise.training.setup import build_algorithm, check_together
+
+    for i in range(len(ladder.rungs)):
+        settings, source = load(recipe, Recipe, overrides(ladder.settings(i)))
+        check_together(settings, build_algorithm(settings.algorithm, source), source)
+        build_task(settings.task, source)
 
 
 @app.command()

@@ -264,7 +264,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-COLUMNS = ("", "seeds", "held-out pass@1", "change, seed by seed", "completions", "seconds", "paper", "paper's change")
+COLUMNS = ("", "seeds", "pass@1", "change", "completions", "seconds", "paper", "its change")
 
 
 def cells(row: Row) -> list[str]:
@@ -275,10 +275,10 @@ def cells(row: Row) -> list[str]:
     return [
         row.name,
         str(row.seeds),
-        str(row.score),
+        str(row.score) if row.seeds else "",
         change,
-        f"{row.completions:,.0f}",
-        f"{row.seconds:,.0f}",
+        f"{row.completions:,.0f}" if row.seeds else "",
+        f"{row.seconds:,.0f}" if row.seeds else "",
         "" if row.paper is None else f"{row.paper:g}",
         "" if row.paper_change is None else f"{row.paper_change:+g}",
     ]
@@ -295,7 +295,7 @@ def as_markdown(ladder: Ladder, rows: Sequence[Row]) -> str:
             "|" + "---|" * len(COLUMNS),
             *("| " + " | ".join(cells(row)) + " |" for row in rows),
             "",
-            f"± is Student's 95 % interval over seeds; changes are against {against}, * where the interval excludes zero.{paper}",
+            f"pass@1 is on held-out problems; ± is Student's 95 % interval over seeds; changes are seed by seed against {against}, * where the interval excludes zero.{paper}",
             "",
         ]
     )

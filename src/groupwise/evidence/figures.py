@@ -80,7 +80,7 @@ def lines(
         title=None,
         legend=alt.Legend(orient="bottom", columns=2, labelLimit=400) if several or many else None,
     )
-    line = base.mark_line(interpolate="monotone", strokeWidth=2).encode(
+    line = base.mark_line(strokeWidth=2).encode(
         y=alt.Y("y:Q", title=y, scale=scale, axis=axis),
         color=color,
         tooltip=["setting:N", "metric:N", "step:Q", "y:Q", "low:Q", "high:Q", "runs:Q"],
@@ -319,12 +319,12 @@ def speed(groups: Groups) -> Figure | None:
 
 
 def ratio_by_probability(groups: Groups) -> Figure | None:
-    """Tokens of the last step that was written, of the first run of each setting."""
+    """Tokens of a step in the middle, of the first run of each setting."""
     rows = []
     for setting, runs in groups.items():
         written = runs[0].token_steps()
         if written:
-            table = runs[0].tokens(written[-1])
+            table = runs[0].tokens(written[len(written) // 2])
             table = table.filter(pc.is_valid(table["ratio"]))
             every = max(1, len(table) // SAMPLED_TOKENS)
             columns = [table[name].to_pylist()[::every] for name in ("old_logprob", "ratio", "clipped", "text", "advantage")]
@@ -337,12 +337,12 @@ def ratio_by_probability(groups: Groups) -> Figure | None:
         return None
     chart = alt.Chart(data(rows)).mark_circle(size=18, opacity=0.5).encode(
         x=alt.X("p:Q", title="π_old", scale=alt.Scale(domain=[0, 1])),
-        y=alt.Y("ratio:Q", title="ratio π / π_old", scale=alt.Scale(type="log", zero=False)),
+        y=alt.Y("ratio:Q", title="ratio π / π_old", scale=alt.Scale(type="log", nice=False)),
         color=alt.Color("clipped:N" if len(groups) == 1 else "setting:N", title=None, legend=alt.Legend(orient="bottom", labelLimit=400)),
         tooltip=["token:N", "p:Q", "ratio:Q", "A:Q", "clipped:N", "setting:N"],
     )  # fmt: skip
     return _figure(
-        "ratio", "Tokens: ratio against probability", "Tokens of the last recorded step, as their own update saw them.",
+        "ratio", "Tokens: ratio against probability", "Tokens of a recorded step in the middle of the run, as their own update saw them.",
         chart.properties(width="container", height=HEIGHT),
     )  # fmt: skip
 

@@ -104,10 +104,10 @@ def clip_too_tight(run: Run) -> Finding | None:
     """A bound on single tokens that most of the update runs into. Sequence ratios are clipped that much by design."""
     share = run.last("clip_fraction", len(run.steps))
     bounds = setting(run, "clip_low"), setting(run, "clip_high")
-    if setting(run, "ratio") != "token" or not share > 0.15 or not all(isinstance(bound, float) for bound in bounds):
+    if setting(run, "ratio") != "token" or not share > 0.08 or not all(isinstance(bound, float) for bound in bounds):
         return None
     return Finding(
-        kind="sick" if share > 0.3 else "watch",
+        kind="sick" if share > 0.15 else "watch",
         title="The clip stops most of the learning",
         text=f"{share:.0%} of the trained tokens got no gradient because their ratio was past its bound (1 − {bounds[0]:g}, "
         f"1 + {bounds[1]:g}), while a token's log ratio spreads by {run.last('spread/token', len(run.steps)):.2g}. "

@@ -3,6 +3,7 @@
 import html
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,16 @@ SHOWN_GROUPS, SHOWN_COMPLETIONS = 6, 4
 
 
 def write_page(runs: Sequence[Run], out: Path) -> list[Finding]:
-    """Write the page about `runs`; returns what was found in each, for a terminal."""
+    """Write the page about `runs`; returns what was found, for a terminal."""
     groups = by_setting(runs)
-    found = {run.path.as_posix(): findings(run) for run in runs}
+    found = {name: shared_findings(members) for name, members in groups.items()}
     figures = draw_all(groups)
     page = render(
         "report.html",
         title=" · ".join(groups),
         summary=summary(groups),
         findings=list(found.items()),
-        several=len(runs) > 1,
+        several=len(groups) > 1,
         figures=figures,
         specs=embed({figure.id: _spec(figure) for figure in figures}),
         completions=embed(readable_completions(runs[0])),
@@ -43,6 +44,17 @@ def write_page(runs: Sequence[Run], out: Path) -> list[Finding]:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
     return [finding for items in found.values() for finding in items]
+
+
+def shared_findings(runs: Sequence[Run]) -> list[Finding]:
+    """What was found in runs of one setting: each thing once, in the words of the first run that shows it, and in how many."""
+    found: dict[str, list[Finding]] = {}
+    for run in runs:
+        for finding in findings(run):
+            found.setdefault(finding.title, []).append(finding)
+    if len(runs) == 1:
+        return [items[0] for items in found.values()]
+    return [replace(items[0], title=f"{title}, in {len(items)} of {len(runs)} runs") for title, items in found.items()]
 
 
 def write_pictures(runs: Sequence[Run], directory: Path) -> list[Path]:

@@ -106,7 +106,15 @@ def open_run(path: Path) -> Run:
 
 
 def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs that differ in nothing but their seed, together, under a name that says what sets them apart from the others."""
+    """Runs that differ in nothing but their seed, together, under a name that says what sets them apart from the others.
+
+    Runs of a ladder are together by its rungs.
+    """
+    if all((run.path.parent.parent / "ladder.toml").is_file() for run in runs):
+        rungs: dict[str, list[Run]] = {}
+        for run in runs:
+            rungs.setdefault(run.path.resolve().parent.name, []).append(run)
+        return rungs
     flat = [_flat(run.recipe) for run in runs]
     keys = [key for key in dict.fromkeys(key for tree in flat for key in tree) if key != "seed"]
     telling = [key for key in keys if len({str(tree.get(key)) for tree in flat}) > 1]

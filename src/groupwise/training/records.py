@@ -88,7 +88,7 @@ def token_columns(
     prompts = [group.problem.prompt for group in groups for _ in group.completions]
     old_BT = batch.old_logprobs_BT if batch.old_logprobs_BT is not None else batch.rollout_logprobs_BT
     measured_BT = torch.where(batch.mask_BT, 1.0, math.nan)  # a masked token has no ratio
-    texts = {token: tokenizer.decode([token]) for token in batch.tokens_BT[inside_BT].unique().tolist()}
+    texts = {token: tokenizer.decode([token]) for token in set(batch.tokens_BT[inside_BT].tolist())}
     rows = rows_N.tolist()
 
     def of_rows(values: Sequence[Any]) -> list[Any]:

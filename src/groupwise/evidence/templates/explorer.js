@@ -45,7 +45,7 @@ function smoothed(rightPerVisit, size) {
 // Numbers from a normal distribution, the same at every visit of the page.
 function normal(count) {
   let state = 12345;
-  const uniform = () => ((state = (state * 1103515245 + 12345) % 2147483648) + 0.5) / 2147483648;
+  const uniform = () => (state = (state * 16807) % 2147483647) / 2147483647; // Lehmer's generator, exact in doubles
   return Array.from({ length: count }, () => Math.sqrt(-2 * Math.log(uniform())) * Math.cos(2 * Math.PI * uniform()));
 }
 const noise = normal(2048);
@@ -63,12 +63,12 @@ const panels = [
     text: { en: "One update may raise a token of probability π_old up to (1 + ε_high) π_old before its gradient stops: little for the unlikely, and no limit at all where that exceeds 1. It stops the gradient, not the weights: momentum and shared weights can overshoot. Dots are tokens of the run.",
       zh: "一次更新最多把概率为 π_old 的 token 推到 (1 + ε_high) π_old,之后梯度归零:对低概率 token 余地很小,而当它超过 1 时就不再构成限制。停下的是梯度而不是权重:动量与共享权重仍可能越过。圆点是训练运行中的 token。" },
     controls: [slider("high", "ε_high", "ε_high", 0.01, 1, 0.01, 0.2), slider("q", "π_old", "π_old", 0.01, 1, 0.01, 0.1)],
-    x: { en: "π_old", zh: "π_old", from: 0, to: 1 }, y: { en: "π_new", zh: "π_new", from: 0, to: 1.05 },
+    x: { en: "π_old", zh: "π_old", from: 0, to: 1 }, y: { en: "π_new", zh: "π_new", from: 0, to: 1 },
     curves: (v) => [
       { name: { en: "ceiling min(1, (1 + ε_high) π_old)", zh: "天花板 min(1, (1 + ε_high) π_old)" }, points: along(0, 1, (q) => ceiling(q, v.high)) },
       { name: { en: "no change", zh: "不变" }, points: [[0, 0], [1, 1]], style: "c4 dashed" },
     ],
-    dots: () => tokens.map((token) => [token.p, Math.min(1.05, token.p * token.ratio)]),
+    dots: () => tokens.map((token) => [token.p, Math.min(1, token.p * token.ratio)]),
     marker: (v) => [v.q, ceiling(v.q, v.high)],
     readouts: (v) => [
       [{ en: "ceiling at π_old", zh: "π_old 处的天花板" }, short(ceiling(v.q, v.high))],
@@ -82,7 +82,7 @@ const panels = [
     text: { en: "A token that the clip stops at every update grows as π₀ (1 + ε)ⁿ until it reaches 1. The gap between two clips is ((1 + ε₂)/(1 + ε₁))ⁿ: 3.64 times after 20 updates for 0.28 against 0.20, and it ends when the faster one is at 1.",
       zh: "若每次更新都被裁剪拦住,概率按 π₀ (1 + ε)ⁿ 增长,直到等于 1。两种裁剪之间的差距为 ((1 + ε₂)/(1 + ε₁))ⁿ:0.28 对 0.20 在 20 次更新后为 3.64 倍,并在较快者到达 1 时终止。" },
     controls: [slider("start", "π₀", "π₀", 0.001, 0.5, 0.001, 0.01), slider("target", "target", "目标", 0.01, 1, 0.01, 0.1), slider("first", "ε₁", "ε₁", 0.05, 1, 0.01, 0.2), slider("second", "ε₂", "ε₂", 0.05, 1, 0.01, 0.28), slider("n", "updates n", "更新次数 n", 0, 60, 1, 20)],
-    x: { en: "saturated updates", zh: "触顶的更新次数", from: 0, to: 60 }, y: { en: "π", zh: "π", from: 0, to: 1.05 },
+    x: { en: "saturated updates", zh: "触顶的更新次数", from: 0, to: 60 }, y: { en: "π", zh: "π", from: 0, to: 1 },
     curves: (v) => [
       { name: { en: "ε₁", zh: "ε₁" }, points: along(0, 60, (n) => climb(v.start, n, v.first)) },
       { name: { en: "ε₂", zh: "ε₂" }, points: along(0, 60, (n) => climb(v.start, n, v.second)) },
@@ -98,8 +98,8 @@ const panels = [
   {
     id: "sequence",
     title: { en: "Token clip against sequence clip, with length", zh: "token 裁剪与序列裁剪,随长度变化" },
-    text: { en: "Log ratios of tokens, drawn at random. Their sum drifts with √T (the ratio of the whole sequence), their mean settles (GSPO's ratio). A clip on tokens bounds each point but not the sum; GSPO's bounds the mean, and so the sum only by T times its bound.",
-      zh: "随机抽取的 token 对数比率。其和随 √T 漂移(整个序列的比率),其均值趋于稳定(GSPO 的比率)。token 裁剪限制每一点,却不限制总和;GSPO 限制均值,因此总和只被限制在 T 倍的界内。" },
+    text: { en: "Log ratios of tokens (dots), drawn at random. Their sum drifts with √T (the ratio of the whole sequence), their mean settles (GSPO's ratio). A clip on tokens bounds each point but not the sum; GSPO's bounds the mean, and so the sum only by T times its bound.",
+      zh: "随机抽取的 token 对数比率(圆点)。其和随 √T 漂移(整个序列的比率),其均值趋于稳定(GSPO 的比率)。token 裁剪限制每一点,却不限制总和;GSPO 限制均值,因此总和只被限制在 T 倍的界内。" },
     controls: [slider("length", "length T", "长度 T", 16, 2048, 16, 512), slider("spread", "spread of a token's log ratio", "token 对数比率的标准差", 0.001, 0.2, 0.001, 0.03), slider("bias", "mean of a token's log ratio", "token 对数比率的均值", -0.01, 0.01, 0.0005, 0), slider("tokenClip", "token clip ε", "token 裁剪 ε", 0.05, 0.5, 0.01, 0.2), slider("sequenceClip", "sequence clip ε", "序列裁剪 ε", 0.0001, 0.02, 0.0001, 0.0004)],
     x: { en: "token", zh: "token", from: 0, to: (v) => v.length }, y: { en: "log ratio", zh: "对数比率", from: (v) => Math.min(-0.1, ...drift(v.length, v.spread, v.bias).map((d) => d.sum)) * 1.05, to: (v) => Math.max(0.1, ...drift(v.length, v.spread, v.bias).map((d) => d.sum)) * 1.05 },
     curves: (v) => {
@@ -111,6 +111,7 @@ const panels = [
         { name: { en: "typical sum, σ√T", zh: "典型的和 σ√T" }, points: along(0, v.length, (t) => v.bias * t + v.spread * Math.sqrt(t)), style: "c4 dashed" },
       ];
     },
+    dots: (v) => drift(v.length, v.spread, v.bias).filter((_, i) => i % Math.ceil(v.length / 512) === 0).map((p) => [p.t, p.token]),
     marker: (v) => { const d = drift(v.length, v.spread, v.bias); return [v.length, d[d.length - 1].sum]; },
     readouts: (v) => {
       const d = drift(v.length, v.spread, v.bias), last = d[d.length - 1];
@@ -131,14 +132,14 @@ const panels = [
     text: { en: "DCPO solves |(r − 1) r q| ≤ ε for the ratio r: the less likely the token, the wider its bounds (the upper one ends at 10). For q ≤ 4 ε_low the constraint asks for no lower bound; the paper imposes 0.5.",
       zh: "DCPO 对比率 r 求解 |(r − 1) r q| ≤ ε:token 越不可能,边界越宽(上界止于 10)。当 q ≤ 4 ε_low 时该约束并不要求下界;论文规定为 0.5。" },
     controls: [slider("low", "ε_low", "ε_low", 0.01, 0.5, 0.01, 0.16), slider("high", "ε_high", "ε_high", 0.01, 0.5, 0.01, 0.2), slider("fixed", "fixed ε", "固定 ε", 0.01, 0.5, 0.01, 0.2), slider("q", "q = π_old", "q = π_old", 0.005, 1, 0.005, 0.1)],
-    x: { en: "q", zh: "q", from: 0, to: 1 }, y: { en: "ratio", zh: "比率", from: 0, to: 3.5 },
+    x: { en: "q", zh: "q", from: 0, to: 1 }, y: { en: "ratio", zh: "比率", from: 0, to: 4 },
     curves: (v) => [
-      { name: { en: "DCPO, upper", zh: "DCPO 上界" }, points: along(0.005, 1, (q) => dynamicHigh(q, v.high)) },
+      { name: { en: "DCPO, upper", zh: "DCPO 上界" }, points: along(0.005, 1, (q) => Math.min(4, dynamicHigh(q, v.high))) },
       { name: { en: "DCPO, lower", zh: "DCPO 下界" }, points: along(0.005, 1, (q) => dynamicLow(q, v.low)) },
       { name: { en: "fixed", zh: "固定边界" }, points: [[0, 1 + v.fixed], [1, 1 + v.fixed]], style: "c4 dashed" },
       { name: null, points: [[0, 1 - v.fixed], [1, 1 - v.fixed]], style: "c4 dashed" },
     ],
-    marker: (v) => [v.q, Math.min(3.5, dynamicHigh(v.q, v.high))],
+    marker: (v) => [v.q, Math.min(4, dynamicHigh(v.q, v.high))],
     readouts: (v) => [
       [{ en: "lower bound at q", zh: "q 处的下界" }, short(dynamicLow(v.q, v.low))],
       [{ en: "upper bound at q", zh: "q 处的上界" }, short(dynamicHigh(v.q, v.high))],
@@ -151,7 +152,7 @@ const panels = [
     text: { en: "DAPO takes nothing off a completion up to L_max − L_cache tokens, then linearly more, to −1 at L_max, the generation cap.",
       zh: "DAPO 对长度不超过 L_max − L_cache 的回复不作惩罚,此后线性加重,在生成上限 L_max 处为 −1。" },
     controls: [slider("limit", "L_max", "L_max", 1024, 32768, 256, 20480), slider("cache", "L_cache", "L_cache", 256, 16384, 256, 4096), slider("length", "length", "长度", 0, 32768, 128, 18432)],
-    x: { en: "tokens", zh: "token 数", from: 0, to: 32768 }, y: { en: "reward added", zh: "附加奖励", from: -1.1, to: 0.1 },
+    x: { en: "tokens", zh: "token 数", from: 0, to: 32768 }, y: { en: "reward added", zh: "附加奖励", from: -1, to: 0 },
     curves: (v) => [{ name: { en: "punishment", zh: "惩罚" }, points: along(0, 32768, (n) => overlong(n, v.limit, Math.min(v.cache, v.limit)), 1024) }],
     marker: (v) => [v.length, overlong(v.length, v.limit, Math.min(v.cache, v.limit))],
     readouts: (v) => [[{ en: "punishment", zh: "惩罚" }, short(overlong(v.length, v.limit, Math.min(v.cache, v.limit)))], [{ en: "begins at", zh: "开始于" }, short(v.limit - Math.min(v.cache, v.limit))]],
@@ -203,7 +204,7 @@ const panels = [
     text: { en: "A group whose answers are all right or all wrong has no advantage: probability pᴳ + (1 − p)ᴳ at pass rate p. Larger groups see more of the hard and the easy problems, at more rollouts.",
       zh: "全对或全错的组没有优势:通过率为 p 时概率为 pᴳ + (1 − p)ᴳ。组越大,越能从难题与易题中得到信号,但需要更多 rollout。" },
     controls: [slider("size", "group size G", "组大小 G", 2, 64, 1, 16), slider("p", "pass rate p", "通过率 p", 0, 1, 0.01, 0.9)],
-    x: { en: "pass rate", zh: "通过率", from: 0, to: 1 }, y: { en: "share of dead groups", zh: "无信号组的比例", from: 0, to: 1.05 },
+    x: { en: "pass rate", zh: "通过率", from: 0, to: 1 }, y: { en: "share of dead groups", zh: "无信号组的比例", from: 0, to: 1 },
     curves: (v) => [{ name: { en: "dead groups", zh: "无信号的组" }, points: along(0, 1, (p) => dead(p, v.size)) }],
     marker: (v) => [v.p, dead(v.p, v.size)],
     readouts: (v) => [[{ en: "dead groups at p", zh: "p 处无信号的组" }, percent(dead(v.p, v.size))], [{ en: "groups to generate for each mixed one", zh: "每得到一个混合组需生成的组数" }, dead(v.p, v.size) < 1 ? short(1 / (1 - dead(v.p, v.size))) : "∞"]],

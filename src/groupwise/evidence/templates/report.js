@@ -13,7 +13,9 @@ function setTheme(dark) {
 async function drawFigures(dark) {
   for (const [id, spec] of Object.entries(specs)) {
     const place = document.querySelector(`#${id} .chart`);
-    await window.vegaEmbed(place, spec, { theme: dark ? "dark" : undefined, actions: false, renderer: "svg", config: { background: "transparent" } });
+    const line = dark ? "#2c333d" : "#e3e7ec";
+    const config = { background: "transparent", axis: { gridColor: line, domainColor: line, tickColor: line } };
+    await window.vegaEmbed(place, spec, { theme: dark ? "dark" : undefined, actions: false, renderer: "svg", config });
   }
   root.dataset.drawn = dark ? "dark" : "light";
 }
