@@ -1,15 +1,19 @@
 """The numbers of docs/findings.md, from the runs of the shipped ladders.
 
-for ladder in dapo one-change overlong easy gspo dcpo group-size; do groupwise ablate $ladder --jobs 2; done
+for ladder in dapo one-change overlong easy gspo dcpo group-size moe; do groupwise ablate $ladder --jobs 2; done
 python benchmarks/claims.py runs docs/figures
 """
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import altair as alt
+import torch
+from safetensors.torch import load_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from groupwise.algorithms.diagnostics import PROBABILITY_EDGES
 from groupwise.evidence.figures import draw_all
@@ -55,7 +59,7 @@ def below(edge: float) -> Callable[[Run], float]:
 
     def measure(run: Run) -> float:
         held = run.total("by_probability/clipped_high")
-        return sum(held[: PROBABILITY_EDGES.index(edge) + 1]) / sum(held)
+        return sum(held[: PROBABILITY_EDGES.index(edge) + 1]) / sum(held) if sum(held) else math.nan
 
     return measure
 
@@ -78,6 +82,8 @@ def growth_of_spread(name: str) -> Callable[[Run], float]:
             for i, (n, s) in enumerate(zip(rows, squares, strict=True))
             if n > 20 and s > 0
         ]
+        if len(points) < 2:
+            return math.nan
         weight = sum(n for _, _, n in points)
         mx, my = (sum(p[k] * p[2] for p in points) / weight for k in (0, 1))
         return sum(n * (x - mx) * (y - my) for x, y, n in points) / sum(n * (x - mx) ** 2 for x, _, n in points)
@@ -100,6 +106,28 @@ def reached(threshold: float, place: int) -> Callable[[Run], float]:
     return measure
 
 
+@torch.no_grad()
+def routing_flips(run: Run) -> float:
+    """Share of a token's experts, over layers, that one step's updates change: between checkpoints of successive steps."""
+    model = AutoModelForCausalLM.from_pretrained(run.path / "model").eval()
+    table = run.tokens(run.token_steps()[-1])
+    tokenizer = AutoTokenizer.from_pretrained(run.path / "model")
+    tokens, positions, prompts = (table[name].to_pylist()[:2000] for name in ("token", "position", "prompt"))
+    starts = [i for i, position in enumerate(positions) if position == 0]
+    rows = [torch.tensor([*tokenizer(prompts[a]).input_ids, *tokens[a:b]]) for a, b in itertools.pairwise(starts)]
+    chosen: list[list[torch.Tensor]] = []
+    for checkpoint in sorted((run.path / "checkpoints").glob("step-*")):
+        load_model(model, str(checkpoint / "model.safetensors"))
+        logits = [model(input_ids=row[None], output_router_logits=True).router_logits for row in rows]
+        k = model.config.num_experts_per_tok
+        chosen.append([torch.cat([one[layer] for one in logits]).topk(k).indices for layer in range(len(logits[0]))])
+    changed = []
+    for before, after in itertools.pairwise(chosen):
+        kept = [(b[:, :, None] == a[:, None, :]).any(2).float().mean() for b, a in zip(before, after, strict=True)]
+        changed.append(1 - float(torch.stack(kept).mean()))
+    return sum(changed) / len(changed)
+
+
 def show(text: str, value: Interval) -> None:
     print(f"  {text}: {value.mean:.4g} ± {value.half:.2g} (n {value.count}){' *' if value.excludes_zero else ''}")
 
@@ -111,7 +139,7 @@ def beside(rungs: Rungs, names: Sequence[str], measures: dict[str, Callable[[Run
             if name not in rungs:
                 continue
             values = each(rungs[name], measure)
-            show(f"{label}, {name}", interval([v for v in values if not math.isnan(v)]))
+            show(f"{label}, {name}", interval(values))
             if against and name != against and against in rungs:
                 base = {run.seed: measure(run) for run in rungs[against]}
                 pairs = [(base[run.seed], value) for run, value in zip(rungs[name], values, strict=True) if run.seed in base]
@@ -160,21 +188,11 @@ def main() -> None:
         print(f"## {ladder}")
         names = list(rungs)
         for label, measure in common.items():
-            try:
-                beside(rungs, names, {label: measure}, against=names[0])
-            except (ZeroDivisionError, ValueError):
-                continue
+            beside(rungs, names, {label: measure}, against=names[0])
+        if any("num_experts" in (runs[0].path / "model" / "config.json").read_text() for runs in rungs.values()):
+            beside(rungs, names, {"experts changed by a step": routing_flips})
         for figure in draw_all(rungs):
-            if figure.id in (
-                "entropy",
-                "groups",
-                "utilisation",
-                "accuracy-rollouts",
-                "clip-by-probability",
-                "spread-length",
-                "length",
-                "truncated",
-            ):
+            if figure.id in SHOWN:
                 chart: alt.Chart = figure.chart.properties(width=460, title=figure.title)
                 chart.save(arguments.figures / f"{ladder}-{figure.id}.png", scale_factor=1.5)
 

@@ -17,7 +17,7 @@ import groupwise as gw
 from groupwise.algorithms import theory
 from groupwise.cli import app
 from groupwise.evidence.findings import findings
-from groupwise.evidence.runs import by_setting, open_run
+from groupwise.evidence.runs import Run, by_setting, open_run
 from groupwise.evidence.statistics import interval, paired
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -132,7 +132,7 @@ def test_pictures_for_a_paper(healthy: list[Path], tmp_path: Path) -> None:
 
 SICK: dict[str, tuple[list[str], str]] = {
     "learning rate 30x": (["learner.learning_rate=1e-2", "learner.max_bad_updates=1000"], "The updates are too large"),
-    "clip tiny": (["algorithm.clip_low=1e-4", "algorithm.clip_high=1e-4"], "The clip stops most of the learning"),
+    "clip tiny": (["algorithm.clip_low=1e-4", "algorithm.clip_high=1e-4"], "The clip stops much of the learning"),
     "limit too short": (["rollouts.max_tokens=3", "algorithm.overlong_cache=0.0"], "Answers are cut off"),
 }
 
@@ -156,6 +156,98 @@ def test_a_reward_that_is_always_one_is_named(tmp_path: Path) -> None:
     groupwise("train", str(recipe), "--out", str(tmp_path / "run"))
     said = groupwise("report", str(tmp_path / "run"))
     assert "Every completion gets the same reward" in said
+
+
+def made(**changes: Any) -> Run:
+    """A run of ten steps as a healthy one records it, with changes: a metric's value, or one for each step."""
+    metrics: dict[str, Any] = {
+        "train/pass_rate": 0.6, "reward/shaped_spread": 0.4, "reward/shaped_mean": 0.2, "approx_kl": 1e-3, "entropy": 0.4,
+        "groups/dead": 0.3, "groups/all_correct": 0.2, "groups/all_wrong": 0.1, "utilisation": 0.7, "length/truncated": 0.01,
+        "length/mean": 12.0, "skipped_updates": 0.0, "sampler_gap_mean": 1e-6, "spread/token": 0.1,
+        "by_probability/tokens": [100.0] * 11, "by_probability/clipped_low": [1.0] * 11,
+        "by_probability/clipped_high": [1.0] * 11,
+    }  # fmt: skip
+    recipe = changes.pop("recipe", {"algorithm": {"name": "grpo"}})
+    scores = changes.pop("scores", [0.3, 0.6, 0.8])
+    for name, value in changes.items():
+        metrics[name.replace("__", "/")] = value
+    steps = [
+        {
+            "step": i + 1,
+            **{k: v[i] if isinstance(v, list) and not k.startswith("by_") else v for k, v in metrics.items() if v is not None},
+        }
+        for i in range(10)
+    ]
+    evaluations = [{"step": 5 * i, "eval/pass@1": score, "eval_problems": 500.0} for i, score in enumerate(scores)]
+    return Run(path=Path("made"), recipe=recipe, steps=steps, evaluations=evaluations)
+
+
+def titles(run: Run) -> set[str]:
+    return {finding.title for finding in findings(run)}
+
+
+def test_a_healthy_run_is_called_healthy(healthy: list[Path]) -> None:
+    assert titles(made()) == {"It learned"}
+    for path in healthy:
+        assert not [finding for finding in findings(open_run(path)) if finding.kind == "sick"]
+
+
+def test_rules_do_not_say_what_is_not_so() -> None:
+    old = made(**{"reward__shaped_spread": None})
+    assert "Every completion gets the same reward" not in titles(old)
+    no_right = made(**{"reward__shaped_spread": 0.0, "train__pass_rate": 0.0, "utilisation": 0.0, "scores": [0.0, 0.0]})
+    assert "No completion was ever right" in titles(no_right) and "Every completion gets the same reward" not in titles(no_right)
+    learns_from_all = made(recipe={"algorithm": {"name": "dcpo"}}, groups__dead=0.8, utilisation=0.99)
+    assert "Most groups teach nothing" not in titles(learns_from_all)
+    assert "Most groups teach nothing" in titles(made(groups__dead=0.8, utilisation=0.2))
+    dynamic_bounds = made(recipe={"algorithm": {"name": "dcpo"}}, **{"by_probability__clipped_high": [50.0] * 11})
+    assert "The clip stops much of the learning" not in titles(dynamic_bounds)
+    assert "There was little to learn" in titles(made(scores=[1.0, 1.0]))
+    assert "It got worse" in titles(made(scores=[0.9, 0.84])) and "It lost what it knew" in titles(made(scores=[0.3, 0.9, 0.5]))
+    assert not titles(made(scores=[0.6, 0.63, 0.66, 0.61])) & {"It lost what it knew", "It got worse"}
+    assert "A few updates were skipped" in titles(made(skipped_updates=1.0))
+    looping = made(**{"length__truncated": [0.0] * 3 + [0.9] * 7})
+    assert "Answers do not end in time" in titles(looping)
+    assert "Sampler and learner disagree" not in titles(made(recipe={"rollouts": {"top_p": 0.9}}, sampler_gap_mean=0.3))
+    assert titles(Run(path=Path("made"), recipe={}, steps=[], evaluations=[])) == {"No step was recorded"}
+    not_clipped = made(**{"entropy": [0.5] * 4 + [0.01] * 6, "by_probability__clipped_high": [0.0] * 11})
+    text = next(finding.text for finding in findings(not_clipped) if finding.title == "Entropy fell")
+    assert "clip-higher" not in text
+
+
+def test_runs_of_every_kind_can_be_reported(tmp_path: Path) -> None:
+    """One evaluation, no tokens; a critic; a reference; rewards of steps; truncated completions that are masked."""
+    kinds = {
+        "ppo": ["algorithm.name=ppo"], "kl": ["algorithm.name=grpo"], "process": ["algorithm.name=grpo_process"],
+        "masked": ["algorithm.overlong_filter=true", "rollouts.max_tokens=4"],
+        "sampler": ["learner.old_logprobs=sampler", "training.tokens_every=0"],
+    }  # fmt: skip
+    for name, settings in kinds.items():
+        overrides = [f"--set={setting}" for setting in ["training.steps=2", "training.eval_problems=10", *settings]]
+        groupwise("train", "quick", *overrides, "--out", str(tmp_path / name))
+    groupwise("report", *(str(tmp_path / name) for name in kinds), "--out", str(tmp_path / "all.html"))
+    masked = pq.read_table(tmp_path / "masked" / "tokens" / "step-000002.parquet").to_pylist()
+    left_out = [token for token in masked if not token["trained"]]
+    assert left_out and all(token["ratio"] is None and token["clipped"] is None for token in left_out)
+    assert all(record["entropy"] > 0 for record in open_run(tmp_path / "sampler").steps)
+
+
+def test_two_ladders_are_not_pooled_by_the_names_of_their_rungs(healthy: list[Path], tmp_path: Path) -> None:
+    for ladder in ("one", "two"):
+        shutil.copytree(healthy[0], tmp_path / ladder / "1-same" / "seed-0")
+        (tmp_path / ladder / "ladder.toml").write_text("")
+    runs = [open_run(tmp_path / ladder / "1-same" / "seed-0") for ladder in ("one", "two")]
+    assert list(by_setting(runs[:1])) == ["same"]
+    assert list(by_setting([*runs, runs[0]])) == ["dapo"] and len(by_setting([*runs, runs[0]])["dapo"]) == 2
+
+
+def test_a_damaged_file_and_a_place_that_cannot_be_written_are_told(healthy: list[Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(healthy[0], run)
+    assert "--out" in groupwise("report", str(run), "--out", str(tmp_path), code=2)
+    assert "--out" in groupwise("explore", "--no-open", "--out", str(run / "recipe.toml" / "x.html"), code=2)
+    (run / "tokens" / "step-000012.parquet").write_bytes(b"PAR1")
+    assert "step-000012.parquet: cannot be read" in groupwise("report", str(run), code=2)
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes.append(scores.numel())
         return original(self, scores)
 
-    monkeypatch.setattr(head, "LOGITS_AT_ONCE", 4 * V)
+    monkeypatch.setattr(head, "LOGITS_AT_ONCE", {"cpu": 4 * V})
     monkeypatch.setattr(LogitShape, "__call__", measured)
     return sizes
 
@@ -82,6 +82,23 @@ def test_large_scores_lose_nothing() -> None:
     logprobs, entropy = token_logprobs(model_of(layer), torch.ones(2, 1), torch.tensor([0, 1]), 1.0)
     torch.testing.assert_close(logprobs, torch.tensor([-0.313262, -1.313262]))
     torch.testing.assert_close(entropy, torch.tensor([0.582203, 0.582203]))
+
+
+def test_the_gradient_in_bfloat16_does_not_lose_more_with_more_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer, hidden, targets = torch.nn.Linear(64, 4096, bias=False), torch.randn(32, 64), torch.randint(4096, (32,))
+
+    def gradient(rough: bool, at_once: int) -> Tensor:
+        monkeypatch.setattr(head, "LOGITS_AT_ONCE", {"cpu": at_once})
+        inputs = hidden.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=rough):
+            logprobs, _ = token_logprobs(model_of(layer), inputs, targets, 1.0)
+        found: Tensor = torch.autograd.grad(logprobs.sum(), inputs)[0]
+        return found
+
+    exact = gradient(False, 2**22)
+    errors = [float((gradient(True, size) - exact).norm() / exact.norm()) for size in (2**22, 32 * 16)]
+    assert errors[1] < 1.5 * errors[0] < 0.02
 
 
 def test_the_entropy_has_no_gradient_unless_asked_for() -> None:

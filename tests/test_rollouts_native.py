@@ -153,6 +153,7 @@ def test_a_sampler_in_bfloat16_follows_the_weights_of_the_model(tokenizer: Any) 
     completion = groups[0][0]
     assert completion.weights_version == 3
     assert next(sampler.model.parameters()).dtype == torch.bfloat16 and model.dtype == torch.float32
+    assert all(buffer.dtype == torch.float32 for buffer in sampler.model.buffers())
     tokens = torch.cat([PROMPTS[0], completion.tokens])[None]
     exact = torch.log_softmax(model(input_ids=tokens).logits[0].float(), -1)[len(PROMPTS[0]) - 1 : -1]
     gap = completion.logprobs - exact.gather(1, completion.tokens[:, None])[:, 0]

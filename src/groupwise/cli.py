@@ -263,7 +263,7 @@ def report(
         home = runs[0] if len(runs) == 1 else Path()
         if form == "png":
             written = write_pictures(opened, out or home / "figures")
-            console.print(f"{len(written)} figures in {written[0].parent if written else out}", soft_wrap=True)
+            console.print(f"{len(written)} figures in {out or home / 'figures'}", soft_wrap=True)
             return
         page = out or home / "report.html"
         for line in as_text(write_page(opened, page)):
@@ -304,7 +304,7 @@ def ablate(
         _check_rungs(settings, recipe)
         home = out or Path("runs") / f"ladder-{path.stem}"
         plan = ablation.plan(settings, home, seeds or settings.seeds)
-        ablation.claim(path, home)
+        ablation.claim(settings, path, recipe, home)
         left = [job for job in plan if not job.done]
         console.print(f"{settings.title}: {len(plan)} runs, {len(left)} of them to do; writing {home}", soft_wrap=True)
         with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as progress:

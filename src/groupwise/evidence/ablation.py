@@ -139,21 +139,28 @@ def _slug(name: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
-def claim(ladder_path: Path, out: Path) -> None:
-    """Make `out` this ladder's.
+def claim(ladder: Ladder, ladder_path: Path, recipe: Path, out: Path) -> None:
+    """Make `out` this ladder's: its ladder.toml, and plan.json with every rung's whole recipe.
 
     Raises:
-        UserError: it holds something else, or the same ladder with other settings.
+        UserError: it holds something else, or was begun with other settings, or cannot be written.
     """
-    copy = out / "ladder.toml"
+    trees = [load(recipe, Recipe, overrides(ladder.settings(i)))[0].model_dump() for i in range(len(ladder.rungs))]
+    base = find_recipe(ladder.base).read_text(encoding="utf-8") if ladder.base else ""
+    plan = json.dumps({"recipes": trees, "base": base}, indent=1)
+    copy = out / "plan.json"
     if copy.is_file():
-        if tomllib.loads(copy.read_text(encoding="utf-8")) != tomllib.loads(ladder_path.read_text(encoding="utf-8")):
-            raise UserError(f"--out {out}: holds the runs of another ladder, or of this one before it was changed")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if copy.read_text(encoding="utf-8") != plan:
+            raise UserError(f"--out {out}: holds the runs of another ladder, or of this one before it or its recipe was changed")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: already there and not empty, and not a ladder's")
-    else:
+    try:
         out.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ladder_path, copy)
+        copy.write_text(plan, encoding="utf-8")
+        shutil.copyfile(ladder_path, out / "ladder.toml")
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from error
 
 
 def run_all(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 
 from groupwise.errors import UserError
-from groupwise.evidence.page import asset, embed, render
+from groupwise.evidence.page import asset, embed, render, write
 from groupwise.evidence.runs import Run
 
 SHOWN_TOKENS = 400
@@ -16,7 +16,7 @@ def write_explorer(run: Run | None, out: Path) -> None:
     """Write the page; `run` gives the tokens of its last recorded step, None leaves them out.
 
     Raises:
-        UserError: the run recorded no tokens.
+        UserError: the run recorded no tokens, or the page cannot be written.
     """
     page = render(
         "explorer.html",
@@ -24,8 +24,7 @@ def write_explorer(run: Run | None, out: Path) -> None:
         script=asset("explorer.js"),
         tokens=embed([] if run is None else token_points(run)),
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    write(out, page)
 
 
 def token_points(run: Run) -> list[dict[str, float]]:

@@ -329,7 +329,7 @@ def ratio_by_probability(groups: Groups) -> Figure | None:
             every = max(1, len(table) // SAMPLED_TOKENS)
             columns = [table[name].to_pylist()[::every] for name in ("old_logprob", "ratio", "clipped", "text", "advantage")]
             rows += [
-                {"p": _short(math.exp(old)), "ratio": _short(ratio), "clipped": "clipped" if clipped else "free", "token": text,
+                {"p": _short(math.exp(old)), "ratio": _short(min(max(ratio, 1e-6), 1e6)), "clipped": "clipped" if clipped else "free", "token": text,
                  "A": _short(a), "setting": setting}
                 for old, ratio, clipped, text, a in zip(*columns, strict=True)
             ]  # fmt: skip

@@ -2,9 +2,12 @@
 
 import json
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, select_autoescape
+
+from groupwise.errors import UserError
 
 
 def render(template: str, **values: Any) -> str:
@@ -14,6 +17,17 @@ def render(template: str, **values: Any) -> str:
         .from_string(asset(template))
         .render(**values)
     )
+
+
+def write(out: Path, page: str) -> None:
+    """Raises:
+    UserError: it cannot be written there.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from error
 
 
 def asset(name: str) -> str:

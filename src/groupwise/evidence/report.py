@@ -1,6 +1,5 @@
 """`groupwise report`: one self-contained page about one run, or about several side by side."""
 
-import html
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,9 +11,10 @@ import pyarrow.compute as pc
 import vl_convert
 
 from groupwise.config import dump
+from groupwise.errors import UserError
 from groupwise.evidence.figures import Figure, draw_all
-from groupwise.evidence.findings import Finding, findings
-from groupwise.evidence.page import asset, embed, embed_script, render
+from groupwise.evidence.findings import Finding, findings, worst_first
+from groupwise.evidence.page import asset, embed, embed_script, render, write
 from groupwise.evidence.runs import Run, by_setting
 from groupwise.evidence.statistics import interval
 
@@ -36,30 +36,34 @@ def write_page(runs: Sequence[Run], out: Path) -> list[Finding]:
         figures=figures,
         specs=embed({figure.id: _spec(figure) for figure in figures}),
         completions=embed(readable_completions(runs[0])),
-        recipes=[(run.path.as_posix(), dump(run.recipe)) for run in runs[:12]],
+        recipes=[(run.path.as_posix(), dump(run.recipe)) for run in runs],
+        read=runs[0].path.as_posix(),
         bundle=embed_script(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),
         script=asset("report.js"),
         style=asset("page.css"),
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    write(out, page)
     return [finding for items in found.values() for finding in items]
 
 
 def shared_findings(runs: Sequence[Run]) -> list[Finding]:
-    """What was found in runs of one setting: each thing once, in the words of the first run that shows it, and in how many."""
+    """What was found in runs of one setting: each thing once, with the numbers of the first run that shows it, and in how many."""
     found: dict[str, list[Finding]] = {}
     for run in runs:
         for finding in findings(run):
             found.setdefault(finding.title, []).append(finding)
-    if len(runs) == 1:
-        return [items[0] for items in found.values()]
-    return [replace(items[0], title=f"{title}, in {len(items)} of {len(runs)} runs") for title, items in found.items()]
+    shown = [items[0] for items in found.values()]
+    if len(runs) > 1:
+        shown = [replace(item, title=f"{item.title}, in {len(found[item.title])} of {len(runs)} runs") for item in shown]
+    return worst_first(shown)
 
 
 def write_pictures(runs: Sequence[Run], directory: Path) -> list[Path]:
     """Each figure as a PNG, for a paper."""
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {directory}: {error.strerror}") from error
     written = []
     for figure in draw_all(by_setting(runs)):
         path = directory / f"{figure.id}.png"
@@ -80,7 +84,7 @@ def summary(groups: dict[str, list[Run]]) -> list[dict[str, str]]:
                 "runs": str(len(runs)),
                 "steps": str(max((run.steps[-1]["step"] for run in runs if run.steps), default=0)),
                 "before": _percent([run.first("eval/pass@1", 1) for run in runs]),
-                "after": _percent([run.last("eval/pass@1", 1) for run in runs]),
+                "after": _percent([run.last("eval/pass@1", 1) for run in runs if len(run.evaluations) > 1]),
                 "rollouts": f"{sum(rollouts) / len(runs):,.0f}",
                 "seconds": f"{sum(seconds) / len(runs):,.0f}",
             }
@@ -138,7 +142,7 @@ def readable_completions(run: Run) -> list[dict[str, Any]]:
 def _completion(tokens: list[dict[str, Any]]) -> dict[str, Any]:
     first = tokens[0]
     return {
-        "reward": first["reward"],
+        "reward": _round(first["reward"]),
         "correct": first["correct"],
         "stop": first["stop"],
         "text": [token["text"] for token in tokens],
@@ -163,4 +167,4 @@ def _spec(figure: Figure) -> dict[str, Any]:
 
 def as_text(items: Sequence[Finding]) -> list[str]:
     marks = {"sick": "[red]sick[/red]", "watch": "[yellow]watch[/yellow]", "well": "[green]well[/green]"}
-    return [f"{marks[item.kind]}  {item.title}: {html.unescape(item.text)}" for item in items]
+    return [f"{marks[item.kind]}  {item.title}: {item.text}" for item in items]

@@ -14,6 +14,12 @@ import pyarrow.parquet as pq
 
 from groupwise.errors import UserError
 
+TOKEN_COLUMNS = (
+    "group", "row", "position", "prompt", "token", "text", "reward", "correct", "stop", "advantage", "old_logprob", "ratio", "clipped",
+    "entropy",
+)  # fmt: skip
+"""What the pages read of a step's tokens."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -67,10 +73,18 @@ class Run:
 
     def token_steps(self) -> list[int]:
         """Steps whose tokens were written."""
-        return sorted(int(path.stem.removeprefix("step-")) for path in (self.path / "tokens").glob("step-*.parquet"))
+        names = [path.stem.removeprefix("step-") for path in (self.path / "tokens").glob("step-*.parquet")]
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def tokens(self, step: int) -> pa.Table:
-        return pq.read_table(self.path / "tokens" / f"step-{step:06d}.parquet")
+        """Raises:
+        UserError: the file is damaged, or not one of ours.
+        """
+        path = self.path / "tokens" / f"step-{step:06d}.parquet"
+        try:
+            return pq.read_table(path, columns=list(TOKEN_COLUMNS))
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def open_run(path: Path) -> Run:
@@ -110,10 +124,12 @@ def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
     Runs of a ladder are together by its rungs.
     """
-    if all((run.path.parent.parent / "ladder.toml").is_file() for run in runs):
+    runs = list({run.path.resolve(): run for run in runs}.values())  # the same one twice is no second seed
+    homes = {run.path.resolve().parent.parent for run in runs}
+    if len(homes) == 1 and all((home / "ladder.toml").is_file() for home in homes):
         rungs: dict[str, list[Run]] = {}
         for run in runs:
-            rungs.setdefault(run.path.resolve().parent.name, []).append(run)
+            rungs.setdefault(run.path.resolve().parent.name.split("-", 1)[-1], []).append(run)
         return rungs
     flat = [_flat(run.recipe) for run in runs]
     keys = [key for key in dict.fromkeys(key for tree in flat for key in tree) if key != "seed"]

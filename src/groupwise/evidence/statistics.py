@@ -34,11 +34,12 @@ class Interval:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Student's 95 % interval of the mean of independent values, one per seed."""
+    """Student's 95 % interval of the mean of independent values, one per seed; what is not finite is left out."""
+    values = [value for value in values if math.isfinite(value)]
     n = len(values)
     if n < 2:
         return Interval(values[0] if values else math.nan, math.nan, n)
-    t = _T_975[n - 2] if n - 2 < len(_T_975) else 1.96
+    t = _T_975[min(n - 2, len(_T_975) - 1)]
     return Interval(statistics.mean(values), t * statistics.stdev(values) / math.sqrt(n), n)
 
 
@@ -48,5 +49,6 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Interval:
 
 
 def binomial(share: float, count: int) -> float:
-    """How far the 95 % interval of a share of `count` independent trials goes to either side (normal approximation)."""
-    return 1.96 * math.sqrt(max(share * (1 - share), 0.0) / count) if count else math.nan
+    """How far the 95 % interval of a share of `count` independent trials goes to either side (Agresti and Coull)."""
+    shrunk = (share * count + 2) / (count + 4)
+    return 1.96 * math.sqrt(shrunk * (1 - shrunk) / (count + 4))

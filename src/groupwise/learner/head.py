@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from groupwise.models import LogitShape, logits
 
-LOGITS_AT_ONCE = 2**22
-"""Numbers of [tokens, block] logits held at a time; the block shrinks as tokens are more, so memory is flat in V."""
+LOGITS_AT_ONCE = {"cpu": 2**22}
+"""Numbers of [tokens, block] logits held at a time, by device; the block shrinks as tokens are more, so memory is flat in V."""
+ELSEWHERE = 2**27
 
 
 def token_logprobs(
@@ -73,7 +74,7 @@ class _Head(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden_NH, weight_VH, bias_V, targets_N, logs_N, entropy_N = ctx.saved_tensors
         d_logprobs_N, d_entropy_N = gradients
-        d_hidden_NH = torch.zeros_like(hidden_NH)
+        d_hidden_NH = torch.zeros_like(hidden_NH, dtype=logs_N.dtype)  # many blocks add up in it
         d_weight_VH = torch.empty_like(weight_VH) if ctx.needs_input_grad[1] else None
         d_bias_V = torch.empty_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
         mean_N = logs_N - entropy_N  # of z under the distribution
@@ -85,19 +86,22 @@ class _Head(torch.autograd.Function):
                 d_NV *= -d_logprobs_N[:, None]
             d_NV[rows, columns] += d_logprobs_N[rows]
             d_NV = ctx.shape.backward(d_NV, z_NV).to(hidden_NH.dtype)
-            d_hidden_NH.addmm_(d_NV, weight_VH[block].to(hidden_NH.dtype))
+            if d_hidden_NH.dtype == d_NV.dtype:
+                d_hidden_NH.addmm_(d_NV, weight_VH[block])
+            else:
+                d_hidden_NH += d_NV @ weight_VH[block].to(d_NV.dtype)
             if d_weight_VH is not None:
                 d_weight_VH[block] = d_NV.t() @ hidden_NH
             if d_bias_V is not None:
                 d_bias_V[block] = d_NV.sum(0)
-        return d_hidden_NH, d_weight_VH, d_bias_V, None, None, None
+        return d_hidden_NH.to(hidden_NH.dtype), d_weight_VH, d_bias_V, None, None, None
 
 
 def _blocks(
     hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, shape: LogitShape
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """(block of the vocabulary, z of all tokens there [N, block], tokens whose target lies there, its column for each)."""
-    size = max(1, LOGITS_AT_ONCE // max(1, len(hidden_NH)))
+    size = max(1, _at_once(hidden_NH) // max(1, len(hidden_NH)))
     for start in range(0, len(weight_VH), size):
         block = slice(start, start + size)
         bias = None if bias_V is None else bias_V[block].to(hidden_NH.dtype)
@@ -105,6 +109,10 @@ def _blocks(
         z_NV = shape(scores_NV.to(torch.promote_types(scores_NV.dtype, torch.float32)))
         rows = ((targets_N >= start) & (targets_N < start + size)).nonzero()[:, 0]
         yield block, z_NV, rows, targets_N[rows] - start
+
+
+def _at_once(hidden_NH: Tensor) -> int:
+    return LOGITS_AT_ONCE.get(hidden_NH.device.type, ELSEWHERE)
 
 
 def _through_any_layer(
@@ -119,7 +127,7 @@ def _through_any_layer(
             logprobs_CV = logprobs_CV.detach()
         return of_targets_C, -(logprobs_CV.exp() * logprobs_CV).sum(-1)
 
-    size = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+    size = max(1, _at_once(hidden_NH) // model.config.get_text_config().vocab_size)
     pieces = [
         checkpoint(chunk, hidden, targets, use_reentrant=False, preserve_rng_state=False)
         for hidden, targets in zip(torch.split(hidden_NH, size), torch.split(targets_N, size), strict=True)

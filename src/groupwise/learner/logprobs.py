@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, cast
 
@@ -52,23 +53,26 @@ def running(model: Any, settings: LearnerSection) -> Iterator[None]:
             yield
 
 
+_checkpointed: ContextVar[bool] = ContextVar("groupwise_checkpointed", default=False)
+
+
 @contextmanager
 def _checkpointing(model: Any) -> Iterator[None]:
-    """Within: each layer keeps only its input for the backward pass, and is computed again there."""
+    """Within: each layer keeps only its input for the backward pass, and is computed again there.
+
+    Not through transformers' own switch, which asks for training mode and so would bring some models' dropout with it.
+    """
     context = partial(recomputing, model.base_model)
-    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=context)
-    layers = _layers(model)
-    for layer in layers:  # they checkpoint in training only; what lies inside them stays as it is, without dropout
-        layer.training, layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, True, again
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, context_fn=context)
+    token = _checkpointed.set(True)
     try:
         yield
     finally:
+        _checkpointed.reset(token)
         for layer in layers:
-            layer.training, layer.gradient_checkpointing = False, False
-
-
-def _layers(model: Any) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+            del layer.forward  # the class's own is seen again
 
 
 def inside_rows(batch: Batch) -> Tensor:
@@ -80,7 +84,7 @@ def completion_hidden(model: Any, batch: Batch, share_prompts: bool) -> Tensor:
     """The last hidden states [N, H] from which the completion tokens are predicted, row after row, without padding."""
     if share_prompts and packs(model):
         return _hidden_packed(model.base_model, batch)
-    if any(layer.training for layer in _layers(model)):  # checkpointing: a cache that keeps its graph cannot be written twice
+    if _checkpointed.get():  # a cache that keeps its graph cannot be written twice
         share_prompts = False
     hidden_BTH = (_hidden_shared if share_prompts else _hidden_whole)(model.base_model, batch)
     return hidden_BTH[inside_rows(batch)]

@@ -25,7 +25,9 @@ class NativeSampler:
         """`dtype`: generate with a copy of the model in it; None: with the model itself."""
         self.model, self.tokenizer, self.version = model, tokenizer, 0
         if dtype not in (None, model.dtype):
-            self.model = copy.deepcopy(model).to(dtype)
+            self.model = copy.deepcopy(model)
+            for parameter in self.model.parameters():  # and no buffers: rotary frequencies lose their meaning in 8 bits
+                parameter.data = parameter.data.to(dtype)
 
     @torch.no_grad()
     def load(self, model: Any, version: int) -> None:

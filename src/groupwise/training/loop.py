@@ -119,6 +119,8 @@ class Trainer:
             parts = minibatches(batch, self.recipe.learner.minibatches, seed)
             record = records.append if self.tokens_are_due() else None
             metrics |= averaged([self.learner.update(minibatch, record) for minibatch in parts])
+            if "entropy" not in metrics and "entropy_updated" in metrics:  # nothing was recomputed before the updates
+                metrics["entropy"] = metrics["entropy_updated"]
             self.sampler.load(self.ready.model, self.learner.version)
         else:
             self.display.note(f"step {self.step}: every completion was truncated and filtered; nothing to learn from")
@@ -192,7 +194,7 @@ class Trainer:
             seed=derive(recipe.seed, "evaluation"),
             chat=recipe.model.chat,
         )
-        self.run_directory.write_metrics(self.step, evaluation.metrics)
+        self.run_directory.write_metrics(self.step, {**evaluation.metrics, "eval_problems": float(len(self.held_out))})
         self.display.update(self.step, evaluation.metrics)
         return evaluation
 
@@ -281,7 +283,7 @@ def reward_metrics(groups: Sequence[Group], algorithm: Algorithm, max_tokens: in
     rewards_B = torch.stack(list(parts.values())).sum(0)
     scores = [score for group in groups for score in group.scores]
     for name in dict.fromkeys(name for score in scores for name in score.components):
-        parts[f"reward/part/{name}"] = torch.tensor([score.components.get(name, 0.0) for score in scores])
+        parts[f"reward/part/task/{name}"] = torch.tensor([score.components.get(name, 0.0) for score in scores])
     return {
         "reward/shaped_mean": float(rewards_B.mean()),
         "reward/shaped_spread": float(rewards_B.std(correction=0)),
@@ -305,7 +307,8 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
     completions = [completion for group in seen for completion in group.completions]
     finished = [len(completion.tokens) for completion in completions if completion.stop == "stop"]
     scores = [score for group in seen for score in group.scores]
-    shares = {name: collected.outcomes[name] / len(seen) for name in ("all_correct", "all_wrong", "mixed")}
+    outcomes = [group.outcome for group in seen]
+    shares = {name: outcomes.count(name) / len(seen) for name in ("all_correct", "all_wrong", "mixed")}
     return {
         "train/pass_rate": sum(score.correct for score in scores) / len(scores),
         "reward/mean": sum(score.reward for score in scores) / len(scores),

@@ -44,7 +44,9 @@ class RunDirectory:
     def rewind(self, step: int) -> None:
         """Forget what was recorded after `step`, which will be done again, and evaluations of it, which may be missing."""
         lines = self.metrics_path.read_text().splitlines(keepends=True) if self.metrics_path.exists() else []
-        kept = [line for line in lines if _step_of(line) < step or (_step_of(line) == step and "loss" in json.loads(line))]
+        kept = [
+            line for line in lines if _step_of(line) < step or (_step_of(line) == step and "train/pass_rate" in json.loads(line))
+        ]
         self.metrics_path.write_text("".join(kept))
 
     def write_metrics(self, step: int, metrics: Mapping[str, float | list[float]]) -> None:
@@ -64,7 +66,9 @@ class RunDirectory:
         """Every completion token as a row of Parquet; what only a run of the learner knows is null where it was not run."""
         (self.path / "tokens").mkdir(exist_ok=True)
         table = pa.table(token_columns(step, groups, batch, records, tokenizer))
-        pq.write_table(table, self.path / "tokens" / f"step-{step:06d}.parquet")
+        partial = self.path / "tokens" / ".partial"  # written beside, so that a file that is there is whole
+        pq.write_table(table, partial)
+        partial.replace(self.path / "tokens" / f"step-{step:06d}.parquet")
 
 
 def token_columns(

@@ -60,8 +60,8 @@ const panels = [
   {
     id: "ceiling", dragX: "q",
     title: { en: "The clip's ceiling", zh: "裁剪的天花板" },
-    text: { en: "One update may raise a token of probability π_old up to (1 + ε_high) π_old before its gradient stops: little for the unlikely, and no limit at all where that exceeds 1. It stops the gradient, not the weights: momentum and shared weights can overshoot. Dots are tokens of the run.",
-      zh: "一次更新最多把概率为 π_old 的 token 推到 (1 + ε_high) π_old,之后梯度归零:对低概率 token 余地很小,而当它超过 1 时就不再构成限制。停下的是梯度而不是权重:动量与共享权重仍可能越过。圆点是训练运行中的 token。" },
+    text: { en: "The updates on one batch of rollouts may raise a token of probability π_old up to (1 + ε_high) π_old before its gradient stops: little for the unlikely, and no limit at all where that exceeds 1. It stops the gradient, not the weights: momentum and shared weights can overshoot.",
+      zh: "一批 rollout 上的若干次更新最多把概率为 π_old 的 token 推到 (1 + ε_high) π_old，之后梯度归零：对低概率 token 余地很小，而当它超过 1 时就不再构成限制。停下的是梯度而不是权重：动量与共享权重仍可能越过。" },
     controls: [slider("high", "ε_high", "ε_high", 0.01, 1, 0.01, 0.2), slider("q", "π_old", "π_old", 0.01, 1, 0.01, 0.1)],
     x: { en: "π_old", zh: "π_old", from: 0, to: 1 }, y: { en: "π_new", zh: "π_new", from: 0, to: 1 },
     curves: (v) => [
@@ -80,7 +80,7 @@ const panels = [
     id: "compounding", dragX: "n",
     title: { en: "Compounding, when every update ends at the ceiling", zh: "每次更新都触顶时的复利" },
     text: { en: "A token that the clip stops at every update grows as π₀ (1 + ε)ⁿ until it reaches 1. The gap between two clips is ((1 + ε₂)/(1 + ε₁))ⁿ: 3.64 times after 20 updates for 0.28 against 0.20, and it ends when the faster one is at 1.",
-      zh: "若每次更新都被裁剪拦住,概率按 π₀ (1 + ε)ⁿ 增长,直到等于 1。两种裁剪之间的差距为 ((1 + ε₂)/(1 + ε₁))ⁿ:0.28 对 0.20 在 20 次更新后为 3.64 倍,并在较快者到达 1 时终止。" },
+      zh: "若每次更新都被裁剪拦住，概率按 π₀ (1 + ε)ⁿ 增长，直到等于 1。两种裁剪之间的差距为 ((1 + ε₂)/(1 + ε₁))ⁿ:0.28 对 0.20 在 20 次更新后为 3.64 倍，并在较快者到达 1 时终止。" },
     controls: [slider("start", "π₀", "π₀", 0.001, 0.5, 0.001, 0.01), slider("target", "target", "目标", 0.01, 1, 0.01, 0.1), slider("first", "ε₁", "ε₁", 0.05, 1, 0.01, 0.2), slider("second", "ε₂", "ε₂", 0.05, 1, 0.01, 0.28), slider("n", "updates n", "更新次数 n", 0, 60, 1, 20)],
     x: { en: "saturated updates", zh: "触顶的更新次数", from: 0, to: 60 }, y: { en: "π", zh: "π", from: 0, to: 1 },
     curves: (v) => [
@@ -97,18 +97,18 @@ const panels = [
   },
   {
     id: "sequence",
-    title: { en: "Token clip against sequence clip, with length", zh: "token 裁剪与序列裁剪,随长度变化" },
-    text: { en: "Log ratios of tokens (dots), drawn at random. Their sum drifts with √T (the ratio of the whole sequence), their mean settles (GSPO's ratio). A clip on tokens bounds each point but not the sum; GSPO's bounds the mean, and so the sum only by T times its bound.",
-      zh: "随机抽取的 token 对数比率(圆点)。其和随 √T 漂移(整个序列的比率),其均值趋于稳定(GSPO 的比率)。token 裁剪限制每一点,却不限制总和;GSPO 限制均值,因此总和只被限制在 T 倍的界内。" },
+    title: { en: "Token clip against sequence clip, with length", zh: "token 裁剪与序列裁剪，随长度变化" },
+    text: { en: "Log ratios of tokens (dots), drawn at random. Their sum drifts with √T (the ratio of the whole sequence), their mean settles (GSPO's ratio). A clip on tokens stops the gradient of each point past its bound and says nothing of the sum; GSPO's looks at the mean, so at the sum by T times its bound.",
+      zh: "随机抽取的 token 对数比率(圆点)。其和随 √T 漂移(整个序列的比率)，其均值趋于稳定(GSPO 的比率)。token 裁剪对越界的每一点停止梯度，与总和无关；GSPO 看的是均值，因此对总和的界是其 T 倍。" },
     controls: [slider("length", "length T", "长度 T", 16, 2048, 16, 512), slider("spread", "spread of a token's log ratio", "token 对数比率的标准差", 0.001, 0.2, 0.001, 0.03), slider("bias", "mean of a token's log ratio", "token 对数比率的均值", -0.01, 0.01, 0.0005, 0), slider("tokenClip", "token clip ε", "token 裁剪 ε", 0.05, 0.5, 0.01, 0.2), slider("sequenceClip", "sequence clip ε", "序列裁剪 ε", 0.0001, 0.02, 0.0001, 0.0004)],
     x: { en: "token", zh: "token", from: 0, to: (v) => v.length }, y: { en: "log ratio", zh: "对数比率", from: (v) => Math.min(-0.1, ...drift(v.length, v.spread, v.bias).map((d) => d.sum)) * 1.05, to: (v) => Math.max(0.1, ...drift(v.length, v.spread, v.bias).map((d) => d.sum)) * 1.05 },
     curves: (v) => {
       const d = drift(v.length, v.spread, v.bias);
       return [
-        { name: { en: "sum: the sequence's ratio", zh: "和:序列的比率" }, points: d.map((p) => [p.t, p.sum]) },
-        { name: { en: "mean: GSPO's ratio", zh: "均值:GSPO 的比率" }, points: d.map((p) => [p.t, p.mean]) },
+        { name: { en: "sum: the sequence's ratio", zh: "和：序列的比率" }, points: d.map((p) => [p.t, p.sum]) },
+        { name: { en: "mean: GSPO's ratio", zh: "均值：GSPO 的比率" }, points: d.map((p) => [p.t, p.mean]) },
         { name: { en: "token clip", zh: "token 裁剪" }, points: [[0, Math.log(1 + v.tokenClip)], [v.length, Math.log(1 + v.tokenClip)]], style: "c2 dashed" },
-        { name: { en: "typical sum, σ√T", zh: "典型的和 σ√T" }, points: along(0, v.length, (t) => v.bias * t + v.spread * Math.sqrt(t)), style: "c4 dashed" },
+        { name: { en: "typical sum, μT + σ√T", zh: "典型的和 μT + σ√T" }, points: along(0, v.length, (t) => v.bias * t + v.spread * Math.sqrt(t)), style: "c4 dashed" },
       ];
     },
     dots: (v) => drift(v.length, v.spread, v.bias).filter((_, i) => i % Math.ceil(v.length / 512) === 0).map((p) => [p.t, p.token]),
@@ -120,7 +120,7 @@ const panels = [
         [{ en: "typical sum σ√T", zh: "典型的和 σ√T" }, short(v.spread * Math.sqrt(v.length))],
         [{ en: "typical mean σ/√T", zh: "典型的均值 σ/√T" }, short(v.spread / Math.sqrt(v.length))],
         [{ en: "tokens past the token clip", zh: "越过 token 裁剪的 token" }, percent(free / v.length)],
-        [{ en: "this sequence past the sequence clip", zh: "该序列是否越过序列裁剪" }, say(Math.exp(last.mean) > 1 + v.sequenceClip || Math.exp(last.mean) < 1 - v.sequenceClip ? { en: "yes: all its tokens", zh: "是:全部 token" } : { en: "no", zh: "否" })],
+        [{ en: "this sequence past the sequence clip", zh: "该序列是否越过序列裁剪" }, say(Math.exp(last.mean) > 1 + v.sequenceClip || Math.exp(last.mean) < 1 - v.sequenceClip ? { en: "yes (with a matching sign of A: all its tokens)", zh: "是(若 A 的符号相符：全部 token)" } : { en: "no", zh: "否" })],
         [{ en: "log₁₀ of (1 + ε)ᵀ, tokens", zh: "token 裁剪 (1 + ε)ᵀ 的 log₁₀" }, short(v.length * Math.log10(1 + v.tokenClip))],
         [{ en: "(1 + ε)ᵀ, sequence", zh: "序列裁剪 (1 + ε)ᵀ" }, short((1 + v.sequenceClip) ** v.length)],
       ];
@@ -129,8 +129,8 @@ const panels = [
   {
     id: "dynamic", dragX: "q",
     title: { en: "DCPO's bounds beside fixed ones", zh: "DCPO 的动态边界与固定边界" },
-    text: { en: "DCPO solves |(r − 1) r q| ≤ ε for the ratio r: the less likely the token, the wider its bounds (the upper one ends at 10). For q ≤ 4 ε_low the constraint asks for no lower bound; the paper imposes 0.5.",
-      zh: "DCPO 对比率 r 求解 |(r − 1) r q| ≤ ε:token 越不可能,边界越宽(上界止于 10)。当 q ≤ 4 ε_low 时该约束并不要求下界;论文规定为 0.5。" },
+    text: { en: "DCPO solves |(r − 1) r q| ≤ ε for the ratio r: the less likely the token, the wider its bounds (the upper one ends at 10; the plot at 4). For q ≤ 4 ε_low the constraint asks for no lower bound; the paper imposes 0.5.",
+      zh: "DCPO 对比率 r 求解 |(r − 1) r q| ≤ ε:token 越不可能，边界越宽(上界止于 10，图止于 4)。当 q ≤ 4 ε_low 时该约束并不要求下界；论文规定为 0.5。" },
     controls: [slider("low", "ε_low", "ε_low", 0.01, 0.5, 0.01, 0.16), slider("high", "ε_high", "ε_high", 0.01, 0.5, 0.01, 0.2), slider("fixed", "fixed ε", "固定 ε", 0.01, 0.5, 0.01, 0.2), slider("q", "q = π_old", "q = π_old", 0.005, 1, 0.005, 0.1)],
     x: { en: "q", zh: "q", from: 0, to: 1 }, y: { en: "ratio", zh: "比率", from: 0, to: 4 },
     curves: (v) => [
@@ -150,7 +150,7 @@ const panels = [
     id: "overlong", dragX: "length",
     title: { en: "The soft overlong punishment", zh: "柔性超长惩罚" },
     text: { en: "DAPO takes nothing off a completion up to L_max − L_cache tokens, then linearly more, to −1 at L_max, the generation cap.",
-      zh: "DAPO 对长度不超过 L_max − L_cache 的回复不作惩罚,此后线性加重,在生成上限 L_max 处为 −1。" },
+      zh: "DAPO 对长度不超过 L_max − L_cache 的回复不作惩罚，此后线性加重，在生成上限 L_max 处为 −1。" },
     controls: [slider("limit", "L_max", "L_max", 1024, 32768, 256, 20480), slider("cache", "L_cache", "L_cache", 256, 16384, 256, 4096), slider("length", "length", "长度", 0, 32768, 128, 18432)],
     x: { en: "tokens", zh: "token 数", from: 0, to: 32768 }, y: { en: "reward added", zh: "附加奖励", from: -1, to: 0 },
     curves: (v) => [{ name: { en: "punishment", zh: "惩罚" }, points: along(0, 32768, (n) => overlong(n, v.limit, Math.min(v.cache, v.limit)), 1024) }],
@@ -160,8 +160,8 @@ const panels = [
   {
     id: "aggregation",
     title: { en: "How much a token weighs", zh: "一个 token 有多重" },
-    text: { en: "Two completions of different length. The sequence mean (GRPO) gives a token of the long one less; the token mean (DAPO) treats all alike, so the long one counts more as a whole; Dr.GRPO divides by a constant. Shown: the weight of a token of the first over one of the second.",
-      zh: "两个长度不同的回复。序列均值(GRPO)使长回复的 token 更轻;token 均值(DAPO)一视同仁,因而长回复整体更重;Dr.GRPO 除以常数。所示为第一个回复的 token 与第二个的权重之比。" },
+    text: { en: "Two completions of different length. The sequence mean (GRPO) gives a token of the long one less; the token mean (DAPO) treats all alike, so the long one counts more as a whole; Dr.GRPO divides by a constant. Shown: what all tokens of the second weigh together, by its length.",
+      zh: "两个长度不同的回复。序列均值(GRPO)使长回复的 token 更轻;token 均值(DAPO)一视同仁，因而长回复整体更重；Dr.GRPO 除以常数。所示为第二个回复的全部 token 的总权重随其长度的变化。" },
     controls: [slider("first", "length of the first", "第一个的长度", 1, 2000, 1, 100), slider("second", "length of the second", "第二个的长度", 1, 2000, 1, 400), slider("limit", "constant length (Dr.GRPO)", "常数长度(Dr.GRPO)", 100, 4000, 100, 2000)],
     x: { en: "length of the second", zh: "第二个的长度", from: 1, to: 2000 }, y: { en: "weight of all its tokens", zh: "其全部 token 的权重", from: 0, to: 1 },
     curves: (v) => ["sequence_mean", "token_mean", "constant"].map((mode) => ({
@@ -171,38 +171,38 @@ const panels = [
     marker: (v) => [v.second, v.second * weights("token_mean", [v.first, v.second], v.limit)[1]],
     dragX: "second",
     readouts: (v) => [
-      [{ en: "per token, sequence mean", zh: "每 token,序列均值" }, weights("sequence_mean", [v.first, v.second], v.limit).map(short).join(" / ")],
+      [{ en: "per token, sequence mean", zh: "每 token，序列均值" }, weights("sequence_mean", [v.first, v.second], v.limit).map(short).join(" / ")],
       [{ en: "per token, token mean", zh: "每 token,token 均值" }, weights("token_mean", [v.first, v.second], v.limit).map(short).join(" / ")],
-      [{ en: "per token, sum of sequence means (DCPO)", zh: "每 token,序列均值之和(DCPO)" }, weights("sequence_sum", [v.first, v.second], v.limit).map(short).join(" / ")],
-      [{ en: "per token, constant", zh: "每 token,常数" }, weights("constant", [v.first, v.second], v.limit).map(short).join(" / ")],
+      [{ en: "per token, sum of sequence means (DCPO)", zh: "每 token，序列均值之和(DCPO)" }, weights("sequence_sum", [v.first, v.second], v.limit).map(short).join(" / ")],
+      [{ en: "per token, constant", zh: "每 token，常数" }, weights("constant", [v.first, v.second], v.limit).map(short).join(" / ")],
     ],
   },
   {
     id: "smoothing",
     title: { en: "Smoothed advantages, visit by visit", zh: "逐次访问的平滑优势" },
     text: { en: "DCPO blends the advantage within this visit's group with the one over all answers to the prompt so far, and takes the smaller in absolute value. When a group agrees (all right, all wrong) the plain advantage is zero; the smoothed one still teaches, if earlier visits differed.",
-      zh: "DCPO 把本次组内优势与该提示迄今全部回答上的优势混合,取绝对值较小者。当一组全对或全错时普通优势为零;若此前结果不同,平滑优势仍能提供信号。" },
+      zh: "DCPO 把本次组内优势与该提示迄今全部回答上的优势混合，取绝对值较小者。当一组全对或全错时普通优势为零；若此前结果不同，平滑优势仍能提供信号。" },
     controls: [slider("size", "group size G", "组大小 G", 2, 32, 1, 16), ...[1, 2, 3, 4, 5, 6].map((i) => slider(`v${i}`, `share right, visit ${i}`, `第 ${i} 次正确比例`, 0, 1, 0.125, [0.25, 0.5, 0.75, 1, 1, 1][i - 1]))],
     x: { en: "visit", zh: "访问", from: 1, to: 6 }, y: { en: "advantage", zh: "优势", from: -3, to: 3 },
     curves: (v) => {
       const s = smoothed([1, 2, 3, 4, 5, 6].map((i) => Math.round(v[`v${i}`] * v.size)), v.size);
       return [
-        { name: { en: "right answer, smoothed", zh: "正确回答,平滑" }, points: s.map((x) => [x.visit, x.right]) },
-        { name: { en: "wrong answer, smoothed", zh: "错误回答,平滑" }, points: s.map((x) => [x.visit, x.wrong]) },
-        { name: { en: "right answer, plain (GRPO)", zh: "正确回答,普通(GRPO)" }, points: s.map((x) => [x.visit, x.fresh]), style: "c4 dashed" },
+        { name: { en: "right answer, smoothed", zh: "正确回答，平滑" }, points: s.map((x) => [x.visit, x.right]) },
+        { name: { en: "wrong answer, smoothed", zh: "错误回答，平滑" }, points: s.map((x) => [x.visit, x.wrong]) },
+        { name: { en: "right answer, plain (GRPO)", zh: "正确回答，普通(GRPO)" }, points: s.map((x) => [x.visit, x.fresh]), style: "c4 dashed" },
       ];
     },
     marker: (v) => [6, smoothed([1, 2, 3, 4, 5, 6].map((i) => Math.round(v[`v${i}`] * v.size)), v.size)[5].right],
     readouts: (v) => {
       const s = smoothed([1, 2, 3, 4, 5, 6].map((i) => Math.round(v[`v${i}`] * v.size)), v.size);
-      return [[{ en: "right answer, last visit", zh: "正确回答,最后一次" }, short(s[5].right)], [{ en: "the same, plain", zh: "同上,普通" }, short(s[5].fresh)]];
+      return [[{ en: "right answer, last visit", zh: "正确回答，最后一次" }, short(s[5].right)], [{ en: "the same, plain", zh: "同上，普通" }, short(s[5].fresh)]];
     },
   },
   {
     id: "dead", dragX: "p",
     title: { en: "When a group learns nothing", zh: "一组何时学不到东西" },
     text: { en: "A group whose answers are all right or all wrong has no advantage: probability pᴳ + (1 − p)ᴳ at pass rate p. Larger groups see more of the hard and the easy problems, at more rollouts.",
-      zh: "全对或全错的组没有优势:通过率为 p 时概率为 pᴳ + (1 − p)ᴳ。组越大,越能从难题与易题中得到信号,但需要更多 rollout。" },
+      zh: "全对或全错的组没有优势：通过率为 p 时概率为 pᴳ + (1 − p)ᴳ。组越大，越能从难题与易题中得到信号，但需要更多 rollout。" },
     controls: [slider("size", "group size G", "组大小 G", 2, 64, 1, 16), slider("p", "pass rate p", "通过率 p", 0, 1, 0.01, 0.9)],
     x: { en: "pass rate", zh: "通过率", from: 0, to: 1 }, y: { en: "share of dead groups", zh: "无信号组的比例", from: 0, to: 1 },
     curves: (v) => [{ name: { en: "dead groups", zh: "无信号的组" }, points: along(0, 1, (p) => dead(p, v.size)) }],
@@ -317,7 +317,7 @@ function drawAll() {
   root.lang = language;
   document.getElementById("theme").textContent = say(dark ? { en: "Light", zh: "浅色" } : { en: "Dark", zh: "深色" });
   document.getElementById("language").textContent = language === "en" ? "中文" : "English";
-  document.getElementById("run").textContent = tokens.length ? say({ en: `${tokens.length} tokens of your run are drawn on the first figure.`, zh: `第一张图上绘有你的运行中的 ${tokens.length} 个 token。` }) : "";
+  document.getElementById("run").textContent = tokens.length ? say({ en: `${tokens.length} tokens of your run are the dots on the first figure.`, zh: `第一张图中的圆点是你的运行中的 ${tokens.length} 个 token。` }) : "";
   for (const element of document.querySelectorAll("[data-en]")) element.textContent = element.dataset[language];
   document.getElementById("contents").replaceChildren(...panels.map((panel) => make("a", { href: `#${panel.id}` }, say(panel.title))));
   for (const panel of drawn) panel.draw();

@@ -15,7 +15,12 @@ async function drawFigures(dark) {
     const place = document.querySelector(`#${id} .chart`);
     const line = dark ? "#2c333d" : "#e3e7ec";
     const config = { background: "transparent", axis: { gridColor: line, domainColor: line, tickColor: line } };
-    await window.vegaEmbed(place, spec, { theme: dark ? "dark" : undefined, actions: false, renderer: "svg", config });
+    try {
+      await window.vegaEmbed(place, spec, { theme: dark ? "dark" : undefined, actions: false, renderer: "svg", config });
+    } catch (error) {
+      place.textContent = `This figure could not be drawn: ${error.message}`;
+      console.error(error);
+    }
   }
   root.dataset.drawn = dark ? "dark" : "light";
 }
