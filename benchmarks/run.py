@@ -96,7 +96,7 @@ def plot(results: dict[str, dict[str, list[Report]]], path: Path) -> None:
         alt.Chart(alt.Data(values=rows), width=220, height=110)
         .mark_circle(size=50, opacity=0.7)
         .encode(
-            x=alt.X("seconds:Q", scale=alt.Scale(type="log"), title="seconds for 1,000 useful tokens (less is better)"),
+            x=alt.X("seconds:Q", scale=alt.Scale(type="log"), title="seconds per 1,000 tokens"),
             y=alt.Y("peer:N", sort=order, title=None),
             color=alt.Color("peer:N", sort=order, legend=None),
             row=alt.Row("work:N", sort=list(results), title=None),

@@ -327,7 +327,7 @@ def ablate(
             f"written: {home / 'ladder.md'} and ladder.png; groupwise report {home}/*/seed-* draws every run", soft_wrap=True
         )
         if failed:
-            logs = ", ".join(f"{job.path}.log" for job in failed)
+            logs = ", ".join(str(job.log) for job in failed)
             raise RunError(f"{len(failed)} of {len(left)} runs failed; what they said is in {logs}")
 
 

@@ -73,6 +73,11 @@ class Job:
     path: Path
 
     @property
+    def log(self) -> Path:
+        """What the run says; not called seed-…, so that a pattern finds runs only."""
+        return self.path.parent / f"log-{self.path.name}.txt"
+
+    @property
     def done(self) -> bool:
         return (self.path / "model" / "config.json").is_file()
 
@@ -187,7 +192,7 @@ def run_all(
             sets = [f"--set={override}" for override in overrides(settings)]
             command += [str(recipe), *sets, "--out", str(job.path)]
         job.path.parent.mkdir(parents=True, exist_ok=True)
-        with (job.path.parent / f"{job.path.name}.log").open("w") as log:
+        with job.log.open("w") as log:
             code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False).returncode
         if code != 0 and not stop:
             failed.append(job)

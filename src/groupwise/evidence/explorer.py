@@ -13,7 +13,7 @@ SHOWN_TOKENS = 400
 
 
 def write_explorer(run: Run | None, out: Path) -> None:
-    """Write the page; `run` gives the tokens of its last recorded step, None leaves them out.
+    """Write the page; `run` gives the tokens of a step in its middle, None leaves them out.
 
     Raises:
         UserError: the run recorded no tokens, or the page cannot be written.
@@ -34,7 +34,7 @@ def token_points(run: Run) -> list[dict[str, float]]:
         raise UserError(
             f"{run.path}: no tokens were recorded (training.tokens_every), so there is nothing to lay over the figures"
         )
-    table = run.tokens(steps[-1])
+    table = run.tokens(steps[len(steps) // 2])
     table = table.filter(pc.is_valid(table["ratio"]))
     every = max(1, len(table) // SHOWN_TOKENS)
     pairs = zip(table["old_logprob"].to_pylist()[::every], table["ratio"].to_pylist()[::every], strict=True)

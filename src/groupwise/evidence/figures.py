@@ -67,7 +67,8 @@ def lines(
                 at = sum(place for place, _ in found) / len(found)
                 row = {"x": at, "step": step, "y": mean.mean, "setting": setting, "metric": name, "runs": mean.count}
                 if not math.isnan(mean.half):
-                    row |= {"low": max(mean.low, mean.mean / 10) if log else mean.low, "high": mean.high}
+                    low = max(mean.low, mean.mean / 10) if log else mean.low
+                    row |= {"low": max(low, 0.0), "high": min(mean.high, 1.0)} if percent else {"low": low, "high": mean.high}
                 rows.append({key: _short(value) for key, value in row.items()})
     if not rows:
         return None
@@ -75,10 +76,9 @@ def lines(
     scale = alt.Scale(type="log") if log else alt.Scale(zero=False)
     axis = alt.Axis(format="%") if percent else alt.Axis()
     base = alt.Chart(data(rows)).encode(x=alt.X("x:Q", title=x, axis=alt.Axis(tickMinStep=1) if not along else alt.Axis()))
+    order = list(groups) if several else list(metrics.values())
     color = alt.Color(
-        "setting:N" if several else "metric:N",
-        title=None,
-        legend=alt.Legend(orient="bottom", columns=2, labelLimit=400) if several or many else None,
+        "setting:N" if several else "metric:N", title=None, sort=order, legend=legend() if several or many else None
     )
     line = base.mark_line(strokeWidth=2).encode(
         y=alt.Y("y:Q", title=y, scale=scale, axis=axis),
@@ -86,10 +86,14 @@ def lines(
         tooltip=["setting:N", "metric:N", "step:Q", "y:Q", "low:Q", "high:Q", "runs:Q"],
     )
     if several and many:
-        line = line.encode(strokeDash=alt.StrokeDash("metric:N", title=None, legend=alt.Legend(orient="bottom")))
+        line = line.encode(strokeDash=alt.StrokeDash("metric:N", title=None, legend=legend()))
     band = base.mark_area(opacity=0.18).encode(y=alt.Y("low:Q", scale=scale), y2="high:Q", color=color, detail="metric:N")
     chart = alt.layer(band, line) if any("low" in row for row in rows) else line
     return chart.properties(width="container", height=HEIGHT)
+
+
+def legend() -> Any:
+    return alt.Legend(orient="bottom", columns=2, labelLimit=400, symbolOpacity=1)
 
 
 def data(rows: list[dict[str, Any]]) -> Any:
@@ -201,7 +205,7 @@ def clipping_by_probability(groups: Groups) -> Figure | None:
         x=alt.X("bin:N", sort=order, title="π_old of the token", axis=alt.Axis(labelAngle=-40)),
         xOffset="setting:N" if several else "bound:N",
         y=alt.Y("share:Q", title="share clipped", axis=alt.Axis(format="%")),
-        color=alt.Color("setting:N" if several else "bound:N", title=None, legend=alt.Legend(orient="bottom", columns=2, labelLimit=400)),
+        color=alt.Color("setting:N" if several else "bound:N", title=None, sort=list(groups) if several else None, legend=legend()),
         opacity=alt.Opacity("bound:N", title=None, scale=alt.Scale(domain=["upper", "lower"], range=[1, 0.45])) if several else alt.value(1),
         tooltip=["setting:N", "bin:N", "bound:N", alt.Tooltip("share:Q", format=".2%"), "tokens:Q"],
     )  # fmt: skip
@@ -246,8 +250,8 @@ def spread_by_length(groups: Groups) -> Figure | None:
     chart = alt.Chart(data(rows)).mark_line(point=True).encode(
         x=alt.X("length:Q", scale=alt.Scale(type="log"), title="tokens in the completion"),
         y=alt.Y("spread:Q", scale=alt.Scale(type="log"), title="root mean square"),
-        color=alt.Color("setting:N" if several else "what:N", title=None, legend=alt.Legend(orient="bottom", columns=2, labelLimit=400)),
-        strokeDash=alt.StrokeDash("what:N", title=None, legend=alt.Legend(orient="bottom") if several else None),
+        color=alt.Color("setting:N" if several else "what:N", title=None, sort=list(groups) if several else None, legend=legend()),
+        strokeDash=alt.StrokeDash("what:N", title=None, legend=legend() if several else None),
         tooltip=["setting:N", "what:N", "length:Q", "spread:Q", "rows:Q"],
     )  # fmt: skip
     return _figure(
@@ -338,7 +342,7 @@ def ratio_by_probability(groups: Groups) -> Figure | None:
     chart = alt.Chart(data(rows)).mark_circle(size=18, opacity=0.5).encode(
         x=alt.X("p:Q", title="π_old", scale=alt.Scale(domain=[0, 1])),
         y=alt.Y("ratio:Q", title="ratio π / π_old", scale=alt.Scale(type="log", nice=False)),
-        color=alt.Color("clipped:N" if len(groups) == 1 else "setting:N", title=None, legend=alt.Legend(orient="bottom", labelLimit=400)),
+        color=alt.Color("clipped:N" if len(groups) == 1 else "setting:N", title=None, legend=legend()),
         tooltip=["token:N", "p:Q", "ratio:Q", "A:Q", "clipped:N", "setting:N"],
     )  # fmt: skip
     return _figure(
