@@ -313,6 +313,15 @@ def times(groups: Groups) -> Figure | None:
     return _figure("time", "Where the time goes", "Seconds of each step.", lines(groups, names, y="seconds"))
 
 
+def memory(groups: Groups) -> Figure | None:
+    return _figure(
+        "memory",
+        "Peak memory",
+        "The most so far, of the GPU or of the process; a critic is a second model with moments of its own.",
+        lines(groups, {"memory/peak_mib": "peak"}, y="MiB"),
+    )
+
+
 def speed(groups: Groups) -> Figure | None:
     return _figure(
         "speed",
@@ -358,5 +367,5 @@ def _summed(lists: Sequence[list[float]]) -> list[float]:
 FIGURES: tuple[Callable[[Groups], Figure | None], ...] = (
     accuracy, accuracy_by_rollouts, accuracy_by_time, rewards, entropy, group_shares, utilisation, clipping, clipped_probability,
     clipping_by_probability, ratio_by_probability, spreads, spread_by_length, lengths, truncated, divergences, gradient, dropped,
-    times, speed,
+    times, memory, speed,
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import math
+import resource
 import signal
 import threading
 import time
@@ -132,6 +133,7 @@ class Trainer:
             "seconds/rollouts": collected.seconds,
             "seconds/scoring": collected.scoring_seconds,
             "seconds/learner": seconds,
+            "memory/peak_mib": peak_mib(),
             "tokens_per_second": int(batch.lengths_B.sum()) / (collected.seconds + seconds),
         }
         self.run_directory.write_metrics(self.step, metrics)
@@ -325,6 +327,13 @@ def rollout_metrics(collected: Collected) -> dict[str, float]:
         "length/finished": sum(finished) / len(finished) if finished else math.nan,
         "length/truncated": sum(completion.stop == "length" for completion in completions) / len(completions),
     }
+
+
+def peak_mib() -> float:
+    """The most memory so far: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
 
 
 @dataclass(slots=True)
