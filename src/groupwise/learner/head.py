@@ -16,6 +16,8 @@ from groupwise.models import LogitShape, logits
 LOGITS_AT_ONCE = {"cpu": 2**22}
 """Numbers of [tokens, block] logits held at a time, by device; the block shrinks as tokens are more, so memory is flat in V."""
 ELSEWHERE = 2**27
+WIDTH = 64
+"""Blocks are a multiple of it where they are as large: products into rows of 4,096 run half as fast again as of 4,194."""
 
 
 def token_logprobs(
@@ -101,7 +103,8 @@ def _blocks(
     hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, shape: LogitShape
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """(block of the vocabulary, z of all tokens there [N, block], tokens whose target lies there, its column for each)."""
-    size = max(1, _at_once(hidden_NH) // max(1, len(hidden_NH)))
+    size = _at_once(hidden_NH) // max(1, len(hidden_NH))
+    size = max(1, size if size < WIDTH else size // WIDTH * WIDTH)
     for start in range(0, len(weight_VH), size):
         block = slice(start, start + size)
         bias = None if bias_V is None else bias_V[block].to(hidden_NH.dtype)

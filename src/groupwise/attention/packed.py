@@ -1,98 +1,17 @@
-"""Attention over packed tokens in groups: no padding through the model, and each prompt's keys read once for its group.
+"""Attention in training: no padding through the model, and each prompt's keys read once for its group."""
 
-A Hugging Face decoder is run on one flat sequence of tokens, [1, N], with explicit positions; its attention layers call
-back here, and an `Attend` says what each token may look at. Wherever a completion looks at its prompt and at itself, two
-partial softmaxes are merged by their logarithms of sums, so the prompt's keys are never copied for a row.
-
-This works for decoders whose attention goes through transformers' attention registry, is full (no sliding window) and
-plain (no soft cap, no sinks), on a CPU; `packs` tells. Others take the general path, through padded batches.
-"""
-
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
 
-NAME = "groupwise"
+from groupwise.attention.interface import run_packed
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-
 LIKE_LENGTH, SHORT = 0.7, 8
 """Rows share a padded kernel call when the shorter has at least this share of the longer's tokens, less a few."""
-
-
-class Attend(Protocol):
-    def __call__(self, layer: int, query_HND: Tensor, key_KND: Tensor, value_KND: Tensor, scale: float) -> Tensor:
-        """What each of N tokens gathers, [N, H, D]; K key-value heads serve H query heads."""
-        ...
-
-
-_attend: ContextVar[Attend] = ContextVar("groupwise_attend")
-
-
-def _interface(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None, **extra: Any
-) -> tuple[Tensor, None]:
-    """The form that transformers calls; anything that changes plain attention is refused, and found out by `packs`."""
-    for name in ("softcap", "s_aux", "sliding_window", "position_bias"):
-        if extra.get(name) is not None:
-            raise NotImplementedError(f"attention with {name}")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if not torch.compiler.is_compiling():
-        return _run(module.layer_idx, query, key, value, scale), None
-    run = _outside_graph if torch.is_grad_enabled() else _in_graph
-    return run(module.layer_idx, query, key, value, scale), None
-
-
-def _run(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    return _attend.get()(layer, query[0], key[0], value[0], scale)[None]
-
-
-_outside_graph = torch.compiler.disable(_run)  # type: ignore[no-untyped-call]
-"""With gradients the graph breaks here, since the attention has its own backward pass."""
-_in_graph = torch.library.custom_op("groupwise::attend", _run, mutates_args=())
-"""Without gradients, one node of the graph; what it writes is the cache, which the graph knows nothing of."""
-
-
-@_in_graph.register_fake
-def _(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    return query.transpose(1, 2).new_empty(query.transpose(1, 2).shape)
-
-
-AttentionInterface.register(NAME, _interface)
-
-
-@contextmanager
-def attending(decoder: Any, attend: Attend) -> Iterator[None]:
-    """Run the decoder's attention layers through `attend`."""
-    config = decoder.config
-    before = config._attn_implementation
-    token = _attend.set(attend)
-    config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-        _attend.reset(token)
-
-
-def recomputing(decoder: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For torch's checkpoint: what surrounds a layer's first run, and its second, in the backward pass."""
-    attend = _attend.get(None)
-    return nullcontext(), nullcontext() if attend is None else attending(decoder, attend)
-
-
-def run_packed(decoder: Any, tokens_N: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
-    """The last hidden states [N, H] of flat tokens."""
-    with attending(decoder, attend):
-        output = decoder(input_ids=tokens_N[None], position_ids=positions_N[None], use_cache=False)
-    hidden_NH: Tensor = output.last_hidden_state[0]
-    return hidden_NH
 
 
 def packs(model: Any) -> bool:
@@ -292,113 +211,3 @@ def _ragged(lengths_R: Tensor, offset: int) -> Tensor:
     place_T = torch.arange(int(lengths_R.max()) if len(lengths_R) else 0)
     index_RT = offset + (ends_R - lengths_R)[:, None] + place_T
     return torch.where(place_T < lengths_R[:, None], index_RT, -1)
-
-
-class Decoding:
-    """Attention and cache in generation: a prompt's keys kept once for its group, a row's own in a buffer that is never copied.
-
-    Rows and prompts lie without gaps; what leaves is filled with the last one.
-    """
-
-    def __init__(self, config: Any, prompts: int, prompt_length: int, rows: int, tokens: int, like: Tensor) -> None:
-        """Room for so many prompts and rows at once; `like` gives dtype and device."""
-        # Zeros, not what memory held: a padded place counts for nothing, but nothing times NaN is NaN.
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        layers = config.num_hidden_layers
-        self.prompt_cache = like.new_zeros(layers, 2, prompts, heads, prompt_length, size)
-        self.row_cache = like.new_zeros(layers, 2, rows, heads, tokens, size)
-        self.lengths_P = torch.zeros(0, dtype=torch.long, device=like.device)
-        """Tokens of each prompt."""
-        self.prompt_R = torch.zeros(0, dtype=torch.long, device=like.device)
-        """The prompt of each row."""
-        self.written_R = torch.zeros(0, dtype=torch.long, device=like.device)
-        """Tokens of each row whose keys are in the cache, the one being run included."""
-
-    def prefill(self, decoder: Any, prompts: list[Tensor], group_size: int) -> Tensor:
-        """Take in prompts with `group_size` rows each; returns the last hidden state of each prompt [p, H]."""
-        lengths = [len(prompt) for prompt in prompts]
-        nothing = torch.zeros(0, dtype=torch.long)
-        layout = Packed(lengths, nothing, nothing, prompts[0].device)
-        first = len(self.lengths_P)
-
-        def attend(layer: int, query_HND: Tensor, key_KND: Tensor, value_KND: Tensor, scale: float) -> Tensor:
-            for cache, new in zip(self.prompt_cache[layer], (key_KND, value_KND), strict=True):
-                cache[first : first + len(prompts), :, : max(lengths)] = layout.prompts.rows(new.transpose(0, 1))
-            return layout(layer, query_HND, key_KND, value_KND, scale)
-
-        hidden_NH = run_packed(decoder, torch.cat(prompts), layout.positions_N, attend)
-        self.lengths_P = torch.cat([self.lengths_P, self.lengths_P.new_tensor(lengths)])
-        new_rows = torch.arange(first, first + len(prompts), device=hidden_NH.device).repeat_interleave(group_size)
-        self.prompt_R = torch.cat([self.prompt_R, new_rows])
-        self.written_R = torch.cat([self.written_R, torch.zeros_like(new_rows)])
-        self._place()
-        return hidden_NH[self.lengths_P[first:].cumsum(0) - 1]
-
-    def step(self, decoder: Any, tokens_R: Tensor) -> Tensor:
-        """Run one more token of each row; returns hidden states [R, H]."""
-        positions_R = self.lengths_P[self.prompt_R] + self.written_R
-        self.written_R = self.written_R + 1
-        self.longest = int(self.written_R.max())
-        inside_RT = torch.arange(self.longest, device=tokens_R.device) < self.written_R[:, None]
-        self.row_bias = _padding_bias(inside_RT, tokens_R.device)
-        rows: Any = slice(len(tokens_R)) if self.row_bias is None else torch.arange(len(tokens_R), device=tokens_R.device)
-        self.newest = (rows, slice(None), self.longest - 1 if self.row_bias is None else self.written_R - 1)
-        return run_packed(decoder, tokens_R, positions_R, self)
-
-    def __call__(self, layer: int, query_HND: Tensor, key_KND: Tensor, value_KND: Tensor, scale: float) -> Tensor:
-        R, P, K = len(self.prompt_R), len(self.lengths_P), len(key_KND)
-        keys, values = self.row_cache[layer]
-        keys[self.newest] = key_KND.transpose(0, 1)
-        values[self.newest] = value_KND.transpose(0, 1)
-        query_RHD = query_HND.transpose(0, 1)
-        own = _flash(
-            torch.unflatten(query_RHD, 1, (K, -1)),
-            keys[:R, :, : self.longest],
-            values[:R, :, : self.longest],
-            attn_mask=self.row_bias,
-            scale=scale,
-        )
-        keys, values = (cache[:P, :, : self.prompt_length] for cache in self.prompt_cache[layer])
-        query = self.groups.rows(query_RHD)
-        of_prompt = _flash(_fold(query, keys), keys, values, attn_mask=self.prompt_bias, scale=scale)
-        return merge(
-            (own[0].flatten(1, 2), own[1].flatten(1, 2)),
-            (self.groups.flat(_unfold(of_prompt[0], query)), self.groups.flat(_unfold(of_prompt[1], query))),
-        )
-
-    def keep(self, keep_R: Tensor) -> Tensor:
-        """Drop the other rows, and prompts that lose their last. Returns which row now lies in each place, int64 [r]."""
-        order_R = self._fill(keep_R, self.row_cache)
-        self.written_R, self.prompt_R = self.written_R[order_R], self.prompt_R[order_R]
-        used_P = torch.zeros(len(self.lengths_P), dtype=torch.bool, device=keep_R.device)
-        used_P[self.prompt_R] = True
-        order_P = self._fill(used_P, self.prompt_cache)
-        place_P = torch.empty_like(self.lengths_P)
-        place_P[order_P] = torch.arange(len(order_P), device=keep_R.device)
-        self.lengths_P, self.prompt_R = self.lengths_P[order_P], place_P[self.prompt_R]
-        if len(order_R):
-            self._place()
-        return order_R
-
-    @staticmethod
-    def _fill(keep: Tensor, cache: Tensor) -> Tensor:
-        """Move kept entries from the end into the places of dropped ones; returns the old place of each."""
-        count = int(keep.sum())
-        holes = (~keep[:count]).nonzero()[:, 0]
-        movers = keep[count:].nonzero()[:, 0] + count
-        cache[:, :, holes] = cache[:, :, movers]
-        order = torch.arange(count, device=keep.device)
-        order[holes] = movers
-        return order
-
-    def _place(self) -> None:
-        """Which rows' queries meet which prompt's keys; anew whenever rows come or go."""
-        P = len(self.lengths_P)
-        self.prompt_length = int(self.lengths_P.max())
-        inside_PL = torch.arange(self.prompt_length, device=self.lengths_P.device) < self.lengths_P[:, None]
-        self.prompt_bias = _padding_bias(inside_PL, self.lengths_P.device)
-        counts_P = torch.bincount(self.prompt_R, minlength=P)
-        order_R = self.prompt_R.argsort(stable=True)
-        index_PG = _ragged(counts_P, 0)
-        self.groups = Layout(torch.where(index_PG >= 0, order_R[index_PG.clamp(min=0)], -1), self.prompt_R.device)

@@ -1,0 +1,14 @@
+"""Attention over packed tokens in groups: no padding through the model, and each prompt's keys read once for its group.
+
+A Hugging Face decoder is run on one flat sequence of tokens, [1, N], with explicit positions; its attention layers call
+back (`interface`), and an `Attend` says what each token may look at: `Packed` in training, `Decoding` in generation.
+
+This works for decoders whose attention goes through transformers' attention registry, is full (no sliding window) and
+plain (no soft cap, no sinks), on a CPU; `packs` tells. Others take the general path, through padded batches.
+"""
+
+from groupwise.attention.decoding import Decoding
+from groupwise.attention.interface import recomputing, run_packed
+from groupwise.attention.packed import Packed, packs
+
+__all__ = ["Decoding", "Packed", "packs", "recomputing", "run_packed"]

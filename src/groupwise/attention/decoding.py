@@ -1,0 +1,148 @@
+"""Attention and cache in generation: a prompt's keys kept once for its group, a row's own in a buffer that is never copied."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from groupwise.attention.interface import run_packed
+from groupwise.attention.kernel import KEYS_AT_ONCE, decode_kernel
+from groupwise.attention.packed import Packed
+
+ROWS_AT_ONCE = 16
+"""Steps run on a multiple of so many rows, some of them for nothing: kernels are made, and kept, for each size anew."""
+
+
+class Decoding:
+    """The rows being written and their prompts. Both lie without gaps; what leaves is filled with the last one."""
+
+    def __init__(self, config: Any, prompts: int, prompt_length: int, rows: int, tokens: int, like: Tensor) -> None:
+        """Room for so many prompts and rows at once; `like` gives dtype and device."""
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        layers = config.num_hidden_layers
+        room = -(-prompt_length // KEYS_AT_ONCE) * KEYS_AT_ONCE
+        self._kernel = decode_kernel(size, like.dtype) if like.device.type == "cpu" else None
+        # Without the kernel padded places are read. They count for nothing, but nothing times NaN, which memory may hold, is NaN.
+        new = like.new_zeros if self._kernel is None else like.new_empty
+        self.prompt_keys = new(layers, prompts, heads, size, room)
+        self.prompt_values = new(layers, prompts, heads, room, size)
+        self.row_cache = new(layers, 2, rows, heads, tokens, size)
+        self.lengths_P = torch.zeros(0, dtype=torch.long, device=like.device)
+        """Tokens of each prompt."""
+        self.prompt_R = torch.zeros(0, dtype=torch.long, device=like.device)
+        """The prompt of each row."""
+        self.written_R = torch.zeros(0, dtype=torch.long, device=like.device)
+        """Tokens of each row whose keys are in the cache, the one being run included."""
+
+    def prefill(self, decoder: Any, prompts: list[Tensor], group_size: int) -> Tensor:
+        """Take in prompts with `group_size` rows each; returns the last hidden state of each prompt [p, H]."""
+        lengths = [len(prompt) for prompt in prompts]
+        nothing = torch.zeros(0, dtype=torch.long)
+        layout = Packed(lengths, nothing, nothing, prompts[0].device)
+        first, longest = len(self.lengths_P), max(lengths)
+        new = slice(first, first + len(prompts))
+
+        def attend(layer: int, query_HND: Tensor, key_KND: Tensor, value_KND: Tensor, scale: float) -> Tensor:
+            self.prompt_keys[layer, new, :, :, :longest] = layout.prompts.rows(key_KND.transpose(0, 1)).transpose(2, 3)
+            self.prompt_values[layer, new, :, :longest] = layout.prompts.rows(value_KND.transpose(0, 1))
+            return layout(layer, query_HND, key_KND, value_KND, scale)
+
+        hidden_NH = run_packed(decoder, torch.cat(prompts), layout.positions_N, attend)
+        self.lengths_P = torch.cat([self.lengths_P, self.lengths_P.new_tensor(lengths)])
+        new_rows = torch.arange(first, first + len(prompts), device=hidden_NH.device).repeat_interleave(group_size)
+        self.prompt_R = torch.cat([self.prompt_R, new_rows])
+        self.written_R = torch.cat([self.written_R, torch.zeros_like(new_rows)])
+        self._place()
+        return hidden_NH[self.lengths_P[first:].cumsum(0) - 1]
+
+    def step(self, decoder: Any, tokens_R: Tensor) -> Tensor:
+        """Run one more token of each row; returns hidden states [R, H]."""
+        positions_R = self.lengths_P[self.prompt_R] + self.written_R
+        self.written_R = self.written_R + 1
+        R = len(tokens_R)
+        spare = -R % ROWS_AT_ONCE
+        tokens_R, positions_R = (torch.nn.functional.pad(x, (0, spare)) for x in (tokens_R, positions_R))
+        return run_packed(decoder, tokens_R, positions_R, self)[:R]
+
+    def __call__(self, layer: int, query_HND: Tensor, key_KND: Tensor, value_KND: Tensor, scale: float) -> Tensor:
+        R = len(self.prompt_R)
+        query_RHD, key_RKD, value_RKD = (x.transpose(0, 1).contiguous() for x in (query_HND, key_KND, value_KND))
+        output_RHD = torch.zeros_like(query_RHD)
+        if self._kernel is None:
+            output_RHD[:R] = self._plain(layer, query_RHD[:R], key_RKD[:R], value_RKD[:R], scale)
+            return output_RHD
+        keys, values = self.row_cache[layer]
+        sizes = len(self.lengths_P), query_RHD.shape[1], key_RKD.shape[1], keys.shape[2], self.prompt_keys.shape[-1]
+        caches = keys, values, self.prompt_keys[layer], self.prompt_values[layer]
+        order = self.written_R, self.lengths_P, self._order_R, self._starts_P
+        self._kernel(query_RHD, key_RKD, value_RKD, *caches, *order, output_RHD, scale, *sizes, self._most_rows)
+        return output_RHD
+
+    def _plain(self, layer: int, query_RHD: Tensor, key_RKD: Tensor, value_RKD: Tensor, scale: float) -> Tensor:
+        """What the kernel does, in PyTorch. S query heads share a key-value head."""
+        R, K = key_RKD.shape[:2]
+        rows_R, device = torch.arange(R), key_RKD.device
+        for cache, new in zip(self.row_cache[layer], (key_RKD, value_RKD), strict=True):
+            cache[rows_R, :, self.written_R - 1] = new
+        longest, room = int(self.written_R.max()), self.prompt_keys.shape[-1]
+        keys_RKTD, values_RKTD = self.row_cache[layer, :, :R, :, :longest]
+        prompt_keys, prompt_values = (cache[layer, : len(self.lengths_P)] for cache in (self.prompt_keys, self.prompt_values))
+
+        query_RKSD = torch.unflatten(query_RHD, 1, (K, -1)) * scale
+        of_prompt = self._by_row(self._by_prompt(query_RKSD) @ prompt_keys)
+        scores_RKST = torch.cat([of_prompt, query_RKSD @ keys_RKTD.transpose(2, 3)], -1)
+        beyond_prompt = torch.arange(room, device=device) >= self.lengths_P[self.prompt_R][:, None]
+        beyond_row = torch.arange(longest, device=device) >= self.written_R[:, None]
+        scores_RKST.masked_fill_(torch.cat([beyond_prompt, beyond_row], 1)[:, None, None], -torch.inf)
+        of_prompt, of_own = scores_RKST.softmax(-1).split([room, longest], -1)
+        output_RKSD = self._by_row(self._by_prompt(of_prompt) @ prompt_values) + of_own @ values_RKTD
+        return output_RKSD.flatten(1, 2)
+
+    def _by_prompt(self, x_RKSX: Tensor) -> Tensor:
+        """Rows of a prompt side by side, [P, K, rows and S, X]; zeros where a prompt has fewer rows than the most."""
+        places = x_RKSX.new_zeros(len(self.lengths_P) * self._most_rows, *x_RKSX.shape[1:])
+        places[self._place_R] = x_RKSX
+        return torch.unflatten(places, 0, (-1, self._most_rows)).transpose(1, 2).flatten(2, 3)
+
+    def _by_row(self, x_PKQX: Tensor) -> Tensor:
+        places = torch.unflatten(x_PKQX, 2, (self._most_rows, -1)).transpose(1, 2).flatten(0, 1)
+        return places[self._place_R]
+
+    def keep(self, keep_R: Tensor) -> Tensor:
+        """Drop the other rows, and prompts that lose their last. Returns which row now lies in each place, int64 [r]."""
+        longest = int(self.written_R.max())
+        order_R = self._fill(keep_R, self.row_cache[:, :, :, :, :longest].transpose(1, 2))
+        self.written_R, self.prompt_R = self.written_R[order_R], self.prompt_R[order_R]
+        used_P = torch.zeros(len(self.lengths_P), dtype=torch.bool, device=keep_R.device)
+        used_P[self.prompt_R] = True
+        order_P = self._fill(used_P, self.prompt_keys, self.prompt_values)
+        place_P = torch.empty_like(self.lengths_P)
+        place_P[order_P] = torch.arange(len(order_P), device=keep_R.device)
+        self.lengths_P, self.prompt_R = self.lengths_P[order_P], place_P[self.prompt_R]
+        if len(order_R):
+            self._place()
+        return order_R
+
+    @staticmethod
+    def _fill(keep: Tensor, *caches: Tensor) -> Tensor:
+        """Move kept entries (dimension 1) from the end into the places of dropped ones; returns the old place of each."""
+        count = int(keep.sum())
+        holes = (~keep[:count]).nonzero()[:, 0]
+        movers = keep[count:].nonzero()[:, 0] + count
+        for cache in caches:
+            cache[:, holes] = cache[:, movers]
+        order = torch.arange(count, device=keep.device)
+        order[holes] = movers
+        return order
+
+    def _place(self) -> None:
+        """Which rows have which prompt; anew whenever rows come or go."""
+        counts_P = torch.bincount(self.prompt_R, minlength=len(self.lengths_P))
+        self._order_R = self.prompt_R.argsort(stable=True)
+        self._starts_P = torch.nn.functional.pad(counts_P.cumsum(0), (1, 0))
+        self._most_rows = int(counts_P.max())
+        place = torch.arange(len(self.prompt_R), device=self.prompt_R.device) - self._starts_P[self.prompt_R[self._order_R]]
+        self._place_R = torch.empty_like(self.prompt_R)
+        """Of each row, among prompts x most rows."""
+        self._place_R[self._order_R] = self.prompt_R[self._order_R] * self._most_rows + place

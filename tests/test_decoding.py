@@ -1,0 +1,150 @@
+"""Attention in generation, with the compiled kernel and without: a prompt's keys once for its group, and each row's own."""
+
+import logging
+import shutil
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from groupwise.attention import Decoding, decoding
+from groupwise.attention.kernel import decode_kernel
+from groupwise.rollouts.native import NativeSampler
+from groupwise.rollouts.packed_weights import packed_weights
+from tests.conftest import tiny_model
+
+KERNELS = ["compiled", "plain"]
+
+
+def attention(query_D: Tensor, keys_TD: Tensor, values_TD: Tensor, scale: float) -> Tensor:
+    """softmax(q k / sqrt(d)) v of one query, from "Attention is all you need", section 3.2.1."""
+    weights_T = (keys_TD @ query_D * scale).exp()
+    return (weights_T / weights_T.sum()) @ values_TD
+
+
+def filled(kernel: str, monkeypatch: Any, dtype: torch.dtype, heads: int, shared: int, size: int) -> Decoding:
+    """Three prompts of 1, 40 and 64 tokens with 21, 1 and 6 rows, in an order that is not theirs, and a layer to spare."""
+    if kernel == "plain":
+        monkeypatch.setattr(decoding, "decode_kernel", lambda *_: None)
+    elif not (shutil.which("c++") or shutil.which("g++")):
+        pytest.skip("no C++ compiler here; generation takes the plain path")
+    else:
+        assert decode_kernel(size, dtype) is not None
+    torch.manual_seed(size)
+    config = SimpleNamespace(num_key_value_heads=heads // shared, head_dim=size, num_hidden_layers=2)
+    state = Decoding(config, 4, 64, 30, 9, torch.empty(0, dtype=dtype))
+    state.lengths_P = torch.tensor([1, 40, 64])
+    state.prompt_R = torch.tensor([0] * 21 + [1] + [2] * 6)[torch.randperm(28)]
+    state.written_R = torch.randint(1, 10, (28,))
+    for cache in (state.prompt_keys, state.prompt_values, state.row_cache):
+        cache.copy_(torch.randn(cache.shape))
+    state._place()
+    return state
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("heads", "shared", "size"), [(3, 1, 64), (4, 4, 128), (6, 2, 8), (2, 1, 20), (1, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_step_is_attention_over_prompt_and_row(
+    kernel: str, heads: int, shared: int, size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = filled(kernel, monkeypatch, dtype, heads, shared, size)
+    before = state.row_cache.clone()
+    query = torch.randn(heads, 28, size).to(dtype)
+    key, value = (torch.randn(heads // shared, 28, size).to(dtype) for _ in range(2))
+    output_RHD = state(1, query, key, value, scale=0.3)
+    assert output_RHD.dtype == dtype
+    for row, (prompt, written) in enumerate(zip(state.prompt_R.tolist(), state.written_R.tolist(), strict=True)):
+        length = int(state.lengths_P[prompt])
+        for head in range(heads):
+            of = head // shared
+            own_keys, own_values = before[1, :, row, of, : written - 1].double()
+            keys = torch.cat([state.prompt_keys[1, prompt, of, :, :length].T.double(), own_keys, key[of, row : row + 1].double()])
+            values = torch.cat(
+                [state.prompt_values[1, prompt, of, :length].double(), own_values, value[of, row : row + 1].double()]
+            )
+            expected = attention(query[head, row].double(), keys, values, 0.3)
+            tolerance = 1e-5 if dtype == torch.float32 else 0.05
+            torch.testing.assert_close(output_RHD[row, head].double(), expected, rtol=tolerance, atol=tolerance)
+
+    rows = torch.arange(28)
+    before[1, 0, rows, :, state.written_R - 1] = key.transpose(0, 1)
+    before[1, 1, rows, :, state.written_R - 1] = value.transpose(0, 1)
+    assert torch.equal(state.row_cache, before), "the newest keys and values are written, and nothing else"
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_far_scores_neither_overflow_nor_vanish(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores around +-10,000: all weight on the largest, wherever it lies."""
+    state = filled(kernel, monkeypatch, torch.float32, 1, 1, 8)
+    key = torch.zeros(1, 28, 8)
+    key[..., 0] = 1e4
+    value = torch.randn(1, 28, 8)
+    for sign in (1.0, -1.0):
+        query = torch.zeros(1, 28, 8)
+        query[..., 0] = sign
+        output_RHD = state(0, query, key, value, scale=1.0)
+        assert torch.isfinite(output_RHD).all()
+        assert torch.allclose(output_RHD[:, 0], value[0]) == (sign > 0)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rows_that_leave_take_nothing_with_them(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows that stay see what they saw, whatever place they now lie in."""
+    state = filled(kernel, monkeypatch, torch.float32, 2, 2, 16)
+    query, key, value = torch.randn(2, 28, 16), torch.randn(1, 28, 16), torch.randn(1, 28, 16)
+    before = state(0, query, key, value, scale=0.25)
+    keep_R = (torch.arange(28) % 3 != 0) & (state.prompt_R != 1)
+    order_R = state.keep(keep_R)
+    assert sorted(order_R.tolist()) == keep_R.nonzero()[:, 0].tolist()
+    assert len(state.lengths_P) == 2
+    after = state(0, query[:, order_R], key[:, order_R], value[:, order_R], scale=0.25)
+    torch.testing.assert_close(after, before[order_R])
+
+
+def test_without_a_compiler_generation_says_so_and_works(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tests.test_rollouts_native import sample, spoken
+
+    model = tiny_model("qwen3", tokenizer)
+    with_kernel = sample(model, tokenizer)
+    decode_kernel.cache_clear()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with caplog.at_level(logging.INFO):
+        without = sample(model, tokenizer)
+    decode_kernel.cache_clear()
+    assert "without its own attention kernel" in caplog.text
+    assert "no-such-compiler" in caplog.text
+    assert spoken(with_kernel) == spoken(without)
+
+
+def test_packed_weights_are_the_models_and_leave_nothing_behind(any_model: Any) -> None:
+    hidden = torch.randn(1, 5, any_model.config.hidden_size)
+    layers = [module for module in any_model.modules() if type(module) is torch.nn.Linear]
+    inputs = [torch.randn(1, 5, layer.in_features) for layer in layers]
+    expected = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
+    with packed_weights(any_model):
+        with torch.inference_mode():
+            found = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
+        # Whoever trains between two tokens gets gradients, as ever.
+        any_model.get_output_embeddings()(hidden).sum().backward()
+        assert any_model.get_output_embeddings().weight.grad is not None
+    any_model.zero_grad()
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert not any("forward" in vars(layer) for layer in layers)
+
+
+def test_a_rollout_that_is_given_up_leaves_the_model_as_it_was(tokenizer: Any) -> None:
+    from groupwise.rollouts.base import Sampling
+
+    model = tiny_model("qwen3", tokenizer)
+    groups = NativeSampler(model, tokenizer).generate(
+        [torch.tensor([3, 4]), torch.tensor([5])], 2, Sampling(max_tokens=6), seed=0
+    )
+    next(groups)
+    groups.close()
+    assert not any("forward" in vars(module) for module in model.modules())
