@@ -95,8 +95,9 @@ class Decoding:
         beyond_prompt = torch.arange(room, device=device) >= self.lengths_P[self.prompt_R][:, None]
         beyond_row = torch.arange(longest, device=device) >= self.written_R[:, None]
         scores_RKST.masked_fill_(torch.cat([beyond_prompt, beyond_row], 1)[:, None, None], -torch.inf)
-        of_prompt, of_own = scores_RKST.softmax(-1).split([room, longest], -1)
-        output_RKSD = self._by_row(self._by_prompt(of_prompt) @ prompt_values) + of_own @ values_RKTD
+        weights_RKST = scores_RKST.softmax(-1)
+        output_RKSD = weights_RKST[..., room:] @ values_RKTD
+        output_RKSD += self._by_row(self._by_prompt(weights_RKST[..., :room]) @ prompt_values)
         return output_RKSD.flatten(1, 2)
 
     def _by_prompt(self, x_RKSX: Tensor) -> Tensor:
