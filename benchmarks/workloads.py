@@ -52,7 +52,7 @@ WORKS = {
         hidden=256,
         heads=4,
         mlp=1024,
-        micro_batch_tokens=1024,
+        micro_batch_tokens=512,
     ),
 }
 

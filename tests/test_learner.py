@@ -1,5 +1,6 @@
 """The learner's promises: its log-probabilities are the model's, and a step's gradient does not depend on how it is cut."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -247,3 +248,38 @@ def test_bfloat16_products_leave_weights_and_gradients_in_float32(any_model: Any
     assert rough.dtype == torch.float32
     assert not torch.equal(rough, exact)
     assert torch.nn.functional.cosine_similarity(rough, exact, dim=0) > 0.98
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("padding", [None, 5])
+def test_gradients_in_place_are_autograds_own(tokenizer: Any, tied: bool, padding: int | None) -> None:
+    """Of embedding and output layer, over two backward passes; the padding token's embedding is not taught."""
+    from groupwise.learner.gradients import gradients_in_place
+    from tests.conftest import tiny_model
+
+    model = tiny_model("qwen3", tokenizer)
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 1.5)
+    assert (model.lm_head.weight is model.base_model.embed_tokens.weight) == tied
+    model.base_model.embed_tokens.padding_idx = padding
+    batch = random_batch(model)
+    assert (batch.tokens_BT == 5).any()
+
+    def gradients(in_place: bool) -> dict[str, Tensor]:
+        model.zero_grad(set_to_none=True)
+        for weight in (1.0, -0.3):
+            with gradients_in_place(model) if in_place else nullcontext():
+                logprobs_BT, _ = completion_logprobs(model, batch)
+            (weight * logprobs_BT.square()).sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    ours, plain = gradients(True), gradients(False)
+    assert ours.keys() == plain.keys()
+    for name, gradient in plain.items():
+        assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+    with gradients_in_place(model):
+        logprobs_BT, _ = completion_logprobs(model, batch)
+    returned = torch.autograd.grad(logprobs_BT.sum(), [model.lm_head.weight], allow_unused=True)
+    assert returned == (None,), "what is added in place is not returned too"
+    assert not any("forward" in vars(module) for module in model.modules())
+    model.zero_grad(set_to_none=True)

@@ -96,9 +96,10 @@ class Decoding:
         beyond_row = torch.arange(longest, device=device) >= self.written_R[:, None]
         scores_RKST.masked_fill_(torch.cat([beyond_prompt, beyond_row], 1)[:, None, None], -torch.inf)
         weights_RKST = scores_RKST.softmax(-1)
-        output_RKSD = weights_RKST[..., room:] @ values_RKTD
+        output_RKSD: Tensor = weights_RKST[..., room:] @ values_RKTD
         output_RKSD += self._by_row(self._by_prompt(weights_RKST[..., :room]) @ prompt_values)
-        return output_RKSD.flatten(1, 2)
+        output_RHD: Tensor = output_RKSD.flatten(1, 2)
+        return output_RHD
 
     def _by_prompt(self, x_RKSX: Tensor) -> Tensor:
         """Rows of a prompt side by side, [P, K, rows and S, X]; zeros where a prompt has fewer rows than the most."""

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from groupwise.learner.gradients import gradient_of, sum_in_place
 from groupwise.models import LogitShape, logits
 
-LOGITS_AT_ONCE = {"cpu": 2**22}
+LOGITS_AT_ONCE = {"cpu": 2**20}
 """Numbers of [tokens, block] logits held at a time, by device; the block shrinks as tokens are more, so memory is flat in V."""
 ELSEWHERE = 2**27
 WIDTH = 64
@@ -70,6 +71,7 @@ class _Head(torch.autograd.Function):
             ctx.mark_non_differentiable(entropy_N)
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, logs_N, entropy_N)
         ctx.shape, ctx.entropy_gradient = shape, entropy_gradient
+        ctx.parameter = weight_VH if sum_in_place(weight_VH) else None
         return of_target_N - top_N - total_N.log(), entropy_N
 
     @staticmethod
@@ -77,7 +79,9 @@ class _Head(torch.autograd.Function):
         hidden_NH, weight_VH, bias_V, targets_N, logs_N, entropy_N = ctx.saved_tensors
         d_logprobs_N, d_entropy_N = gradients
         d_hidden_NH = torch.zeros_like(hidden_NH, dtype=logs_N.dtype)  # many blocks add up in it
-        d_weight_VH = torch.empty_like(weight_VH) if ctx.needs_input_grad[1] else None
+        d_weight_VH = None
+        if ctx.needs_input_grad[1]:
+            d_weight_VH = torch.zeros_like(weight_VH) if ctx.parameter is None else gradient_of(ctx.parameter)
         d_bias_V = torch.empty_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
         mean_N = logs_N - entropy_N  # of z under the distribution
         for block, z_NV, rows, columns in _blocks(hidden_NH, weight_VH, bias_V, targets_N, ctx.shape):
@@ -88,15 +92,20 @@ class _Head(torch.autograd.Function):
                 d_NV *= -d_logprobs_N[:, None]
             d_NV[rows, columns] += d_logprobs_N[rows]
             d_NV = ctx.shape.backward(d_NV, z_NV).to(hidden_NH.dtype)
-            if d_hidden_NH.dtype == d_NV.dtype:
-                d_hidden_NH.addmm_(d_NV, weight_VH[block])
-            else:
-                d_hidden_NH += d_NV @ weight_VH[block].to(d_NV.dtype)
+            _add_product(d_hidden_NH, d_NV, weight_VH[block].to(d_NV.dtype))
             if d_weight_VH is not None:
-                d_weight_VH[block] = d_NV.t() @ hidden_NH
+                _add_product(d_weight_VH[block], d_NV.t(), hidden_NH)
             if d_bias_V is not None:
                 d_bias_V[block] = d_NV.sum(0)
-        return d_hidden_NH.to(hidden_NH.dtype), d_weight_VH, d_bias_V, None, None, None
+        returned = d_weight_VH if ctx.parameter is None else None
+        return d_hidden_NH.to(hidden_NH.dtype), returned, d_bias_V, None, None, None
+
+
+def _add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
+    if to.dtype == a.dtype:
+        to.addmm_(a, b)
+    else:
+        to += a @ b
 
 
 def _blocks(

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, cast
@@ -14,6 +14,7 @@ from transformers import DynamicCache, GradientCheckpointingLayer
 
 from groupwise.attention import Packed, packs, recomputing, run_packed
 from groupwise.config import LearnerSection
+from groupwise.learner.gradients import gradients_in_place
 from groupwise.learner.head import token_logprobs
 from groupwise.models import left_pad, positions
 from groupwise.types import Batch
@@ -43,14 +44,16 @@ def completion_logprobs(
 
 @contextmanager
 def running(model: Any, settings: LearnerSection) -> Iterator[None]:
-    """How the learner runs a model: with products in the settings' precision, and with layers checkpointed if they say so."""
+    """How the learner runs a model: products in the settings' precision, gradients of the largest matrices added in place,
+    layers checkpointed if the settings say so."""
     rough = settings.precision == "bfloat16"
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=rough):
-        if settings.checkpointing and torch.is_grad_enabled():
-            with _checkpointing(model):
-                yield
-        else:
-            yield
+    training = torch.is_grad_enabled()
+    with (
+        torch.autocast(model.device.type, torch.bfloat16, enabled=rough),
+        gradients_in_place(model) if training else nullcontext(),
+        _checkpointing(model) if training and settings.checkpointing else nullcontext(),
+    ):
+        yield
 
 
 _checkpointed: ContextVar[bool] = ContextVar("groupwise_checkpointed", default=False)

@@ -1,0 +1,68 @@
+"""The gradients of the vocabulary's matrices, added to what lies on them already.
+
+Autograd would hold up to three gradients of such a matrix at once where it is both embedding and output layer: the sum so
+far, and one from each use. They are most of the memory of a small model with a large vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_in_place: ContextVar[bool] = ContextVar("groupwise_gradients_in_place", default=False)
+
+
+@contextmanager
+def gradients_in_place(model: Any) -> Iterator[None]:
+    """Within: what is run adds to `parameter.grad` by itself, for the output layer and plain embeddings, in backward().
+
+    For the learner's own updates only: torch.autograd.grad and hooks of these parameters would see nothing.
+    """
+    compiled = model.base_model._compiled_call_impl is not None  # whose compiler must see its layers
+    embeddings = [] if compiled else [module for module in model.modules() if type(module) is torch.nn.Embedding]
+    for embedding in embeddings:
+        embedding.forward = partial(_embed, embedding)  # type: ignore[method-assign]
+    token = _in_place.set(True)
+    try:
+        yield
+    finally:
+        _in_place.reset(token)
+        for embedding in embeddings:
+            del embedding.forward  # the class's own is seen again
+
+
+def sum_in_place(parameter: Tensor) -> bool:
+    """Whether this parameter's gradient is to be added to parameter.grad, and not returned."""
+    return _in_place.get() and parameter.is_leaf and parameter.requires_grad
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """parameter.grad, made if there is none."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _embed(embedding: torch.nn.Embedding, tokens: Tensor) -> Tensor:
+    weight_VH = embedding.weight
+    if not sum_in_place(weight_VH):
+        return torch.nn.functional.embedding(tokens, weight_VH, embedding.padding_idx)
+    output: Tensor = _Embed.apply(tokens, weight_VH, embedding.padding_idx)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _Embed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight_VH: Tensor, padding: int | None) -> Tensor:
+        ctx.tokens, ctx.weight_VH, ctx.padding = tokens, weight_VH, padding
+        return weight_VH[tokens]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+        taught = torch.ones_like(ctx.tokens, dtype=torch.bool) if ctx.padding is None else ctx.tokens != ctx.padding
+        gradient_of(ctx.weight_VH).index_put_((ctx.tokens[taught],), gradients[0][taught], accumulate=True)
+        return None, None, None
