@@ -6,6 +6,7 @@ python benchmarks/savings.py
 import statistics
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -18,6 +19,16 @@ PAIRS = 3
 
 def padded_sampler(step: Step) -> dict[str, float]:
     with mock.patch("groupwise.rollouts.native.packs", return_value=False):
+        return step.run()
+
+
+def without_kernel(step: Step) -> dict[str, float]:
+    with mock.patch("groupwise.attention.decoding.decode_kernel", return_value=None):
+        return step.run()
+
+
+def weights_as_they_are(step: Step) -> dict[str, float]:
+    with mock.patch("groupwise.rollouts.native.packed_weights", lambda _: nullcontext()):
         return step.run()
 
 
@@ -40,6 +51,8 @@ def unshared_prompts(step: Step) -> dict[str, float]:
 VARIANTS: dict[str, Callable[[Step], dict[str, float]]] = {
     "everything": Step.run,
     "sampler: transformers' cache, padded": padded_sampler,
+    "sampler: attention in PyTorch, without the kernel": without_kernel,
+    "sampler: weights as they are": weights_as_they_are,
     "learner: prompts shared, but padded": padded_learner,
     "learner: prompts run for every row, padded": unshared_prompts,
 }

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from groupwise.attention import Decoding, decoding
+from groupwise.attention import Decoding, decoding, slower_path
 from groupwise.attention.kernel import decode_kernel
 from groupwise.rollouts.native import NativeSampler
 from groupwise.rollouts.packed_weights import packed_weights
@@ -115,6 +115,7 @@ def test_without_a_compiler_generation_says_so_and_works(
     monkeypatch.setenv("CXX", "no-such-compiler")
     with caplog.at_level(logging.INFO):
         without = sample(model, tokenizer)
+    assert "no C++ compiler" in str(slower_path(model))
     decode_kernel.cache_clear()
     assert "without its own attention kernel" in caplog.text
     assert "no-such-compiler" in caplog.text

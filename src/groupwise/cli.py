@@ -60,7 +60,7 @@ def train(
     resume: Annotated[Path | None, typer.Option("--resume", help="Go on with the run in this directory.")] = None,
 ) -> None:
     """Train a model. Without a recipe: the embedded default."""
-    from groupwise.attention import packs
+    from groupwise.attention import slower_path
     from groupwise.training import checkpoints
     from groupwise.training.display import Display
     from groupwise.training.loop import Interrupted, Trainer
@@ -86,8 +86,8 @@ def train(
         else:
             run.write_recipe(resolved(ready))
         console.print(f"{ready.algorithm.name} on {ready.task.name}, model {settings.model.path}; writing {run.path}")
-        if not packs(ready.model):
-            console.print(f"{type(ready.model).__name__} on {ready.model.device} takes the general path through attention")
+        if slower := slower_path(ready.model):
+            console.print(slower)
         with Display(console, settings.training.steps) as display:
             trainer = Trainer(ready, run, display)
             if checkpoint is not None:
@@ -209,7 +209,7 @@ def sft_command(
 @app.command()
 def check(recipe: Annotated[str, typer.Argument(help="A TOML file, or a shipped name.")], overrides: Overrides = None) -> None:
     """Find everything that can be wrong with a recipe, without training."""
-    from groupwise.attention import packs
+    from groupwise.attention import slower_path
     from groupwise.models import encode_prompt
     from groupwise.training.setup import prepare
 
@@ -227,7 +227,7 @@ def check(recipe: Annotated[str, typer.Argument(help="A TOML file, or a shipped 
             "task": f"{ready.task.name}: {len(ready.task.held_out(settings.training.eval_problems))} held-out problems",
             "first prompt": repr(ready.tokenizer.decode(prompt)),
             "algorithm": ready.algorithm.name,
-            "attention": "packed: prompts read once for their group" if packs(ready.model) else "the general path",
+            "attention": slower_path(ready.model) or "packed: prompts read once for their group",
             "a step": f"{settings.rollouts.prompts_per_step} prompts x {settings.rollouts.group_size} = {rows} completions, "
             f"at most {rows * settings.rollouts.max_tokens:,} tokens, {settings.learner.minibatches} updates",
         }

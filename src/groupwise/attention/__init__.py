@@ -7,8 +7,8 @@ This works for decoders whose attention goes through transformers' attention reg
 plain (no soft cap, no sinks), on a CPU; `packs` tells. Others take the general path, through padded batches.
 """
 
-from groupwise.attention.decoding import Decoding
+from groupwise.attention.decoding import Decoding, slower_path
 from groupwise.attention.interface import recomputing, run_packed
 from groupwise.attention.packed import Packed, packs
 
-__all__ = ["Decoding", "Packed", "packs", "recomputing", "run_packed"]
+__all__ = ["Decoding", "Packed", "packs", "recomputing", "run_packed", "slower_path"]

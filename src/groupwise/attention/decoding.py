@@ -7,10 +7,23 @@ from torch import Tensor
 
 from groupwise.attention.interface import run_packed
 from groupwise.attention.kernel import KEYS_AT_ONCE, decode_kernel
-from groupwise.attention.packed import Packed
+from groupwise.attention.packed import Packed, packs
 
 ROWS_AT_ONCE = 16
 """Steps run on a multiple of so many rows, some of them for nothing: kernels are made, and kept, for each size anew."""
+
+
+def slower_path(model: Any) -> str | None:
+    """For people: what keeps this model's attention from its fastest path; None if nothing does."""
+    if not packs(model):
+        return f"{type(model).__name__} on {model.device} takes the general path through attention"
+    if decode_kernel(_head_size(model.base_model.config), model.dtype) is None:
+        return f"generation takes a slower path through attention: no C++ compiler here makes its kernel for {model.dtype}"
+    return None
+
+
+def _head_size(config: Any) -> int:
+    return getattr(config, "head_dim", None) or int(config.hidden_size // config.num_attention_heads)
 
 
 class Decoding:
@@ -19,10 +32,9 @@ class Decoding:
     def __init__(self, config: Any, prompts: int, prompt_length: int, rows: int, tokens: int, like: Tensor) -> None:
         """Room for so many prompts and rows at once; `like` gives dtype and device."""
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        layers = config.num_hidden_layers
+        size, layers = _head_size(config), config.num_hidden_layers
         room = -(-prompt_length // KEYS_AT_ONCE) * KEYS_AT_ONCE
-        self._kernel = decode_kernel(size, like.dtype) if like.device.type == "cpu" else None
+        self._kernel = decode_kernel(size, like.dtype)
         # Without the kernel padded places are read. They count for nothing, but nothing times NaN, which memory may hold, is NaN.
         new = like.new_zeros if self._kernel is None else like.new_empty
         self.prompt_keys = new(layers, prompts, heads, size, room)
