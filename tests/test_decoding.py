@@ -12,7 +12,7 @@ from torch import Tensor
 from groupwise.attention import Decoding, decoding, slower_path
 from groupwise.attention.kernel import decode_kernel
 from groupwise.rollouts.native import NativeSampler
-from groupwise.rollouts.packed_weights import packed_weights
+from groupwise.rollouts.packed_weights import PackedWeights
 from tests.conftest import tiny_model
 
 KERNELS = ["compiled", "plain"]
@@ -69,6 +69,8 @@ def test_one_step_is_attention_over_prompt_and_row(
             tolerance = 1e-5 if dtype == torch.float32 else 0.05
             torch.testing.assert_close(output_RHD[row, head].double(), expected, rtol=tolerance, atol=tolerance)
 
+    spare = [torch.nn.functional.pad(x, (0, 0, 0, 4), value=torch.nan) for x in (query, key, value)]
+    assert torch.equal(state(1, *spare, scale=0.3)[:28], output_RHD), "rows there for nothing change nothing"
     rows = torch.arange(28)
     before[1, 0, rows, :, state.written_R - 1] = key.transpose(0, 1)
     before[1, 1, rows, :, state.written_R - 1] = value.transpose(0, 1)
@@ -127,7 +129,7 @@ def test_packed_weights_are_the_models_and_leave_nothing_behind(any_model: Any) 
     layers = [module for module in any_model.modules() if type(module) is torch.nn.Linear]
     inputs = [torch.randn(1, 5, layer.in_features) for layer in layers]
     expected = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
-    with packed_weights(any_model):
+    with PackedWeights(any_model):
         with torch.inference_mode():
             found = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
         # Whoever trains between two tokens gets gradients, as ever.
@@ -147,5 +149,6 @@ def test_a_rollout_that_is_given_up_leaves_the_model_as_it_was(tokenizer: Any) -
         [torch.tensor([3, 4]), torch.tensor([5])], 2, Sampling(max_tokens=6), seed=0
     )
     next(groups)
+    assert not any("forward" in vars(module) for module in model.modules()), "nor is it changed between two of its groups"
     groups.close()
     assert not any("forward" in vars(module) for module in model.modules())

@@ -42,6 +42,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return original(self, scores)
 
     monkeypatch.setattr(head, "LOGITS_AT_ONCE", {"cpu": 4 * V})
+    monkeypatch.setattr(head, "TOKENS_AT_ONCE", 1)
     monkeypatch.setattr(LogitShape, "__call__", measured)
     return sizes
 

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -282,3 +283,22 @@ def test_gradients_in_place_are_autograds_own(tokenizer: Any, tied: bool, paddin
     assert returned == (None,), "what is added in place is not returned too"
     assert not any("forward" in vars(module) for module in model.modules())
     model.zero_grad(set_to_none=True)
+
+
+def test_the_embeddings_gradient_adds_in_the_same_order_every_time() -> None:
+    """Thousands of tokens of few kinds, on two threads."""
+    from groupwise.learner.gradients import gradients_in_place
+
+    embedding = torch.nn.Embedding(5, 256)
+    model = SimpleNamespace(base_model=torch.nn.Module(), modules=lambda: [embedding])
+    tokens, weight = torch.randint(5, (4000,)), torch.randn(4000, 256)
+
+    def gradient() -> Tensor:
+        embedding.weight.grad = None
+        with gradients_in_place(model):
+            (embedding(tokens) * weight).sum().backward()
+        assert embedding.weight.grad is not None
+        return embedding.weight.grad.clone()
+
+    first = gradient()
+    assert all(torch.equal(first, gradient()) for _ in range(10))

@@ -86,7 +86,7 @@ def train(
         else:
             run.write_recipe(resolved(ready))
         console.print(f"{ready.algorithm.name} on {ready.task.name}, model {settings.model.path}; writing {run.path}")
-        if slower := slower_path(ready.model):
+        if slower := slower_path(ready.model, settings.rollouts.dtype):
             console.print(slower)
         with Display(console, settings.training.steps) as display:
             trainer = Trainer(ready, run, display)
@@ -227,7 +227,7 @@ def check(recipe: Annotated[str, typer.Argument(help="A TOML file, or a shipped 
             "task": f"{ready.task.name}: {len(ready.task.held_out(settings.training.eval_problems))} held-out problems",
             "first prompt": repr(ready.tokenizer.decode(prompt)),
             "algorithm": ready.algorithm.name,
-            "attention": slower_path(ready.model) or "packed: prompts read once for their group",
+            "attention": slower_path(ready.model, settings.rollouts.dtype) or "packed: prompts read once for their group",
             "a step": f"{settings.rollouts.prompts_per_step} prompts x {settings.rollouts.group_size} = {rows} completions, "
             f"at most {rows * settings.rollouts.max_tokens:,} tokens, {settings.learner.minibatches} updates",
         }

@@ -1,5 +1,6 @@
 // Attention for one step of generation. Each row's newest query meets its prompt's keys, which are read once for a few rows of
-// a group, and the row's own; one softmax goes over both. Compiled for one HEAD_SIZE and one kind of Element; see kernel.py.
+// a group, and the row's own; one softmax goes over both. Compiled for one HEAD_SIZE and one kind of Element; a query meets
+// LANES keys of a prompt at once, and prompts are padded to a multiple. See kernel.py.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -9,7 +10,6 @@ namespace {
 
 constexpr int64_t D = HEAD_SIZE;
 constexpr int64_t TILE = 4;    // queries that meet a prompt's keys together
-constexpr int64_t LANES = 32;  // prompt keys that a query meets at once; prompts are padded to a multiple
 constexpr int64_t CHUNK = 16;  // rows of a group that one thread takes
 constexpr int64_t AHEAD = 12;  // tokens whose keys are fetched early; read once, they leave the caches to the weights
 

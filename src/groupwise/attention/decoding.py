@@ -13,12 +13,16 @@ ROWS_AT_ONCE = 16
 """Steps run on a multiple of so many rows, some of them for nothing: kernels are made, and kept, for each size anew."""
 
 
-def slower_path(model: Any) -> str | None:
-    """For people: what keeps this model's attention from its fastest path; None if nothing does."""
+def slower_path(model: Any, dtype: str | None = None) -> str | None:
+    """For people: what keeps this model's attention from its fastest path; None if nothing does.
+
+    `dtype`: what it generates in; None: what its weights are in.
+    """
     if not packs(model):
         return f"{type(model).__name__} on {model.device} takes the general path through attention"
-    if decode_kernel(_head_size(model.base_model.config), model.dtype) is None:
-        return f"generation takes a slower path through attention: no C++ compiler here makes its kernel for {model.dtype}"
+    wanted = getattr(torch, dtype) if dtype else model.dtype
+    if decode_kernel(_head_size(model.base_model.config), wanted) is None:
+        return f"generation takes a slower path through attention: no kernel for {wanted}, or no C++ compiler to make it"
     return None
 
 
@@ -78,18 +82,21 @@ class Decoding:
         return run_packed(decoder, tokens_R, positions_R, self)[:R]
 
     def __call__(self, layer: int, query_HND: Tensor, key_KND: Tensor, value_KND: Tensor, scale: float) -> Tensor:
-        R = len(self.prompt_R)
-        query_RHD, key_RKD, value_RKD = (x.transpose(0, 1).contiguous() for x in (query_HND, key_KND, value_KND))
+        R, dtype = len(self.prompt_R), self.row_cache.dtype
+        query_RHD, key_RKD, value_RKD = (x.transpose(0, 1).to(dtype).contiguous() for x in (query_HND, key_KND, value_KND))
+        assert key_RKD.shape[1:] == value_RKD.shape[1:] == self.row_cache.shape[3::2], (
+            "the kernel is told where to read and write"
+        )
         output_RHD = torch.zeros_like(query_RHD)
         if self._kernel is None:
             output_RHD[:R] = self._plain(layer, query_RHD[:R], key_RKD[:R], value_RKD[:R], scale)
-            return output_RHD
+            return output_RHD.to(query_HND.dtype)
         keys, values = self.row_cache[layer]
         sizes = len(self.lengths_P), query_RHD.shape[1], key_RKD.shape[1], keys.shape[2], self.prompt_keys.shape[-1]
         caches = keys, values, self.prompt_keys[layer], self.prompt_values[layer]
         order = self.written_R, self.lengths_P, self._order_R, self._starts_P
         self._kernel(query_RHD, key_RKD, value_RKD, *caches, *order, output_RHD, scale, *sizes, self._most_rows)
-        return output_RHD
+        return output_RHD.to(query_HND.dtype)
 
     def _plain(self, layer: int, query_RHD: Tensor, key_RKD: Tensor, value_RKD: Tensor, scale: float) -> Tensor:
         """What the kernel does, in PyTorch. S query heads share a key-value head."""

@@ -23,21 +23,29 @@ def gradients_in_place(model: Any) -> Iterator[None]:
     For the learner's own updates only: torch.autograd.grad and hooks of these parameters would see nothing.
     """
     compiled = model.base_model._compiled_call_impl is not None  # whose compiler must see its layers
-    embeddings = [] if compiled else [module for module in model.modules() if type(module) is torch.nn.Embedding]
-    for embedding in embeddings:
-        embedding.forward = partial(_embed, embedding)  # type: ignore[method-assign]
+    embeddings = [] if compiled else [module for module in model.modules() if _plain(module)]
     token = _in_place.set(True)
     try:
+        for embedding in embeddings:
+            embedding.forward = partial(_embed, embedding)
         yield
     finally:
         _in_place.reset(token)
         for embedding in embeddings:
-            del embedding.forward  # the class's own is seen again
+            vars(embedding).pop("forward", None)  # the class's own is seen again
+
+
+def _plain(module: Any) -> bool:
+    return type(module) is torch.nn.Embedding and not (module.max_norm or module.scale_grad_by_freq or module.sparse)
 
 
 def sum_in_place(parameter: Tensor) -> bool:
-    """Whether this parameter's gradient is to be added to parameter.grad, and not returned."""
-    return _in_place.get() and parameter.is_leaf and parameter.requires_grad
+    """Whether this parameter's gradient is to be added to parameter.grad, and not returned.
+
+    Not below float32, where many small additions to a large sum would be lost.
+    """
+    wide = parameter.dtype in (torch.float32, torch.float64)
+    return _in_place.get() and wide and parameter.is_leaf and parameter.requires_grad
 
 
 def gradient_of(parameter: Tensor) -> Tensor:
@@ -59,10 +67,15 @@ class _Embed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight_VH: Tensor, padding: int | None) -> Tensor:
         ctx.tokens, ctx.weight_VH, ctx.padding = tokens, weight_VH, padding
-        return weight_VH[tokens]
+        return torch.nn.functional.embedding(tokens, weight_VH)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
         taught = torch.ones_like(ctx.tokens, dtype=torch.bool) if ctx.padding is None else ctx.tokens != ctx.padding
-        gradient_of(ctx.weight_VH).index_put_((ctx.tokens[taught],), gradients[0][taught], accumulate=True)
+        sum_VH, tokens_N, gradient_NH = gradient_of(ctx.weight_VH), ctx.tokens[taught], gradients[0][taught]
+        # Each is the one that adds in the same order every time on its device.
+        if sum_VH.device.type == "cpu":
+            sum_VH.index_add_(0, tokens_N, gradient_NH)
+        else:
+            sum_VH.index_put_((tokens_N,), gradient_NH, accumulate=True)
         return None, None, None

@@ -17,6 +17,8 @@ from groupwise.models import LogitShape, logits
 LOGITS_AT_ONCE = {"cpu": 2**20}
 """Numbers of [tokens, block] logits held at a time, by device; the block shrinks as tokens are more, so memory is flat in V."""
 ELSEWHERE = 2**27
+TOKENS_AT_ONCE = 32
+"""At least, where the output layer is not a plain matrix: each chunk has a gradient of all its weights."""
 WIDTH = 64
 """Blocks are a multiple of it where they are as large: products into rows of 4,096 run half as fast again as of 4,194."""
 
@@ -139,7 +141,7 @@ def _through_any_layer(
             logprobs_CV = logprobs_CV.detach()
         return of_targets_C, -(logprobs_CV.exp() * logprobs_CV).sum(-1)
 
-    size = max(1, _at_once(hidden_NH) // model.config.get_text_config().vocab_size)
+    size = max(TOKENS_AT_ONCE, _at_once(hidden_NH) // model.config.get_text_config().vocab_size)
     pieces = [
         checkpoint(chunk, hidden, targets, use_reentrant=False, preserve_rng_state=False)
         for hidden, targets in zip(torch.split(hidden_NH, size), torch.split(targets_N, size), strict=True)

@@ -15,7 +15,7 @@ from groupwise.attention import Decoding, packs
 from groupwise.errors import DIVERGED, RunError
 from groupwise.models import left_pad, logits, positions
 from groupwise.rollouts.base import Sampling
-from groupwise.rollouts.packed_weights import packed_weights
+from groupwise.rollouts.packed_weights import PackedWeights
 from groupwise.types import Completion
 
 
@@ -47,12 +47,16 @@ class NativeSampler:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         run = self._run_packed if packs(self.model) else self._run_padded
         left = [group_size] * len(prompts)
-        with packed_weights(self.model):
-            for finished in run(prompts, order, group_size, sampling, draft):
-                for prompt in (row // group_size for row in finished):
-                    left[prompt] -= 1
-                    if left[prompt] == 0:
-                        yield prompt, self._completions(draft, range(prompt * group_size, (prompt + 1) * group_size))
+        packed, finishing = PackedWeights(self.model), run(prompts, order, group_size, sampling, draft)
+        while True:
+            with packed:  # only while the sampler itself runs
+                finished = next(finishing, None)
+            if finished is None:
+                return
+            for prompt in (row // group_size for row in finished):
+                left[prompt] -= 1
+                if left[prompt] == 0:
+                    yield prompt, self._completions(draft, range(prompt * group_size, (prompt + 1) * group_size))
 
     @torch.inference_mode()
     def _run_packed(
