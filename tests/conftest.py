@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 
+from groupwise.kernels import layers, packed
+from groupwise.kernels.compiled import library
 from groupwise.models import character_tokenizer, load_model, load_tokenizer, new_model
 from groupwise.tasks.arithmetic import CHARACTERS
 
@@ -30,6 +32,17 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 1,
     },
 }
+
+
+def need_kernels() -> None:
+    if library("choose") is None:
+        pytest.skip("no C++ compiler here that makes the kernels; PyTorch does their work, and is tested beside them")
+
+
+def forget_kernels() -> None:
+    """As in a new process: what is compiled is compiled again."""
+    for function in (library, layers.kernels, packed._kernels):
+        function.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import groupwise
 ROOT = Path(groupwise.__file__).parent
 LEVELS = [
     {"algorithms", "errors", "seeding"},
-    {"types", "plugins"},
+    {"types", "plugins", "kernels"},
     {"models", "config", "attention"},
     {"tasks", "rewards", "rollouts", "learner"},
     {"training", "evidence"},

@@ -1,7 +1,6 @@
 """Attention in generation, with the compiled kernel and without: a prompt's keys once for its group, and each row's own."""
 
 import logging
-import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +9,10 @@ import torch
 from torch import Tensor
 
 from groupwise.attention import Decoding, decoding, slower_path
-from groupwise.attention.kernel import decode_kernel
+from groupwise.kernels.decode import decode_kernel
 from groupwise.rollouts.native import NativeSampler
 from groupwise.rollouts.packed_weights import PackedWeights
-from tests.conftest import tiny_model
+from tests.conftest import forget_kernels, need_kernels, tiny_model
 
 KERNELS = ["compiled", "plain"]
 
@@ -28,9 +27,8 @@ def filled(kernel: str, monkeypatch: Any, dtype: torch.dtype, heads: int, shared
     """Three prompts of 1, 40 and 64 tokens with 21, 1 and 6 rows, in an order that is not theirs, and a layer to spare."""
     if kernel == "plain":
         monkeypatch.setattr(decoding, "decode_kernel", lambda *_: None)
-    elif not (shutil.which("c++") or shutil.which("g++")):
-        pytest.skip("no C++ compiler here; generation takes the plain path")
     else:
+        need_kernels()
         assert decode_kernel(size, dtype) is not None
     torch.manual_seed(size)
     config = SimpleNamespace(num_key_value_heads=heads // shared, head_dim=size, num_hidden_layers=2)
@@ -52,8 +50,8 @@ def test_one_step_is_attention_over_prompt_and_row(
 ) -> None:
     state = filled(kernel, monkeypatch, dtype, heads, shared, size)
     before = state.row_cache.clone()
-    query = torch.randn(heads, 28, size).to(dtype)
-    key, value = (torch.randn(heads // shared, 28, size).to(dtype) for _ in range(2))
+    query = torch.randn(28, heads, size).to(dtype)
+    key, value = (torch.randn(28, heads // shared, size).to(dtype) for _ in range(2))
     output_RHD = state(1, query, key, value, scale=0.3)
     assert output_RHD.dtype == dtype
     for row, (prompt, written) in enumerate(zip(state.prompt_R.tolist(), state.written_R.tolist(), strict=True)):
@@ -61,19 +59,17 @@ def test_one_step_is_attention_over_prompt_and_row(
         for head in range(heads):
             of = head // shared
             own_keys, own_values = before[1, :, row, of, : written - 1].double()
-            keys = torch.cat([state.prompt_keys[1, prompt, of, :, :length].T.double(), own_keys, key[of, row : row + 1].double()])
-            values = torch.cat(
-                [state.prompt_values[1, prompt, of, :length].double(), own_values, value[of, row : row + 1].double()]
-            )
-            expected = attention(query[head, row].double(), keys, values, 0.3)
+            keys = torch.cat([state.prompt_keys[1, prompt, of, :length].double(), own_keys, key[row, of][None].double()])
+            values = torch.cat([state.prompt_values[1, prompt, of, :length].double(), own_values, value[row, of][None].double()])
+            expected = attention(query[row, head].double(), keys, values, 0.3)
             tolerance = 1e-5 if dtype == torch.float32 else 0.05
             torch.testing.assert_close(output_RHD[row, head].double(), expected, rtol=tolerance, atol=tolerance)
 
-    spare = [torch.nn.functional.pad(x, (0, 0, 0, 4), value=torch.nan) for x in (query, key, value)]
+    spare = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 4), value=torch.nan) for x in (query, key, value)]
     assert torch.equal(state(1, *spare, scale=0.3)[:28], output_RHD), "rows there for nothing change nothing"
     rows = torch.arange(28)
-    before[1, 0, rows, :, state.written_R - 1] = key.transpose(0, 1)
-    before[1, 1, rows, :, state.written_R - 1] = value.transpose(0, 1)
+    before[1, 0, rows, :, state.written_R - 1] = key
+    before[1, 1, rows, :, state.written_R - 1] = value
     assert torch.equal(state.row_cache, before), "the newest keys and values are written, and nothing else"
 
 
@@ -81,28 +77,28 @@ def test_one_step_is_attention_over_prompt_and_row(
 def test_far_scores_neither_overflow_nor_vanish(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores around +-10,000: all weight on the largest, wherever it lies."""
     state = filled(kernel, monkeypatch, torch.float32, 1, 1, 8)
-    key = torch.zeros(1, 28, 8)
+    key = torch.zeros(28, 1, 8)
     key[..., 0] = 1e4
-    value = torch.randn(1, 28, 8)
+    value = torch.randn(28, 1, 8)
     for sign in (1.0, -1.0):
-        query = torch.zeros(1, 28, 8)
+        query = torch.zeros(28, 1, 8)
         query[..., 0] = sign
         output_RHD = state(0, query, key, value, scale=1.0)
         assert torch.isfinite(output_RHD).all()
-        assert torch.allclose(output_RHD[:, 0], value[0]) == (sign > 0)
+        assert torch.allclose(output_RHD[:, 0], value[:, 0]) == (sign > 0)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_rows_that_leave_take_nothing_with_them(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows that stay see what they saw, whatever place they now lie in."""
     state = filled(kernel, monkeypatch, torch.float32, 2, 2, 16)
-    query, key, value = torch.randn(2, 28, 16), torch.randn(1, 28, 16), torch.randn(1, 28, 16)
+    query, key, value = torch.randn(28, 2, 16), torch.randn(28, 1, 16), torch.randn(28, 1, 16)
     before = state(0, query, key, value, scale=0.25)
     keep_R = (torch.arange(28) % 3 != 0) & (state.prompt_R != 1)
     order_R = state.keep(keep_R)
     assert sorted(order_R.tolist()) == keep_R.nonzero()[:, 0].tolist()
     assert len(state.lengths_P) == 2
-    after = state(0, query[:, order_R], key[:, order_R], value[:, order_R], scale=0.25)
+    after = state(0, query[order_R], key[order_R], value[order_R], scale=0.25)
     torch.testing.assert_close(after, before[order_R])
 
 
@@ -111,17 +107,18 @@ def test_without_a_compiler_generation_says_so_and_works(
 ) -> None:
     from tests.test_rollouts_native import sample, spoken
 
+    with_kernels = sample(tiny_model("qwen3", tokenizer), tokenizer)
     model = tiny_model("qwen3", tokenizer)
-    with_kernel = sample(model, tokenizer)
-    decode_kernel.cache_clear()
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with caplog.at_level(logging.INFO):
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
+        patch.setenv("CXX", "no-such-compiler")
+        forget_kernels()
         without = sample(model, tokenizer)
-    assert "no C++ compiler" in str(slower_path(model))
-    decode_kernel.cache_clear()
-    assert "without its own attention kernel" in caplog.text
+        assert "no C++ compiler" in str(slower_path(model))
+    forget_kernels()
+    for name in ("decode", "choose", "layers", "packed"):
+        assert f"without the kernels of {name}" in caplog.text
     assert "no-such-compiler" in caplog.text
-    assert spoken(with_kernel) == spoken(without)
+    assert spoken(with_kernels) == spoken(without)
 
 
 def test_packed_weights_are_the_models_and_leave_nothing_behind(any_model: Any) -> None:
@@ -139,6 +136,39 @@ def test_packed_weights_are_the_models_and_leave_nothing_behind(any_model: Any) 
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert not any("forward" in vars(layer) for layer in layers)
+
+
+def test_products_of_one_input_are_made_as_one() -> None:
+    layers = {name: torch.nn.Linear(12, size, bias=False) for name, size in (("q_proj", 8), ("k_proj", 4), ("v_proj", 4))}
+    modules = [SimpleNamespace(**layers), *layers.values()]
+    decoder = SimpleNamespace(_compiled_call_impl=None)
+    model = SimpleNamespace(device=torch.device("cpu"), modules=lambda: modules, base_model=decoder)
+    x, other = torch.randn(2, 5, 12)
+    with PackedWeights(model), torch.inference_mode(), torch.profiler.profile() as profile:
+        for one in (x, other, x):  # in any order, and again
+            for layer in (layers["k_proj"], layers["q_proj"], layers["v_proj"]):
+                torch.testing.assert_close(layer(one), torch.nn.functional.linear(one, layer.weight))
+        product = layers["q_proj"].forward.func
+        assert product._input is None and not product._left, "nothing is kept"
+        torch.testing.assert_close(layers["q_proj"](x), x @ layers["q_proj"].weight.T)
+        torch.testing.assert_close(layers["q_proj"](other), other @ layers["q_proj"].weight.T)
+    products = [event for event in profile.events() if event.name == "mkldnn::_linear_pointwise"]
+    assert len(products) == 5
+
+
+@pytest.mark.parametrize("change", [{"bias": True}, {"in_features": 6}], ids=["a bias", "another input"])
+def test_products_that_cannot_be_one_are_made_alone(change: dict[str, Any]) -> None:
+    gate_proj = torch.nn.Linear(12, 8, bias=False)
+    up_proj = torch.nn.Linear(**{"in_features": 12, "out_features": 8, "bias": False, **change})
+    model = SimpleNamespace(
+        device=torch.device("cpu"),
+        modules=lambda: [SimpleNamespace(gate_proj=gate_proj, up_proj=up_proj), gate_proj, up_proj],
+        base_model=SimpleNamespace(_compiled_call_impl=None),
+    )
+    with PackedWeights(model), torch.inference_mode():
+        for layer in (gate_proj, up_proj):
+            x = torch.randn(3, layer.in_features)
+            torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
 
 
 def test_a_rollout_that_is_given_up_leaves_the_model_as_it_was(tokenizer: Any) -> None:

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from groupwise.attention import packs
+from groupwise.kernels.choose import choose_kernel
 from groupwise.learner.logprobs import completion_logprobs
 from groupwise.rollouts.base import Sampling
 from groupwise.rollouts.native import NativeSampler, draw
 from groupwise.types import Batch, Completion, pad_rows
+from tests.conftest import need_kernels
 
 PROMPTS = [torch.tensor([3, 12, 4, 15]), torch.tensor([7, 14, 5, 12, 6, 6, 15]), torch.tensor([5, 15])]
 
@@ -115,29 +117,55 @@ def test_limits_and_their_logprobs(any_model: Any, tokenizer: Any, settings: dic
             torch.testing.assert_close(completion.logprobs[0], expected, rtol=0, atol=1e-4)
 
 
-def test_draw_follows_the_distribution() -> None:
+@pytest.fixture(params=["compiled", "plain"])
+def choose(request: pytest.FixtureRequest) -> Any:
+    """Both ways of drawing a token: (scores [R, V], uniforms [R]) -> (tokens [R], logprobs [R])."""
+    if request.param == "plain":
+        return draw
+    need_kernels()
+    return choose_kernel()
+
+
+def test_draw_follows_the_distribution(choose: Any) -> None:
     probs = torch.tensor([0.5, 0.0, 0.2, 0.3])
     uniforms = torch.rand(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    tokens = draw(probs.expand(len(uniforms), 4), uniforms)
+    tokens, logprobs = choose((7 + probs.log()).expand(len(uniforms), 4), uniforms)
     shares = torch.bincount(tokens, minlength=4) / len(uniforms)
     assert shares[1] == 0
     # Five standard deviations of a share of 200,000 draws.
     torch.testing.assert_close(shares, probs, rtol=0, atol=5 * (0.25 / len(uniforms)) ** 0.5)
+    torch.testing.assert_close(logprobs, probs[tokens].log(), rtol=0, atol=1e-6)
 
 
-def test_draw_never_takes_a_token_without_probability() -> None:
+def test_draw_never_takes_a_token_without_probability(choose: Any) -> None:
     probs = torch.tensor([0.0, 1.0, 0.0])
     uniforms = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
-    assert draw(probs.expand(3, 3), uniforms).tolist() == [1, 1, 1]
+    assert choose(probs.log().expand(3, 3), uniforms)[0].tolist() == [1, 1, 1]
 
 
-def test_draw_finds_the_same_token_in_a_large_vocabulary_as_a_plain_cumulative_sum() -> None:
-    torch.manual_seed(0)
-    weights = torch.rand(64, 5000).masked_fill_(torch.rand(64, 5000) < 0.9, 0)
+@pytest.mark.parametrize("V", [1, 511, 512, 513, 5000])
+def test_draw_finds_the_token_and_logprob_of_a_plain_cumulative_sum(choose: Any, V: int) -> None:
+    scores = 3 * torch.randn(64, V)
+    scores[torch.rand(64, V) < 0.9] = -torch.inf
+    scores[:, V // 3] = 1.0
     uniforms = torch.rand(64, dtype=torch.float64)
-    plain = torch.searchsorted(weights.double().cumsum(-1), ((1 - uniforms) * weights.double().sum(-1))[:, None])[:, 0]
-    assert torch.equal(draw(weights, uniforms), plain)
-    assert (weights.gather(1, draw(weights, torch.zeros(64, dtype=torch.float64))[:, None]) > 0).all()
+    weights = scores.double().exp()
+    plain = torch.searchsorted(weights.cumsum(-1), ((1 - uniforms) * weights.sum(-1))[:, None])[:, 0]
+    tokens, logprobs = choose(scores, uniforms)
+    assert torch.equal(tokens, plain)
+    expected = scores.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(logprobs, expected.float(), rtol=1e-6, atol=1e-6)
+    for uniform in (0.0, 1 - 2**-53):
+        tokens, _ = choose(scores, torch.full((64,), uniform, dtype=torch.float64))
+        assert (weights.gather(1, tokens[:, None]) > 0).all()
+
+
+@pytest.mark.parametrize("strange", [torch.nan, torch.inf])
+def test_draw_says_which_row_has_no_distribution(choose: Any, strange: float) -> None:
+    scores = torch.randn(3, 600)
+    scores[1, 555] = strange
+    tokens, _ = choose(scores, torch.full((3,), 0.5, dtype=torch.float64))
+    assert (tokens >= 600).tolist() == [False, True, False]
 
 
 def test_a_sampler_in_bfloat16_follows_the_weights_of_the_model(tokenizer: Any) -> None:

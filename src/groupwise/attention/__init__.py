@@ -5,6 +5,9 @@ back (`interface`), and an `Attend` says what each token may look at: `Packed` i
 
 This works for decoders whose attention goes through transformers' attention registry, is full (no sliding window) and
 plain (no soft cap, no sinks), on a CPU; `packs` tells. Others take the general path, through padded batches.
+
+In float32 it runs on kernels (`groupwise.kernels`), and so do the layers around it (`fused`); in other dtypes, and without a C++
+compiler, on PyTorch's (`blocks`).
 """
 
 from groupwise.attention.decoding import Decoding, slower_path

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from groupwise.attention.blocks import Layout, ragged
 from groupwise.attention.interface import run_packed
-from groupwise.attention.kernel import KEYS_AT_ONCE, decode_kernel
 from groupwise.attention.packed import Packed, packs
+from groupwise.kernels.decode import decode_kernel
 
 ROWS_AT_ONCE = 16
 """Steps run on a multiple of so many rows, some of them for nothing: kernels are made, and kept, for each size anew."""
@@ -22,7 +23,7 @@ def slower_path(model: Any, dtype: str | None = None) -> str | None:
         return f"{type(model).__name__} on {model.device} takes the general path through attention"
     wanted = getattr(torch, dtype) if dtype else model.dtype
     if decode_kernel(_head_size(model.base_model.config), wanted) is None:
-        return f"generation takes a slower path through attention: no kernel for {wanted}, or no C++ compiler to make it"
+        return f"no C++ compiler, or no kernels for {wanted}: generation takes a slower path through PyTorch"
     return None
 
 
@@ -37,12 +38,11 @@ class Decoding:
         """Room for so many prompts and rows at once; `like` gives dtype and device."""
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size, layers = _head_size(config), config.num_hidden_layers
-        room = -(-prompt_length // KEYS_AT_ONCE) * KEYS_AT_ONCE
         self._kernel = decode_kernel(size, like.dtype)
         # Without the kernel padded places are read. They count for nothing, but nothing times NaN, which memory may hold, is NaN.
         new = like.new_zeros if self._kernel is None else like.new_empty
-        self.prompt_keys = new(layers, prompts, heads, size, room)
-        self.prompt_values = new(layers, prompts, heads, room, size)
+        self.prompt_keys = new(layers, prompts, heads, prompt_length, size)
+        self.prompt_values = new(layers, prompts, heads, prompt_length, size)
         self.row_cache = new(layers, 2, rows, heads, tokens, size)
         self.lengths_P = torch.zeros(0, dtype=torch.long, device=like.device)
         """Tokens of each prompt."""
@@ -55,14 +55,15 @@ class Decoding:
         """Take in prompts with `group_size` rows each; returns the last hidden state of each prompt [p, H]."""
         lengths = [len(prompt) for prompt in prompts]
         nothing = torch.zeros(0, dtype=torch.long)
-        layout = Packed(lengths, nothing, nothing, prompts[0].device)
+        device = prompts[0].device
+        layout, prompt_rows = Packed(lengths, nothing, nothing, device), Layout(ragged(torch.tensor(lengths), 0), device)
         first, longest = len(self.lengths_P), max(lengths)
         new = slice(first, first + len(prompts))
 
-        def attend(layer: int, query_HND: Tensor, key_KND: Tensor, value_KND: Tensor, scale: float) -> Tensor:
-            self.prompt_keys[layer, new, :, :, :longest] = layout.prompts.rows(key_KND.transpose(0, 1)).transpose(2, 3)
-            self.prompt_values[layer, new, :, :longest] = layout.prompts.rows(value_KND.transpose(0, 1))
-            return layout(layer, query_HND, key_KND, value_KND, scale)
+        def attend(layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scale: float) -> Tensor:
+            self.prompt_keys[layer, new, :, :longest] = prompt_rows.rows(key_NKD)
+            self.prompt_values[layer, new, :, :longest] = prompt_rows.rows(value_NKD)
+            return layout(layer, query_NHD, key_NKD, value_NKD, scale)
 
         hidden_NH = run_packed(decoder, torch.cat(prompts), layout.positions_N, attend)
         self.lengths_P = torch.cat([self.lengths_P, self.lengths_P.new_tensor(lengths)])
@@ -81,22 +82,22 @@ class Decoding:
         tokens_R, positions_R = (torch.nn.functional.pad(x, (0, spare)) for x in (tokens_R, positions_R))
         return run_packed(decoder, tokens_R, positions_R, self)[:R]
 
-    def __call__(self, layer: int, query_HND: Tensor, key_KND: Tensor, value_KND: Tensor, scale: float) -> Tensor:
+    def __call__(self, layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scale: float) -> Tensor:
         R, dtype = len(self.prompt_R), self.row_cache.dtype
-        query_RHD, key_RKD, value_RKD = (x.transpose(0, 1).to(dtype).contiguous() for x in (query_HND, key_KND, value_KND))
+        query_RHD, key_RKD, value_RKD = (x.to(dtype).contiguous() for x in (query_NHD, key_NKD, value_NKD))
         assert key_RKD.shape[1:] == value_RKD.shape[1:] == self.row_cache.shape[3::2], (
             "the kernel is told where to read and write"
         )
         output_RHD = torch.zeros_like(query_RHD)
         if self._kernel is None:
             output_RHD[:R] = self._plain(layer, query_RHD[:R], key_RKD[:R], value_RKD[:R], scale)
-            return output_RHD.to(query_HND.dtype)
+            return output_RHD.to(query_NHD.dtype)
         keys, values = self.row_cache[layer]
-        sizes = len(self.lengths_P), query_RHD.shape[1], key_RKD.shape[1], keys.shape[2], self.prompt_keys.shape[-1]
+        sizes = len(self.lengths_P), query_RHD.shape[1], key_RKD.shape[1], keys.shape[2], self.prompt_keys.shape[3]
         caches = keys, values, self.prompt_keys[layer], self.prompt_values[layer]
         order = self.written_R, self.lengths_P, self._order_R, self._starts_P
         self._kernel(query_RHD, key_RKD, value_RKD, *caches, *order, output_RHD, scale, *sizes, self._most_rows)
-        return output_RHD.to(query_HND.dtype)
+        return output_RHD.to(query_NHD.dtype)
 
     def _plain(self, layer: int, query_RHD: Tensor, key_RKD: Tensor, value_RKD: Tensor, scale: float) -> Tensor:
         """What the kernel does, in PyTorch. S query heads share a key-value head."""
@@ -104,12 +105,12 @@ class Decoding:
         rows_R, device = torch.arange(R), key_RKD.device
         for cache, new in zip(self.row_cache[layer], (key_RKD, value_RKD), strict=True):
             cache[rows_R, :, self.written_R - 1] = new
-        longest, room = int(self.written_R.max()), self.prompt_keys.shape[-1]
+        longest, room = int(self.written_R.max()), self.prompt_keys.shape[3]
         keys_RKTD, values_RKTD = self.row_cache[layer, :, :R, :, :longest]
         prompt_keys, prompt_values = (cache[layer, : len(self.lengths_P)] for cache in (self.prompt_keys, self.prompt_values))
 
         query_RKSD = torch.unflatten(query_RHD, 1, (K, -1)) * scale
-        of_prompt = self._by_row(self._by_prompt(query_RKSD) @ prompt_keys)
+        of_prompt = self._by_row(self._by_prompt(query_RKSD) @ prompt_keys.transpose(2, 3))
         scores_RKST = torch.cat([of_prompt, query_RKSD @ keys_RKTD.transpose(2, 3)], -1)
         beyond_prompt = torch.arange(room, device=device) >= self.lengths_P[self.prompt_R][:, None]
         beyond_row = torch.arange(longest, device=device) >= self.written_R[:, None]
@@ -151,7 +152,7 @@ class Decoding:
         count = int(keep.sum())
         holes = (~keep[:count]).nonzero()[:, 0]
         movers = keep[count:].nonzero()[:, 0] + count
-        for cache in caches:
+        for cache in caches if len(movers) else ():
             cache[:, holes] = cache[:, movers]
         order = torch.arange(count, device=keep.device)
         order[holes] = movers

@@ -2,23 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from groupwise.attention.attend import Attend, current_attend
+from groupwise.attention.fused import fused
+
 NAME = "groupwise"
-
-
-class Attend(Protocol):
-    def __call__(self, layer: int, query_HND: Tensor, key_KND: Tensor, value_KND: Tensor, scale: float) -> Tensor:
-        """What each of N tokens gathers, [N, H, D]; K key-value heads serve H query heads."""
-        ...
-
-
-_attend: ContextVar[Attend] = ContextVar("groupwise_attend")
 
 
 def _interface(
@@ -36,7 +29,8 @@ def _interface(
 
 
 def _run(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    return _attend.get()(layer, query[0], key[0], value[0], scale)[None]
+    query_NHD, key_NKD, value_NKD = (x[0].transpose(0, 1) for x in (query, key, value))
+    return current_attend.get()(layer, query_NHD, key_NKD, value_NKD, scale)[None]
 
 
 _outside_graph = torch.compiler.disable(_run)  # type: ignore[no-untyped-call]
@@ -58,18 +52,19 @@ def attending(decoder: Any, attend: Attend) -> Iterator[None]:
     """Run the decoder's attention layers through `attend`."""
     config = decoder.config
     before = config._attn_implementation
-    token = _attend.set(attend)
+    token = current_attend.set(attend)
     config._attn_implementation = NAME
     try:
-        yield
+        with fused(decoder):
+            yield
     finally:
         config._attn_implementation = before
-        _attend.reset(token)
+        current_attend.reset(token)
 
 
 def recomputing(decoder: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """For torch's checkpoint: what surrounds a layer's first run, and its second, in the backward pass."""
-    attend = _attend.get(None)
+    attend = current_attend.get(None)
     return nullcontext(), nullcontext() if attend is None else attending(decoder, attend)
 
 

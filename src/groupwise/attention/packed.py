@@ -1,17 +1,14 @@
 """Attention in training: no padding through the model, and each prompt's keys read once for its group."""
 
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from groupwise.attention.blocks import BlockAttention, Blocks
 from groupwise.attention.interface import run_packed
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-LIKE_LENGTH, SHORT = 0.7, 8
-"""Rows share a padded kernel call when the shorter has at least this share of the longer's tokens, less a few."""
+from groupwise.kernels.packed import Rows, attention, has_kernel
 
 
 def packs(model: Any) -> bool:
@@ -22,10 +19,15 @@ def packs(model: Any) -> bool:
         return False
     if not hasattr(model, "_groupwise_packs"):
         model._groupwise_packs = _trial(model)
+        if not model._groupwise_packs and getattr(model.base_model, "_groupwise_fused", None):
+            # Each layer is right by itself, but may be called in another way than in its trial.
+            model.base_model._groupwise_fused = []
+            model._groupwise_packs = _trial(model)
     return bool(model._groupwise_packs)
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def _trial(model: Any) -> bool:
     decoder = model.base_model
     tokens = torch.arange(6, device=model.device) % model.config.get_text_config().vocab_size
@@ -39,175 +41,30 @@ def _trial(model: Any) -> bool:
     return bool(torch.allclose(ours, theirs, rtol=close, atol=close * float(theirs.abs().max())))
 
 
-def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
-    """Attention over two sets of keys as attention over their union.
-
-    Each is (output [..., D], normalised within its set; log of the sum of exponentials of the set's scores [...]).
-    """
-    share = torch.sigmoid(second[1] - first[1])[..., None]
-    return torch.lerp(first[0], second[0], share.to(first[0].dtype))
-
-
 class Packed:
-    """Attention in training: prompts first, then completions, all flat; a completion looks at its prompt and at itself.
-
-    The keys of a prompt are multiplied once with the queries of all its completions.
-    """
+    """Attention in training: prompts first, then completions, all flat; a completion looks at its prompt and at itself."""
 
     def __init__(self, prompt_lengths: list[int], group_ids_R: Tensor, lengths_R: Tensor, device: Any) -> None:
         """The layout of P prompts and R completions, of `lengths_R` tokens each, whose prompts `group_ids_R` names."""
-        prompts_P, groups_R, lengths_R = torch.tensor(prompt_lengths), group_ids_R.cpu(), lengths_R.cpu()
-        self.prompt_tokens = int(prompts_P.sum())
-        self.prompts = Layout(_ragged(prompts_P, 0), device)
-        rows_RT = _ragged(lengths_R, self.prompt_tokens)
-        self.rows = [Layout(rows_RT[rows, : int(lengths_R[rows].max())], device) for rows in _by_length(lengths_R)]
-        members = [rows_RT[groups_R == p] for p in range(len(prompt_lengths))]
-        tokens = [rows[rows >= 0] for rows in members]
-        self.groups = Layout(torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=-1), device)
-        self.prompt_bias = _padding_bias(self.prompts.inside, device)
+        self._lengths = torch.tensor(prompt_lengths), group_ids_R.cpu(), lengths_R.cpu()
+        self._device = device
+        starts = self._lengths[0][self._lengths[1]].tolist()
         positions = [torch.arange(n) for n in prompt_lengths]
-        starts = prompts_P[groups_R].tolist()
         positions += [start + torch.arange(n) for start, n in zip(starts, lengths_R.tolist(), strict=True)]
         self.positions_N = torch.cat(positions).to(device)
 
-    def __call__(self, layer: int, query_HND: Tensor, key_KND: Tensor, value_KND: Tensor, scale: float) -> Tensor:
-        # Under autocast the norms of queries and keys, and only they, come in float32.
-        query, key, value = (x.transpose(0, 1).contiguous().to(value_KND.dtype) for x in (query_HND, key_KND, value_KND))
-        output_NHD: Tensor = _PackedAttention.apply(query, key, value, self, scale)  # type: ignore[no-untyped-call]
+    @cached_property
+    def rows(self) -> Rows:
+        return Rows(*self._lengths)
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        return Blocks(*self._lengths, self._device)
+
+    def __call__(self, layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scale: float) -> Tensor:
+        # Under autocast queries and keys, and only they, come in float32.
+        query, key, value = (x.contiguous().to(value_NKD.dtype) for x in (query_NHD, key_NKD, value_NKD))
+        if has_kernel(query, key, value):
+            return attention(query, key, value, self.rows, scale)
+        output_NHD: Tensor = BlockAttention.apply(query, key, value, self.blocks, scale)  # type: ignore[no-untyped-call]
         return output_NHD
-
-
-class Layout:
-    """Flat tokens as padded rows and back, for the time of an attention kernel."""
-
-    def __init__(self, index_RT: Tensor, device: Any) -> None:
-        """`index_RT`: flat index of each place, -1 for padding."""
-        self.shape = tuple(index_RT.shape)
-        inside = index_RT >= 0
-        self.full = bool(inside.all())
-        self.inside = inside.to(device)
-        self.index = index_RT.clamp(min=0).flatten().to(device)
-        flat = index_RT.flatten()
-        places = (flat >= 0).nonzero()[:, 0]
-        order = flat[places].argsort()
-        self.back = places[order].to(device)
-        """Where each flat token lies among the places, in the order of flat tokens."""
-        self.tokens = flat[places][order].to(device)
-        """The flat tokens that have a place."""
-
-    def rows(self, flat_NHD: Tensor) -> Tensor:
-        """[R, H, T, D] (or [R, H, T] from [N, H]), 0 in the padding."""
-        rows = flat_NHD.index_select(0, self.index).view(*self.shape, *flat_NHD.shape[1:])
-        if not self.full:
-            rows.masked_fill_(~self.inside.view(*self.shape, *[1] * (flat_NHD.dim() - 1)), 0)
-        return rows.transpose(1, 2)
-
-    def flat(self, rows: Tensor) -> Tensor:
-        """The tokens of [R, H, T, ...] in flat order, [n, H, ...]."""
-        return rows.transpose(1, 2).flatten(0, 1).index_select(0, self.back)
-
-
-class _PackedAttention(torch.autograd.Function):
-    """Three blocks of attention: prompts in themselves, completions in themselves, completions in their prompts.
-
-    The backward pass of a block needs only the merged output and the merged log-sum, since they give the block's
-    softmax weights; so no block's own output is kept.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Packed, scale: float) -> Tensor:
-        n = layout.prompt_tokens
-        output, sums = torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
-        if n:
-            q, k, v = layout.prompts.rows(query), layout.prompts.rows(key), layout.prompts.rows(value)
-            o, s = _flash(q, *_repeat(q, k, v), 0.0, True, scale=scale)
-            output[:n], sums[:n] = layout.prompts.flat(o), layout.prompts.flat(s)
-        if n < len(query):
-            for rows in layout.rows:
-                q, k, v = rows.rows(query), rows.rows(key), rows.rows(value)
-                o, s = _flash(q, *_repeat(q, k, v), 0.0, True, scale=scale)
-                output[rows.tokens], sums[rows.tokens] = rows.flat(o), rows.flat(s)
-            if n:
-                q, k, v = layout.groups.rows(query), layout.prompts.rows(key), layout.prompts.rows(value)
-                o, s = _flash(_fold(q, k), k, v, 0.0, False, attn_mask=layout.prompt_bias, scale=scale)
-                of_prompt = layout.groups.flat(_unfold(o, q)), layout.groups.flat(_unfold(s, q))
-                output[n:] = merge((output[n:], sums[n:]), of_prompt)
-                sums[n:] = torch.logaddexp(sums[n:], of_prompt[1])
-        ctx.save_for_backward(query, key, value, output, sums)
-        ctx.layout, ctx.scale = layout, scale
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, sums = ctx.saved_tensors
-        gradient, layout, scale = gradients[0].contiguous(), ctx.layout, ctx.scale
-        n = layout.prompt_tokens
-        d_query, d_key, d_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-
-        for rows in [layout.prompts, *layout.rows]:
-            if len(rows.tokens):
-                q, k, v, o, s, g = (rows.rows(x) for x in (query, key, value, output, sums, gradient))
-                dq, dk, dv = _flash_backward(g, q, *_repeat(q, k, v), o, s, 0.0, True, scale=scale)
-                d_query[rows.tokens] = rows.flat(dq)
-                d_key[rows.tokens] = rows.flat(_sum_repeats(dk, k))
-                d_value[rows.tokens] = rows.flat(_sum_repeats(dv, v))
-        if 0 < n < len(query):
-            q, o, s, g = (layout.groups.rows(x) for x in (query, output, sums, gradient))
-            k, v = layout.prompts.rows(key), layout.prompts.rows(value)
-            folded = [_fold(x, k) for x in (g, q)]
-            dq, dk, dv = _flash_backward(
-                *folded, k, v, _fold(o, k), _fold(s, k), 0.0, False, attn_mask=layout.prompt_bias, scale=scale
-            )
-            d_query[n:] += layout.groups.flat(_unfold(dq, q))
-            d_key[:n] += layout.prompts.flat(dk)
-            d_value[:n] += layout.prompts.flat(dv)
-        return d_query, d_key, d_value, None, None
-
-
-def _repeat(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [R, K, T, D] once for each query head [R, H, T, D]."""
-    times = query.shape[1] // key.shape[1]
-    return (key, value) if times == 1 else (key.repeat_interleave(times, 1), value.repeat_interleave(times, 1))
-
-
-def _sum_repeats(gradient: Tensor, like: Tensor) -> Tensor:
-    return gradient if gradient.shape == like.shape else torch.unflatten(gradient, 1, (like.shape[1], -1)).sum(2)
-
-
-def _fold(x: Tensor, key: Tensor) -> Tensor:
-    """Query heads that share a key-value head as more queries of it: [R, H, T, ...] to [R, K, (H / K) T, ...]."""
-    return x if x.shape[1] == key.shape[1] else torch.unflatten(x, 1, (key.shape[1], -1)).flatten(2, 3)
-
-
-def _unfold(x: Tensor, query: Tensor) -> Tensor:
-    H, T = query.shape[1:3]
-    return x if x.shape[1] == H else torch.unflatten(x, 2, (-1, T)).flatten(1, 2)
-
-
-def _padding_bias(inside_PL: Tensor, device: Any) -> Tensor | None:
-    """What to add to scores so that padded keys count for nothing, [P, 1, 1, L]; None where there are none."""
-    if bool(inside_PL.all()):
-        return None
-    return torch.zeros(inside_PL.shape, device=device).masked_fill(~inside_PL, -torch.inf)[:, None, None]
-
-
-def _by_length(lengths_R: Tensor) -> list[Tensor]:
-    """Rows (int64 [r] each) in sets of like length, so that little is padded; rows without a token are in none."""
-    order = lengths_R.argsort(descending=True)
-    sets: list[list[int]] = []
-    longest = 0
-    for row, length in zip(order.tolist(), lengths_R[order].tolist(), strict=True):
-        if length > 0:
-            if not sets or length < LIKE_LENGTH * longest - SHORT:
-                sets.append([])
-                longest = length
-            sets[-1].append(row)
-    return [torch.tensor(rows) for rows in sets]
-
-
-def _ragged(lengths_R: Tensor, offset: int) -> Tensor:
-    """Flat indices [R, T] of rows that follow each other from `offset`; -1 after a row's end."""
-    ends_R = lengths_R.cumsum(0)
-    place_T = torch.arange(int(lengths_R.max()) if len(lengths_R) else 0)
-    index_RT = offset + (ends_R - lengths_R)[:, None] + place_T
-    return torch.where(place_T < lengths_R[:, None], index_RT, -1)

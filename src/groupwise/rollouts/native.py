@@ -13,6 +13,7 @@ from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsW
 
 from groupwise.attention import Decoding, packs
 from groupwise.errors import DIVERGED, RunError
+from groupwise.kernels.choose import choose_kernel
 from groupwise.models import left_pad, logits, positions
 from groupwise.rollouts.base import Sampling
 from groupwise.rollouts.packed_weights import PackedWeights
@@ -149,15 +150,14 @@ class NativeSampler:
     def _chooser(self, sampling: Sampling) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """A function (hidden_RH, uniforms_R) -> (tokens_R, their logprobs_R under the distribution they were drawn from)."""
         warp = _warper(sampling)
+        kernel = choose_kernel() if self.model.device.type == "cpu" else None
 
         def choose(hidden_RH: Tensor, uniforms_R: Tensor) -> tuple[Tensor, Tensor]:
             z_RV = warp(logits(self.model, hidden_RH, sampling.temperature))
-            z_RV = z_RV - z_RV.amax(-1, keepdim=True)
-            weights_RV = z_RV.exp()
-            tokens_R = draw(weights_RV, uniforms_R)
-            if int(tokens_R.max()) >= z_RV.shape[1]:  # what a search among NaN finds
+            tokens_R, logprobs_R = (kernel if kernel and z_RV.dtype == torch.float32 else draw)(z_RV, uniforms_R)
+            if int(tokens_R.max()) >= z_RV.shape[1]:
                 raise RunError(f"the model's scores of the next token are not finite; {DIVERGED}")
-            return tokens_R, z_RV.gather(1, tokens_R[:, None])[:, 0] - weights_RV.sum(-1).log()
+            return tokens_R, logprobs_R
 
         return choose
 
@@ -226,12 +226,16 @@ BLOCK = 512
 """Tokens of the vocabulary whose probabilities `draw` sums before it looks for one among them."""
 
 
-def draw(weights_RV: Tensor, uniforms_R: Tensor) -> Tensor:
-    """One token per row, each as likely as its weight is large: the cumulative sum inverted at `uniforms_R`, in [0, 1).
+def draw(scores_RV: Tensor, uniforms_R: Tensor) -> tuple[Tensor, Tensor]:
+    """One token per row from the softmax of its scores, and its log-probability, float32.
 
-    The point 1 - u lies in (0, total], so the token found has probability above zero, whatever rounds. Sums over many are
-    float64, and go over blocks of the vocabulary first and then over one block, so that a large vocabulary costs one pass.
+    The cumulative sum is inverted at `uniforms_R`, in [0, 1). The point 1 - u lies in (0, total], so the token found has
+    probability above zero, whatever rounds. Sums over many are float64, and go over blocks of the vocabulary first and then
+    over one block, so that a large vocabulary costs one pass. The token is V or more where a row's scores are no
+    distribution: that is what a search among NaN finds.
     """
+    scores_RV = scores_RV - scores_RV.amax(-1, keepdim=True)
+    weights_RV = scores_RV.exp()
     R, V = weights_RV.shape
     size = min(BLOCK, V)
     weights_RKS = torch.nn.functional.pad(weights_RV, (0, -V % size)).view(R, -1, size)
@@ -241,7 +245,9 @@ def draw(weights_RV: Tensor, uniforms_R: Tensor) -> Tensor:
     before_R = torch.where(block_R > 0, ends_RK.gather(1, (block_R - 1).clamp(min=0)[:, None])[:, 0], 0.0)
     within_RS = weights_RKS[torch.arange(R, device=block_R.device), block_R].double().cumsum(-1)
     rest_R = torch.minimum(points_R - before_R, within_RS[:, -1])
-    return block_R * size + torch.searchsorted(within_RS, rest_R[:, None])[:, 0]
+    tokens_R = block_R * size + torch.searchsorted(within_RS, rest_R[:, None])[:, 0]
+    chosen_R = scores_RV.gather(1, tokens_R[:, None].clamp(max=V - 1))[:, 0]
+    return tokens_R, (chosen_R - ends_RK[:, -1].log()).float()
 
 
 def _warper(sampling: Sampling) -> Callable[[Tensor], Tensor]:
