@@ -27,6 +27,16 @@ def without_kernel(step: Step) -> dict[str, float]:
         return step.run()
 
 
+def layers_as_they_are(step: Step) -> dict[str, float]:
+    with mock.patch.object(step.model.base_model, "_groupwise_fused", []):
+        return step.run()
+
+
+def padded_attention(step: Step) -> dict[str, float]:
+    with mock.patch("groupwise.attention.packed.has_kernel", return_value=False):
+        return step.run()
+
+
 def weights_as_they_are(step: Step) -> dict[str, float]:
     with mock.patch("groupwise.rollouts.native.PackedWeights", return_value=nullcontext()):
         return step.run()
@@ -51,8 +61,10 @@ def unshared_prompts(step: Step) -> dict[str, float]:
 VARIANTS: dict[str, Callable[[Step], dict[str, float]]] = {
     "everything": Step.run,
     "sampler: transformers' cache, padded": padded_sampler,
-    "sampler: attention in PyTorch, without the kernel": without_kernel,
+    "sampler: attention in PyTorch": without_kernel,
     "sampler: weights as they are": weights_as_they_are,
+    "both: norms, rotations and gated products as transformers has them": layers_as_they_are,
+    "both: attention over prompts and completions in PyTorch, on padded rows": padded_attention,
     "learner: prompts shared, but padded": padded_learner,
     "learner: prompts run for every row, padded": unshared_prompts,
 }
