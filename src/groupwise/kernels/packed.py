@@ -25,7 +25,7 @@ def _kernels(head_size: int) -> Any:
 
 
 def has_kernel(query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor) -> bool:
-    """Whether `attention` can run on these. They must have one dtype; values may be narrower than queries in other kernels."""
+    """Whether `attention` can run on these. They must have one dtype; in some models values are narrower than queries."""
     size = query_NHD.shape[2]
     alike = key_NKD.shape == value_NKD.shape and key_NKD.shape[2] == size
     return alike and query_NHD.device.type == "cpu" and query_NHD.dtype == torch.float32 and _kernels(size) is not None
