@@ -11,7 +11,14 @@ from groupwise.kernels.compiled import library
 @pytest.mark.skipif(platform.system() != "Linux" or not shutil.which("g++"), reason="other compilers may lack OpenMP")
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("choose", []), ("layers", []), ("packed", ["-DHEAD_SIZE=8"]), ("decode", ["-DHEAD_SIZE=8", "-DBFLOAT16"])],
+    [
+        ("choose", []),
+        ("layers", []),
+        ("panels", []),
+        ("packed", ["-DHEAD_SIZE=8"]),
+        ("decode", ["-DHEAD_SIZE=8", "-DBFLOAT16"]),
+        ("step", ["-DHEAD_SIZE=8"]),
+    ],
 )
 def test_gcc_makes_every_kernel(name: str, settings: list[str]) -> None:
     assert library(name, *settings) is not None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from groupwise.attention import Decoding, decoding, slower_path
 from groupwise.kernels.decode import decode_kernel
+from groupwise.rollouts import packed_weights
 from groupwise.rollouts.native import NativeSampler
 from groupwise.rollouts.packed_weights import PackedWeights
 from tests.conftest import forget_kernels, need_kernels, tiny_model
@@ -32,7 +33,9 @@ def filled(kernel: str, monkeypatch: Any, dtype: torch.dtype, heads: int, shared
         assert decode_kernel(size, dtype) is not None
     torch.manual_seed(size)
     config = SimpleNamespace(num_key_value_heads=heads // shared, head_dim=size, num_hidden_layers=2)
-    state = Decoding(config, 4, 64, 30, 9, torch.empty(0, dtype=dtype))
+    monkeypatch.setattr(decoding, "plan", lambda _: None)
+    decoder = SimpleNamespace(config=config, parameters=lambda: iter([torch.empty(0, dtype=dtype)]))
+    state = Decoding(decoder, 4, 64, 30, 9)
     state.lengths_P = torch.tensor([1, 40, 64])
     state.prompt_R = torch.tensor([0] * 21 + [1] + [2] * 6)[torch.randperm(28)]
     state.written_R = torch.randint(1, 10, (28,))
@@ -115,13 +118,14 @@ def test_without_a_compiler_generation_says_so_and_works(
         without = sample(model, tokenizer)
         assert "no C++ compiler" in str(slower_path(model))
     forget_kernels()
-    for name in ("decode", "choose", "layers", "packed"):
+    for name in ("decode", "choose", "layers", "packed", "panels"):
         assert f"without the kernels of {name}" in caplog.text
     assert "no-such-compiler" in caplog.text
     assert spoken(with_kernels) == spoken(without)
 
 
-def test_packed_weights_are_the_models_and_leave_nothing_behind(any_model: Any) -> None:
+def test_packed_weights_are_the_models_and_leave_nothing_behind(any_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_weights, "plan", lambda _: None)  # all layers, also of a decoder that runs in one call
     hidden = torch.randn(1, 5, any_model.config.hidden_size)
     layers = [module for module in any_model.modules() if type(module) is torch.nn.Linear]
     inputs = [torch.randn(1, 5, layer.in_features) for layer in layers]
@@ -136,39 +140,6 @@ def test_packed_weights_are_the_models_and_leave_nothing_behind(any_model: Any) 
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert not any("forward" in vars(layer) for layer in layers)
-
-
-def test_products_of_one_input_are_made_as_one() -> None:
-    layers = {name: torch.nn.Linear(12, size, bias=False) for name, size in (("q_proj", 8), ("k_proj", 4), ("v_proj", 4))}
-    modules = [SimpleNamespace(**layers), *layers.values()]
-    decoder = SimpleNamespace(_compiled_call_impl=None)
-    model = SimpleNamespace(device=torch.device("cpu"), modules=lambda: modules, base_model=decoder)
-    x, other = torch.randn(2, 5, 12)
-    with PackedWeights(model), torch.inference_mode(), torch.profiler.profile() as profile:
-        for one in (x, other, x):  # in any order, and again
-            for layer in (layers["k_proj"], layers["q_proj"], layers["v_proj"]):
-                torch.testing.assert_close(layer(one), torch.nn.functional.linear(one, layer.weight))
-        product = layers["q_proj"].forward.func
-        assert product._input is None and not product._left, "nothing is kept"
-        torch.testing.assert_close(layers["q_proj"](x), x @ layers["q_proj"].weight.T)
-        torch.testing.assert_close(layers["q_proj"](other), other @ layers["q_proj"].weight.T)
-    products = [event for event in profile.events() if event.name == "mkldnn::_linear_pointwise"]
-    assert len(products) == 5
-
-
-@pytest.mark.parametrize("change", [{"bias": True}, {"in_features": 6}], ids=["a bias", "another input"])
-def test_products_that_cannot_be_one_are_made_alone(change: dict[str, Any]) -> None:
-    gate_proj = torch.nn.Linear(12, 8, bias=False)
-    up_proj = torch.nn.Linear(**{"in_features": 12, "out_features": 8, "bias": False, **change})
-    model = SimpleNamespace(
-        device=torch.device("cpu"),
-        modules=lambda: [SimpleNamespace(gate_proj=gate_proj, up_proj=up_proj), gate_proj, up_proj],
-        base_model=SimpleNamespace(_compiled_call_impl=None),
-    )
-    with PackedWeights(model), torch.inference_mode():
-        for layer in (gate_proj, up_proj):
-            x = torch.randn(3, layer.in_features)
-            torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
 
 
 def test_a_rollout_that_is_given_up_leaves_the_model_as_it_was(tokenizer: Any) -> None:

@@ -13,5 +13,6 @@ compiler, on PyTorch's (`blocks`).
 from groupwise.attention.decoding import Decoding, slower_path
 from groupwise.attention.interface import recomputing, run_packed
 from groupwise.attention.packed import Packed, packs
+from groupwise.attention.whole import plan
 
-__all__ = ["Decoding", "Packed", "packs", "recomputing", "run_packed", "slower_path"]
+__all__ = ["Decoding", "Packed", "packs", "plan", "recomputing", "run_packed", "slower_path"]

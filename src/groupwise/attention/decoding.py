@@ -8,6 +8,7 @@ from torch import Tensor
 from groupwise.attention.blocks import Layout, ragged
 from groupwise.attention.interface import run_packed
 from groupwise.attention.packed import Packed, packs
+from groupwise.attention.whole import Whole, plan
 from groupwise.kernels.decode import decode_kernel
 
 ROWS_AT_ONCE = 16
@@ -34,8 +35,9 @@ def _head_size(config: Any) -> int:
 class Decoding:
     """The rows being written and their prompts. Both lie without gaps; what leaves is filled with the last one."""
 
-    def __init__(self, config: Any, prompts: int, prompt_length: int, rows: int, tokens: int, like: Tensor) -> None:
-        """Room for so many prompts and rows at once; `like` gives dtype and device."""
+    def __init__(self, decoder: Any, prompts: int, prompt_length: int, rows: int, tokens: int) -> None:
+        """Room for so many prompts and rows at once, in the dtype and on the device of the decoder's weights as they are now."""
+        config, like = decoder.config, next(decoder.parameters())
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size, layers = _head_size(config), config.num_hidden_layers
         self._kernel = decode_kernel(size, like.dtype)
@@ -44,6 +46,8 @@ class Decoding:
         self.prompt_keys = new(layers, prompts, heads, prompt_length, size)
         self.prompt_values = new(layers, prompts, heads, prompt_length, size)
         self.row_cache = new(layers, 2, rows, heads, tokens, size)
+        found = None if self._kernel is None else plan(decoder)
+        self._whole = None if found is None else Whole(decoder, found, size, prompt_length + tokens, rows)
         self.lengths_P = torch.zeros(0, dtype=torch.long, device=like.device)
         """Tokens of each prompt."""
         self.prompt_R = torch.zeros(0, dtype=torch.long, device=like.device)
@@ -74,9 +78,11 @@ class Decoding:
         return hidden_NH[self.lengths_P[first:].cumsum(0) - 1]
 
     def step(self, decoder: Any, tokens_R: Tensor) -> Tensor:
-        """Run one more token of each row; returns hidden states [R, H]."""
-        positions_R = self.lengths_P[self.prompt_R] + self.written_R
+        """Run one more token of each row; returns hidden states [R, H], which the next step may overwrite."""
         self.written_R = self.written_R + 1
+        if self._whole is not None:
+            return self._whole(tokens_R, *self._cache())
+        positions_R = self.lengths_P[self.prompt_R] + self.written_R - 1
         R = len(tokens_R)
         spare = -R % ROWS_AT_ONCE
         tokens_R, positions_R = (torch.nn.functional.pad(x, (0, spare)) for x in (tokens_R, positions_R))
@@ -92,12 +98,17 @@ class Decoding:
         if self._kernel is None:
             output_RHD[:R] = self._plain(layer, query_RHD[:R], key_RKD[:R], value_RKD[:R], scale)
             return output_RHD.to(query_NHD.dtype)
-        keys, values = self.row_cache[layer]
-        sizes = len(self.lengths_P), query_RHD.shape[1], key_RKD.shape[1], keys.shape[2], self.prompt_keys.shape[3]
-        caches = keys, values, self.prompt_keys[layer], self.prompt_values[layer]
-        order = self.written_R, self.lengths_P, self._order_R, self._starts_P
-        self._kernel(query_RHD, key_RKD, value_RKD, *caches, *order, output_RHD, scale, *sizes, self._most_rows)
+        cache, sizes = self._cache()
+        self._kernel(query_RHD, key_RKD, value_RKD, output_RHD, *cache, scale, query_RHD.shape[1], layer, *sizes)
         return output_RHD.to(query_NHD.dtype)
+
+    def _cache(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """The tensors and the numbers of decode.h's Cache, without the layer."""
+        of_rows = self.written_R, self.lengths_P, self.prompt_R, self._order_R, self._starts_P
+        layers, _, rows, K, T, _ = self.row_cache.shape
+        prompts_room, L = self.prompt_keys.shape[1], self.prompt_keys.shape[3]
+        sizes = layers, rows, prompts_room, len(self.lengths_P), K, T, L, self._most_rows
+        return (self.row_cache, self.prompt_keys, self.prompt_values, *of_rows), sizes
 
     def _plain(self, layer: int, query_RHD: Tensor, key_RKD: Tensor, value_RKD: Tensor, scale: float) -> Tensor:
         """What the kernel does, in PyTorch. S query heads share a key-value head."""

@@ -4,7 +4,7 @@ A layer is known by the names of its parts, as most Hugging Face decoders have t
 kernels do: each is tried once against its own forward. All in float32; what comes in another dtype goes the layer's own way.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,11 +22,10 @@ _EXACT = 1e-4
 @contextmanager
 def fused(decoder: Any) -> Iterator[None]:
     """Within: the layers that fit run on our kernels. For a decoder whose attention calls back to an `Attend`."""
-    if not hasattr(decoder, "_groupwise_fused"):
-        decoder._groupwise_fused = _fitting(decoder)
+    found = fitting(decoder)
     # A compiler must see the decoder's own layers; and a forward that somebody else has put in place stays there.
     usable = decoder._compiled_call_impl is None and decoder.device.type == "cpu"
-    layers = [(layer, forward) for layer, forward in decoder._groupwise_fused if usable and "forward" not in vars(layer)]
+    layers = [(layer, forward) for layer, forward in found if usable and "forward" not in vars(layer)]
     try:
         for layer, forward in layers:
             vars(layer)["forward"] = forward  # by way of Module.__setattr__ it would take 2 % of a generation
@@ -36,11 +35,18 @@ def fused(decoder: Any) -> Iterator[None]:
             vars(layer).pop("forward", None)  # the class's own is seen again
 
 
+def fitting(decoder: Any) -> list[tuple[Any, partial[Any]]]:
+    """Layers, and what may take the place of their forward; found out once, while `attending`."""
+    if not hasattr(decoder, "_groupwise_fused"):
+        decoder._groupwise_fused = _fitting(decoder)
+    found: list[tuple[Any, partial[Any]]] = decoder._groupwise_fused
+    return found
+
+
 @torch.no_grad()
 @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
-def _fitting(decoder: Any) -> list[tuple[Any, Callable[..., Any]]]:
-    """Layers, and what may take the place of their forward."""
-    found: list[tuple[Any, Callable[..., Any]]] = []
+def _fitting(decoder: Any) -> list[tuple[Any, partial[Any]]]:
+    found: list[tuple[Any, partial[Any]]] = []
     if decoder.device.type != "cpu" or kernels() is None:
         return found
     for module in decoder.modules():
@@ -50,7 +56,7 @@ def _fitting(decoder: Any) -> list[tuple[Any, Callable[..., Any]]]:
         try:
             if type(module).__name__.endswith("RMSNorm") and (form := _form_of_norm(module)):
                 found.append((module, partial(_norm, module, *form)))
-            elif hasattr(module, "gate_proj") and all(_same(_gated(module, x), module(x)) for x in _inputs(module.gate_proj)):
+            elif hasattr(module, "gate_proj") and all(alike(_gated(module, x), module(x)) for x in _inputs(module.gate_proj)):
                 found.append((module, partial(_gated, module)))
             elif hasattr(module, "q_proj") and (forms := _forms_in_attention(decoder, module)):
                 found.append((module, partial(_attention, module, forms)))
@@ -65,7 +71,7 @@ def _inputs(layer: Any) -> list[Tensor]:
     return [x_1NH * size for size in (1, 30, 1000)]
 
 
-def _same(ours: Tensor, theirs: Tensor) -> bool:
+def alike(ours: Tensor, theirs: Tensor) -> bool:
     most = float(theirs.abs().max())
     return most > 0 and ours.dtype == theirs.dtype and bool(torch.allclose(ours, theirs, rtol=0, atol=_EXACT * most))
 
@@ -81,7 +87,7 @@ def _form_of_norm(module: Any) -> Form | None:
     weight = torch.randn(module.weight.shape, generator=random)
     x = torch.randn(8, len(weight), generator=random) * torch.logspace(-4, 3, 8)[:, None]  # so small that epsilon counts
     theirs = torch.func.functional_call(module, {"weight": weight}, (x,))
-    return next(((epsilon, offset) for offset in (0.0, 1.0) if _same(norm(x, weight, epsilon, offset), theirs)), None)
+    return next(((epsilon, offset) for offset in (0.0, 1.0) if alike(norm(x, weight, epsilon, offset), theirs)), None)
 
 
 def _norm(module: Any, epsilon: float, offset: float, x: Tensor) -> Tensor:
@@ -104,20 +110,20 @@ def _forms_in_attention(decoder: Any, module: Any) -> list[Form | None] | None:
     forms = [_form_of_norm(found) if found is not None else None for found in norms]
     if any(form is None and found is not None for form, found in zip(forms, norms, strict=True)):
         return None
-    token = current_attend.set(_stand_in)
+    token = current_attend.set(stand_in)
     try:
         same = True
         for x_1NH in _inputs(module.q_proj):
             turned = decoder.rotary_emb(x_1NH, 37 * torch.arange(x_1NH.shape[1])[None])
             theirs, *others = module(hidden_states=x_1NH, position_embeddings=turned, attention_mask=None)
             ours, _ = _attention(module, forms, hidden_states=x_1NH, position_embeddings=turned)
-            same = same and len(others) == 1 and _same(ours, theirs)
+            same = same and len(others) == 1 and alike(ours, theirs)
     finally:
         current_attend.reset(token)
     return forms if same else None
 
 
-def _stand_in(layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scale: float) -> Tensor:
+def stand_in(layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scale: float) -> Tensor:
     """For an `Attend`: something that depends on all of them, and on each token's place."""
     times = query_NHD.shape[1] // key_NKD.shape[1]
     return query_NHD * scale + (key_NKD + 2 * value_NKD).cumsum(0).repeat_interleave(times, 1)

@@ -1,157 +1,22 @@
-// Attention for one step of generation. Each row's newest query meets its prompt's keys, which are read once for some rows of a
-// group, and the row's own; one softmax goes over both. Compiled for one HEAD_SIZE and one kind of Element. See decode.py.
-#include <vector>
+// One layer's attention in one step of generation. See decode.py.
+#include "decode.h"
 
-#include "exponential.h"
-#include "multiply.h"
-
-namespace {
-
-constexpr int64_t D = HEAD_SIZE;
-constexpr int64_t PART = D % 16 == 0 ? 16 : D % 8 == 0 ? 8 : D % 4 == 0 ? 4 : D % 2 == 0 ? 2 : 1;  // of D, in one vector
-constexpr int64_t CHUNK = 16;  // rows of a group that one thread takes
-constexpr int64_t AHEAD = 12;  // tokens whose keys are fetched early; read once, they leave the caches to the weights
-
-#ifdef BFLOAT16
-using Element = uint16_t;
-inline float widen(Element x) {
-  uint32_t bits = uint32_t(x) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, 4);
-  return wide;
-}
-inline Element narrow(float x) {  // to the nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return Element((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
-#else
-using Element = float;
-inline float widen(Element x) { return x; }
-inline Element narrow(float x) { return x; }
-#endif
-
-// The n numbers as floats: where they lie, or copied to `room` if they are none.
-inline const float* as_floats(const Element* from, [[maybe_unused]] std::vector<float>& room, [[maybe_unused]] int64_t n) {
-#ifdef BFLOAT16
-  if (int64_t(room.size()) < n) room.resize(n);
-  for (int64_t i = 0; i < n; ++i) room[i] = widen(from[i]);
-  return room.data();
-#else
-  return from;
-#endif
-}
-
-// A query: the newest token of a row, at one head.
-struct Query {
-  const Element* query;
-  const Element *keys, *values;  // of the row, [count, D]
-  int64_t count;
-  Element* out;
-};
-
-// While token t of `from` is read: what is read AHEAD tokens later, which is `then` after the last.
-inline void fetch(const Element* from, int64_t t, int64_t count, const Element* then) {
-  const Element* token = t + AHEAD < count ? from + (t + AHEAD) * D : then + (t + AHEAD - count) * D;
-  for (int64_t d = 0; d < D; d += 64 / sizeof(Element)) __builtin_prefetch(token + d, 0, 0);
-}
-
-// The scores of a query and its row's keys.
-void meet_own(const float* query, const Query& own, float* scores, const Element* then) {
-  for (int64_t t = 0; t < own.count; ++t) {
-    float sum = 0;
-    fetch(own.keys, t, own.count, then);
-#pragma omp simd reduction(+ : sum)
-    for (int64_t d = 0; d < D; ++d) sum += query[d] * widen(own.keys[t * D + d]);
-    scores[t] = sum;
-  }
-}
-
-void gather_own(const float* weights, const Query& own, float* sums, const Element* then) {
-  for (int64_t t = 0; t < own.count; ++t) {
-    fetch(own.values, t, own.count, then);
-#pragma omp simd
-    for (int64_t d = 0; d < D; ++d) sums[d] += weights[t] * widen(own.values[t * D + d]);
-  }
-}
-
-// Up to LANES queries of one prompt, whose n keys and values are given, one in each lane: the scores with the prompt lie as
-// [n, LANES], so that their softmax needs no sum across lanes; those with the rows' own keys as [LANES, room].
-template <int64_t LANES>
-void answer(const Query* all, int64_t count, const float* keys, const float* values, int64_t n, float scale, float* scores,
-            int64_t room) {
-  float queries[LANES][D] = {}, columns[D][LANES] = {}, top[LANES], sums[LANES] = {}, outputs[LANES][D] = {};
-  for (int64_t lane = 0; lane < count; ++lane) {
-    for (int64_t d = 0; d < D; ++d) columns[d][lane] = queries[lane][d] = scale * widen(all[lane].query[d]);
-  }
-  std::memset(scores, 0, n * LANES * sizeof(float));
-  multiply<LANES>(keys, D, 1, &columns[0][0], LANES, scores, LANES, n, D);
-  for (float& x : top) x = -INFINITY;
-  for (int64_t l = 0; l < n; ++l) {
-#pragma omp simd
-    for (int64_t lane = 0; lane < LANES; ++lane) top[lane] = scores[l * LANES + lane] > top[lane] ? scores[l * LANES + lane] : top[lane];
-  }
-  float* own_scores = scores + n * LANES;
-  for (int64_t lane = 0; lane < count; ++lane) {
-    float *own = own_scores + lane * room, most = top[lane], sum = 0;
-    const int64_t m = all[lane].count;
-    meet_own(queries[lane], all[lane], own, lane + 1 < count ? all[lane + 1].keys : all[0].values);
-#pragma omp simd reduction(max : most)
-    for (int64_t t = 0; t < m; ++t) most = own[t] > most ? own[t] : most;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t t = 0; t < m; ++t) sum += own[t] = exponential(own[t] - most);
-    top[lane] = most;
-    sums[lane] = sum;
-  }
-  for (int64_t l = 0; l < n; ++l) {
-#pragma omp simd
-    for (int64_t lane = 0; lane < LANES; ++lane) sums[lane] += scores[l * LANES + lane] = exponential(scores[l * LANES + lane] - top[lane]);
-  }
-  for (int64_t d = 0; d < D; d += PART) multiply<PART>(scores, 1, LANES, values + d, D, &outputs[0][d], D, LANES, n);
-  for (int64_t lane = 0; lane < count; ++lane) {
-    gather_own(own_scores + lane * room, all[lane], outputs[lane], all[lane + 1 < count ? lane + 1 : lane].values);
-    for (int64_t d = 0; d < D; ++d) all[lane].out[d] = narrow(outputs[lane][d] / sums[lane]);
-  }
-}
-
-}  // namespace
-
-// Shapes: query and out [R, H, D]; new_keys and new_values [R, K, D]; keys and values [rows, K, T, D], into which the new ones are
-// written at written[r] - 1; prompt_keys and prompt_values [P, K, L, D]; lengths [P]. Rows order[starts[p]] up to
-// order[starts[p + 1]] have prompt p.
-extern "C" void decode(const Element* query, const Element* new_keys, const Element* new_values, Element* keys, Element* values,
+// Shapes: query and out [R, H, D]; new_keys and new_values [R, K, D], which are written at written[r] - 1; the rest as in Cache.
+extern "C" void decode(const Element* query, const Element* new_keys, const Element* new_values, Element* out, Element* of_rows,
                        const Element* prompt_keys, const Element* prompt_values, const int64_t* written, const int64_t* lengths,
-                       const int64_t* order, const int64_t* starts, Element* out, float scale, int64_t P, int64_t H, int64_t K,
-                       int64_t T, int64_t L, int64_t most_rows) {
-  const int64_t share = H / K, chunks = (most_rows + CHUNK - 1) / CHUNK;
+                       const int64_t* prompts, const int64_t* order, const int64_t* starts, float scale, int64_t H, int64_t layer,
+                       int64_t layers, int64_t rows, int64_t prompts_room, int64_t P, int64_t K, int64_t T, int64_t L,
+                       int64_t most_rows) {
+  const Cache cache{of_rows, prompt_keys, prompt_values, written, lengths, prompts, order, starts,
+                    layer,   layers,      rows,          prompts_room, P,  K,       T,     L,      most_rows};
+  const int64_t share = H / K;
 #pragma omp parallel
   {
-    std::vector<float> scratch((L + T) * 16), wide_keys, wide_values;
-    std::vector<Query> queries;
-#pragma omp for schedule(dynamic) collapse(3)
-    for (int64_t p = 0; p < P; ++p) {
-      for (int64_t k = 0; k < K; ++k) {
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-          const int64_t first = starts[p] + chunk * CHUNK, at = (p * K + k) * L * D, n = lengths[p];
-          const int64_t end = first + CHUNK < starts[p + 1] ? first + CHUNK : starts[p + 1];
-          if (first >= end) continue;
-          queries.clear();
-          for (int64_t i = first; i < end; ++i) {
-            const int64_t row = order[i], of_row = (row * K + k) * T * D, m = written[row];
-            std::memcpy(keys + of_row + (m - 1) * D, new_keys + (row * K + k) * D, D * sizeof(Element));
-            std::memcpy(values + of_row + (m - 1) * D, new_values + (row * K + k) * D, D * sizeof(Element));
-            for (int64_t h = k * share; h < (k + 1) * share; ++h) {
-              queries.push_back({query + (row * H + h) * D, keys + of_row, values + of_row, m, out + (row * H + h) * D});
-            }
-          }
-          const float* of_keys = as_floats(prompt_keys + at, wide_keys, n * D);
-          const float* of_values = as_floats(prompt_values + at, wide_values, n * D);
-          for (int64_t i = 0, left = queries.size(); left > 0; i += 16, left -= 16) {
-            const auto use = left > 8 ? answer<16> : answer<8>;
-            use(queries.data() + i, left < 16 ? left : 16, of_keys, of_values, n, scale, scratch.data(), T);
-          }
-        }
-      }
-    }
+    Room room(cache, share);
+    attend_newest(cache, share, scale, room, out, [=](int64_t row, int64_t k, Element* key, Element* value, float*) {
+      std::memcpy(key, new_keys + (row * K + k) * D, D * sizeof(Element));
+      std::memcpy(value, new_values + (row * K + k) * D, D * sizeof(Element));
+      return query + (row * H + k * share) * D;
+    });
   }
 }

@@ -1,18 +1,10 @@
 // The parts of a layer between its matrix products, each in one pass through the memory, and their gradients. See layers.py.
-#include "exponential.h"
+#include "rows.h"
 
 namespace {
 
 constexpr int64_t PARTS = 16;     // a weight's gradient is summed in so many parts, whatever the threads: the same bits every time
 constexpr int64_t WORTH = 1 << 13;  // elements that are worth a second thread
-
-// One over the root of a row's mean square.
-inline float inverse_root(const float* x, float epsilon, int64_t D) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t d = 0; d < D; ++d) sum += x[d] * x[d];
-  return 1 / std::sqrt(sum / D + epsilon);
-}
 
 // dx of y = x i (w + offset), where i is one over the root of x's mean square; adds to dw.
 inline void norm_gradient(const float* dy, const float* x, const float* w, float offset, float i, float* dx, float* dw, int64_t D) {
@@ -32,13 +24,7 @@ inline void norm_gradient(const float* dy, const float* x, const float* w, float
 // x and y [N, D]; w [D].
 extern "C" void norm(const float* x, const float* w, float* y, float* inverse, float offset, float epsilon, int64_t N, int64_t D) {
 #pragma omp parallel for if (N * D > WORTH)
-  for (int64_t n = 0; n < N; ++n) {
-    const float* from = x + n * D;
-    float* to = y + n * D;
-    const float i = inverse[n] = inverse_root(from, epsilon, D);
-#pragma omp simd
-    for (int64_t d = 0; d < D; ++d) to[d] = from[d] * i * (w[d] + offset);
-  }
+  for (int64_t n = 0; n < N; ++n) inverse[n] = norm_row(x + n * D, w, offset, epsilon, y + n * D, D);
 }
 
 // dw [PARTS, D], zeros at first.
@@ -56,29 +42,11 @@ extern "C" void norm_backward(const float* dy, const float* x, const float* w, c
 // The tokens of x lie `stride` apart.
 extern "C" void rotate(const float* x, const float* w, const float* cos, const float* sin, float* y, float* inverse, float offset,
                        float epsilon, int64_t N, int64_t H, int64_t D, int64_t stride) {
-  const int64_t half = D / 2;
 #pragma omp parallel for if (N * H * D > WORTH)
   for (int64_t n = 0; n < N; ++n) {
-    const float *c = cos + n * D, *s = sin + n * D;
     for (int64_t h = 0; h < H; ++h) {
-      const float* from = x + n * stride + h * D;
-      float* to = y + (n * H + h) * D;
-      if (w) {
-        const float i = inverse[n * H + h] = inverse_root(from, epsilon, D);
-#pragma omp simd
-        for (int64_t d = 0; d < half; ++d) {
-          const float a = from[d] * i * (w[d] + offset), b = from[d + half] * i * (w[d + half] + offset);
-          to[d] = a * c[d] - b * s[d];
-          to[d + half] = b * c[d + half] + a * s[d + half];
-        }
-      } else {
-#pragma omp simd
-        for (int64_t d = 0; d < half; ++d) {
-          const float a = from[d], b = from[d + half];
-          to[d] = a * c[d] - b * s[d];
-          to[d + half] = b * c[d + half] + a * s[d + half];
-        }
-      }
+      const float *from = x + n * stride + h * D, *c = cos + n * D, *s = sin + n * D;
+      inverse[n * H + h] = turn_head(from, w, offset, epsilon, c, s, y + (n * H + h) * D, D);
     }
   }
 }
@@ -105,16 +73,13 @@ extern "C" void rotate_backward(const float* dy, const float* x, const float* w,
   }
 }
 
-// silu(gate) up, where silu(x) = x / (1 + e^-x); of [N, D], whose rows lie `stride_gate` and `stride_up` apart.
+// Of [N, D], whose rows lie `stride_gate` and `stride_up` apart.
 extern "C" void gated(const float* gate, const float* up, float* y, int64_t N, int64_t D, int64_t stride_gate, int64_t stride_up) {
 #pragma omp parallel for if (N * D > WORTH)
   for (int64_t n = 0; n < N; ++n) {
     const float *g = gate + n * stride_gate, *u = up + n * stride_up;
 #pragma omp simd
-    for (int64_t d = 0; d < D; ++d) {
-      const float x = g[d], e = exponential(-std::fabs(x));
-      y[n * D + d] = x * (x < 0 ? e : 1.0f) / (1 + e) * u[d];
-    }
+    for (int64_t d = 0; d < D; ++d) y[n * D + d] = gated_product(g[d], u[d]);
   }
 }
 

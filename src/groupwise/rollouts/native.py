@@ -71,10 +71,9 @@ class NativeSampler:
         choose, ended = self._chooser(sampling), self._end_detector(sampling, draft)
         groups = min(len(prompts), max(1, sampling.max_rows // group_size))
         longest = max(len(prompt) for prompt in prompts)
-        like = next(self.model.parameters())
-        state = Decoding(decoder.config, groups, longest, groups * group_size, sampling.max_tokens, like)
+        state = Decoding(decoder, groups, longest, groups * group_size, sampling.max_tokens)
         waiting = collections.deque(order)
-        hidden_RH = like.new_empty(0, decoder.config.hidden_size)
+        hidden_RH = torch.empty(0, decoder.config.hidden_size, dtype=self.model.dtype, device=device)
         rows_R = torch.zeros(0, dtype=torch.long, device=device)  # the rows being written
         while waiting or len(rows_R):
             room = min((groups * group_size - len(rows_R)) // group_size, groups - len(state.lengths_P), len(waiting))

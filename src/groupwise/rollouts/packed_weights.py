@@ -1,4 +1,4 @@
-"""Weights laid out as oneDNN's matrix products want them: up to twice as fast on a CPU, most where rows are few.
+"""Linear layers on copies of their weights in panels, while it generates: up to twice as fast on a CPU, most where rows are few.
 
 They take the weights' memory once more, for as long as a rollout takes.
 """
@@ -10,31 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TOGETHER = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
-"""Layers of one module that are given the same input."""
+from groupwise.attention import packs, plan
+from groupwise.kernels.panels import in_panels, product_kernel
 
 
 class PackedWeights:
     """A context in which, in inference mode, the model's float32 linear layers run on copies of their weights, made once here.
 
-    Nothing changes on other devices and where PyTorch has no oneDNN. A decoder that is compiled stays as it is, for the
-    compiler must see its layers.
+    Nothing changes on other devices and without a C++ compiler. A decoder that is compiled stays as it is, for the compiler must
+    see its layers; and so does one whose step of generation is one call, which has copies of its own.
     """
 
     def __init__(self, model: Any) -> None:
-        onednn = torch.backends.mkldnn
-        usable = model.device.type == "cpu" and onednn.is_available() and onednn.enabled  # type: ignore[no-untyped-call]
-        compiled = model.base_model._compiled_call_impl is not None
-        modules = [model.get_output_embeddings()] if compiled else list(model.modules())
-        layers = {layer for layer in modules if usable and _plain(layer)}
-        products: list[list[Any]] = []
-        for names in TOGETHER:
-            sets = ([getattr(module, name, None) for name in names] for module in modules)
-            products += [found for found in sets if all(layer in layers for layer in found) and _alike(found)]
-        products += [[layer] for layer in layers.difference(*products)]
-        self._forwards: list[tuple[Any, Callable[[Tensor], Tensor]]] = []
-        for found in products:
-            self._forwards += [(layer, partial(product, layer)) for product in [_Product(found)] for layer in found]
+        kernel, decoder = product_kernel(), model.base_model
+        usable = model.device.type == "cpu" and kernel is not None
+        alone = decoder._compiled_call_impl is not None or (packs(model) and plan(decoder) is not None)
+        modules = [model.get_output_embeddings()] if alone else model.modules()
+        layers = [layer for layer in modules if usable and _plain(layer)]
+        self._forwards: list[tuple[Any, Callable[[Tensor], Tensor]]] = [
+            (layer, partial(_product, layer, kernel, in_panels(layer.weight))) for layer in layers
+        ]
 
     def __enter__(self) -> None:
         for layer, forward in self._forwards:
@@ -50,30 +45,8 @@ def _plain(layer: Any) -> bool:
     return type(layer) is torch.nn.Linear and layer.weight.dtype == torch.float32 and not own
 
 
-def _alike(layers: list[Any]) -> bool:
-    return all(layer.bias is None and layer.in_features == layers[0].in_features for layer in layers)
-
-
-class _Product:
-    """Layers that are given the same input: one product for all of them, when the first is asked; the others find theirs."""
-
-    def __init__(self, layers: list[torch.nn.Linear]) -> None:
-        self._bias = layers[0].bias
-        self._copy = torch.ops.mkldnn._reorder_linear_weight(torch.cat([layer.weight.detach() for layer in layers]))
-        self._sizes = {layer: layer.out_features for layer in layers}
-        self._input: Tensor | None = None
-        self._left: dict[torch.nn.Linear, Tensor] = {}
-
-    def __call__(self, layer: torch.nn.Linear, x: Tensor) -> Tensor:
-        if not torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu") or x.dtype != layer.weight.dtype:
-            return torch.nn.functional.linear(x, layer.weight, layer.bias)
-        if x is not self._input or layer not in self._left:
-            output: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._copy, self._bias, "none", [], "")
-            if len(self._sizes) == 1:
-                return output
-            parts = torch.split(output, list(self._sizes.values()), -1)
-            self._input, self._left = x, dict(zip(self._sizes, parts, strict=True))
-        found = self._left.pop(layer)
-        if not self._left:
-            self._input = None  # nothing is kept for longer than it is needed
-        return found
+def _product(layer: torch.nn.Linear, kernel: Any, panels: Tensor, x: Tensor) -> Tensor:
+    if not torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu") or x.dtype != layer.weight.dtype:
+        return torch.nn.functional.linear(x, layer.weight, layer.bias)
+    output: Tensor = kernel(x, panels, layer.bias, layer.out_features)
+    return output

@@ -1,0 +1,189 @@
+"""A step of generation as one call: what it computes, and which decoders it is for."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from groupwise.attention import Decoding, packs, plan
+from groupwise.kernels.panels import in_panels, product_kernel
+from groupwise.models import new_model
+from groupwise.rollouts.base import Sampling
+from groupwise.rollouts.native import NativeSampler
+from tests.conftest import ARCHITECTURES, SIZES, need_kernels, tiny_model
+from tests.test_rollouts_native import PROMPTS, sample, spoken
+
+
+@pytest.fixture(autouse=True)
+def _kernels() -> None:
+    need_kernels()
+
+
+def product(x: Tensor, weight_NK: Tensor, bias: Tensor | None) -> Tensor:
+    kernel = product_kernel()
+    assert kernel is not None
+    return kernel(x, in_panels(weight_NK), bias, len(weight_NK))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 48, 49, 130])
+@pytest.mark.parametrize(("K", "N"), [(1, 1), (20, 31), (192, 64), (1030, 33)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_product_with_panels_is_the_product(rows: int, K: int, N: int, biased: bool) -> None:
+    x, weight, bias = torch.randn(rows, K), torch.randn(N, K), torch.randn(N) if biased else None
+    wide = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    found = product(x, weight, bias)
+    torch.testing.assert_close(found.double(), wide, rtol=0, atol=2e-7 * K * float(wide.abs().max()) / K**0.5 + 1e-6)
+    assert torch.equal(product(x[rows // 2 :][:1], weight, bias)[0], found[rows // 2]), "a row is the same bits when it is alone"
+
+
+def test_a_product_with_panels_is_the_same_bits_with_any_number_of_threads() -> None:
+    x, weight, threads, found = torch.randn(2, 90, 70), torch.randn(200, 70), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(product(x, weight, None))
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0].shape == (2, 90, 200)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+ODD = {**SIZES, "hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 5, "intermediate_size": 50}
+PLAIN: dict[str, dict[str, Any]] = {
+    "qwen3": {"model_type": "qwen3", **ARCHITECTURES["qwen3"]},
+    "llama": {"model_type": "llama", **SIZES},
+    "a bias in attention": {"model_type": "llama", **SIZES, "attention_bias": True},
+    "a bias of heads alone": {"model_type": "qwen2", **SIZES},
+    "odd sizes": {"model_type": "llama", **ODD},
+    "scaled rotations": {
+        "model_type": "llama",
+        **SIZES,
+        "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64},
+    },
+}
+
+
+def random_model(architecture: dict[str, Any], tokenizer: Any) -> Any:
+    """Every weight random, also those that a model has as ones or zeros at first."""
+    model = new_model(architecture, tokenizer, seed=2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * (0.5 if parameter.dim() == 1 else 0.2))
+    return model
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_steps_are_the_decoders_own_forward_in_float64(name: str, tokenizer: Any) -> None:
+    """Prompts of 5 and 1 tokens with three rows each, four steps, rows that leave after the second."""
+    model = random_model(PLAIN[name], tokenizer)
+    assert packs(model) and plan(model.base_model) is not None
+    wide = copy.deepcopy(model.base_model).double()
+    prompts = [torch.tensor([3, 12, 4, 15, 9]), torch.tensor([7])]
+    with torch.inference_mode():
+        state = Decoding(model.base_model, 2, 5, 6, 4)
+        state.prefill(model.base_model, prompts, 3)
+        rows = [prompts[i // 3] for i in range(6)]
+        for step in range(4):
+            tokens_R = torch.randint(3, 17, (len(rows),))
+            rows = [torch.cat([row, token[None]]) for row, token in zip(rows, tokens_R, strict=True)]
+            hidden_RH = state.step(model.base_model, tokens_R)
+            for row, hidden in zip(rows, hidden_RH, strict=True):
+                expected = wide(input_ids=row[None], use_cache=False).last_hidden_state[0, -1]
+                # A yarn's and a rotary table's cosines are float32 in both.
+                torch.testing.assert_close(hidden.double(), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+            if step == 1:
+                order_R = state.keep(torch.tensor([True, False, True, True, False, True]))
+                rows = [rows[i] for i in order_R.tolist()]
+
+
+@pytest.mark.parametrize("name", ["gemma", "gemma2", "qwen3_moe"])
+def test_others_run_module_by_module(name: str, tokenizer: Any) -> None:
+    model = tiny_model(name, tokenizer)
+    sample(model, tokenizer)
+    assert plan(model.base_model) is None
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        {"model_type": "granite", **SIZES, "residual_multiplier": 0.5},
+        {"model_type": "llama", **SIZES, "mlp_bias": True},
+        {"model_type": "llama", **SIZES, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}},
+        {"model_type": "mistral", **SIZES, "sliding_window": 4},
+        {"model_type": "llama", **SIZES, "hidden_act": "gelu"},
+    ],
+    ids=["a factor on what is added", "a bias of products", "rotations that change with length", "a window", "another gate"],
+)
+def test_decoders_that_only_look_plain_are_not(architecture: dict[str, Any], tokenizer: Any) -> None:
+    model = random_model(architecture, tokenizer)
+    assert plan(model.base_model) is None
+    sample(model, tokenizer)
+
+
+def hook(model: Any) -> Callable[[], None]:
+    return model.base_model.layers[1].mlp.register_forward_hook(lambda *_: None).remove
+
+
+def foreign_forward(model: Any) -> Callable[[], None]:
+    layer = model.base_model.layers[0].self_attn.o_proj
+    layer.forward = lambda x: type(layer).forward(layer, x)
+    return lambda: vars(layer).pop("forward")
+
+
+@pytest.mark.parametrize("put", [hook, foreign_forward])
+def test_who_watches_a_part_is_not_passed_over(put: Callable[[Any], Callable[[], None]], tokenizer: Any) -> None:
+    model = tiny_model("qwen3", tokenizer)
+    before = sample(model, tokenizer)
+    assert plan(model.base_model) is not None
+    take_away = put(model)
+    assert plan(model.base_model) is None
+    assert spoken(sample(model, tokenizer)) == spoken(before)
+    take_away()
+    assert plan(model.base_model) is not None
+
+
+def test_what_comes_later_is_seen(tokenizer: Any) -> None:
+    """A copy in another precision, an adapter in a layer's place, a layer whose weight is made of others."""
+    model = tiny_model("qwen3", tokenizer)
+    assert plan(model.base_model) is not None
+    assert plan(copy.deepcopy(model).base_model) is not None
+    assert plan(copy.deepcopy(model).to(torch.bfloat16).base_model) is None
+
+    class Adapter(torch.nn.Linear):
+        pass
+
+    adapted = copy.deepcopy(model)
+    adapted.base_model.layers[1].mlp.up_proj = Adapter(32, 48, bias=False)
+    assert plan(adapted.base_model) is None
+    torch.nn.utils.parametrizations.weight_norm(model.base_model.layers[0].self_attn.v_proj)
+    assert plan(model.base_model) is None
+
+
+def test_a_hook_hears_each_token(tokenizer: Any) -> None:
+    model = tiny_model("qwen3", tokenizer)
+    heard: list[int] = []
+    model.base_model.layers[0].mlp.register_forward_hook(lambda _module, x, _output: heard.append(x[0].shape[1]))
+    groups = sample(model, tokenizer)
+    assert sum(heard) >= sum(len(completion.tokens) for group in groups for completion in group)
+
+
+def test_weights_are_those_of_the_moment(tokenizer: Any) -> None:
+    """Between two rollouts an optimiser changes the weights in place."""
+    model = tiny_model("llama", tokenizer)
+    sampler = NativeSampler(model, tokenizer)
+
+    def text() -> list[str]:
+        return [c.text for _, group in sampler.generate(PROMPTS, 4, Sampling(max_tokens=8), seed=0) for c in group]
+
+    first = text()
+    with torch.no_grad():
+        for parameter in model.base_model.layers.parameters():
+            parameter.mul_(-1)
+    changed = text()
+    assert changed != first
+    fresh = copy.deepcopy(model)
+    sampler = NativeSampler(fresh, tokenizer)
+    assert text() == changed
