@@ -1,4 +1,4 @@
-"""groupwise beside TRL and vLLM: the same model, prompts and count of useful tokens, in turn, in one run.
+"""groupwise beside TRL, transformers' `generate` and vLLM: the same model, prompts and count of useful tokens, in turn, in one run.
 
     make bench
 
@@ -91,7 +91,7 @@ def plot(results: dict[str, dict[str, list[Report]]], path: Path) -> None:
         for part in ("generation", "training")
         if part in report
     ]
-    order = ["groupwise", "trl", "vllm"]
+    order = ["groupwise", "trl", "generate", "vllm"]
     chart = (
         alt.Chart(alt.Data(values=rows), width=220, height=110)
         .mark_circle(size=50, opacity=0.7)
@@ -201,7 +201,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md")
     arguments = parser.parse_args()
     console = Console(highlight=False)
-    pythons = {name: str(arguments.peers / name / "bin" / "python") for name in ("trl", "vllm")} | {"groupwise": sys.executable}
+    pythons = {name: str(arguments.peers / name / "bin" / "python") for name in ("trl", "vllm")}
+    pythons |= {"groupwise": sys.executable, "generate": pythons["trl"]}
     lines = ["# Results", "", "Two CPU cores, fp32, PyTorch " + torch.__version__ + ". `make bench` measures again."]
     results: dict[str, dict[str, list[Report]]] = {}
     for name in arguments.works:
@@ -212,7 +213,7 @@ def main() -> None:
             continue
         scripts = {"groupwise": "worker_groupwise.py", "trl": "worker_trl.py"}
         if name != "vocabulary":
-            scripts["vllm"] = "worker_vllm.py"
+            scripts |= {"generate": "worker_generate.py", "vllm": "worker_vllm.py"}
         results[name] = compare(WORKS[name], pythons, scripts, arguments.pairs, console)
         lines += table(WORKS[name], results[name])
         arguments.out.write_text("\n".join(lines) + "\n")

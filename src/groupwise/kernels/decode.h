@@ -12,6 +12,8 @@ constexpr int64_t PART = D % 16 == 0 ? 16 : D % 8 == 0 ? 8 : D % 4 == 0 ? 4 : D 
 constexpr int64_t CHUNK = 16;  // rows of a group that one thread takes
 constexpr int64_t AHEAD = 12;  // tokens whose keys are fetched early; read once, they leave the caches to the weights
 
+using Wide = typename Vector<PART>::Type;
+
 #ifdef BFLOAT16
 using Element = uint16_t;
 inline float widen(Element x) {
@@ -25,10 +27,16 @@ inline Element narrow(float x) {  // to the nearest, ties to even
   std::memcpy(&bits, &x, 4);
   return Element((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
+typedef Element Narrow __attribute__((vector_size(PART * sizeof(Element)), aligned(sizeof(Element)), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(PART * sizeof(uint32_t))));
+inline Wide load(const Element* from) {
+  return reinterpret_cast<Wide>(__builtin_convertvector(*reinterpret_cast<const Narrow*>(from), Bits) << 16);
+}
 #else
 using Element = float;
 inline float widen(Element x) { return x; }
 inline Element narrow(float x) { return x; }
+inline Wide load(const Element* from) { return *reinterpret_cast<const Wide*>(from); }
 #endif
 
 // The n numbers as floats: where they lie, or copied to `room` if they are none.
@@ -58,28 +66,31 @@ inline void fetch(const Element* from, int64_t t, int64_t count, const Element* 
 
 // The scores of a query and its row's keys.
 inline void meet_own(const float* query, const Query& own, float* scores, const Element* then) {
+  Wide queries[D / PART];
+  for (int64_t v = 0; v < D / PART; ++v) queries[v] = *reinterpret_cast<const Wide*>(query + v * PART);
   for (int64_t t = 0; t < own.count; ++t) {
-    float sum = 0;
     fetch(own.keys, t, own.count, then);
-#pragma omp simd reduction(+ : sum)
-    for (int64_t d = 0; d < D; ++d) sum += query[d] * widen(own.keys[t * D + d]);
-    scores[t] = sum;
+    Wide sums = load(own.keys + t * D) * queries[0];
+    for (int64_t v = 1; v < D / PART; ++v) sums += load(own.keys + t * D + v * PART) * queries[v];
+    scores[t] = sum_of<PART>(sums);
   }
 }
 
 inline void gather_own(const float* weights, const Query& own, float* sums, const Element* then) {
+  Wide gathered[D / PART];
+  for (int64_t v = 0; v < D / PART; ++v) gathered[v] = *reinterpret_cast<const Wide*>(sums + v * PART);
   for (int64_t t = 0; t < own.count; ++t) {
     fetch(own.values, t, own.count, then);
-#pragma omp simd
-    for (int64_t d = 0; d < D; ++d) sums[d] += weights[t] * widen(own.values[t * D + d]);
+    for (int64_t v = 0; v < D / PART; ++v) gathered[v] += weights[t] * load(own.values + t * D + v * PART);
   }
+  for (int64_t v = 0; v < D / PART; ++v) *reinterpret_cast<Wide*>(sums + v * PART) = gathered[v];
 }
 
 // Up to LANES queries of one prompt, whose n keys and values are given, one in each lane: the scores with the prompt lie as
 // [n, LANES], so that their softmax needs no sum across lanes; those with the rows' own keys as [LANES, room].
 template <int64_t LANES>
 inline void answer(const Query* all, int64_t count, const float* keys, const float* values, int64_t n, float scale, float* scores,
-            int64_t room) {
+                   int64_t room) {
   float queries[LANES][D] = {}, columns[D][LANES] = {}, top[LANES], sums[LANES] = {}, outputs[LANES][D] = {};
   for (int64_t lane = 0; lane < count; ++lane) {
     for (int64_t d = 0; d < D; ++d) columns[d][lane] = queries[lane][d] = scale * widen(all[lane].query[d]);

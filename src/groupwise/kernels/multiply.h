@@ -1,11 +1,23 @@
 // Small matrix products on numbers where they lie: as fast as a library's, without its cost of a call.
 #pragma once
 #include <cstdint>
+#include <cstring>
 
 template <int64_t WIDTH>
 struct Vector {
   typedef float Type __attribute__((vector_size(WIDTH * sizeof(float)), aligned(sizeof(float)), may_alias));
 };
+
+template <int64_t WIDTH>
+inline float sum_of(typename Vector<WIDTH>::Type x) {
+  if constexpr (WIDTH == 1) {
+    return x[0];
+  } else {
+    typename Vector<WIDTH / 2>::Type halves[2];
+    std::memcpy(halves, &x, sizeof(x));
+    return sum_of<WIDTH / 2>(halves[0] + halves[1]);
+  }
+}
 
 // c[m] += sum over i < n of a[m across + i along] b[i], for ROWS rows c[m] and n rows b[i] of VECTORS times WIDTH numbers.
 template <int64_t ROWS, int64_t WIDTH, int64_t VECTORS>
