@@ -1,4 +1,4 @@
-"""groupwise beside TRL, transformers' `generate` and vLLM: the same model, prompts and count of useful tokens, in turn, in one run.
+"""groupwise beside TRL, `generate` and vLLM: the same model, prompts and count of useful tokens, in turn, in one run.
 
     make bench
 

@@ -1,5 +1,7 @@
-"""transformers' `generate` at one work, all completions in one batch: for each line on standard input, one rollout batch; answers with
-a line of JSON."""
+"""transformers' `generate` at one work: for each line on standard input, one rollout batch, all of it at once.
+
+Answers with a line of JSON.
+"""
 
 import dataclasses
 import json

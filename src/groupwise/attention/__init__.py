@@ -4,15 +4,16 @@ A Hugging Face decoder is run on one flat sequence of tokens, [1, N], with expli
 back (`interface`), and an `Attend` says what each token may look at: `Packed` in training, `Decoding` in generation.
 
 This works for decoders whose attention goes through transformers' attention registry, is full (no sliding window) and
-plain (no soft cap, no sinks), on a CPU; `packs` tells. Others take the general path, through padded batches.
+plain (no soft cap, no sinks); `packs` tells. Others take the general path, through padded batches.
 
-In float32 it runs on kernels (`groupwise.kernels`), and so do the layers around it (`fused`); in other dtypes, and without a C++
-compiler, on PyTorch's (`blocks`).
+On a CPU in float32 it runs on kernels (`groupwise.kernels`), and so do the layers around it (`fused`), in generation in one
+call a step (`whole`); in other dtypes, and without a C++ compiler, on PyTorch's (`blocks`, `plain`). On a GPU training goes
+through flex attention (`flexible`), and a step of generation is a captured graph (`steps`).
 """
 
-from groupwise.attention.decoding import Decoding, slower_path
+from groupwise.attention.decoding import Decoding, decodes, slower_path
 from groupwise.attention.interface import recomputing, run_packed
 from groupwise.attention.packed import Packed, packs
 from groupwise.attention.whole import plan
 
-__all__ = ["Decoding", "Packed", "packs", "plan", "recomputing", "run_packed", "slower_path"]
+__all__ = ["Decoding", "Packed", "decodes", "packs", "plan", "recomputing", "run_packed", "slower_path"]

@@ -1,5 +1,6 @@
 """Attention and cache in generation: a prompt's keys kept once for its group, a row's own in a buffer that is never copied."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,12 +8,16 @@ from torch import Tensor
 
 from groupwise.attention.blocks import Layout, ragged
 from groupwise.attention.interface import run_packed
-from groupwise.attention.packed import Packed, packs
+from groupwise.attention.packed import Packed, close, packs
+from groupwise.attention.plain import Placement, attend_newest
+from groupwise.attention.steps import FixedSteps
 from groupwise.attention.whole import Whole, plan
 from groupwise.kernels.decode import decode_kernel
 
 ROWS_AT_ONCE = 16
 """Steps run on a multiple of so many rows, some of them for nothing: kernels are made, and kept, for each size anew."""
+SIZES, WINDOW = 8, 128
+"""Fixed steps have at most so many sizes by their rows, and look at a multiple of so many places of the rows' cache."""
 
 
 def slower_path(model: Any, dtype: str | None = None) -> str | None:
@@ -20,12 +25,43 @@ def slower_path(model: Any, dtype: str | None = None) -> str | None:
 
     `dtype`: what it generates in; None: what its weights are in.
     """
-    if not packs(model):
+    if not (packs(model) and decodes(model)):
         return f"{type(model).__name__} on {model.device} takes the general path through attention"
     wanted = getattr(torch, dtype) if dtype else model.dtype
-    if decode_kernel(_head_size(model.base_model.config), wanted) is None:
+    if model.device.type == "cpu" and decode_kernel(_head_size(model.base_model.config), wanted) is None:
         return f"no C++ compiler, or no kernels for {wanted}: generation takes a slower path through PyTorch"
     return None
+
+
+def decodes(model: Any) -> bool:
+    """Whether `Decoding` works for a model that `packs`; on a GPU tried on a few tokens, once."""
+    if model.device.type == "cpu":
+        return True
+    if not hasattr(model, "_groupwise_decodes"):
+        model._groupwise_decodes = _trial(model)
+    works: bool = model._groupwise_decodes
+    return works
+
+
+@torch.inference_mode()
+def _trial(model: Any) -> bool:
+    """Two prompts with two rows each, one of which leaves after the first of two steps."""
+    decoder = model.base_model
+    prompts = [torch.arange(n, device=model.device) % model.config.get_text_config().vocab_size for n in (3, 5)]
+    tokens_R = prompts[1][:4]
+    try:
+        state = Decoding(decoder, 2, 5, 4, 2)
+        state.prefill(decoder, prompts, 2)
+        state.step(decoder, tokens_R)
+        order_R = state.keep(torch.tensor([False, True, True, True], device=model.device))
+        ours = state.step(decoder, tokens_R[order_R])
+    except Exception:  # whatever a stranger's forward or a GPU's driver makes of it: then the general path is taken
+        return False
+    for hidden, row in zip(ours, order_R.tolist(), strict=True):
+        tokens = torch.cat([prompts[row // 2], tokens_R[row].repeat(2)])
+        if not close(hidden, decoder(input_ids=tokens[None], use_cache=False).last_hidden_state[0, -1]):
+            return False
+    return True
 
 
 def _head_size(config: Any) -> int:
@@ -40,7 +76,10 @@ class Decoding:
         config, like = decoder.config, next(decoder.parameters())
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size, layers = _head_size(config), config.num_hidden_layers
-        self._kernel = decode_kernel(size, like.dtype)
+        self._steps = FixedSteps(partial(self._step, decoder)) if _fixed(like.device) else None
+        self._kernel = decode_kernel(size, like.dtype) if self._steps is None else None
+        self._unit = _multiple(max(1, rows // SIZES), ROWS_AT_ONCE)
+        rows = rows if self._steps is None else _multiple(rows, self._unit)
         # Without the kernel padded places are read. They count for nothing, but nothing times NaN, which memory may hold, is NaN.
         new = like.new_zeros if self._kernel is None else like.new_empty
         self.prompt_keys = new(layers, prompts, heads, prompt_length, size)
@@ -54,6 +93,10 @@ class Decoding:
         """The prompt of each row."""
         self.written_R = torch.zeros(0, dtype=torch.long, device=like.device)
         """Tokens of each row whose keys are in the cache, the one being run included."""
+        self._longest = 0
+        """Tokens of the longest row, as `written_R` counts them."""
+        self._width = 0
+        """The most rows that a prompt has ever had."""
 
     def prefill(self, decoder: Any, prompts: list[Tensor], group_size: int) -> Tensor:
         """Take in prompts with `group_size` rows each; returns the last hidden state of each prompt [p, H]."""
@@ -74,33 +117,45 @@ class Decoding:
         new_rows = torch.arange(first, first + len(prompts), device=hidden_NH.device).repeat_interleave(group_size)
         self.prompt_R = torch.cat([self.prompt_R, new_rows])
         self.written_R = torch.cat([self.written_R, torch.zeros_like(new_rows)])
+        self._width = max(self._width, group_size)
         self._place()
         return hidden_NH[self.lengths_P[first:].cumsum(0) - 1]
 
     def step(self, decoder: Any, tokens_R: Tensor) -> Tensor:
         """Run one more token of each row; returns hidden states [R, H], which the next step may overwrite."""
-        self.written_R = self.written_R + 1
+        self.written_R, self._longest = self.written_R + 1, self._longest + 1
         if self._whole is not None:
             return self._whole(tokens_R, *self._cache())
-        positions_R = self.lengths_P[self.prompt_R] + self.written_R - 1
-        R = len(tokens_R)
-        spare = -R % ROWS_AT_ONCE
-        tokens_R, positions_R = (torch.nn.functional.pad(x, (0, spare)) for x in (tokens_R, positions_R))
-        return run_packed(decoder, tokens_R, positions_R, self)[:R]
+        at, R, pad = self._placement(), len(tokens_R), torch.nn.functional.pad
+        if self._steps is None:
+            return self._step(decoder, pad(tokens_R, (0, -R % ROWS_AT_ONCE)), at)[:R]
+        rows, window = _multiple(R, self._unit), min(_multiple(at.window, WINDOW), self.row_cache.shape[4])
+        at = at.padded(rows, self.prompt_keys.shape[1], self._width, window)
+        return self._steps(pad(tokens_R, (0, rows - R)), at)[:R]
+
+    def _placement(self) -> Placement:
+        return Placement(self.written_R, self.prompt_R, self._place_R, self.lengths_P, self._most_rows, self._longest)
+
+    def _step(self, decoder: Any, tokens_R: Tensor, at: Placement) -> Tensor:
+        self._at = at
+        positions_R = at.lengths_P[at.prompt_R] + at.written_R - 1
+        positions_R = torch.nn.functional.pad(positions_R, (0, len(tokens_R) - len(positions_R)))
+        return run_packed(decoder, tokens_R, positions_R, self)
 
     def __call__(self, layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scale: float) -> Tensor:
-        R, dtype = len(self.prompt_R), self.row_cache.dtype
-        query_RHD, key_RKD, value_RKD = (x.to(dtype).contiguous() for x in (query_NHD, key_NKD, value_NKD))
-        assert key_RKD.shape[1:] == value_RKD.shape[1:] == self.row_cache.shape[3::2], (
-            "the kernel is told where to read and write"
-        )
-        output_RHD = torch.zeros_like(query_RHD)
+        dtype = self.row_cache.dtype
+        new = tuple(x.to(dtype).contiguous() for x in (query_NHD, key_NKD, value_NKD))
+        assert new[1].shape[1:] == new[2].shape[1:] == self.row_cache.shape[3::2], "the kernel is told where to read and write"
+        output_NHD = torch.zeros_like(new[0])
         if self._kernel is None:
-            output_RHD[:R] = self._plain(layer, query_RHD[:R], key_RKD[:R], value_RKD[:R], scale)
-            return output_RHD.to(query_NHD.dtype)
-        cache, sizes = self._cache()
-        self._kernel(query_RHD, key_RKD, value_RKD, output_RHD, *cache, scale, query_RHD.shape[1], layer, *sizes)
-        return output_RHD.to(query_NHD.dtype)
+            R = len(self._at.prompt_R)
+            query_RHD, key_RKD, value_RKD = (x[:R] for x in new)
+            prompts = self.prompt_keys[layer], self.prompt_values[layer]
+            output_NHD[:R] = attend_newest(self._at, self.row_cache[layer], *prompts, query_RHD, key_RKD, value_RKD, scale)
+        else:
+            cache, sizes = self._cache()
+            self._kernel(*new, output_NHD, *cache, scale, query_NHD.shape[1], layer, *sizes)
+        return output_NHD.to(query_NHD.dtype)
 
     def _cache(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         """The tensors and the numbers of decode.h's Cache, without the layer."""
@@ -110,42 +165,9 @@ class Decoding:
         sizes = layers, rows, prompts_room, len(self.lengths_P), K, T, L, self._most_rows
         return (self.row_cache, self.prompt_keys, self.prompt_values, *of_rows), sizes
 
-    def _plain(self, layer: int, query_RHD: Tensor, key_RKD: Tensor, value_RKD: Tensor, scale: float) -> Tensor:
-        """What the kernel does, in PyTorch. S query heads share a key-value head."""
-        R, K = key_RKD.shape[:2]
-        rows_R, device = torch.arange(R), key_RKD.device
-        for cache, new in zip(self.row_cache[layer], (key_RKD, value_RKD), strict=True):
-            cache[rows_R, :, self.written_R - 1] = new
-        longest, room = int(self.written_R.max()), self.prompt_keys.shape[3]
-        keys_RKTD, values_RKTD = self.row_cache[layer, :, :R, :, :longest]
-        prompt_keys, prompt_values = (cache[layer, : len(self.lengths_P)] for cache in (self.prompt_keys, self.prompt_values))
-
-        query_RKSD = torch.unflatten(query_RHD, 1, (K, -1)) * scale
-        of_prompt = self._by_row(self._by_prompt(query_RKSD) @ prompt_keys.transpose(2, 3))
-        scores_RKST = torch.cat([of_prompt, query_RKSD @ keys_RKTD.transpose(2, 3)], -1)
-        beyond_prompt = torch.arange(room, device=device) >= self.lengths_P[self.prompt_R][:, None]
-        beyond_row = torch.arange(longest, device=device) >= self.written_R[:, None]
-        scores_RKST.masked_fill_(torch.cat([beyond_prompt, beyond_row], 1)[:, None, None], -torch.inf)
-        weights_RKST = scores_RKST.softmax(-1)
-        output_RKSD: Tensor = weights_RKST[..., room:] @ values_RKTD
-        output_RKSD += self._by_row(self._by_prompt(weights_RKST[..., :room]) @ prompt_values)
-        output_RHD: Tensor = output_RKSD.flatten(1, 2)
-        return output_RHD
-
-    def _by_prompt(self, x_RKSX: Tensor) -> Tensor:
-        """Rows of a prompt side by side, [P, K, rows and S, X]; zeros where a prompt has fewer rows than the most."""
-        places = x_RKSX.new_zeros(len(self.lengths_P) * self._most_rows, *x_RKSX.shape[1:])
-        places[self._place_R] = x_RKSX
-        return torch.unflatten(places, 0, (-1, self._most_rows)).transpose(1, 2).flatten(2, 3)
-
-    def _by_row(self, x_PKQX: Tensor) -> Tensor:
-        places = torch.unflatten(x_PKQX, 2, (self._most_rows, -1)).transpose(1, 2).flatten(0, 1)
-        return places[self._place_R]
-
     def keep(self, keep_R: Tensor) -> Tensor:
         """Drop the other rows, and prompts that lose their last. Returns which row now lies in each place, int64 [r]."""
-        longest = int(self.written_R.max())
-        order_R = self._fill(keep_R, self.row_cache[:, :, :, :, :longest].transpose(1, 2))
+        order_R = self._fill(keep_R, self.row_cache[:, :, :, :, : self._longest].transpose(1, 2))
         self.written_R, self.prompt_R = self.written_R[order_R], self.prompt_R[order_R]
         used_P = torch.zeros(len(self.lengths_P), dtype=torch.bool, device=keep_R.device)
         used_P[self.prompt_R] = True
@@ -174,8 +196,19 @@ class Decoding:
         counts_P = torch.bincount(self.prompt_R, minlength=len(self.lengths_P))
         self._order_R = self.prompt_R.argsort(stable=True)
         self._starts_P = torch.nn.functional.pad(counts_P.cumsum(0), (1, 0))
-        self._most_rows = int(counts_P.max())
+        self._most_rows, self._longest = int(counts_P.max()), int(self.written_R.max())
         place = torch.arange(len(self.prompt_R), device=self.prompt_R.device) - self._starts_P[self.prompt_R[self._order_R]]
         self._place_R = torch.empty_like(self.prompt_R)
         """Of each row, among prompts x most rows."""
         self._place_R[self._order_R] = self.prompt_R[self._order_R] * self._most_rows + place
+        self._at = self._placement()
+
+
+def _fixed(device: torch.device) -> bool:
+    """Whether steps have a few fixed sizes: to launch a GPU's kernels one by one would take longer than they do."""
+    return device.type != "cpu"
+
+
+def _multiple(n: int, of: int) -> int:
+    """The next, at least one."""
+    return max(1, -(-n // of)) * of

@@ -1,44 +1,62 @@
 """Attention in training: no padding through the model, and each prompt's keys read once for its group."""
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
+from groupwise.attention import flexible
 from groupwise.attention.blocks import BlockAttention, Blocks
 from groupwise.attention.interface import run_packed
 from groupwise.kernels.packed import Rows, attention, has_kernel
 
 
 def packs(model: Any) -> bool:
-    """Whether this model's attention can run here: tried on a few tokens against the model's own forward."""
+    """Whether this model's attention can run here: tried on a few tokens against the model's own forward, once on each device."""
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if model.device.type != "cpu" or layers != {"full_attention"} or getattr(model, "_groupwise_packs", None) is False:
+    if model.device.type not in ("cpu", "cuda") or layers != {"full_attention"}:
         return False
-    if not hasattr(model, "_groupwise_packs"):
-        model._groupwise_packs = _trial(model)
-        if not model._groupwise_packs and getattr(model.base_model, "_groupwise_fused", None):
+    device, works = getattr(model, "_groupwise_packs", (None, False))
+    if device != model.device:
+        works = _trial(model)
+        if not works and getattr(model.base_model, "_groupwise_fused", None):
             # Each layer is right by itself, but may be called in another way than in its trial.
             model.base_model._groupwise_fused = []
-            model._groupwise_packs = _trial(model)
-    return bool(model._groupwise_packs)
+            works = _trial(model)
+        model._groupwise_packs = model.device, works
+    return bool(works)
 
 
-@torch.no_grad()
-@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def _trial(model: Any) -> bool:
-    decoder = model.base_model
     tokens = torch.arange(6, device=model.device) % model.config.get_text_config().vocab_size
     layout = Packed([2], torch.tensor([0]), torch.tensor([4]), model.device)
     try:
-        ours = run_packed(decoder, tokens, layout.positions_N, layout)
-    except (NotImplementedError, AttributeError, LookupError, TypeError, RuntimeError, ValueError):
-        return False  # whatever a stranger's forward makes of a flat batch
-    theirs = decoder(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
-    close = max(1e-3, 10 * torch.finfo(theirs.dtype).eps)
-    return bool(torch.allclose(ours, theirs, rtol=close, atol=close * float(theirs.abs().max())))
+        ours = _output_and_gradient(model, lambda decoder: run_packed(decoder, tokens, layout.positions_N, layout))
+    except Exception:  # whatever a stranger's forward makes of a flat batch, or a GPU's compiler of attention
+        return False
+    theirs = _output_and_gradient(model, lambda decoder: decoder(input_ids=tokens[None], use_cache=False).last_hidden_state[0])
+    return all(close(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def _output_and_gradient(model: Any, run: Callable[[Any], Tensor]) -> list[Tensor]:
+    """On a GPU also a gradient, which flex attention has a kernel of its own for."""
+    decoder, on_gpu = model.base_model, model.device.type == "cuda"
+    with torch.inference_mode(False), torch.set_grad_enabled(on_gpu), torch.autocast(model.device.type, enabled=False):
+        output = run(decoder)
+        if not on_gpu:
+            return [output]
+        weighted = output.float() * torch.linspace(-1, 1, output.numel(), device=output.device).view(output.shape)
+        return [output.detach(), *torch.autograd.grad(weighted.sum(), next(decoder.parameters()))]
+
+
+def close(ours: Tensor, theirs: Tensor) -> bool:
+    """As near as two ways of computing the same come in their dtype."""
+    tolerance = max(1e-3, 10 * torch.finfo(theirs.dtype).eps)
+    return bool(torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max())))
 
 
 class Packed:
@@ -58,12 +76,18 @@ class Packed:
         return Rows(*self._lengths)
 
     @cached_property
+    def block_mask(self) -> BlockMask:
+        return flexible.block_mask(flexible.sees(*self._lengths, self._device), len(self.positions_N), self._device)
+
+    @cached_property
     def blocks(self) -> Blocks:
         return Blocks(*self._lengths, self._device)
 
     def __call__(self, layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scale: float) -> Tensor:
         # Under autocast queries and keys, and only they, come in float32.
         query, key, value = (x.contiguous().to(value_NKD.dtype) for x in (query_NHD, key_NKD, value_NKD))
+        if query.device.type != "cpu":
+            return flexible.attention(query, key, value, self.block_mask, scale)
         if has_kernel(query, key, value):
             return attention(query, key, value, self.rows, scale)
         output_NHD: Tensor = BlockAttention.apply(query, key, value, self.blocks, scale)  # type: ignore[no-untyped-call]

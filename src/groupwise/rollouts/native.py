@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from groupwise.attention import Decoding, packs
+from groupwise.attention import Decoding, decodes, packs
 from groupwise.errors import DIVERGED, RunError
 from groupwise.kernels.choose import choose_kernel
 from groupwise.models import left_pad, logits, positions
@@ -46,7 +46,7 @@ class NativeSampler:
         shape = (len(prompts) * group_size, sampling.max_tokens)
         draft = Draft(torch.rand(shape, generator=generator, dtype=torch.float64), self.model.device)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        run = self._run_packed if packs(self.model) else self._run_padded
+        run = self._run_packed if packs(self.model) and decodes(self.model) else self._run_padded
         left = [group_size] * len(prompts)
         packed, finishing = PackedWeights(self.model), run(prompts, order, group_size, sampling, draft)
         while True:

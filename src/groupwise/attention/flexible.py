@@ -1,0 +1,50 @@
+"""Attention in training on a GPU: PyTorch's flex attention, told which earlier tokens each token of the flat sequence sees."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(batch, head, token, other) -> bool: whether a token sees another."""
+
+
+def sees(prompt_lengths: Tensor, prompts_R: Tensor, lengths_R: Tensor, device: Any) -> Sees:
+    """Each row sees itself up to each token, and all of its prompt. Prompts come first; arguments as of `kernels.packed.Rows`."""
+    rows = torch.arange(len(prompt_lengths) + len(lengths_R))
+    lengths = torch.cat([prompt_lengths, lengths_R])
+    row_N = rows.repeat_interleave(lengths).to(device)
+    prompt_N = torch.cat([rows[: len(prompt_lengths)], prompts_R]).repeat_interleave(lengths).to(device)
+
+    def seen(_batch: Tensor, _head: Tensor, token: Tensor, other: Tensor) -> Tensor:
+        own, of_prompt = row_N[other] == row_N[token], row_N[other] == prompt_N[token]
+        return (own | of_prompt) & (other <= token)
+
+    return seen
+
+
+def block_mask(seen: Sees, N: int, device: Any) -> BlockMask:
+    mask: BlockMask = _compiled(create_block_mask, device)(seen, None, None, N, N, device=device)
+    return mask
+
+
+def attention(query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, mask: BlockMask, scale: float) -> Tensor:
+    """What each token gathers, [N, H, D]."""
+    query, key, value = (x.transpose(0, 1)[None] for x in (query_NHD, key_NKD, value_NKD))
+    shared = query_NHD.shape[1] != key_NKD.shape[1]
+    run = _compiled(flex_attention, query.device)
+    output: Tensor = run(query, key, value, block_mask=mask, scale=scale, enable_gqa=shared)
+    return output[0].transpose(0, 1)
+
+
+def _compiled(function: Any, device: Any) -> Any:
+    """Compiled, for its memory would grow with the square of N; on a CPU, where it is only tested, as it is."""
+    return function if torch.device(device).type == "cpu" else _compile(function)
+
+
+@functools.cache
+def _compile(function: Any) -> Any:
+    return torch.compile(function, dynamic=True)

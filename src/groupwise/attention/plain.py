@@ -1,0 +1,87 @@
+"""Attention of one step of generation in PyTorch: what `kernels.decode` does, for other devices and without a compiler.
+
+S query heads share a key-value head; T places of a row's cache, L of a prompt's.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The rows of a step and their prompts, with `width` places for the rows of each prompt."""
+
+    written_R: Tensor
+    """Tokens of each row whose keys are in the cache, the one being run included."""
+    prompt_R: Tensor
+    """The prompt of each row."""
+    place_R: Tensor
+    """Of each row among prompts x width; beyond them if it is there for nothing."""
+    lengths_P: Tensor
+    """Tokens of each prompt."""
+    width: int
+    window: int
+    """Places of the rows' cache that are looked at; at least as many as any row has tokens."""
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.written_R, self.prompt_R, self.place_R, self.lengths_P
+
+    def padded(self, rows: int, prompts: int, width: int, window: int) -> "Placement":
+        """The same rows, and others for nothing, whose places in the cache must be nobody's."""
+        spare, pad = rows - len(self.prompt_R), torch.nn.functional.pad
+        place_R = self.place_R + self.prompt_R * (width - self.width)
+        return Placement(
+            written_R=pad(self.written_R, (0, spare), value=1),
+            prompt_R=pad(self.prompt_R, (0, spare)),
+            place_R=pad(place_R, (0, spare), value=prompts * width),
+            lengths_P=pad(self.lengths_P, (0, prompts - len(self.lengths_P))),
+            width=width,
+            window=window,
+        )
+
+    def by_prompt(self, x_RKSX: Tensor) -> Tensor:
+        """Rows of a prompt side by side, [P, K, rows and S, X]; zeros where a prompt has fewer rows than `width`."""
+        places = x_RKSX.new_zeros(len(self.lengths_P) * self.width + 1, *x_RKSX.shape[1:])
+        places[self.place_R] = x_RKSX
+        return torch.unflatten(places[:-1], 0, (-1, self.width)).transpose(1, 2).flatten(2, 3)
+
+    def by_row(self, x_PKQX: Tensor) -> Tensor:
+        places = torch.unflatten(x_PKQX, 2, (self.width, -1)).transpose(1, 2).flatten(0, 1)
+        return places[self.place_R.clamp(max=len(places) - 1)]
+
+
+def attend_newest(
+    at: Placement,
+    row_cache: Tensor,
+    prompt_keys_PKLD: Tensor,
+    prompt_values_PKLD: Tensor,
+    query_RHD: Tensor,
+    key_RKD: Tensor,
+    value_RKD: Tensor,
+    scale: float,
+) -> Tensor:
+    """What each row's newest token gathers, [R, H, D]; its key and value go into `row_cache` [2, rows, K, T, D].
+
+    What lies in the caches beyond a row's or a prompt's tokens must be finite.
+    """
+    R, K = key_RKD.shape[:2]
+    device, L = key_RKD.device, prompt_keys_PKLD.shape[2]
+    rows_R = torch.arange(R, device=device)
+    for cache, new in zip(row_cache, (key_RKD, value_RKD), strict=True):
+        cache[rows_R, :, at.written_R - 1] = new
+    keys_RKTD, values_RKTD = row_cache[:, :R, :, : at.window]
+    P = len(at.lengths_P)
+
+    query_RKSD = torch.unflatten(query_RHD, 1, (K, -1)) * scale
+    of_prompt = at.by_row(at.by_prompt(query_RKSD) @ prompt_keys_PKLD[:P].transpose(2, 3))
+    scores_RKST = torch.cat([of_prompt, query_RKSD @ keys_RKTD.transpose(2, 3)], -1).float()
+    beyond_prompt = torch.arange(L, device=device) >= at.lengths_P[at.prompt_R][:, None]
+    beyond_row = torch.arange(at.window, device=device) >= at.written_R[:, None]
+    scores_RKST.masked_fill_(torch.cat([beyond_prompt, beyond_row], 1)[:, None, None], -torch.inf)
+    weights_RKST = scores_RKST.softmax(-1).to(query_RHD.dtype)
+    output_RKSD: Tensor = weights_RKST[..., L:] @ values_RKTD
+    output_RKSD += at.by_row(at.by_prompt(weights_RKST[..., :L]) @ prompt_values_PKLD[:P])
+    output_RHD: Tensor = output_RKSD.flatten(1, 2)
+    return output_RHD
