@@ -5,8 +5,8 @@ python benchmarks/savings.py
 
 import statistics
 import tempfile
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -22,23 +22,37 @@ def padded_sampler(step: Step) -> dict[str, float]:
         return step.run()
 
 
+@contextmanager
+def layer_by_layer() -> Iterator[None]:
+    with (
+        mock.patch("groupwise.attention.decoding.plan", return_value=None),
+        mock.patch("groupwise.rollouts.packed_weights.plan", return_value=None),
+    ):
+        yield
+
+
+def not_in_one_call(step: Step) -> dict[str, float]:
+    with layer_by_layer():
+        return step.run()
+
+
+def weights_as_they_are(step: Step) -> dict[str, float]:
+    with layer_by_layer(), mock.patch("groupwise.rollouts.native.PackedWeights", return_value=nullcontext()):
+        return step.run()
+
+
 def without_kernel(step: Step) -> dict[str, float]:
-    with mock.patch("groupwise.attention.decoding.decode_kernel", return_value=None):
+    with layer_by_layer(), mock.patch("groupwise.attention.decoding.decode_kernel", return_value=None):
         return step.run()
 
 
 def layers_as_they_are(step: Step) -> dict[str, float]:
-    with mock.patch.object(step.model.base_model, "_groupwise_fused", []):
+    with layer_by_layer(), mock.patch.object(step.model.base_model, "_groupwise_fused", []):
         return step.run()
 
 
 def padded_attention(step: Step) -> dict[str, float]:
     with mock.patch("groupwise.attention.packed.has_kernel", return_value=False):
-        return step.run()
-
-
-def weights_as_they_are(step: Step) -> dict[str, float]:
-    with mock.patch("groupwise.rollouts.native.PackedWeights", return_value=nullcontext()):
         return step.run()
 
 
@@ -61,9 +75,10 @@ def unshared_prompts(step: Step) -> dict[str, float]:
 VARIANTS: dict[str, Callable[[Step], dict[str, float]]] = {
     "everything": Step.run,
     "sampler: transformers' cache, padded": padded_sampler,
-    "sampler: attention in PyTorch": without_kernel,
-    "sampler: weights as they are": weights_as_they_are,
-    "both: norms, rotations and gated products as transformers has them": layers_as_they_are,
+    "sampler: a step not in one call, but layer by layer": not_in_one_call,
+    "sampler: layer by layer, weights not in panels": weights_as_they_are,
+    "sampler: layer by layer, attention in PyTorch": without_kernel,
+    "both: layer by layer, norms, rotations and gated products as transformers has them": layers_as_they_are,
     "both: attention over prompts and completions in PyTorch, on padded rows": padded_attention,
     "learner: prompts shared, but padded": padded_learner,
     "learner: prompts run for every row, padded": unshared_prompts,

@@ -42,6 +42,7 @@ def filled(kernel: str, monkeypatch: Any, dtype: torch.dtype, heads: int, shared
     for cache in (state.prompt_keys, state.prompt_values, state.row_cache):
         cache.copy_(torch.randn(cache.shape))
     state._place()
+    state._at = state._placement()
     return state
 
 
@@ -99,6 +100,7 @@ def test_rows_that_leave_take_nothing_with_them(kernel: str, monkeypatch: pytest
     before = state(0, query, key, value, scale=0.25)
     keep_R = (torch.arange(28) % 3 != 0) & (state.prompt_R != 1)
     order_R = state.keep(keep_R)
+    state._at = state._placement()
     assert sorted(order_R.tolist()) == keep_R.nonzero()[:, 0].tolist()
     assert len(state.lengths_P) == 2
     after = state(0, query[order_R], key[order_R], value[order_R], scale=0.25)

@@ -1,13 +1,20 @@
 """What a GPU runs, here on a CPU: steps of fixed sizes, and flex attention. Their graphs and compiled kernels need a GPU."""
 
+import gc
+import shutil
+import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from groupwise.attention import decoding, flexible, packs
+from groupwise.attention import Decoding, affordable_rows, decoding, flexible, packed, packs
 from groupwise.attention.packed import Packed
+from groupwise.attention.plain import Placement
 from groupwise.attention.steps import FixedSteps
 from tests.conftest import tiny_model
 from tests.test_rollouts_native import sample, spoken
@@ -24,8 +31,8 @@ def test_steps_of_fixed_sizes_say_the_same(
     steps: list[tuple[int, ...]] = []
 
     class Counted(FixedSteps):
-        def __call__(self, tokens_R: Tensor, at: Any) -> Tensor:
-            hidden_RH = super().__call__(tokens_R, at)
+        def __call__(self, step: Any, tokens_R: Tensor, at: Any) -> Tensor:
+            hidden_RH = super().__call__(step, tokens_R, at)
             sizes.update(self._captured)
             steps.append((len(tokens_R), at.window))
             return hidden_RH
@@ -57,6 +64,77 @@ def test_steps_are_tried_before_a_gpu_takes_them(any_model: Any, monkeypatch: py
     assert not decoding._trial(any_model), "and so is one that fails"
 
 
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "gemma"])
+def test_a_step_waits_for_no_number_of_the_gpu(architecture: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it could not be captured. With tensors that hold no numbers, whatever asks for one raises."""
+    monkeypatch.setattr(decoding, "_fixed", lambda _: True)
+    model = tiny_model(architecture, tokenizer)
+    decoder = model.base_model
+    decoder._groupwise_fused = []  # as on a GPU: no layer runs on kernels for the CPU
+    state = Decoding(decoder, 2, 5, 16, 8)
+    at = Placement(*torch.ones(3, 16, dtype=torch.long), torch.tensor([3, 5]), width=8, window=8)
+
+    def asking(tokens_R: Tensor, at: Placement) -> Tensor:
+        return state._step(decoder, tokens_R, at) * int(at.written_R.max())
+
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fixed = Placement(*map(mode.from_tensor, at.tensors()), width=8, window=8)
+        tokens_R = mode.from_tensor(torch.ones(16, dtype=torch.long))
+        assert state._step(decoder, tokens_R, fixed).shape == (16, 32)
+        with pytest.raises(DataDependentOutputException):
+            asking(tokens_R, fixed)
+
+
+def test_a_rollouts_memory_goes_with_it(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not when Python next looks for cycles, of which a GPU knows nothing."""
+    monkeypatch.setattr(decoding, "_fixed", lambda _: True)
+    decoder = tiny_model("qwen3", tokenizer).base_model
+    state = Decoding(decoder, 1, 3, 16, 4)
+    with torch.inference_mode():
+        state.prefill(decoder, [torch.tensor([3, 4, 5])], 2)
+        state.step(decoder, torch.tensor([6, 7]))
+    remains = weakref.ref(state)
+    gc.disable()
+    try:
+        del state
+        assert remains() is None
+    finally:
+        gc.enable()
+
+
+def test_rows_are_as_many_as_a_gpu_has_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SimpleNamespace(num_attention_heads=16, num_key_value_heads=8, head_dim=128, num_hidden_layers=28, hidden_size=2048)
+    decoder = SimpleNamespace(device=torch.device("cuda"), config=config, dtype=torch.bfloat16)
+    for name, found in (("mem_get_info", (50e9, 80e9)), ("memory_reserved", 12e9), ("memory_allocated", 2e9)):
+        monkeypatch.setattr(torch.cuda, name, lambda _, found=found: found)
+    # 28 layers x 2 x 8 heads x 128 x 1,024 tokens x 2 bytes are 117.4 MB a row; 0.6 of 60 GB.
+    assert int(affordable_rows(decoder, 1024)) == 306
+    decoder.device = torch.device("cpu")
+    assert affordable_rows(decoder, 1024) == float("inf")
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "the embedding", "everything"])
+def test_the_trial_asks_for_a_gradient_where_there_is_one(frozen: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "_has_own_backward", lambda _: True)
+    model = tiny_model("qwen3", tokenizer)
+    if frozen != "nothing":
+        (model if frozen == "everything" else model.get_input_embeddings()).requires_grad_(False)
+    assert packs(model)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_wrong_gradient_is_found_out(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "_has_own_backward", lambda _: True)
+    run = packed.run_packed
+
+    def halved(*arguments: Any) -> Tensor:
+        output = run(*arguments)
+        return output / 2 + output.detach() / 2  # the same output
+
+    monkeypatch.setattr(packed, "run_packed", halved)
+    assert not packs(tiny_model("qwen3", tokenizer))
+
+
 def test_what_a_token_sees_by_hand() -> None:
     # Two prompts of 2 and 1 tokens, then rows of 2 tokens of the second and 1 token of the first.
     seen = flexible.sees(torch.tensor([2, 1]), torch.tensor([1, 0]), torch.tensor([2, 1]), "cpu")
@@ -71,6 +149,9 @@ def test_what_a_token_sees_by_hand() -> None:
         [1, 1, 0, 0, 0, 1],
     ]
     assert found.int().tolist() == expected
+    prompts_alone = flexible.sees(torch.tensor([2, 1]), torch.zeros(0).long(), torch.zeros(0).long(), "cpu")
+    tokens = torch.arange(3)
+    assert prompts_alone(tokens, tokens, tokens[:, None], tokens[None]).int().tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
 
 
 @pytest.mark.parametrize(("heads", "shared"), [(3, 1), (4, 2)])
@@ -81,6 +162,22 @@ def test_flex_attention_is_the_packed_attention(heads: int, shared: int) -> None
     query, key, value = torch.randn(N, heads, 16), torch.randn(N, heads // shared, 16), torch.randn(N, heads // shared, 16)
     found = flexible.attention(query, key, value, layout.block_mask, 0.3)
     torch.testing.assert_close(found, layout(0, query, key, value, 0.3), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
+def test_compiled_flex_attention_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the lengths; at its limit of compilations PyTorch would give up, and take memory of the square of N."""
+    monkeypatch.setattr(flexible, "_compiled", lambda function, _: flexible._compile(function))
+    for count in range(4, 8):
+        lengths = torch.randint(20, 200, (3,)).tolist()
+        layout = Packed(lengths, torch.randint(0, 3, (count,)), torch.randint(1, 150, (count,)), "cpu")
+        N = len(layout.positions_N)
+        query, key, value = torch.randn(N, 4, 16), torch.randn(N, 2, 16), torch.randn(N, 2, 16)
+        graphs = counters["stats"]["unique_graphs"]
+        with torch.no_grad():
+            found = flexible.attention(query, key, value, layout.block_mask, 0.3)
+        torch.testing.assert_close(found, layout(0, query, key, value, 0.3), rtol=1e-4, atol=1e-5)
+        assert count == 4 or counters["stats"]["unique_graphs"] == graphs
 
 
 def test_a_device_without_a_packed_path_takes_the_general_one(tokenizer: Any) -> None:

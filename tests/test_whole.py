@@ -133,7 +133,11 @@ def foreign_forward(model: Any) -> Callable[[], None]:
     return lambda: vars(layer).pop("forward")
 
 
-@pytest.mark.parametrize("put", [hook, foreign_forward])
+def hook_on_all(model: Any) -> Callable[[], None]:
+    return model.base_model.register_forward_hook(lambda *_: None).remove
+
+
+@pytest.mark.parametrize("put", [hook, hook_on_all, foreign_forward])
 def test_who_watches_a_part_is_not_passed_over(put: Callable[[Any], Callable[[], None]], tokenizer: Any) -> None:
     model = tiny_model("qwen3", tokenizer)
     before = sample(model, tokenizer)
@@ -160,6 +164,70 @@ def test_what_comes_later_is_seen(tokenizer: Any) -> None:
     assert plan(adapted.base_model) is None
     torch.nn.utils.parametrizations.weight_norm(model.base_model.layers[0].self_attn.v_proj)
     assert plan(model.base_model) is None
+
+
+def wider_layer(model: Any) -> None:
+    for name, shape in (("gate_proj", (32, 64)), ("up_proj", (32, 64)), ("down_proj", (64, 32))):
+        setattr(model.base_model.layers[1].mlp, name, torch.nn.Linear(*shape, bias=False))
+
+
+def fewer_heads(model: Any) -> None:
+    attention = model.base_model.layers[1].self_attn
+    attention.q_proj, attention.o_proj = torch.nn.Linear(32, 16, bias=False), torch.nn.Linear(16, 32, bias=False)
+    attention.num_key_value_groups = 1
+
+
+def fewer_layers(model: Any) -> None:
+    model.base_model.layers = model.base_model.layers[:1]
+
+
+def own_parameter(model: Any) -> None:
+    """As in Doge, where it is one at first."""
+    model.base_model.layers[1].residual = torch.nn.Parameter(torch.ones(32))
+
+
+def rough_embedding(model: Any) -> None:
+    model.get_input_embeddings().to(torch.bfloat16)
+
+
+def rough_norm(model: Any) -> None:
+    model.base_model.layers[0].post_attention_layernorm.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("change", [wider_layer, fewer_heads, fewer_layers, own_parameter, rough_embedding, rough_norm])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_kernel_reads_what_is_there(change: Callable[[Any], None], when: str, tokenizer: Any) -> None:
+    """Other shapes, dtypes and parameters than the kernel is told of, before the decoder is first tried and after."""
+    model = tiny_model("llama", tokenizer)
+    if when == "after":
+        assert plan(model.base_model) is not None
+    change(model)
+    assert plan(model.base_model) is None
+
+
+def test_a_row_is_the_same_bits_in_any_company_and_with_any_number_of_threads(tokenizer: Any) -> None:
+    """Forty rows of one prompt, more than one thread takes; alone; and 1, 2 and 3 threads."""
+    decoder = tiny_model("qwen3", tokenizer).base_model
+    assert plan(decoder) is not None
+    threads, found = torch.get_num_threads(), []
+    tokens_R = torch.randint(3, 17, (40,))
+
+    def last(rows: slice) -> Tensor:
+        with torch.inference_mode():
+            state = Decoding(decoder, 1, 3, 40, 3)
+            state.prefill(decoder, [torch.tensor([5, 9, 4])], len(tokens_R[rows]))
+            for _ in range(3):
+                hidden_RH = state.step(decoder, tokens_R[rows])
+        return hidden_RH.clone()
+
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(last(slice(None)))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert torch.equal(last(slice(33, 34))[0], found[0][33])
 
 
 def test_a_hook_hears_each_token(tokenizer: Any) -> None:

@@ -11,9 +11,9 @@ call a step (`whole`); in other dtypes, and without a C++ compiler, on PyTorch's
 through flex attention (`flexible`), and a step of generation is a captured graph (`steps`).
 """
 
-from groupwise.attention.decoding import Decoding, decodes, slower_path
+from groupwise.attention.decoding import Decoding, affordable_rows, decodes, slower_path
 from groupwise.attention.interface import recomputing, run_packed
 from groupwise.attention.packed import Packed, packs
 from groupwise.attention.whole import plan
 
-__all__ = ["Decoding", "Packed", "decodes", "packs", "plan", "recomputing", "run_packed", "slower_path"]
+__all__ = ["Decoding", "Packed", "affordable_rows", "decodes", "packs", "plan", "recomputing", "run_packed", "slower_path"]

@@ -1,5 +1,6 @@
 """Attention and cache in generation: a prompt's keys kept once for its group, a row's own in a buffer that is never copied."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from groupwise.attention.blocks import Layout, ragged
+from groupwise.attention.fused import head_size
 from groupwise.attention.interface import run_packed
 from groupwise.attention.packed import Packed, close, packs
 from groupwise.attention.plain import Placement, attend_newest
@@ -15,7 +17,10 @@ from groupwise.attention.whole import Whole, plan
 from groupwise.kernels.decode import decode_kernel
 
 ROWS_AT_ONCE = 16
-"""Steps run on a multiple of so many rows, some of them for nothing: kernels are made, and kept, for each size anew."""
+"""In other dtypes than float32 steps run on a multiple of so many rows, some of them for nothing: oneDNN, which then makes the
+products, makes kernels for each size anew and keeps them."""
+ROWS_SHARE = 0.6
+"""Of a GPU's free memory, for the rows' keys and values; the rest is for the prompts' and for the step itself."""
 SIZES, WINDOW = 8, 128
 """Fixed steps have at most so many sizes by their rows, and look at a multiple of so many places of the rows' cache."""
 
@@ -25,10 +30,12 @@ def slower_path(model: Any, dtype: str | None = None) -> str | None:
 
     `dtype`: what it generates in; None: what its weights are in.
     """
-    if not (packs(model) and decodes(model)):
+    if not packs(model):
         return f"{type(model).__name__} on {model.device} takes the general path through attention"
+    if not decodes(model):
+        return f"{type(model).__name__} on {model.device} takes the general path in generation: its steps cannot be captured"
     wanted = getattr(torch, dtype) if dtype else model.dtype
-    if model.device.type == "cpu" and decode_kernel(_head_size(model.base_model.config), wanted) is None:
+    if model.device.type == "cpu" and decode_kernel(head_size(model.base_model.config), wanted) is None:
         return f"no C++ compiler, or no kernels for {wanted}: generation takes a slower path through PyTorch"
     return None
 
@@ -37,10 +44,11 @@ def decodes(model: Any) -> bool:
     """Whether `Decoding` works for a model that `packs`; on a GPU tried on a few tokens, once."""
     if model.device.type == "cpu":
         return True
-    if not hasattr(model, "_groupwise_decodes"):
-        model._groupwise_decodes = _trial(model)
-    works: bool = model._groupwise_decodes
-    return works
+    tried, works = getattr(model, "_groupwise_decodes", (None, False))
+    if tried != (model.device, model.dtype):
+        works = _trial(model)
+        model._groupwise_decodes = (model.device, model.dtype), works
+    return bool(works)
 
 
 @torch.inference_mode()
@@ -64,8 +72,15 @@ def _trial(model: Any) -> bool:
     return True
 
 
-def _head_size(config: Any) -> int:
-    return getattr(config, "head_dim", None) or int(config.hidden_size // config.num_attention_heads)
+def affordable_rows(decoder: Any, tokens: int) -> float:
+    """Rows of so many tokens whose keys and values may be kept at once: on a GPU as many as a share of what is free can hold."""
+    device, config = decoder.device, decoder.config
+    if device.type != "cuda":
+        return math.inf
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    of_a_row = 2 * config.num_hidden_layers * heads * head_size(config) * tokens * decoder.dtype.itemsize
+    return ROWS_SHARE * float(free / of_a_row)
 
 
 class Decoding:
@@ -75,8 +90,8 @@ class Decoding:
         """Room for so many prompts and rows at once, in the dtype and on the device of the decoder's weights as they are now."""
         config, like = decoder.config, next(decoder.parameters())
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size, layers = _head_size(config), config.num_hidden_layers
-        self._steps = FixedSteps(partial(self._step, decoder)) if _fixed(like.device) else None
+        size, layers = head_size(config), config.num_hidden_layers
+        self._steps = FixedSteps() if _fixed(like.device) else None
         self._kernel = decode_kernel(size, like.dtype) if self._steps is None else None
         self._unit = _multiple(max(1, rows // SIZES), ROWS_AT_ONCE)
         rows = rows if self._steps is None else _multiple(rows, self._unit)
@@ -86,7 +101,7 @@ class Decoding:
         self.prompt_values = new(layers, prompts, heads, prompt_length, size)
         self.row_cache = new(layers, 2, rows, heads, tokens, size)
         found = None if self._kernel is None else plan(decoder)
-        self._whole = None if found is None else Whole(decoder, found, size, prompt_length + tokens, rows)
+        self._whole = None if found is None else Whole(decoder, found, prompt_length + tokens, rows)
         self.lengths_P = torch.zeros(0, dtype=torch.long, device=like.device)
         """Tokens of each prompt."""
         self.prompt_R = torch.zeros(0, dtype=torch.long, device=like.device)
@@ -128,10 +143,11 @@ class Decoding:
             return self._whole(tokens_R, *self._cache())
         at, R, pad = self._placement(), len(tokens_R), torch.nn.functional.pad
         if self._steps is None:
-            return self._step(decoder, pad(tokens_R, (0, -R % ROWS_AT_ONCE)), at)[:R]
+            spare = 0 if self.row_cache.dtype == torch.float32 else -R % ROWS_AT_ONCE
+            return self._step(decoder, pad(tokens_R, (0, spare)), at)[:R]
         rows, window = _multiple(R, self._unit), min(_multiple(at.window, WINDOW), self.row_cache.shape[4])
         at = at.padded(rows, self.prompt_keys.shape[1], self._width, window)
-        return self._steps(pad(tokens_R, (0, rows - R)), at)[:R]
+        return self._steps(partial(self._step, decoder), pad(tokens_R, (0, rows - R)), at)[:R]
 
     def _placement(self) -> Placement:
         return Placement(self.written_R, self.prompt_R, self._place_R, self.lengths_P, self._most_rows, self._longest)
@@ -160,9 +176,9 @@ class Decoding:
     def _cache(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         """The tensors and the numbers of decode.h's Cache, without the layer."""
         of_rows = self.written_R, self.lengths_P, self.prompt_R, self._order_R, self._starts_P
-        layers, _, rows, K, T, _ = self.row_cache.shape
+        _, _, rows, K, T, _ = self.row_cache.shape
         prompts_room, L = self.prompt_keys.shape[1], self.prompt_keys.shape[3]
-        sizes = layers, rows, prompts_room, len(self.lengths_P), K, T, L, self._most_rows
+        sizes = rows, prompts_room, len(self.lengths_P), K, T, L, self._most_rows
         return (self.row_cache, self.prompt_keys, self.prompt_values, *of_rows), sizes
 
     def keep(self, keep_R: Tensor) -> Tensor:
@@ -201,7 +217,6 @@ class Decoding:
         self._place_R = torch.empty_like(self.prompt_R)
         """Of each row, among prompts x most rows."""
         self._place_R[self._order_R] = self.prompt_R[self._order_R] * self._most_rows + place
-        self._at = self._placement()
 
 
 def _fixed(device: torch.device) -> bool:

@@ -47,4 +47,6 @@ def _compiled(function: Any, device: Any) -> Any:
 
 @functools.cache
 def _compile(function: Any) -> Any:
-    return torch.compile(function, dynamic=True)
+    # Past the limit PyTorch would run it as it is. Different are: with gradients and without, few tokens and many, dtypes.
+    settings: dict[str, Any] = {"dynamic": True, "fullgraph": True, "recompile_limit": 64}
+    return torch.compile(function, **settings)

@@ -24,7 +24,7 @@ def fused(decoder: Any) -> Iterator[None]:
     """Within: the layers that fit run on our kernels. For a decoder whose attention calls back to an `Attend`."""
     found = fitting(decoder)
     # A compiler must see the decoder's own layers; and a forward that somebody else has put in place stays there.
-    usable = decoder._compiled_call_impl is None and decoder.device.type == "cpu"
+    usable = decoder._compiled_call_impl is None
     layers = [(layer, forward) for layer, forward in found if usable and "forward" not in vars(layer)]
     try:
         for layer, forward in layers:
@@ -37,17 +37,23 @@ def fused(decoder: Any) -> Iterator[None]:
 
 def fitting(decoder: Any) -> list[tuple[Any, partial[Any]]]:
     """Layers, and what may take the place of their forward; found out once, while `attending`."""
+    if decoder.device.type != "cpu":
+        return []
     if not hasattr(decoder, "_groupwise_fused"):
         decoder._groupwise_fused = _fitting(decoder)
     found: list[tuple[Any, partial[Any]]] = decoder._groupwise_fused
     return found
 
 
+def head_size(config: Any) -> int:
+    return getattr(config, "head_dim", None) or int(config.hidden_size // config.num_attention_heads)
+
+
 @torch.no_grad()
 @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def _fitting(decoder: Any) -> list[tuple[Any, partial[Any]]]:
     found: list[tuple[Any, partial[Any]]] = []
-    if decoder.device.type != "cpu" or kernels() is None:
+    if kernels() is None:
         return found
     for module in decoder.modules():
         # A forward that somebody else has put in place stays there.

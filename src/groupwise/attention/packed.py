@@ -15,25 +15,30 @@ from groupwise.kernels.packed import Rows, attention, has_kernel
 
 
 def packs(model: Any) -> bool:
-    """Whether this model's attention can run here: tried on a few tokens against the model's own forward, once on each device."""
+    """Whether this model's attention can run here: tried against the model's own forward, once for a device and a dtype."""
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     if model.device.type not in ("cpu", "cuda") or layers != {"full_attention"}:
         return False
-    device, works = getattr(model, "_groupwise_packs", (None, False))
-    if device != model.device:
+    tried, works = getattr(model, "_groupwise_packs", (None, False))
+    if tried != (model.device, model.dtype):
         works = _trial(model)
         if not works and getattr(model.base_model, "_groupwise_fused", None):
             # Each layer is right by itself, but may be called in another way than in its trial.
             model.base_model._groupwise_fused = []
             works = _trial(model)
-        model._groupwise_packs = model.device, works
+        model._groupwise_packs = (model.device, model.dtype), works
     return bool(works)
 
 
+TRIED = {"cpu": (2, 4), "cuda": (100, 200)}
+"""Tokens of a prompt and of a completion: few, but on a GPU enough for flex attention to take the kernels that training takes."""
+
+
 def _trial(model: Any) -> bool:
-    tokens = torch.arange(6, device=model.device) % model.config.get_text_config().vocab_size
-    layout = Packed([2], torch.tensor([0]), torch.tensor([4]), model.device)
+    prompt, row = TRIED[model.device.type]
+    tokens = torch.arange(prompt + row, device=model.device) % model.config.get_text_config().vocab_size
+    layout = Packed([prompt], torch.tensor([0]), torch.tensor([row]), model.device)
     try:
         ours = _output_and_gradient(model, lambda decoder: run_packed(decoder, tokens, layout.positions_N, layout))
     except Exception:  # whatever a stranger's forward makes of a flat batch, or a GPU's compiler of attention
@@ -43,14 +48,16 @@ def _trial(model: Any) -> bool:
 
 
 def _output_and_gradient(model: Any, run: Callable[[Any], Tensor]) -> list[Tensor]:
-    """On a GPU also a gradient, which flex attention has a kernel of its own for."""
-    decoder, on_gpu = model.base_model, model.device.type == "cuda"
-    with torch.inference_mode(False), torch.set_grad_enabled(on_gpu), torch.autocast(model.device.type, enabled=False):
-        output = run(decoder)
-        if not on_gpu:
-            return [output]
+    """The gradient, with respect to some parameter that has one, on a GPU only: flex attention has a kernel of its own for it."""
+    trained = [p for p in model.base_model.parameters() if p.requires_grad and _has_own_backward(model.device)][:1]
+    with torch.inference_mode(False), torch.set_grad_enabled(bool(trained)), torch.autocast(model.device.type, enabled=False):
+        output = run(model.base_model)
         weighted = output.float() * torch.linspace(-1, 1, output.numel(), device=output.device).view(output.shape)
-        return [output.detach(), *torch.autograd.grad(weighted.sum(), next(decoder.parameters()))]
+        return [output.detach(), *(torch.autograd.grad(weighted.sum(), trained) if trained else ())]
+
+
+def _has_own_backward(device: torch.device) -> bool:
+    return device.type != "cpu"
 
 
 def close(ours: Tensor, theirs: Tensor) -> bool:

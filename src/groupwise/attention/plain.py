@@ -74,9 +74,9 @@ def attend_newest(
     keys_RKTD, values_RKTD = row_cache[:, :R, :, : at.window]
     P = len(at.lengths_P)
 
-    query_RKSD = torch.unflatten(query_RHD, 1, (K, -1)) * scale
-    of_prompt = at.by_row(at.by_prompt(query_RKSD) @ prompt_keys_PKLD[:P].transpose(2, 3))
-    scores_RKST = torch.cat([of_prompt, query_RKSD @ keys_RKTD.transpose(2, 3)], -1).float()
+    query_RKSD = torch.unflatten(query_RHD, 1, (K, -1))
+    of_prompt = at.by_row(_scores(at.by_prompt(query_RKSD), prompt_keys_PKLD[:P]))
+    scores_RKST = torch.cat([of_prompt, _scores(query_RKSD, keys_RKTD)], -1) * scale
     beyond_prompt = torch.arange(L, device=device) >= at.lengths_P[at.prompt_R][:, None]
     beyond_row = torch.arange(at.window, device=device) >= at.written_R[:, None]
     scores_RKST.masked_fill_(torch.cat([beyond_prompt, beyond_row], 1)[:, None, None], -torch.inf)
@@ -85,3 +85,12 @@ def attend_newest(
     output_RKSD += at.by_row(at.by_prompt(weights_RKST[..., :L]) @ prompt_values_PKLD[:P])
     output_RHD: Tensor = output_RKSD.flatten(1, 2)
     return output_RHD
+
+
+def _scores(query: Tensor, keys: Tensor) -> Tensor:
+    """float32 [X, K, Q, T] of [X, K, Q, D] and [X, K, T, D]: to round them to eight bits would change the distribution."""
+    keys = keys.transpose(2, 3)
+    if query.dtype == torch.float32 or query.device.type != "cuda":
+        return query.float() @ keys.float()
+    scores = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1), out_dtype=torch.float32)
+    return torch.unflatten(scores, 0, keys.shape[:2])

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groupwise.attention.fused import Form, alike, fitting, stand_in
+from groupwise.attention.fused import Form, alike, fitting, head_size, stand_in
 from groupwise.attention.interface import attending
+from groupwise.kernels.decode import decode_kernel
 from groupwise.kernels.panels import PANEL, in_panels
 from groupwise.kernels.step import LAYER, step_kernel
 
@@ -29,13 +30,15 @@ class Plan:
 
 def plan(decoder: Any) -> Plan | None:
     """None if the decoder is not plain, or if somebody would be passed over who has to be called at its parts."""
+    if decoder.device.type != "cpu":
+        return None
     parts = list(decoder.modules())
     if [id(part) for part in parts] != [id(part) for part in getattr(decoder, "_groupwise_plan", ((),))[0]]:
         decoder._groupwise_plan = parts, _plan(decoder)
     found: Plan | None = decoder._groupwise_plan[1]
-    usable = decoder.device.type == "cpu" and decoder._compiled_call_impl is None and not any(map(_is_watched, parts[1:]))
-    # Adapters and parametrisations may have come since.
-    return found if usable and found is not None and all(map(_products_fit, decoder.layers)) else None
+    # Adapters, parametrisations and other dtypes may have come since.
+    usable = decoder._compiled_call_impl is None and not any(map(_is_watched, parts))
+    return found if usable and found is not None and _fits_the_kernel(decoder) else None
 
 
 def _is_watched(module: Any) -> bool:
@@ -45,23 +48,23 @@ def _is_watched(module: Any) -> bool:
 def _plan(decoder: Any) -> Plan | None:
     with attending(decoder, stand_in):
         fits = {module: forward.args[1:] for module, forward in fitting(decoder)}
-    forms: list[Form] = []
-    heads: list[Form | None] = []
     try:
         if _names(decoder) != {"embed_tokens", "layers", "norm", "rotary_emb"} or not _fixed(decoder.rotary_emb):
             return None
+        if any(_names(layer) != {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"} for layer in decoder.layers):
+            return None
+        forms = {fits[decoder.norm]}
+        heads: set[Form | None] = set()
         for layer in decoder.layers:
-            if _names(layer) != {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"} or not _products_fit(layer):
-                return None
-            forms += [fits[layer.input_layernorm], fits[layer.post_attention_layernorm]]
-            heads += fits[layer.self_attn][0]
-            assert layer.mlp in fits
-        forms.append(fits[decoder.norm])
-        if len(set(forms)) > 1 or len(set(heads)) > 1 or not _is_sum_of_parts(decoder):
+            forms |= {fits[layer.input_layernorm], fits[layer.post_attention_layernorm]}
+            heads |= {*fits[layer.self_attn][0]}
+            fits[layer.mlp]  # or it is no gated product that the kernel knows
+        uniform = len(forms) == len(heads) == len({layer.self_attn.scaling for layer in decoder.layers}) == 1
+        if not (uniform and _fits_the_kernel(decoder) and _is_sum_of_parts(decoder)):
             return None
     except Exception:  # whatever a stranger's decoder lacks or makes of the trial: then it runs module by module
         return None
-    return Plan(norms=forms[0], heads=heads[0] or (0.0, 0.0))
+    return Plan(norms=forms.pop(), heads=heads.pop() or (0.0, 0.0))
 
 
 def _names(module: Any) -> set[str]:
@@ -73,12 +76,41 @@ def _fixed(rotary: Any) -> bool:
     return "dynamic" not in rotary.rope_type and rotary.rope_type != "longrope"
 
 
-def _products_fit(layer: Any) -> bool:
-    """Whether its products are plain, and have no bias but in attention."""
+def _fits_the_kernel(decoder: Any) -> bool:
+    """Whether its weights are those that the kernel reads, and no others, of the sizes and the dtype that it reads."""
+    config, size = decoder.config, head_size(decoder.config)
+    heads, shared = config.num_attention_heads * size, config.num_key_value_heads * size
+    every = {id(parameter): parameter for parameter in decoder.parameters()}
+    layers = [_parts(layer) for layer in decoder.layers]
+    read = [decoder.embed_tokens, decoder.norm, *(part for parts in layers for part in parts)]
+    return (
+        len(layers) == config.num_hidden_layers
+        and {id(parameter) for part in read for parameter in part.parameters()} == every.keys()
+        and all(parameter.dtype == torch.float32 for parameter in every.values())
+        and len({layer.mlp.gate_proj.out_features for layer in decoder.layers}) == 1
+        and all(_products_fit(*parts[:7], sizes=[heads, shared, shared, config.hidden_size]) for parts in layers)
+        and step_kernel(size) is not None
+        and decode_kernel(size, torch.float32) is not None
+    )
+
+
+def _parts(layer: Any) -> list[Any]:
+    """Its seven products and its norms."""
     attention, mlp = layer.self_attn, layer.mlp
-    heads, inner = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    plain = all(type(x) is torch.nn.Linear and x.weight.dtype == torch.float32 for x in (*heads, attention.o_proj, *inner))
-    return plain and len({x.bias is None for x in heads}) == 1 and all(x.bias is None for x in inner)
+    products = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    norms = layer.input_layernorm, layer.post_attention_layernorm, *_head_norms(attention)
+    return [*products, *(norm for norm in norms if norm is not None)]
+
+
+def _products_fit(*products: Any, sizes: list[int]) -> bool:
+    """Whether they are plain, attention's of these sizes, and have no bias but in attention."""
+    plain = all(type(product) is torch.nn.Linear for product in products)
+    biased = [product.bias is not None for product in products]
+    return plain and [x.out_features for x in products[:4]] == sizes and len(set(biased[:3])) == 1 and not any(biased[4:])
+
+
+def _head_norms(attention: Any) -> tuple[Any, Any]:
+    return getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
 
 
 @torch.no_grad()
@@ -101,11 +133,12 @@ def _is_sum_of_parts(decoder: Any) -> bool:
 
 
 class Whole:
-    """The kernel with a copy of a plain decoder's weights, as they are now."""
+    """The kernel with a copy of the matrices of a plain decoder's layers as they are now; other weights are read in place."""
 
-    def __init__(self, decoder: Any, plan: Plan, head_size: int, places: int, rows: int) -> None:
+    def __init__(self, decoder: Any, plan: Plan, places: int, rows: int) -> None:
         """For so many tokens of prompt and row together, and so many rows at once."""
-        kernel = step_kernel(head_size)
+        size = head_size(decoder.config)
+        kernel = step_kernel(size)
         assert kernel is not None
         self._kernel, self._plan, self._decoder = kernel, plan, decoder
         self._layers = [_weights(layer) for layer in decoder.layers]
@@ -117,7 +150,7 @@ class Whole:
         self._turns = cos[0].contiguous(), sin[0].contiguous()
         self._scale, self._heads = decoder.layers[0].self_attn.scaling, decoder.config.num_attention_heads
         inner = self._layers[0]["down"].shape[1]
-        widths = weight.shape[1], (self._heads + 2 * K) * head_size, self._heads * head_size, inner
+        widths = weight.shape[1], (self._heads + 2 * K) * size, self._heads * size, inner
         self._room = [weight.new_empty(rows, width) for width in widths]
         """Of y, heads, gathered and inner of step.cpp."""
 
@@ -129,7 +162,8 @@ class Whole:
         x_RH = self._decoder.embed_tokens(tokens_R)
         forms = *self._plan.norms[::-1], *self._plan.heads[::-1]
         tensors = x_RH, *self._room, self._pointers, self._norm, *self._turns, *cache
-        self._kernel(*tensors, self._scale, *forms, *x_RH.shape, self._room[-1].shape[1], self._heads, *sizes)
+        model = *x_RH.shape, self._room[-1].shape[1], self._heads, len(self._layers)
+        self._kernel(*tensors, self._scale, *forms, *model, *sizes)
         hidden_RH: Tensor = self._room[0][: len(tokens_R)]
         return hidden_RH
 
@@ -139,8 +173,8 @@ def _weights(layer: Any) -> dict[str, Any]:
     attention, mlp = layer.self_attn, layer.mlp
     heads = attention.q_proj, attention.k_proj, attention.v_proj
     vectors = {"norm": layer.input_layernorm.weight, "second_norm": layer.post_attention_layernorm.weight}
-    for name, norm in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
-        vectors[name] = getattr(getattr(attention, norm, None), "weight", None)
+    for name, norm in zip(("query_norm", "key_norm"), _head_norms(attention), strict=True):
+        vectors[name] = getattr(norm, "weight", None)
     vectors["heads_bias"] = None if heads[0].bias is None else torch.cat([x.bias for x in heads])
     vectors["out_bias"] = attention.o_proj.bias
     found = {name: None if vector is None else vector.detach().contiguous() for name, vector in vectors.items()}

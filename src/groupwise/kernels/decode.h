@@ -7,6 +7,8 @@
 #include "exponential.h"
 #include "multiply.h"
 
+namespace {  // for other sizes of heads the same names mean other things
+
 constexpr int64_t D = HEAD_SIZE;
 constexpr int64_t PART = D % 16 == 0 ? 16 : D % 8 == 0 ? 8 : D % 4 == 0 ? 4 : D % 2 == 0 ? 2 : 1;  // of D, in one vector
 constexpr int64_t CHUNK = 16;  // rows of a group that one thread takes
@@ -125,12 +127,12 @@ inline void answer(const Query* all, int64_t count, const float* keys, const flo
   }
 }
 
-// The rows being written and their prompts, in one of so many layers.
+// The rows being written and their prompts, in one of the layers.
 struct Cache {
   Element* of_rows;                                             // [layers, keys and values, rows, K, T, D]
   const Element *prompt_keys, *prompt_values;                   // [layers, prompts, K, L, D]
   const int64_t *written, *lengths, *prompts, *order, *starts;  // tokens of each row, of each prompt; each row's prompt;
-  int64_t layer, layers, rows, prompts_room, P, K, T, L, most_rows;  // rows order[starts[p]] to order[starts[p + 1]] have prompt p
+  int64_t layer, rows, prompts_room, P, K, T, L, most_rows;  // rows order[starts[p]] to order[starts[p + 1]] have prompt p
 
   // A row's keys (what = 0) or values (1).
   Element* of_row(int64_t what, int64_t row, int64_t k) const { return of_rows + (((layer * 2 + what) * rows + row) * K + k) * T * D; }
@@ -142,7 +144,7 @@ struct Room {
   std::vector<float> scores, keys, values, turned;
   std::vector<Query> queries;
 
-  Room(const Cache& cache, int64_t share) : scores((cache.L + cache.T) * 16), turned(CHUNK * share * D) {}
+  explicit Room(const Cache& cache, int64_t turned_heads = 0) : scores((cache.L + cache.T) * 16), turned(CHUNK * turned_heads * D) {}
 };
 
 // What each row's newest token gathers, to out [R, H, D]; `share` of H heads have keys and values in common. Called by all threads of
@@ -178,3 +180,5 @@ inline void attend_newest(const Cache& cache, int64_t share, float scale, Room& 
     }
   }
 }
+
+}  // namespace

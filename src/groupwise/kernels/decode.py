@@ -17,4 +17,4 @@ def decode_kernel(head_size: int, dtype: torch.dtype) -> Callable[..., None] | N
     if dtype not in _ELEMENTS:
         return None
     kernels = library("decode", f"-DHEAD_SIZE={head_size}", *_ELEMENTS[dtype])
-    return None if kernels is None else function(kernels, "decode", tensors=12, numbers=1, sizes=10)
+    return None if kernels is None else function(kernels, "decode", tensors=12, numbers=1, sizes=9)

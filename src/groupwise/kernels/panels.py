@@ -15,7 +15,7 @@ def in_panels(weight_NK: Tensor) -> Tensor:
     """[N / PANEL, K, PANEL], zeros after the last row; a copy."""
     N, K = weight_NK.shape
     padded = torch.nn.functional.pad(weight_NK.detach(), (0, 0, 0, -N % PANEL))
-    return padded.view(-1, PANEL, K).transpose(1, 2).contiguous()
+    return padded.reshape(-1, PANEL, K).transpose(1, 2).contiguous()
 
 
 def product_kernel() -> Callable[[Tensor, Tensor, Tensor | None, int], Tensor] | None:
@@ -29,8 +29,9 @@ def product_kernel() -> Callable[[Tensor, Tensor, Tensor | None, int], Tensor] |
     kernel = function(kernels, "product", tensors=4, numbers=0, sizes=3)
 
     def product(x: Tensor, panels: Tensor, bias: Tensor | None, N: int) -> Tensor:
-        x = x.contiguous()
-        y, K = x.new_empty(*x.shape[:-1], N), x.shape[-1]
+        x, K = x.contiguous(), panels.shape[1]
+        assert x.shape[-1] == K and x.dtype == torch.float32, "the kernel is told where to read"
+        y = x.new_empty(*x.shape[:-1], N)
         kernel(x, panels, bias, y, x.numel() // K, K, N)
         return y
 

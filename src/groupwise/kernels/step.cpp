@@ -75,7 +75,7 @@ extern "C" void step(float* x, float* y, float* heads, float* gathered, float* i
 #pragma omp parallel
   {
     Cache cache{of_rows, prompt_keys, prompt_values, written, lengths, prompts, order, starts,
-                0,       layers,      rows,          prompts_room, P,  K,       T,     L,      most_rows};
+                0,       rows,        prompts_room,  P,       K,       T,       L,     most_rows};
     Room room(cache, H / K);
     for (; cache.layer < layers; ++cache.layer) {
       const Layer& layer = all[cache.layer];

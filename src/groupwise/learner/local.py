@@ -78,7 +78,7 @@ class LocalLearner:
     def _logprobs(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies [B, T] under `model`."""
         whole = torch.zeros(batch.tokens_BT.shape), torch.zeros(batch.tokens_BT.shape)
-        for rows, part in self._micro_batches(batch):
+        for rows, part in self._micro_batches(model, batch):
             for whole_BT, values in zip(whole, self._forward(model, part), strict=True):
                 whole_BT[rows, : values.shape[1]] = values.cpu()
         return whole
@@ -86,7 +86,7 @@ class LocalLearner:
     @torch.no_grad()
     def _values(self, critic: Critic, batch: Batch) -> Tensor:
         values_BT = torch.zeros(batch.tokens_BT.shape)
-        for rows, part in self._micro_batches(batch):
+        for rows, part in self._micro_batches(critic.model, batch):
             values = critic.values(part, self.settings)
             values_BT[rows, : values.shape[1]] = values.cpu()
         return values_BT
@@ -101,8 +101,8 @@ class LocalLearner:
                 entropy_gradient=self.algorithm.entropy_bonus != 0,
             )
 
-    def _micro_batches(self, batch: Batch) -> Iterator[tuple[Tensor, Batch]]:
-        packed = self.settings.share_prompts and packs(self.model)
+    def _micro_batches(self, model: Any, batch: Batch) -> Iterator[tuple[Tensor, Batch]]:
+        packed = self.settings.share_prompts and packs(model)
         for rows in cut_rows(batch, self.settings.micro_batch_tokens, padded=not packed):
             yield rows, batch.select(rows).to(self.model.device)
 
@@ -117,7 +117,7 @@ class LocalLearner:
         idle = int(minibatch.mask_BT[~teaching_B].sum())
         totals.add({name: torch.zeros(()) for name in ("loss", "clip_fraction", "clip_fraction_low", "clip_fraction_high")}, idle)
         taught = minibatch.select(teaching_B.nonzero()[:, 0]) if teaching_B.any() else None
-        for _, part in self._micro_batches(taught) if taught is not None else ():
+        for _, part in self._micro_batches(self.model, taught) if taught is not None else ():
             logprobs_BT, entropy_BT = self._forward(self.model, part)
             if not torch.isfinite(logprobs_BT).all():
                 totals.add({"loss": logprobs_BT.new_tensor(float("nan"))}, 0)
@@ -143,7 +143,7 @@ class LocalLearner:
         results |= self.optimiser.step(results["loss"])
         results["idle_tokens"] = float(idle)
         if self.critic is not None:
-            parts = (part for _, part in self._micro_batches(minibatch))
+            parts = (part for _, part in self._micro_batches(self.critic.model, minibatch))
             results |= self.critic.update(parts, int(minibatch.mask_BT.sum()), self.settings)
         return {**results, **{name: value.flatten().tolist() for name, value in sums.items()}}
 

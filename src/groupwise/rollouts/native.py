@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from groupwise.attention import Decoding, decodes, packs
+from groupwise.attention import Decoding, affordable_rows, decodes, packs
 from groupwise.errors import DIVERGED, RunError
 from groupwise.kernels.choose import choose_kernel
 from groupwise.models import left_pad, logits, positions
@@ -69,7 +69,8 @@ class NativeSampler:
         """
         decoder, device = self.model.base_model, self.model.device
         choose, ended = self._chooser(sampling), self._end_detector(sampling, draft)
-        groups = min(len(prompts), max(1, sampling.max_rows // group_size))
+        most_rows = min(sampling.max_rows, affordable_rows(decoder, sampling.max_tokens))
+        groups = min(len(prompts), max(1, int(most_rows // group_size)))
         longest = max(len(prompt) for prompt in prompts)
         state = Decoding(decoder, groups, longest, groups * group_size, sampling.max_tokens)
         waiting = collections.deque(order)

@@ -22,11 +22,10 @@ class PackedWeights:
     """
 
     def __init__(self, model: Any) -> None:
-        kernel, decoder = product_kernel(), model.base_model
-        usable = model.device.type == "cpu" and kernel is not None
+        kernel, decoder = product_kernel() if model.device.type == "cpu" else None, model.base_model
         alone = decoder._compiled_call_impl is not None or (packs(model) and plan(decoder) is not None)
         modules = [model.get_output_embeddings()] if alone else model.modules()
-        layers = [layer for layer in modules if usable and _plain(layer)]
+        layers = [layer for layer in modules if kernel is not None and _plain(layer)]
         self._forwards: list[tuple[Any, Callable[[Tensor], Tensor]]] = [
             (layer, partial(_product, layer, kernel, in_panels(layer.weight))) for layer in layers
         ]
