@@ -21,7 +21,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Ours beside TRL and vLLM for CPU, each in an environment of its own; half an hour on two cores.
+# Ours beside TRL, transformers' generate and vLLM for CPU, in environments of their own; half an hour on two cores.
 bench: setup .bench/trl/.ready .bench/vllm/.ready
 	$(BIN)/python benchmarks/run.py
 

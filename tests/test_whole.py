@@ -57,6 +57,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **SIZES},
     "a bias in attention": {"model_type": "llama", **SIZES, "attention_bias": True},
     "a bias of heads alone": {"model_type": "qwen2", **SIZES},
+    "mistral without a window": {"model_type": "mistral", **SIZES, "sliding_window": None},
     "odd sizes": {"model_type": "llama", **ODD},
     "scaled rotations": {
         "model_type": "llama",
