@@ -30,15 +30,15 @@ class Plan:
 
 def plan(decoder: Any) -> Plan | None:
     """None if the decoder is not plain, or if somebody would be passed over who has to be called at its parts."""
-    if decoder.device.type != "cpu":
+    if decoder.device.type != "cpu" or decoder._compiled_call_impl is not None:
         return None
     parts = list(decoder.modules())
     if [id(part) for part in parts] != [id(part) for part in getattr(decoder, "_groupwise_plan", ((),))[0]]:
         decoder._groupwise_plan = parts, _plan(decoder)
     found: Plan | None = decoder._groupwise_plan[1]
     # Adapters, parametrisations and other dtypes may have come since.
-    usable = decoder._compiled_call_impl is None and not any(map(_is_watched, parts))
-    return found if usable and found is not None and _fits_the_kernel(decoder) else None
+    usable = found is not None and not any(map(_is_watched, parts)) and _fits_the_kernel(decoder)
+    return found if usable else None
 
 
 def _is_watched(module: Any) -> bool:
