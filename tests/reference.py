@@ -137,6 +137,11 @@ def weights(mask: Mask, mode: str, ids: Sequence[int], max_length: int) -> list[
     return result
 
 
+def reward_to_go(rewards: Sequence[float], mask: Sequence[bool]) -> list[float]:
+    """REINFORCE++, equation 8: what is paid from each trained token on."""
+    return [sum(r for r, on in zip(rewards[t:], mask[t:], strict=True) if on) for t in range(len(rewards))]
+
+
 # --- bounds and penalties ---------------------------------------------------------------------------------------------
 
 

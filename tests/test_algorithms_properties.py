@@ -11,7 +11,7 @@ from torch import Tensor
 
 import groupwise as gw
 from groupwise.algorithms import theory
-from groupwise.algorithms.algorithm import NAMED
+from groupwise.algorithms import NAMED
 from tests.test_algorithms_reference import Case, case
 
 SEEDS = st.integers(0, 10**6)
@@ -340,7 +340,7 @@ def test_a_users_own_part() -> None:
         return (terms.log_ratio_BT - terms.advantages_BT) ** 2, torch.zeros_like(terms.mask_BT)
 
     c = case(2)
-    loss, _, _ = loss_and_gradient(gw.Algorithm(surrogate=squared, aggregation="token_mean"), c, c.advantages[:, 0])
+    loss, _, _ = loss_and_gradient(gw.named("custom", surrogate=squared, aggregation="token_mean"), c, c.advantages[:, 0])
     near(loss, ((c.logprobs - c.old - c.advantages) ** 2)[c.mask_BT].mean())
 
 
@@ -360,7 +360,19 @@ def test_a_users_own_part() -> None:
         ("grpo", {"clip_high": math.nan}, "clip_high: nan is not a number"),
         ("grpo", {"center": "x"}, "center: 'x' is not one of"),
         ("sapo", {"gate_positive": 0.0}, "gate_positive: must be above 0"),
-        ("sapo", {"dual_clip": 3.0}, "dual_clip: the surrogate sapo does not use it"),
+        ("sapo", {"dual_clip": 3.0}, "dual_clip: surrogate = 'sapo' does not use it; it belongs to surrogate clip"),
+        ("dppo", {"ratio_cap": 3.0}, "ratio_cap: bounds = 'none' and surrogate = 'dppo' does not use it"),
+        ("sapo", {"ratio_cap": 3.0}, "ratio_cap: .* does not use it"),
+        ("reinforce", {"ratio_cap": 3.0}, "ratio_cap: .* does not use it"),
+        ("reinforce", {"clip_high": 0.3}, "clip_high: .* does not use it; it belongs to bounds fixed, exponential, dynamic"),
+        ("sapo", {"bounds": "fixed"}, "bounds: the surrogate sapo clips nothing to bounds"),
+        ("dapo", {"correction": "tis", "correction_low": 0.1}, "correction_low: correction = 'tis' does not use it"),
+        ("dapo", {"correction_high": 3.0}, "correction_high: correction = 'none' does not use it"),
+        ("grpo_process", {"scale": "none"}, "scale: advantage = 'process' does not use it; it belongs to advantage group"),
+        ("rloo", {"center": "none"}, "center: advantage = 'leave_one_out' does not use it"),
+        ("dcpo", {"scale": "none"}, "scale: advantage = 'smoothed' does not use it"),
+        ("ppo", {"center": "batch"}, "center: advantage = 'gae' does not use it"),
+        ("grpo", {"gamma": 0.9}, "gamma: advantage = 'group' does not use it; it belongs to advantage gae"),
         ("gmpo", {"advantage": "process"}, "ratio: one ratio for the sequence cannot carry"),
         ("dapo", {"advantage": "process"}, "overlong_cache: changes the reward of a completion"),
         ("grpo", {"correction": "icepop", "correction_low": 3.0}, "correction_low: is above correction_high"),

@@ -1,4 +1,4 @@
-"""Reports name what is wrong with real runs, and pages do in a real browser what they say."""
+"""Reports name the fault of runs made to fail, and the pages are checked in a real browser."""
 
 import json
 import math
@@ -17,7 +17,7 @@ import groupwise as gw
 from groupwise.algorithms import theory
 from groupwise.cli import app
 from groupwise.evidence.findings import findings
-from groupwise.evidence.runs import Run, by_setting, open_run
+from groupwise.evidence.runs import RENAMED, Run, by_setting, open_run
 from groupwise.evidence.statistics import interval, paired
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -33,7 +33,7 @@ def groupwise(*arguments: str, code: int = 0) -> str:
 
 @pytest.fixture(scope="session")
 def healthy(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two seeds of a small run, and one of another algorithm."""
+    """Three small runs: two seeds of DAPO and one of GRPO."""
     home = tmp_path_factory.mktemp("healthy")
     runs = [home / "dapo-0", home / "dapo-1", home / "grpo-0"]
     for run in runs:
@@ -53,7 +53,7 @@ def browser() -> Iterator[Any]:
 
 
 def opened(browser: Any, path: Path, **settings: Any) -> tuple[Any, list[str]]:
-    """A page of a file, and the list that its console errors and requests to the outside go to."""
+    """Open a file in the browser; returns the page and a list that collects console errors and network requests."""
     page = browser.new_context(**settings).new_page()
     wrong: list[str] = []
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
@@ -64,7 +64,7 @@ def opened(browser: Any, path: Path, **settings: Any) -> tuple[Any, list[str]]:
 
 
 def test_intervals_by_hand() -> None:
-    """Mean 2, standard deviation 1, three values: 4.30 / sqrt(3) = 2.483."""
+    """Three values with mean 2 and standard deviation 1: the half-width is 4.30 / sqrt(3) = 2.483."""
     found = interval([1.0, 2.0, 3.0])
     assert (found.mean, round(found.half, 3)) == (2.0, 2.483)
     assert str(interval([0.5])) == "0.500"
@@ -99,16 +99,28 @@ def test_metrics_and_tokens_of_a_run(healthy: list[Path]) -> None:
     assert sum(last["by_probability/tokens"]) == len(run_rows)
 
 
-def test_settings_that_differ_name_the_groups(healthy: list[Path]) -> None:
+def test_metric_names_of_earlier_versions_are_read(healthy: list[Path], tmp_path: Path) -> None:
+    run, old = open_run(healthy[0]), tmp_path / "old"
+    old.mkdir()
+    shutil.copy(healthy[0] / "recipe.toml", old)
+    lines = (healthy[0] / "metrics.jsonl").read_text()
+    for earlier, name in RENAMED.items():
+        assert f'"{name}"' in lines
+        lines = lines.replace(f'"{name}"', f'"{earlier}"')
+    (old / "metrics.jsonl").write_text(lines)
+    assert open_run(old).steps == run.steps
+
+
+def test_runs_are_grouped_by_the_settings_that_differ(healthy: list[Path]) -> None:
     groups = by_setting([open_run(path) for path in healthy])
     assert {name: len(runs) for name, runs in groups.items()} == {"dapo": 2, "grpo": 1}
 
 
 @needs_browser
-def test_a_report_opens_by_itself(healthy: list[Path], browser: Any, tmp_path: Path) -> None:
+def test_a_report_is_self_contained(healthy: list[Path], browser: Any, tmp_path: Path) -> None:
     page_path = tmp_path / "report.html"
-    said = groupwise("report", *map(str, healthy), "--out", str(page_path))
-    assert "It learned, in 2 of 2 runs" in said or "It learned, in 1 of 2 runs" in said
+    output = groupwise("report", *map(str, healthy), "--out", str(page_path))
+    assert "It learned, in 2 of 2 runs" in output or "It learned, in 1 of 2 runs" in output
     assert page_path.stat().st_size < 5_000_000
     page, wrong = opened(browser, page_path, color_scheme="dark", viewport={"width": 390, "height": 800})
     page.wait_for_function("document.documentElement.dataset.drawn === 'dark'", timeout=20_000)
@@ -123,30 +135,30 @@ def test_a_report_opens_by_itself(healthy: list[Path], browser: Any, tmp_path: P
     assert wrong == []
 
 
-def test_pictures_for_a_paper(healthy: list[Path], tmp_path: Path) -> None:
+def test_figures_as_png(healthy: list[Path], tmp_path: Path) -> None:
     groupwise("report", str(healthy[0]), "--format", "png", "--out", str(tmp_path))
     written = {path.name for path in tmp_path.iterdir()}
     assert {"accuracy.png", "entropy.png", "clip-by-probability.png", "spread-length.png"} <= written
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
 
 
-SICK: dict[str, tuple[list[str], str]] = {
+UNHEALTHY: dict[str, tuple[list[str], str]] = {
     "learning rate 30x": (["learner.learning_rate=1e-2", "learner.max_bad_updates=1000"], "The updates are too large"),
-    "clip tiny": (["algorithm.clip_low=1e-4", "algorithm.clip_high=1e-4"], "The clip stops much of the learning"),
-    "limit too short": (["rollouts.max_tokens=3", "algorithm.overlong_cache=0.0"], "Answers are cut off"),
+    "clip tiny": (["algorithm.clip_low=1e-4", "algorithm.clip_high=1e-4"], "Many tokens are clipped"),
+    "limit too short": (["rollouts.max_tokens=3", "algorithm.overlong_cache=0.0"], "Many completions are truncated"),
 }
 
 
-@pytest.mark.parametrize("sickness", SICK)
-def test_a_sick_run_is_told_what_ails_it(sickness: str, tmp_path: Path) -> None:
-    settings, title = SICK[sickness]
+@pytest.mark.parametrize("fault", UNHEALTHY)
+def test_an_unhealthy_run_gets_the_finding_that_names_its_fault(fault: str, tmp_path: Path) -> None:
+    settings, title = UNHEALTHY[fault]
     overrides = [part for setting in ["algorithm.name=grpo", "algorithm.beta=0.0", *settings] for part in ("--set", setting)]
     groupwise("train", "quick", *QUICK, *overrides, "--out", str(tmp_path / "run"))
     found = findings(open_run(tmp_path / "run"))
-    assert title in [finding.title for finding in found if finding.kind == "sick"], found
+    assert title in [finding.title for finding in found if finding.kind == "unhealthy"], found
 
 
-def test_a_reward_that_is_always_one_is_named(tmp_path: Path) -> None:
+def test_a_constant_reward_is_reported(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"prompt": f"{i}+1="}) for i in range(30)))
     (tmp_path / "always.py").write_text("def one(problem, completions):\n    return [1.0 for _ in completions]\n")
     recipe = tmp_path / "recipe.toml"
@@ -154,16 +166,16 @@ def test_a_reward_that_is_always_one_is_named(tmp_path: Path) -> None:
     sizes = "[rollouts]\ngroup_size=4\nprompts_per_step=4\nmax_tokens=8\n[training]\nsteps=3\neval_problems=3\n"
     recipe.write_text(task + sizes)
     groupwise("train", str(recipe), "--out", str(tmp_path / "run"))
-    said = groupwise("report", str(tmp_path / "run"))
-    assert "Every completion gets the same reward" in said
+    output = groupwise("report", str(tmp_path / "run"))
+    assert "Every completion gets the same reward" in output
 
 
 def made(**changes: Any) -> Run:
-    """A run of ten steps as a healthy one records it, with changes: a metric's value, or one for each step."""
+    """A healthy run of ten steps, made up, with some metrics changed: to one value, or to a list of one value per step."""
     metrics: dict[str, Any] = {
         "train/pass_rate": 0.6, "reward/shaped_spread": 0.4, "reward/shaped_mean": 0.2, "approx_kl": 1e-3, "entropy": 0.4,
-        "groups/dead": 0.3, "groups/all_correct": 0.2, "groups/all_wrong": 0.1, "utilisation": 0.7, "length/truncated": 0.01,
-        "length/mean": 12.0, "skipped_updates": 0.0, "sampler_gap_mean": 1e-6, "spread/token": 0.1,
+        "groups/zero_variance": 0.3, "groups/all_correct": 0.2, "groups/all_wrong": 0.1, "utilisation": 0.7,
+        "length/truncated": 0.01, "length/mean": 12.0, "skipped_updates": 0.0, "sampler_gap_mean": 1e-6, "spread/token": 0.1,
         "by_probability/tokens": [100.0] * 11, "by_probability/clipped_low": [1.0] * 11,
         "by_probability/clipped_high": [1.0] * 11,
     }  # fmt: skip
@@ -189,26 +201,30 @@ def titles(run: Run) -> set[str]:
 def test_a_healthy_run_is_called_healthy(healthy: list[Path]) -> None:
     assert titles(made()) == {"It learned"}
     for path in healthy:
-        assert not [finding for finding in findings(open_run(path)) if finding.kind == "sick"]
+        assert not [finding for finding in findings(open_run(path)) if finding.kind == "unhealthy"]
 
 
-def test_rules_do_not_say_what_is_not_so() -> None:
+def test_rules_stay_silent_where_they_do_not_apply() -> None:
     old = made(**{"reward__shaped_spread": None})
     assert "Every completion gets the same reward" not in titles(old)
     no_right = made(**{"reward__shaped_spread": 0.0, "train__pass_rate": 0.0, "utilisation": 0.0, "scores": [0.0, 0.0]})
     assert "No completion was ever right" in titles(no_right) and "Every completion gets the same reward" not in titles(no_right)
-    learns_from_all = made(recipe={"algorithm": {"name": "dcpo"}}, groups__dead=0.8, utilisation=0.99)
-    assert "Most groups teach nothing" not in titles(learns_from_all)
-    assert "Most groups teach nothing" in titles(made(groups__dead=0.8, utilisation=0.2))
+    signal_from_all = made(recipe={"algorithm": {"name": "dcpo"}}, groups__zero_variance=0.8, utilisation=0.99)
+    assert "Most groups have zero variance" not in titles(signal_from_all)
+    assert "Most groups have zero variance" in titles(made(groups__zero_variance=0.8, utilisation=0.2))
     dynamic_bounds = made(recipe={"algorithm": {"name": "dcpo"}}, **{"by_probability__clipped_high": [50.0] * 11})
-    assert "The clip stops much of the learning" not in titles(dynamic_bounds)
+    assert "Many tokens are clipped" not in titles(dynamic_bounds)
     assert "There was little to learn" in titles(made(scores=[1.0, 1.0]))
-    assert "It got worse" in titles(made(scores=[0.9, 0.84])) and "It lost what it knew" in titles(made(scores=[0.3, 0.9, 0.5]))
-    assert not titles(made(scores=[0.6, 0.63, 0.66, 0.61])) & {"It lost what it knew", "It got worse"}
+    assert "It got worse" in titles(made(scores=[0.9, 0.84])) and "Accuracy fell after its peak" in titles(
+        made(scores=[0.3, 0.9, 0.5])
+    )
+    assert not titles(made(scores=[0.6, 0.63, 0.66, 0.61])) & {"Accuracy fell after its peak", "It got worse"}
     assert "A few updates were skipped" in titles(made(skipped_updates=1.0))
     looping = made(**{"length__truncated": [0.0] * 3 + [0.9] * 7})
-    assert "Answers do not end in time" in titles(looping)
-    assert "Sampler and learner disagree" not in titles(made(recipe={"rollouts": {"top_p": 0.9}}, sampler_gap_mean=0.3))
+    assert "More and more completions are truncated" in titles(looping)
+    assert "Sampler and learner log-probabilities differ" not in titles(
+        made(recipe={"rollouts": {"top_p": 0.9}}, sampler_gap_mean=0.3)
+    )
     assert titles(Run(path=Path("made"), recipe={}, steps=[], evaluations=[])) == {"No step was recorded"}
     not_clipped = made(**{"entropy": [0.5] * 4 + [0.01] * 6, "by_probability__clipped_high": [0.0] * 11})
     text = next(finding.text for finding in findings(not_clipped) if finding.title == "Entropy fell")
@@ -216,7 +232,7 @@ def test_rules_do_not_say_what_is_not_so() -> None:
 
 
 def test_runs_of_every_kind_can_be_reported(tmp_path: Path) -> None:
-    """One evaluation, no tokens; a critic; a reference; rewards of steps; truncated completions that are masked."""
+    """A critic, a reference model, step rewards, masked truncated completions, and a run that records no tokens."""
     kinds = {
         "ppo": ["algorithm.name=ppo"], "kl": ["algorithm.name=grpo"], "process": ["algorithm.name=grpo_process"],
         "masked": ["algorithm.overlong_filter=true", "rollouts.max_tokens=4"],
@@ -232,7 +248,7 @@ def test_runs_of_every_kind_can_be_reported(tmp_path: Path) -> None:
     assert all(record["entropy"] > 0 for record in open_run(tmp_path / "sampler").steps)
 
 
-def test_two_ladders_are_not_pooled_by_the_names_of_their_rungs(healthy: list[Path], tmp_path: Path) -> None:
+def test_rungs_of_the_same_name_in_two_ladders_are_not_grouped_by_name(healthy: list[Path], tmp_path: Path) -> None:
     for ladder in ("one", "two"):
         shutil.copytree(healthy[0], tmp_path / ladder / "1-same" / "seed-0")
         (tmp_path / ladder / "ladder.toml").write_text("")
@@ -241,7 +257,7 @@ def test_two_ladders_are_not_pooled_by_the_names_of_their_rungs(healthy: list[Pa
     assert list(by_setting([*runs, runs[0]])) == ["dapo"] and len(by_setting([*runs, runs[0]])["dapo"]) == 2
 
 
-def test_a_damaged_file_and_a_place_that_cannot_be_written_are_told(healthy: list[Path], tmp_path: Path) -> None:
+def test_a_damaged_file_and_a_path_that_cannot_be_written_are_reported(healthy: list[Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(healthy[0], run)
     assert "--out" in groupwise("report", str(run), "--out", str(tmp_path), code=2)
@@ -250,7 +266,7 @@ def test_a_damaged_file_and_a_place_that_cannot_be_written_are_told(healthy: lis
     assert "step-000012.parquet: cannot be read" in groupwise("report", str(run), code=2)
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_a_directory_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
     assert "no recipe.toml" in groupwise("report", str(tmp_path), code=2)
     (tmp_path / "recipe.toml").write_text("seed = 1")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
@@ -276,11 +292,11 @@ paper = 38
 """
 
 
-def test_a_ladder_runs_every_rung_and_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_ladder_runs_every_rung_and_resumes(tmp_path: Path) -> None:
     ladder, out = tmp_path / "two.toml", tmp_path / "out"
     ladder.write_text(LADDER)
-    said = groupwise("ablate", str(ladder), "--seeds", "2", "--jobs", "2", "--out", str(out))
-    assert "4 runs, 4 of them to do" in said
+    output = groupwise("ablate", str(ladder), "--seeds", "2", "--jobs", "2", "--out", str(out))
+    assert "4 runs, 4 of them to do" in output
     table = (out / "ladder.md").read_text()
     assert re.search(r"\| \+ clip-higher \| 2 \| [\d.]+ ± [\d.]+ \| [+-][\d.]+ ± [\d.]+", table) and "| 38 | +8 |" in table
     assert (out / "ladder.png").read_bytes().startswith(b"\x89PNG")
@@ -301,7 +317,7 @@ def test_a_ladder_runs_every_rung_and_goes_on_where_it_was(tmp_path: Path) -> No
         (("cumulative", "cumulativ"), "did you mean 'cumulative'?"),
     ],
 )
-def test_a_ladder_that_is_wrong_is_refused_before_anything_runs(change: tuple[str, str], message: str, tmp_path: Path) -> None:
+def test_an_invalid_ladder_is_refused_before_anything_runs(change: tuple[str, str], message: str, tmp_path: Path) -> None:
     ladder = tmp_path / "wrong.toml"
     ladder.write_text(LADDER.replace(*change))
     assert message in groupwise("ablate", str(ladder), "--out", str(tmp_path / "out"), code=2)
@@ -309,7 +325,7 @@ def test_a_ladder_that_is_wrong_is_refused_before_anything_runs(change: tuple[st
 
 
 def noise(count: int) -> list[float]:
-    """The explorer's normal numbers: Lehmer's generator and Box and Muller's method."""
+    """The explorer's pseudo-random normal numbers: Lehmer's generator, then the Box-Muller transform."""
     state, numbers = 12345, []
     for _ in range(count):
         pair = []
@@ -359,7 +375,7 @@ def smoothing(v: dict[str, float]) -> tuple[float, float]:
     return 6, float(advantages[0])
 
 
-def dead(v: dict[str, float]) -> tuple[float, float]:
+def zero_variance(v: dict[str, float]) -> tuple[float, float]:
     return v["p"], theory.dead_group_probability(v["p"], int(v["size"]))
 
 
@@ -371,9 +387,9 @@ PANELS: dict[str, tuple[Callable[[dict[str, float]], tuple[float, float]], dict[
     "overlong": (overlong, {"limit": 16384, "cache": 8192, "length": 12800}),
     "aggregation": (aggregation, {"first": 640, "second": 1210, "limit": 1000}),
     "smoothing": (smoothing, {"size": 8, "v1": 0.5, "v2": 0.25, "v3": 0.875, "v4": 0.0, "v5": 0.625, "v6": 0.75}),
-    "dead": (dead, {"size": 5, "p": 0.35}),
+    "zero-variance": (zero_variance, {"size": 5, "p": 0.35}),
 }
-"""Panel -> the closed form behind its marker, from the library, and a new value for each of its sliders."""
+"""Panel id -> (the library's closed form for the panel's marker, a value to set for each of its sliders)."""
 
 
 @pytest.fixture(scope="session")
@@ -385,7 +401,7 @@ def explorer(browser: Any, healthy: list[Path], tmp_path_factory: pytest.TempPat
 
 @needs_browser
 @pytest.mark.parametrize("name", PANELS)
-def test_every_slider_moves_its_curve_to_the_closed_forms_value(name: str, explorer: tuple[Any, list[str]]) -> None:
+def test_every_slider_moves_the_marker_and_the_curve_to_the_closed_form(name: str, explorer: tuple[Any, list[str]]) -> None:
     page, wrong = explorer
     expected, changes = PANELS[name]
     sliders = page.locator(f"#{name} input[type=range]")
@@ -425,16 +441,16 @@ def test_every_slider_moves_its_curve_to_the_closed_forms_value(name: str, explo
 
 
 @needs_browser
-def test_the_explorer_speaks_two_languages_and_takes_keys_and_fingers(explorer: tuple[Any, list[str]]) -> None:
+def test_the_explorer_has_two_languages_and_takes_keys_and_dragging(explorer: tuple[Any, list[str]]) -> None:
     page, _ = explorer
     assert "tokens of your run" in page.inner_text("#run") and page.locator("#ceiling .dot").count() > 50
     page.click("#language")
-    assert "裁剪的天花板" in page.inner_text("#ceiling h2") and "通过率" in page.inner_text("#dead p")
+    assert "裁剪上界" in page.inner_text("#ceiling h2") and "通过率" in page.inner_text("#zero-variance p")
     page.click("#language")
-    page.focus("#dead-size")
-    before = page.input_value("#dead-size")
+    page.focus("#zero-variance-size")
+    before = page.input_value("#zero-variance-size")
     page.keyboard.press("ArrowRight")
-    assert float(page.input_value("#dead-size")) == float(before) + 1
+    assert float(page.input_value("#zero-variance-size")) == float(before) + 1
     page.locator("#ceiling svg").scroll_into_view_if_needed()
     box = page.locator("#ceiling svg").bounding_box()
     page.mouse.click(box["x"] + box["width"] * 0.75, box["y"] + box["height"] / 2)
@@ -453,7 +469,7 @@ def test_the_explorer_fits_a_phone(browser: Any) -> None:
     assert wrong == []
 
 
-def test_the_published_explorer_is_the_one_that_ships(tmp_path: Path) -> None:
+def test_the_published_explorer_is_up_to_date(tmp_path: Path) -> None:
     groupwise("explore", "--out", str(tmp_path / "explorer.html"), "--no-open")
     published = Path(__file__).parent.parent / "docs" / "explorer.html"
     assert (tmp_path / "explorer.html").read_text() == published.read_text(), "run: groupwise explore --out docs/explorer.html"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from groupwise.algorithms import named
-from groupwise.algorithms.algorithm import NAMED
+from groupwise.algorithms import NAMED
 from groupwise.tasks.arithmetic import score_answer
 from groupwise.training.batching import assign_credit, last_token, make_batch, minibatches, shaped_rewards, step_positions
 from groupwise.types import Completion, Group, Problem, Score

@@ -3,8 +3,6 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +12,8 @@ from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from groupwise.algorithms.algorithm import FORMULAS, NAMED, PARTS, Algorithm, named
+from groupwise.algorithms import NAMED, PARTS, Algorithm, named
+from groupwise.algorithms.algorithm import FORMULAS
 from groupwise.config import Recipe, SftRecipe, find_recipe, is_sft, load
 from groupwise.errors import RunError, UserError
 
@@ -60,55 +59,16 @@ def train(
     resume: Annotated[Path | None, typer.Option("--resume", help="Go on with the run in this directory.")] = None,
 ) -> None:
     """Train a model. Without a recipe: the embedded default."""
-    from groupwise.attention import slower_path
-    from groupwise.training import checkpoints
-    from groupwise.training.display import Display
-    from groupwise.training.loop import Interrupted, Trainer
-    from groupwise.training.records import RunDirectory
-    from groupwise.training.setup import prepare, resolved
+    from groupwise.training import session
+    from groupwise.training.interrupts import Interrupted
 
     with exit_codes():
-        if resume is not None and (recipe is not None or out is not None):
-            raise UserError("--resume takes the recipe and the place from the run; change settings with --set")
-        if resume is not None and not (resume / "recipe.toml").is_file():
-            raise UserError(f"--resume {resume}: no recipe.toml in it, so not a run")
-        path = resume / "recipe.toml" if resume else find_recipe(recipe)
-        checkpoint = checkpoints.newest(resume) if resume else None
-        if resume is not None and checkpoint is None:
-            raise UserError(f"--resume {resume}: the run has no checkpoint; begin again with groupwise train {path} --out ...")
-        settings, source = load(path, Recipe, overrides or [])
-        if resume is not None and settings.algorithm.get("name") != load(path, Recipe)[0].algorithm.get("name"):
-            raise source.error("algorithm.name", "a run goes on with the algorithm it began with; its settings may change")
-        ready = prepare(settings, source)
-        run = RunDirectory(resume or out or Path("runs") / f"{path.stem}-{datetime.now():%Y%m%d-%H%M%S}")
-        if resume is None:
-            run.create(resolved(ready))
-        else:
-            run.write_recipe(resolved(ready))
-        console.print(f"{ready.algorithm.name} on {ready.task.name}, model {settings.model.path}; writing {run.path}")
-        if slower := slower_path(ready.model, settings.rollouts.dtype):
-            console.print(slower)
-        with Display(console, settings.training.steps) as display:
-            trainer = Trainer(ready, run, display)
-            if checkpoint is not None:
-                trainer.resume(checkpoint)
-                display.note(f"going on after step {trainer.step}")
-            try:
-                result = trainer.train()
-            except (Interrupted, KeyboardInterrupt) as error:
-                display.note(f"stopped in step {trainer.step + 1}{_how_to_go_on(run)}")
-                raise typer.Exit(130) from error
-            except (UserError, RunError):
-                display.note(f"stopped in step {trainer.step + 1}{_how_to_go_on(run)}")
-                raise
-        _print_result(result, run.path)
-
-
-def _how_to_go_on(run: Any) -> str:
-    from groupwise.training import checkpoints
-
-    checkpoint = checkpoints.newest(run.path)
-    return f"; to go on from {checkpoint.name}: groupwise train --resume {run.path}" if checkpoint else ""
+        plan = session.plan(recipe, overrides=overrides or [], out=out, resume=resume)
+        try:
+            result = session.run(plan, console)
+        except (Interrupted, KeyboardInterrupt) as error:
+            raise typer.Exit(130) from error
+        _print_result(result, plan.path)
 
 
 def _print_result(result: Any, path: Path) -> None:
@@ -147,7 +107,6 @@ def evaluate_command(
     overrides: Overrides = None,
 ) -> None:
     """Measure pass@1, pass@k and avg@k on held-out problems."""
-    from groupwise.rollouts.native import NativeSampler
     from groupwise.seeding import derive
     from groupwise.training.collect import sampling_of
     from groupwise.training.evaluate import evaluate
@@ -163,7 +122,7 @@ def evaluate_command(
         settings, source = load(path, Recipe, [*(overrides or []), f"model.path={json.dumps(where, ensure_ascii=False)}"])
         ready = prepare(settings, source)
         result = evaluate(
-            NativeSampler(ready.model, ready.tokenizer),
+            ready.make_sampler(ready.model),
             ready.task,
             ready.tokenizer,
             ready.task.held_out(settings.training.eval_problems),
@@ -209,7 +168,6 @@ def sft_command(
 @app.command()
 def check(recipe: Annotated[str, typer.Argument(help="A TOML file, or a shipped name.")], overrides: Overrides = None) -> None:
     """Find everything that can be wrong with a recipe, without training."""
-    from groupwise.attention import slower_path
     from groupwise.models import encode_prompt
     from groupwise.training.setup import prepare
 
@@ -223,11 +181,11 @@ def check(recipe: Annotated[str, typer.Argument(help="A TOML file, or a shipped 
         prompt = encode_prompt(ready.tokenizer, ready.problem.prompt, settings.model.chat)
         rows = settings.rollouts.prompts_per_step * settings.rollouts.group_size
         facts = {
-            "model": f"{settings.model.path}: {type(ready.model).__name__}, {ready.model.num_parameters():,} parameters",
+            "model": f"{settings.model.path}: {ready.model.name}, {ready.model.num_parameters():,} parameters",
             "task": f"{ready.task.name}: {len(ready.task.held_out(settings.training.eval_problems))} held-out problems",
             "first prompt": repr(ready.tokenizer.decode(prompt)),
             "algorithm": ready.algorithm.name,
-            "attention": slower_path(ready.model, settings.rollouts.dtype) or "packed: prompts read once for their group",
+            **ready.model.backends(),
             "a step": f"{settings.rollouts.prompts_per_step} prompts x {settings.rollouts.group_size} = {rows} completions, "
             f"at most {rows * settings.rollouts.max_tokens:,} tokens, {settings.learner.minibatches} updates",
         }
@@ -244,7 +202,7 @@ def _check_sft(path: Path, overrides: list[str]) -> None:
 
     settings, source = load(path, SftRecipe, overrides)
     _, model = start(settings, build_task(settings.task, source), source)
-    console.print(f"{type(model).__name__}, {model.num_parameters():,} parameters; {settings.sft.steps} steps")
+    console.print(f"{model.name}, {model.num_parameters():,} parameters; {settings.sft.steps} steps")
     console.print("[green]nothing wrong found[/green]")
 
 
@@ -296,33 +254,33 @@ def ablate(
     out: Out = None,
 ) -> None:
     """Run one technique after another for several seeds, and compare. The same command goes on where it was stopped."""
-    from groupwise.evidence import ablation
+    from groupwise.experiments import ladder as ladders
 
     with exit_codes():
-        path = ablation.find_ladder(ladder)
-        settings, recipe = ablation.load_ladder(path)
+        path = ladders.find_ladder(ladder)
+        settings, recipe = ladders.load_ladder(path)
         _check_rungs(settings, recipe)
         home = out or Path("runs") / f"ladder-{path.stem}"
-        plan = ablation.plan(settings, home, seeds or settings.seeds)
-        ablation.claim(settings, path, recipe, home)
+        plan = ladders.plan(settings, home, seeds or settings.seeds)
+        ladders.claim(settings, path, recipe, home)
         left = [job for job in plan if not job.done]
         console.print(f"{settings.title}: {len(plan)} runs, {len(left)} of them to do; writing {home}", soft_wrap=True)
         with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as progress:
             bar = progress.add_task("runs", total=len(left))
 
-            def note(job: ablation.Job, good: bool) -> None:
+            def note(job: ladders.Job, good: bool) -> None:
                 progress.advance(bar)
                 if not console.is_terminal or not good:
                     progress.console.print(f"{settings.rungs[job.rung].name}, seed {job.seed}: {'done' if good else 'failed'}")
 
-            failed = ablation.run_all(settings, recipe, plan, home, jobs, note)
-        rows = ablation.compare(settings, plan)
-        table = Table(*ablation.COLUMNS, title=settings.title)
+            failed = ladders.run_all(settings, recipe, plan, home, jobs, note)
+        rows = ladders.compare(settings, plan)
+        table = Table(*ladders.COLUMNS, title=settings.title)
         for row in rows:
-            table.add_row(*map(Text, ablation.cells(row)))
+            table.add_row(*map(Text, ladders.cells(row)))
         console.print(table)
-        (home / "ladder.md").write_text(ablation.as_markdown(settings, rows))
-        ablation.picture(settings, rows).save(home / "ladder.png", scale_factor=2)
+        (home / "ladder.md").write_text(ladders.as_markdown(settings, rows))
+        ladders.picture(settings, rows).save(home / "ladder.png", scale_factor=2)
         console.print(
             f"written: {home / 'ladder.md'} and ladder.png; groupwise report {home}/*/seed-* draws every run", soft_wrap=True
         )
@@ -333,7 +291,7 @@ def ablate(
 
 def _check_rungs(ladder: Any, recipe: Path) -> None:
     """What `train` would refuse in any of them, before the first one runs."""
-    from groupwise.evidence.ablation import overrides
+    from groupwise.experiments.ladder import overrides
     from groupwise.tasks.base import build_task
     from groupwise.training.setup import build_algorithm, check_together
 
@@ -363,23 +321,28 @@ def algorithms(
 
 def _all_algorithms() -> Table:
     table = Table("name", "what it is", "paper")
-    for name, (_, summary, paper) in NAMED.items():
-        table.add_row(name, summary, paper)
+    for name, entry in NAMED.items():
+        table.add_row(name, entry.summary, entry.paper)
     return table
 
 
 def _one_algorithm(algorithm: Algorithm, other: Algorithm | None) -> Table:
     """Its settings with their formulas; only what differs, side by side, where there is another."""
     columns = [algorithm] if other is None else [other, algorithm]
-    table = Table("setting", *(column.name for column in columns), title=NAMED[algorithm.name][1], show_lines=True)
-    for key in (field.name for field in fields(Algorithm)):
-        values = [getattr(column, key) for column in columns]
-        if key != "name" and (other is None or values[0] != values[1]):
-            table.add_row(key, *(Text(_explained(key, value)) for value in values))
+    settings = [column.settings() for column in columns]
+    table = Table("setting", *(column.name for column in columns), title=NAMED[algorithm.name].summary, show_lines=True)
+    for key in dict.fromkeys(key for column in settings for key in column):
+        if other is None or settings[0].get(key, _UNUSED) != settings[1].get(key, _UNUSED):
+            table.add_row(key, *(Text(_explained(key, column.get(key, _UNUSED))) for column in settings))
     return table
 
 
+_UNUSED = "not used"
+
+
 def _explained(key: str, value: Any) -> str:
+    if value is _UNUSED:
+        return _UNUSED
     if key in PARTS:
         return f"{value}\n{PARTS[key][value].formula}"
     text = {None: "none", True: "yes", False: "no"}.get(value) if value is None or isinstance(value, bool) else str(value)

@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -33,9 +33,14 @@ class ModelSection(Section):
     """Run the decoder through torch.compile; the first steps then take a minute more, and a C++ compiler is needed."""
     chat: bool | None = None
     """Whether prompts go through the tokenizer's chat template; left out: whenever it has one."""
+    backend: Literal["auto", "kernels", "torch", "transformers"] = "auto"
+    """What runs the model: "auto" takes the fastest that a trial finds exact, and says why it falls back; "kernels" refuses to
+    fall back; "torch" uses no C++; "transformers" runs padded batches through transformers' own attention."""
 
 
 class RolloutsSection(Section):
+    sampler: str = "native"
+    """The inference engine: "native", or a function of yours, "file.py:name", of ([rollouts], LanguageModel, tokenizer)."""
     group_size: Count = 16
     prompts_per_step: Count = 32
     max_tokens: Count = 64
@@ -75,9 +80,9 @@ class LearnerSection(Section):
     """Tokens, prompts and completions, that go through the model at once; changes memory and time, not results. More suits
     a GPU; on a CPU this many keep the intermediate results in its caches."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: matrix products and attention run in it (autocast), while weights, gradients and moments stay as they are."""
+    """bfloat16: matmuls and attention run in it (autocast), while weights, gradients and moments keep their dtype."""
     checkpointing: bool = False
-    """Keep only each layer's input for the backward pass and compute the rest again: less memory, more time."""
+    """Keep only each layer's input for the backward pass and recompute the rest: less memory, more time."""
     share_prompts: bool = True
     """Run each prompt once per group; changes time, not results."""
     old_logprobs: Literal["sampler", "recompute"] = "recompute"
@@ -94,6 +99,11 @@ class CriticSection(Section):
     max_grad_norm: Positive = 1.0
     value_clip: Positive = 0.2
     """How far a value may move from the one before the update and still lower the loss."""
+
+
+class TrackersSection(Section):
+    names: list[str] = []
+    """Further recorders of the run, as "file.py:name": called with the run's directory and recipe, they are given every event."""
 
 
 class TrainingSection(Section):
@@ -119,6 +129,7 @@ class Recipe(Section):
     learner: LearnerSection = LearnerSection()
     critic: CriticSection = CriticSection()
     training: TrainingSection = TrainingSection()
+    trackers: TrackersSection = TrackersSection()
 
 
 class SftModelSection(Section):
@@ -212,19 +223,21 @@ def is_sft(path: Path) -> bool:
 Tree = TypeVar("Tree", Recipe, SftRecipe)
 
 
-def load(path: Path, kind: type[Tree], overrides: Sequence[str] = ()) -> tuple[Tree, Source]:
-    """Read a recipe file, apply `--set key=value` overrides (values in TOML, or bare strings), check it.
+def load(
+    path: Path, kind: type[Tree], overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None
+) -> tuple[Tree, Source]:
+    """Read a recipe file and what it extends, apply `--set key=value` overrides (values in TOML, or bare strings), check it.
+
+    `changes`: values by dotted key, applied last.
 
     Raises:
         UserError: one message with a line for each thing that is wrong.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        tree = tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: {error}") from error
+    tree, text = read_tree(path)
     for override in overrides:
         apply_override(tree, override)
+    for key, value in (changes or {}).items():
+        set_key(tree, key, value, place=key)
     source = Source(path, text, overrides)
     try:
         return kind.model_validate(tree), source
@@ -232,20 +245,62 @@ def load(path: Path, kind: type[Tree], overrides: Sequence[str] = ()) -> tuple[T
         raise explain(error, kind, source) from error
 
 
+def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], str]:
+    """A recipe file's tree, laid over that of the recipe that it `extends`: a file beside it, or a shipped one; and its text.
+
+    Raises:
+        UserError: it cannot be read, or it extends itself.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = tomllib.loads(text)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: {error}") from error
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree, text
+    source = Source(path, text)
+    if not isinstance(base, str):
+        raise source.error("extends", f"expected a shipped recipe's name or a file, not {base!r}")
+    beside = path.parent / base
+    try:
+        found = beside if beside.is_file() else find_recipe(base)
+    except UserError as error:
+        raise source.error("extends", str(error)) from error
+    if found.resolve() in seen or found.resolve() == path.resolve():
+        raise source.error("extends", f"{base!r} extends this file in turn")
+    return merge_trees(read_tree(found, (*seen, path.resolve()))[0], tree), text
+
+
+def merge_trees(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `changes`, table by table."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge_trees(merged[key], value) if both else value
+    return merged
+
+
 def apply_override(tree: dict[str, Any], override: str) -> None:
     """Set one dotted key of `tree` from "key=value"."""
     key, equals, value = override.partition("=")
-    names = key.strip().split(".")
-    if not equals or not all(names):
+    if not equals or not all(key.strip().split(".")):
         raise UserError(f"--set {override}: expected key=value, as in --set learner.learning_rate=1e-4")
-    for name in names[:-1]:
+    try:
+        parsed = tomllib.loads(f"value = {value.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    set_key(tree, key.strip(), parsed, place=f"--set {override}")
+
+
+def set_key(tree: dict[str, Any], key: str, value: Any, *, place: str) -> None:
+    """Set a dotted key of `tree`; `place` is named in the message if that cannot be done."""
+    *tables, last = key.split(".")
+    for name in tables:
         tree = tree.setdefault(name, {})
         if not isinstance(tree, dict):
-            raise UserError(f"--set {override}: {name} is a value, not a table")
-    try:
-        tree[names[-1]] = tomllib.loads(f"value = {value.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        tree[names[-1]] = value.strip()
+            raise UserError(f"{place}: {name} is a value, not a table")
+    tree[last] = value
 
 
 def explain(error: ValidationError, kind: Any, source: Source, prefix: str = "") -> UserError:

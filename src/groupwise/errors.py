@@ -1,7 +1,6 @@
 """The two ways a command can end badly, each with one clear message."""
 
-import difflib
-from collections.abc import Iterable
+from groupwise.algorithms.part import nearest as nearest
 
 
 class UserError(Exception):
@@ -13,12 +12,3 @@ class RunError(Exception):
 
 
 DIVERGED = "the weights have diverged: a lower learning rate or more warm-up may help"
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint to end a message with: "; did you mean 'x'?", or the list of known words when none is near."""
-    known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(known)}" if known else ""

@@ -1,4 +1,4 @@
-"""A user's own functions, named in a recipe as "file.py:function"."""
+"""A user's own functions and classes, named in a recipe as "file.py:name"."""
 
 import importlib.util
 import sys
@@ -12,13 +12,11 @@ from groupwise.errors import UserError, nearest
 
 @dataclass(frozen=True, slots=True)
 class UserFunction:
-    """A function of the user's, and where it came from."""
+    """A function or class of the user's, and where it came from."""
 
     function: Callable[..., Any]
     reference: str
     """Absolute "file.py:function"."""
-    needs: frozenset[str] = frozenset()
-    """What an advantage function reads beyond rewards: its attribute `needs`, such as {"steps"}."""
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return self.function(*arguments, **named)
@@ -51,4 +49,4 @@ def load_function(reference: str, base: Path) -> UserFunction:
     if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UserError(f"{path}: there is no function {name!r}{nearest(name, known)}")
-    return UserFunction(function, f"{path.resolve()}:{name}", frozenset(getattr(function, "needs", ())))
+    return UserFunction(function, f"{path.resolve()}:{name}")

@@ -1,11 +1,11 @@
-"""What flows through groupwise: Problem, Completion, Score, Group, Batch, and the Demonstration of a warm start.
+"""What flows through groupwise: Problem, Completion, Score, Group, the stages of a Batch, and the Demonstration of a warm start.
 
 Shapes in names: B completions, T completion tokens (right-padded), P prompts (one per group).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,18 @@ Stop = Literal["stop", "length"]
 Verdict = Literal["correct", "wrong", "unparsed"]
 
 
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Tokens of a completion that were sampled with the same weights."""
+
+    start: int
+    """Index of the first token."""
+    end: int
+    """Index after the last."""
+    version: int
+    """How many optimiser updates the weights had seen."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """One sampled answer, as the sampler returns it. T is its own length."""
@@ -57,8 +69,15 @@ class Completion:
     """bool [T], True where the policy chose the token (False for the output of a tool, say)."""
     stop: Stop
     """"stop": ended by itself. "length": truncated at the limit."""
-    weights_version: int
-    """How many optimiser updates the weights that made it had seen."""
+    versions: tuple["VersionSpan", ...]
+    """Which weights made which tokens, in order; more than one where weights changed on the way."""
+    handle: int | None = None
+    """What a later request names in `Request.continues`, so that the sampler reuses the keys and values of this completion."""
+
+    @property
+    def oldest_version(self) -> int:
+        """How many optimiser updates the oldest weights that made a token of it had seen."""
+        return min(span.version for span in self.versions)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +112,10 @@ class Group:
         return cls(
             problem=Problem(**tree["problem"]),
             prompt_tokens=tree["prompt_tokens"],
-            completions=tuple(Completion(**completion) for completion in tree["completions"]),
+            completions=tuple(
+                Completion(**{**tree, "versions": tuple(VersionSpan(**span) for span in tree["versions"])})
+                for tree in tree["completions"]
+            ),
             scores=tuple(Score(**score) for score in tree["scores"]),
         )
 
@@ -103,7 +125,7 @@ class Group:
 
     @property
     def outcome(self) -> Literal["all_correct", "all_wrong", "mixed"]:
-        """Whether its completions agree in correctness."""
+        """Whether its completions are all correct, all wrong, or some of each."""
         if self.correct_count == len(self.scores):
             return "all_correct"
         return "mixed" if self.correct_count else "all_wrong"
@@ -111,56 +133,44 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Rows for the learner, right-padded to the longest of them."""
+    """Rows for the learner as they were sampled, right-padded to the longest of them."""
+
+    PER_TOKEN: ClassVar[tuple[str, ...]] = ("tokens_BT", "mask_BT", "rollout_logprobs_BT")
+    """Fields of shape [B, T]."""
 
     prompts: tuple[Tensor, ...]
     """P prompts, int64 [L_p] each; every prompt once."""
     group_ids_B: Tensor
     """int64 [B], the row's prompt as an index into `prompts`."""
-    tokens_BT: Tensor
-    """int64 [B, T]; 0 after the row's end."""
+    rows_B: Tensor
+    """int64 [B], which completion of the step each row is, counted through its groups."""
     lengths_B: Tensor
     """int64 [B], tokens in each row, trained on or not."""
+    tokens_BT: Tensor
+    """int64 [B, T]; 0 after the row's end."""
     mask_BT: Tensor
     """bool [B, T], True where a token is trained on."""
     rollout_logprobs_BT: Tensor
     """float32 [B, T], as sampled; 0 after the row's end."""
-    advantages_BT: Tensor
-    """float32 [B, T]."""
-    old_logprobs_BT: Tensor | None = None
-    """float32 [B, T], the policy at the start of the step; set by the training loop."""
-    ref_logprobs_BT: Tensor | None = None
-    """float32 [B, T], the frozen reference, where the algorithm uses one."""
-    values_BT: Tensor | None = None
-    """float32 [B, T], the critic's values before the update, where the algorithm has one."""
-    rows_B: Tensor | None = None
-    """int64 [B], which completion of the step each row is, counted through its groups."""
-    returns_BT: Tensor | None = None
-    """float32 [B, T], what the critic learns to predict."""
-    weights_BT: Tensor | None = None
-    """float32 [B, T], what each token counts in the loss of one optimiser step; set before micro-batches are cut."""
 
     def __len__(self) -> int:
         return len(self.tokens_BT)
 
-    def select(self, rows: Tensor) -> "Batch":
+    def select(self, rows: Tensor) -> Self:
         """The given rows (int64 [R]) as a batch of their own, cut to its longest row, with only the prompts it needs."""
         length = int(self.lengths_B[rows].max())
         kept = sorted(set(self.group_ids_B[rows].tolist()))
+        per_token = {name: getattr(self, name) for name in self.PER_TOKEN}
         changes: dict[str, Any] = {
             "prompts": tuple(self.prompts[i] for i in kept),
             "group_ids_B": torch.searchsorted(self.group_ids_B.new_tensor(kept), self.group_ids_B[rows]),
+            "rows_B": self.rows_B[rows],
             "lengths_B": self.lengths_B[rows],
+            **{name: value[rows, :length] for name, value in per_token.items() if value is not None},
         }
-        if self.rows_B is not None:
-            changes["rows_B"] = self.rows_B[rows]
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if item.name.endswith("_BT") and value is not None:
-                changes[item.name] = value[rows, :length]
         return replace(self, **changes)
 
-    def to(self, device: torch.device | str) -> "Batch":
+    def to(self, device: torch.device | str) -> Self:
         """The same batch with every tensor on `device`."""
         changes: dict[str, Any] = {"prompts": tuple(prompt.to(device) for prompt in self.prompts)}
         for item in fields(self):
@@ -170,9 +180,53 @@ class Batch:
         return replace(self, **changes)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogprobBatch(Batch):
+    """A batch with what the learner computed of it before the first update of the step."""
+
+    PER_TOKEN: ClassVar[tuple[str, ...]] = (*Batch.PER_TOKEN, "old_logprobs_BT", "ref_logprobs_BT", "values_BT")
+
+    old_logprobs_BT: Tensor
+    """float32 [B, T], the policy at the start of the step."""
+    ref_logprobs_BT: Tensor | None = None
+    """float32 [B, T], the frozen reference; None where the algorithm uses none."""
+    values_BT: Tensor | None = None
+    """float32 [B, T], the critic's values; None where the algorithm has none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingBatch(LogprobBatch):
+    """A batch with its advantages, ready for updates."""
+
+    PER_TOKEN: ClassVar[tuple[str, ...]] = (*LogprobBatch.PER_TOKEN, "advantages_BT", "returns_BT")
+
+    advantages_BT: Tensor
+    """float32 [B, T]."""
+    returns_BT: Tensor | None = None
+    """float32 [B, T], what the critic learns to predict; None where the algorithm has none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightedBatch(TrainingBatch):
+    """The rows of one optimiser step with their token weights, fixed before micro-batches are cut."""
+
+    PER_TOKEN: ClassVar[tuple[str, ...]] = (*TrainingBatch.PER_TOKEN, "weights_BT")
+
+    weights_BT: Tensor
+    """float64 [B, T], what each token counts in the loss."""
+
+
+Stage = TypeVar("Stage", bound=Batch)
+
+
 def pad_rows(rows: Sequence[Tensor], length: int | None = None) -> Tensor:
     """Stack 1-d tensors into [B, T], zeros (False) after each row's end."""
     padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
     if length is not None and padded.shape[1] < length:
         padded = torch.nn.functional.pad(padded, (0, length - padded.shape[1]))
     return padded
+
+
+def upgrade(kind: type[Stage], batch: Batch, **more: Any) -> Stage:
+    """A batch as a later stage, with the fields that the stage adds or changes."""
+    return kind(**{**{item.name: getattr(batch, item.name) for item in fields(batch)}, **more})

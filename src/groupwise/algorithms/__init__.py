@@ -14,20 +14,26 @@ from groupwise.algorithms.advantages import (
     whiten,
 )
 from groupwise.algorithms.aggregation import token_weights
-from groupwise.algorithms.algorithm import Algorithm, named
+from groupwise.algorithms.algorithm import PARTS, Algorithm
 from groupwise.algorithms.clipping import dynamic_bounds, exponential_bounds, fixed_bounds
 from groupwise.algorithms.credit import Credit, Outcomes
 from groupwise.algorithms.kl import k1, k2, k3
 from groupwise.algorithms.loss import policy_loss
+from groupwise.algorithms.named import NAMED, named
+from groupwise.algorithms.part import OwnPart, Part
 from groupwise.algorithms.ratios import sequence_log_ratio, sequence_token_log_ratio, token_log_ratio
 from groupwise.algorithms.selection import mixed_groups
 from groupwise.algorithms.shaping import adaptive_coefficient, soft_overlong_penalty
 from groupwise.algorithms.surrogates import Terms
 
 __all__ = [
+    "NAMED",
+    "PARTS",
     "Algorithm",
     "Credit",
     "Outcomes",
+    "OwnPart",
+    "Part",
     "Terms",
     "adaptive_coefficient",
     "dynamic_bounds",

@@ -1,9 +1,14 @@
-"""Bounds on the importance ratio within which a token still teaches."""
+"""Bounds on the importance ratio outside which a token's gradient is cut."""
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from groupwise.algorithms.part import Part
 
 
 def fixed_bounds(old_logprobs_BT: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
@@ -26,3 +31,50 @@ def dynamic_bounds(old_logprobs_BT: Tensor, low: float, high: float, cap: float 
     low_BT = 0.5 + 0.5 * (1 - 4 * low / q_BT).clamp(min=0).sqrt()
     high_BT = 0.5 + 0.5 * (1 + 4 * high / q_BT).sqrt()
     return low_BT, high_BT.clamp(max=cap)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fixed(Part):
+    """`fixed_bounds` as a part."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+    def contradictions(self) -> Iterable[tuple[str, bool, str]]:
+        yield "clip_low", self.clip_low > 1, "a ratio cannot fall below 0, so 1 is the most"
+
+    def __call__(self, old_logprobs_BT: Tensor) -> tuple[Tensor, Tensor]:
+        return fixed_bounds(old_logprobs_BT, self.clip_low, self.clip_high)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exponential(Part):
+    """`exponential_bounds` as a part."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+    def __call__(self, old_logprobs_BT: Tensor) -> tuple[Tensor, Tensor]:
+        return exponential_bounds(old_logprobs_BT, self.clip_low, self.clip_high)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dynamic(Part):
+    """`dynamic_bounds` as a part."""
+
+    clip_low: float = 0.16
+    clip_high: float = 0.2
+    ratio_cap: float | None = None
+    """The largest upper bound; DCPO: 10."""
+
+    token_ratio_only: ClassVar[bool] = True
+    """The bounds follow from a token's own probability, so they bound no sequence's ratio."""
+
+    def __call__(self, old_logprobs_BT: Tensor) -> tuple[Tensor, Tensor]:
+        cap = math.inf if self.ratio_cap is None else self.ratio_cap
+        return dynamic_bounds(old_logprobs_BT, self.clip_low, self.clip_high, cap)
+
+
+def unbounded(old_logprobs_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """0 and infinity for every token: nothing is clipped."""
+    return torch.zeros_like(old_logprobs_BT), torch.full_like(old_logprobs_BT, math.inf)

@@ -1,16 +1,18 @@
-"""From the rewards of a batch to advantages: the `advantage` part of an algorithm."""
+"""From the rewards of a batch to advantages: the `advantage` part of an algorithm.
 
-from collections.abc import Mapping, Sequence
+An estimator takes `Outcomes` and returns `Credit`. One of your own is such a function, or a frozen dataclass with settings; an
+attribute `needs` says what it reads beyond a group's rewards.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from groupwise.algorithms import advantages
-
-if TYPE_CHECKING:
-    from groupwise.algorithms.algorithm import Algorithm
+from groupwise.algorithms.part import Part, one_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +31,7 @@ class Outcomes:
     step_ends: Sequence[Sequence[int]] | None = None
     """B lists each, as in `process_advantages`; None where the task scores no steps."""
     token_rewards_BT: Tensor | None = None
-    """float [B, T]: the reward on the last trained token, a KL penalty on each; for a critic."""
+    """float [B, T]: the reward on the last trained token, minus the KL penalty of each token."""
     values_BT: Tensor | None = None
     """float [B, T], the critic's values before the update."""
     history: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -48,52 +50,132 @@ class Credit:
     """What the critic learns to predict."""
 
 
-def group(outcomes: Outcomes, settings: "Algorithm") -> Credit:
-    values = advantages.group_advantages(
-        outcomes.rewards_B,
-        outcomes.group_ids_B,
-        center=settings.center,
-        scale=settings.scale,
-        ddof=settings.ddof,
-        eps=settings.advantage_eps,
-    )
-    return Credit(advantages=values)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimator(Part):
+    """Base of the advantage estimators below, each called with `Outcomes` to give `Credit`."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What it reads beyond a group's rewards: "steps", "critic", "history"."""
+    per_token: ClassVar[bool] = False
+    """Whether advantages differ between the tokens of a completion."""
+    compares_group: ClassVar[bool] = False
+    """Whether a group of one completion would get nothing but zeros."""
 
 
-def leave_one_out(outcomes: Outcomes, settings: "Algorithm") -> Credit:
-    return Credit(advantages=advantages.leave_one_out_advantages(outcomes.rewards_B, outcomes.group_ids_B))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group(Estimator):
+    """`group_advantages`."""
+
+    center: Literal["group", "batch", "none"] = "group"
+    scale: Literal["group", "batch", "mean", "none"] = "group"
+    ddof: Literal[0, 1] = 1
+    advantage_eps: float = 1e-6
+
+    @property
+    def compares_group(self) -> bool:  # type: ignore[override]
+        return self.center == "group"
+
+    def contradictions(self) -> Iterable[tuple[str, bool, str]]:
+        yield one_of(self, "center", ("group", "batch", "none"))
+        yield one_of(self, "scale", ("group", "batch", "mean", "none"))
+        yield one_of(self, "ddof", (0, 1))
+        mean_only = self.scale == "mean" and self.center != "group"
+        yield "scale", mean_only, "dividing by the group's mean asks for center = 'group'"
+
+    def __call__(self, outcomes: Outcomes) -> Credit:
+        rewards_B, ids_B = outcomes.rewards_B, outcomes.group_ids_B
+        settings: dict[str, Any] = {"center": self.center, "scale": self.scale, "ddof": self.ddof, "eps": self.advantage_eps}
+        return Credit(advantages=advantages.group_advantages(rewards_B, ids_B, **settings))
 
 
-def process(outcomes: Outcomes, settings: "Algorithm") -> Credit:
-    if outcomes.step_rewards is None or outcomes.step_ends is None:
-        raise ValueError("process supervision needs rewards of steps, and these completions have none")
-    values_BT = advantages.process_advantages(
-        outcomes.step_rewards,
-        outcomes.step_ends,
-        outcomes.group_ids_B,
-        outcomes.mask_BT.shape[1],
-        ddof=settings.ddof,
-        eps=settings.advantage_eps,
-    )
-    return Credit(advantages=values_BT)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaveOneOut(Estimator):
+    """`leave_one_out_advantages`."""
+
+    compares_group: ClassVar[bool] = True
+
+    def __call__(self, outcomes: Outcomes) -> Credit:
+        return Credit(advantages=advantages.leave_one_out_advantages(outcomes.rewards_B, outcomes.group_ids_B))
 
 
-def smoothed(outcomes: Outcomes, settings: "Algorithm") -> Credit:
-    values, history = advantages.smoothed_advantages(
-        outcomes.rewards_B, outcomes.group_ids_B, outcomes.prompt_ids, outcomes.history
-    )
-    return Credit(advantages=values, history=history)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process(Estimator):
+    """`process_advantages`, for tasks that score steps."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"steps"})
+    per_token: ClassVar[bool] = True
+    ddof: Literal[0, 1] = 1
+    advantage_eps: float = 1e-6
+
+    def contradictions(self) -> Iterable[tuple[str, bool, str]]:
+        yield one_of(self, "ddof", (0, 1))
+
+    def __call__(self, outcomes: Outcomes) -> Credit:
+        if outcomes.step_rewards is None or outcomes.step_ends is None:
+            raise ValueError("process supervision needs rewards of steps, and these completions have none")
+        values_BT = advantages.process_advantages(
+            outcomes.step_rewards,
+            outcomes.step_ends,
+            outcomes.group_ids_B,
+            outcomes.mask_BT.shape[1],
+            ddof=self.ddof,
+            eps=self.advantage_eps,
+        )
+        return Credit(advantages=values_BT)
 
 
-def gae(outcomes: Outcomes, settings: "Algorithm") -> Credit:
-    if outcomes.values_BT is None or outcomes.token_rewards_BT is None:
-        raise ValueError("generalised advantage estimation needs a critic's values and rewards of tokens")
-    values_BT, returns_BT = advantages.gae(
-        outcomes.token_rewards_BT, outcomes.values_BT, outcomes.mask_BT, gamma=settings.gamma, lam=settings.gae_lambda
-    )
-    return Credit(advantages=advantages.whiten(values_BT, outcomes.mask_BT), returns_BT=returns_BT)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Smoothed(Estimator):
+    """`smoothed_advantages`, which remembers every prompt's rewards."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"history"})
+
+    def __call__(self, outcomes: Outcomes) -> Credit:
+        values, history = advantages.smoothed_advantages(
+            outcomes.rewards_B, outcomes.group_ids_B, outcomes.prompt_ids, outcomes.history
+        )
+        return Credit(advantages=values, history=history)
 
 
-def spread(values: Tensor, mask_BT: Tensor) -> Tensor:
-    """Advantages [B] or [B, T] as [B, T], 0 where masked."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gae(Estimator):
+    """`gae` with a critic's values, whitened over the batch's trained tokens."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"critic"})
+    per_token: ClassVar[bool] = True
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+
+    def contradictions(self) -> Iterable[tuple[str, bool, str]]:
+        for key in ("gamma", "gae_lambda"):
+            yield key, getattr(self, key) > 1, "must lie in 0 to 1"
+
+    def __call__(self, outcomes: Outcomes) -> Credit:
+        if outcomes.values_BT is None or outcomes.token_rewards_BT is None:
+            raise ValueError("generalised advantage estimation needs a critic's values and rewards of tokens")
+        values_BT, returns_BT = advantages.gae(
+            outcomes.token_rewards_BT, outcomes.values_BT, outcomes.mask_BT, gamma=self.gamma, lam=self.gae_lambda
+        )
+        return Credit(advantages=advantages.whiten(values_BT, outcomes.mask_BT), returns_BT=returns_BT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardToGo(Estimator):
+    """The token rewards from each token on, whitened over the batch's trained tokens (REINFORCE++, arXiv 2501.03262, eq. 8-10).
+
+    With a KL penalty in the reward, a token is charged for its own log ratio and those after it, not for those before.
+    """
+
+    per_token: ClassVar[bool] = True
+
+    def __call__(self, outcomes: Outcomes) -> Credit:
+        if outcomes.token_rewards_BT is None:
+            raise ValueError("rewards to go need rewards of tokens")
+        rewards_BT = torch.where(outcomes.mask_BT, outcomes.token_rewards_BT, 0)
+        to_go_BT = rewards_BT.flip(1).cumsum(1).flip(1)
+        return Credit(advantages=advantages.whiten(to_go_BT, outcomes.mask_BT))
+
+
+def per_token(values: Tensor, mask_BT: Tensor) -> Tensor:
+    """Advantages [B] or [B, T] as [B, T]: a completion's on each of its trained tokens, 0 where masked."""
     return torch.where(mask_BT, values if values.dim() == 2 else values[:, None], 0)

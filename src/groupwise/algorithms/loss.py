@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 
 from groupwise.algorithms.algorithm import Algorithm
-from groupwise.algorithms.correction import mismatch_ratio
-from groupwise.algorithms.credit import spread
 from groupwise.algorithms.kl import k3
 from groupwise.algorithms.ratios import bounded_exp, sequence_log_ratio, token_log_ratio
 from groupwise.algorithms.surrogates import Terms
@@ -27,76 +25,87 @@ def policy_loss(
     entropy_BT: Tensor | None = None,
     examine: Callable[[Terms, Tensor], None] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The algorithm's loss on a batch, or on a part of one whose weights were fixed beforehand.
+    """The algorithm's loss on a batch, or on a part of one whose token weights were fixed beforehand.
 
     Args:
         algorithm: what to compute.
-        logprobs_BT: float [B, T], log pi_theta of the sampled tokens, in nats; the loss is differentiable in it alone
-            (and in `entropy_BT`).
+        logprobs_BT: float [B, T], log pi_theta of the sampled tokens, in nats. The loss is differentiable in it and in `entropy_BT`.
         old_logprobs_BT: float [B, T], the policy that the ratio is taken against.
         advantages: float [B] or [B, T].
-        mask_BT: bool [B, T], True where a token is trained on. What the others hold is never read.
-        group_ids_B: int [B]; needed where weights are left out and count by prompt.
-        ref_logprobs_BT: float [B, T]; needed where beta > 0.
-        rollout_logprobs_BT: float [B, T], as the sampler returned them; needed where the algorithm corrects for it.
-        weights_BT: from `token_weights` over the whole optimiser step; left out: this batch is the whole step, and T is the
-            max_length of the aggregation "constant".
+        mask_BT: bool [B, T], True where a token is trained on. What the other tensors hold elsewhere is never read.
+        group_ids_B: int [B]; needed where `weights_BT` is left out and the aggregation counts by prompt.
+        ref_logprobs_BT: float [B, T], the reference; needed where beta > 0.
+        rollout_logprobs_BT: float [B, T], as the sampler returned them; needed where the algorithm corrects for mismatch.
+        weights_BT: float [B, T], from `token_weights` over the whole optimiser step; left out: this batch is the whole step,
+            and T is the max_length of the aggregation "constant".
         entropy_BT: float [B, T]; needed where there is an entropy bonus.
         examine: called with the terms of the loss and with clipped_BT, for diagnostics of single tokens.
 
     Returns:
-        (loss, metrics): a scalar, and detached scalars: clip_fraction (share of trained tokens whose gradient the clip
-        changed), clip_fraction_low and _high (of them, with a ratio below and above 1), ratio_mean and ratio_max of
-        tokens, sequence_ratio_max (the largest geometric mean of a row's ratios), approx_kl (k3's estimate of
-        KL(pi_old || pi_theta)), kl_ref where a reference is used.
+        (loss, metrics): a scalar, and detached scalars over the trained tokens of this batch; see `token_metrics`. kl_ref and
+        correction_mean are there where a reference or a correction is used.
 
     Raises:
-        ValueError: something needed is missing, or a log-probability of a trained token is not finite.
+        ValueError: something needed is missing, or a log-probability or an advantage of a trained token is not finite.
     """
     given = _checked(
         mask_BT,
         logprobs_BT=(logprobs_BT, "the loss"),
         old_logprobs_BT=(old_logprobs_BT, "the loss"),
+        advantages=(advantages if advantages.dim() == 2 else advantages[:, None], "the loss"),
         ref_logprobs_BT=(ref_logprobs_BT, "beta above 0" if algorithm.beta > 0 else None),
-        rollout_logprobs_BT=(rollout_logprobs_BT, "a correction" if algorithm.correction != "none" else None),
+        rollout_logprobs_BT=(rollout_logprobs_BT, "a correction" if algorithm.corrects_mismatch else None),
         entropy_BT=(entropy_BT, "an entropy bonus" if algorithm.entropy_bonus else None),
     )
-    logprobs_BT, old_BT = given["logprobs_BT"], given["old_logprobs_BT"].detach()
     if weights_BT is None:
-        weights_BT = algorithm.part("aggregation")(mask_BT, group_ids_B=group_ids_B, max_length=None)
-    low_BT, high_BT = algorithm.part("bounds")(old_BT, algorithm.clip_low, algorithm.clip_high)
-    if algorithm.ratio_cap is not None:
-        high_BT = high_BT.clamp(max=algorithm.ratio_cap)
+        weights_BT = algorithm.aggregation(mask_BT, group_ids_B=group_ids_B, max_length=None)
+    terms = _terms(algorithm, given, mask_BT)
+    token_loss_BT, clipped_BT = algorithm.surrogate(terms)
+    metrics = token_metrics(terms, clipped_BT)
+    if examine is not None:
+        examine(terms, clipped_BT & mask_BT)
+    token_loss_BT, of_terms = _with_other_terms(algorithm, token_loss_BT, terms, given)
+    loss = (weights_BT.to(terms.logprobs_BT.dtype) * torch.where(mask_BT, token_loss_BT, 0)).sum()
+    return loss, {**metrics, **of_terms}
 
-    terms = Terms(
+
+def _terms(algorithm: Algorithm, given: dict[str, Tensor], mask_BT: Tensor) -> Terms:
+    logprobs_BT, old_BT = given["logprobs_BT"], given["old_logprobs_BT"].detach()
+    low_BT, high_BT = algorithm.bounds(old_BT)
+    return Terms(
         logprobs_BT=logprobs_BT,
         old_logprobs_BT=old_BT,
-        log_ratio_BT=algorithm.part("ratio")(logprobs_BT, old_BT, mask_BT),
-        advantages_BT=spread(advantages.to(logprobs_BT.dtype), mask_BT).detach(),
+        log_ratio_BT=algorithm.ratio(logprobs_BT, old_BT, mask_BT),
+        advantages_BT=given["advantages"].to(logprobs_BT.dtype).detach(),
         low_BT=low_BT,
         high_BT=high_BT,
         mask_BT=mask_BT,
-        settings=algorithm,
     )
-    token_loss_BT, clipped_BT = algorithm.part("surrogate")(terms)
-    metrics = _metrics(terms, clipped_BT)
-    if examine is not None:
-        examine(terms, clipped_BT & mask_BT)
-    if algorithm.correction != "none":
-        mismatch_BT = mismatch_ratio(old_BT, given["rollout_logprobs_BT"].detach(), mask_BT, algorithm.correction_level)
-        correct = algorithm.part("correction")
-        correction_BT = correct(mismatch_BT, algorithm.correction_low, algorithm.correction_high)
+
+
+def _with_other_terms(
+    algorithm: Algorithm, token_loss_BT: Tensor, terms: Terms, given: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The surrogate loss times its importance-sampling correction, plus the KL penalty, minus the entropy bonus; and metrics."""
+    metrics = {}
+    old_BT, mask_BT = terms.old_logprobs_BT, terms.mask_BT
+    if algorithm.corrects_mismatch:
+        correction_BT = algorithm.correction(old_BT, given["rollout_logprobs_BT"].detach(), mask_BT)
         token_loss_BT = token_loss_BT * correction_BT
         metrics["correction_mean"] = _mean(correction_BT, mask_BT)
     if algorithm.beta > 0:
-        kl_BT = algorithm.part("kl")(logprobs_BT, given["ref_logprobs_BT"].detach())
+        kl_BT = algorithm.kl(terms.logprobs_BT, given["ref_logprobs_BT"].detach())
         metrics["kl_ref"] = _mean(kl_BT.detach(), mask_BT)
         if algorithm.kl_ratio_weighted:
-            kl_BT = kl_BT * bounded_exp(token_log_ratio(logprobs_BT, old_BT, mask_BT))
+            kl_BT = kl_BT * bounded_exp(token_log_ratio(terms.logprobs_BT, old_BT, mask_BT))
         token_loss_BT = token_loss_BT + algorithm.beta * kl_BT
     if algorithm.entropy_bonus:
         token_loss_BT = token_loss_BT - algorithm.entropy_bonus * given["entropy_BT"]
-    return (weights_BT.to(logprobs_BT.dtype) * torch.where(mask_BT, token_loss_BT, 0)).sum(), metrics
+    return token_loss_BT, metrics
+
+
+LARGEST = frozenset({"ratio_max", "sequence_ratio_max"})
+"""Metrics that are the largest value over tokens, not a mean: how those of parts of a batch are combined."""
 
 
 def _checked(mask_BT: Tensor, **inputs: tuple[Tensor | None, str | None]) -> dict[str, Tensor]:
@@ -123,7 +132,14 @@ def _mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _metrics(terms: Terms, clipped_BT: Tensor) -> dict[str, Tensor]:
+def token_metrics(terms: Terms, clipped_BT: Tensor) -> dict[str, Tensor]:
+    """Detached scalars over the trained tokens.
+
+    Returns:
+        clip_fraction: share of tokens whose gradient the clip changed; clip_fraction_low and _high: of them, those with a ratio
+        below and above 1; ratio_mean and ratio_max of tokens; sequence_ratio_max: the largest geometric mean of a row's ratios;
+        approx_kl: k3's estimate of KL(pi_old || pi_theta).
+    """
     mask_BT = terms.mask_BT
     log_ratio_BT = token_log_ratio(terms.logprobs_BT, terms.old_logprobs_BT, mask_BT)
     ratio_BT = bounded_exp(log_ratio_BT)

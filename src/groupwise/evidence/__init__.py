@@ -1,1 +1,1 @@
-"""What runs show: read from their directories only, so that it works on runs of any machine and any age."""
+"""Reports on recorded runs. They read run directories only, so a run made on another machine or by an earlier version can be shown."""

@@ -1,4 +1,4 @@
-"""`groupwise explore`: the closed forms to play with, as one page that works from disk, with tokens of a run laid over them."""
+"""`groupwise explore`: one self-contained HTML page that plots the algorithms' closed forms with sliders, and a run's tokens with them."""
 
 import math
 from pathlib import Path
@@ -13,7 +13,11 @@ SHOWN_TOKENS = 400
 
 
 def write_explorer(run: Run | None, out: Path) -> None:
-    """Write the page; `run` gives the tokens of a step in its middle, None leaves them out.
+    """Write the page.
+
+    Args:
+        run: plot the tokens of the middle one of its recorded steps as dots; None: no dots.
+        out: the HTML file to write.
 
     Raises:
         UserError: the run recorded no tokens, or the page cannot be written.
@@ -28,11 +32,11 @@ def write_explorer(run: Run | None, out: Path) -> None:
 
 
 def token_points(run: Run) -> list[dict[str, float]]:
-    """Old probability and ratio of tokens, evenly picked."""
+    """π_old and ratio of evenly spaced tokens of the middle recorded step."""
     steps = run.token_steps()
     if not steps:
         raise UserError(
-            f"{run.path}: no tokens were recorded (training.tokens_every), so there is nothing to lay over the figures"
+            f"{run.path}: this run recorded no tokens, so none can be plotted; set training.tokens_every above 0 and train again"
         )
     table = run.tokens(steps[len(steps) // 2])
     table = table.filter(pc.is_valid(table["ratio"]))

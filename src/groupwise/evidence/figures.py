@@ -1,5 +1,8 @@
-"""The papers' figures, drawn from runs. Each is made of groups of runs that differ in their seed only, and is left out
-where the runs have nothing to show in it."""
+"""The papers' diagnostic figures, drawn from recorded runs as Vega-Lite charts.
+
+Each figure is a function of runs grouped by setting (the runs of a group differ in their seed only). It returns None if the
+runs did not record the metrics that it shows.
+"""
 
 import itertools
 import math
@@ -15,23 +18,26 @@ from groupwise.evidence.runs import Run
 from groupwise.evidence.statistics import interval
 
 Groups = dict[str, list[Run]]
+"""Name of a setting -> its runs, which differ in their seed only."""
 HEIGHT = 220
 SAMPLED_TOKENS = 1200
+"""About how many tokens a scatter plot shows per setting."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """A chart and what it is about."""
+    """A chart with its title and caption."""
 
     id: str
     title: str
     caption: str
-    """What it shows, and which figure of which paper asks for it."""
+    """What it shows, and the paper's figure or section that it follows."""
     chart: Any
+    """An Altair chart."""
 
 
 def draw_all(groups: Groups) -> list[Figure]:
-    """Every figure that the runs have data for."""
+    """Every figure for which the runs recorded data."""
     return [figure for make in FIGURES if (figure := make(groups)) is not None]
 
 
@@ -43,16 +49,20 @@ def lines(
     percent: bool = False,
     log: bool = False,
     x: str = "step",
-    along: Callable[[Run, int], float] | None = None,
+    x_of: Callable[[Run, int], float] | None = None,
 ) -> Any:
-    """A line for each setting and metric, with the 95 % interval of the mean where there are several seeds; None: no data.
+    """Draw one line per setting and metric: the mean over seeds, with its 95 % interval as a band if there are several seeds.
 
     Args:
         groups: runs by setting.
-        metrics: metric -> what it is called.
+        metrics: metric key -> label.
         y, x: titles of the axes.
-        percent, log: how y is written and scaled.
-        along: where on the x axis a run's step lies; left out: at the step.
+        percent: write y as a percentage.
+        log: logarithmic y axis; values of at most 0 are left out.
+        x_of: (run, step) -> x coordinate; None: the step.
+
+    Returns:
+        An Altair chart, or None if no run recorded any of the metrics.
     """
     rows = []
     for setting, runs in groups.items():
@@ -61,11 +71,11 @@ def lines(
             for run in runs:
                 for step, value in run.series(metric):
                     if math.isfinite(value) and not (log and value <= 0):
-                        points.setdefault(step, []).append((along(run, step) if along else step, value))
-            for step, found in sorted(points.items()):
-                mean = interval([value for _, value in found])
-                at = sum(place for place, _ in found) / len(found)
-                row = {"x": at, "step": step, "y": mean.mean, "setting": setting, "metric": name, "runs": mean.count}
+                        points.setdefault(step, []).append((x_of(run, step) if x_of else step, value))
+            for step, pairs in sorted(points.items()):
+                mean = interval([value for _, value in pairs])
+                mean_x = sum(x_value for x_value, _ in pairs) / len(pairs)
+                row = {"x": mean_x, "step": step, "y": mean.mean, "setting": setting, "metric": name, "runs": mean.count}
                 if not math.isnan(mean.half):
                     low = max(mean.low, mean.mean / 10) if log else mean.low
                     row |= {"low": max(low, 0.0), "high": min(mean.high, 1.0)} if percent else {"low": low, "high": mean.high}
@@ -75,7 +85,7 @@ def lines(
     several, many = len(groups) > 1, len(metrics) > 1
     scale = alt.Scale(type="log") if log else alt.Scale(zero=False)
     axis = alt.Axis(format="%") if percent else alt.Axis()
-    base = alt.Chart(data(rows)).encode(x=alt.X("x:Q", title=x, axis=alt.Axis(tickMinStep=1) if not along else alt.Axis()))
+    base = alt.Chart(data(rows)).encode(x=alt.X("x:Q", title=x, axis=alt.Axis(tickMinStep=1) if not x_of else alt.Axis()))
     order = list(groups) if several else list(metrics.values())
     color = alt.Color(
         "setting:N" if several else "metric:N", title=None, sort=order, legend=legend() if several or many else None
@@ -93,68 +103,71 @@ def lines(
 
 
 def legend() -> Any:
+    """The legend that all figures share, below the plot."""
     return alt.Legend(orient="bottom", columns=2, labelLimit=400, symbolOpacity=1)
 
 
 def data(rows: list[dict[str, Any]]) -> Any:
-    """Rows that travel inside the chart."""
+    """Data embedded in the chart's specification, so that a page needs no other file."""
     return alt.Data(values=rows)  # type: ignore[no-untyped-call]
 
 
 def _short(value: Any) -> Any:
-    """Five digits are all that a plot can show, and a page of them is half the size."""
+    """Round to five significant digits: a plot shows no more, and the page is half the size."""
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def _figure(id: str, title: str, caption: str, chart: Any) -> Figure | None:
+    """A figure of the chart, or None if there is no chart."""
     return None if chart is None else Figure(id=id, title=title, caption=caption, chart=chart)
 
 
 def accuracy(groups: Groups) -> Figure | None:
     return _figure(
-        "accuracy", "Held-out accuracy", "pass@1 on problems that are never trained on; a band is the 95 % interval over seeds.",
+        "accuracy", "Held-out accuracy", "pass@1 on problems that are not in the training data. Bands: 95 % interval over seeds.",
         lines(groups, {"eval/pass@1": "held-out pass@1"}, y="pass@1", percent=True),
     )  # fmt: skip
 
 
 def accuracy_by_rollouts(groups: Groups) -> Figure | None:
     return _figure(
-        "accuracy-rollouts", "Accuracy against rollouts",
-        "The same by completions generated: dynamic sampling pays for its batches in these (DAPO, figure 6).",
+        "accuracy-rollouts", "Held-out accuracy by completions generated",
+        "pass@1 against the total number of completions generated, including those that dynamic sampling discards (DAPO, figure 6).",
         lines(groups, {"eval/pass@1": "held-out pass@1"}, y="pass@1", percent=True, x="completions generated",
-              along=lambda run, step: run.cumulative.get(step, (0.0, 0.0))[0]),
+              x_of=lambda run, step: run.cumulative.get(step, (0.0, 0.0))[0]),
     )  # fmt: skip
 
 
 def accuracy_by_time(groups: Groups) -> Figure | None:
     return _figure(
-        "accuracy-time", "Accuracy against time", "The same by seconds of rollouts and learner.",
-        lines(groups, {"eval/pass@1": "held-out pass@1"}, y="pass@1", percent=True, x="seconds",
-              along=lambda run, step: run.cumulative.get(step, (0.0, 0.0))[1]),
+        "accuracy-time", "Held-out accuracy by time", "pass@1 against the seconds spent in rollouts and in the learner.",
+        lines(groups, {"eval/pass@1": "held-out pass@1"}, y="pass@1", percent=True, x="time (s)",
+              x_of=lambda run, step: run.cumulative.get(step, (0.0, 0.0))[1]),
     )  # fmt: skip
 
 
 def rewards(groups: Groups) -> Figure | None:
-    parts = dict.fromkeys(str(key) for runs in groups.values() for run in runs for record in run.steps[-1:] for key in record)
-    named = {key: key.removeprefix("reward/part/") for key in parts if key.startswith("reward/part/")}
+    keys = dict.fromkeys(str(key) for runs in groups.values() for run in runs for record in run.steps[-1:] for key in record)
+    components = {key: key.removeprefix("reward/part/") for key in keys if key.startswith("reward/part/")}
     return _figure(
-        "rewards", "Reward by component", "What the reward that advantages are made of is the sum of.",
-        lines(groups, {"reward/shaped_mean": "all", **(named if len(named) > 1 else {})}, y="mean reward"),
+        "rewards", "Reward by component", "Mean of the reward from which advantages are computed, and of each component that it is the sum of.",
+        lines(groups, {"reward/shaped_mean": "total", **(components if len(components) > 1 else {})}, y="mean reward"),
     )  # fmt: skip
 
 
 def entropy(groups: Groups) -> Figure | None:
     return _figure(
-        "entropy", "Entropy", "Mean entropy of the policy over trained tokens, in nats. A collapse ends exploration (DAPO, figure 2b).",
-        lines(groups, {"entropy": "entropy"}, y="nats"),
+        "entropy", "Entropy", "Mean entropy of the policy over trained tokens. If it collapses, the policy stops exploring (DAPO, figure 2b).",
+        lines(groups, {"entropy": "entropy"}, y="entropy (nats per token)"),
     )  # fmt: skip
 
 
 def group_shares(groups: Groups) -> Figure | None:
     return _figure(
-        "groups", "All right, all wrong, mixed",
-        "Shares of the groups that were generated. Only mixed groups teach a group-relative algorithm (DAPO, figure 3b).",
-        lines(groups, {"groups/mixed": "mixed", "groups/all_correct": "all right", "groups/all_wrong": "all wrong"},
+        "groups", "Groups by outcome",
+        "Shares of the generated groups whose completions are all correct, all wrong, or mixed. With rewards of correctness alone, the "
+        "first two have zero variance and give group-relative advantages of zero (DAPO, figure 3b).",
+        lines(groups, {"groups/mixed": "mixed", "groups/all_correct": "all correct", "groups/all_wrong": "all wrong"},
               y="share of groups", percent=True),
     )  # fmt: skip
 
@@ -162,23 +175,23 @@ def group_shares(groups: Groups) -> Figure | None:
 def utilisation(groups: Groups) -> Figure | None:
     return _figure(
         "utilisation", "Response utilisation",
-        "Share of completions with an advantage other than zero (DCPO, section 4), and the share that carries the signal when "
-        "each counts by its |A|: (sum |A|)² / (B sum A²).",
-        lines(groups, {"utilisation": "A ≠ 0", "utilisation/effective": "weighted by |A|"}, y="share of completions", percent=True),
+        "Share of completions whose advantage is not zero (DCPO, section 4), and the effective share when completions contribute in "
+        "proportion to |A|: (Σ|A|)² / (B ΣA²) for B completions.",
+        lines(groups, {"utilisation": "A ≠ 0", "utilisation/effective": "effective, by |A|"}, y="share of completions", percent=True),
     )  # fmt: skip
 
 
 def clipping(groups: Groups) -> Figure | None:
     return _figure(
-        "clip", "Clipped tokens", "Share of trained tokens whose gradient the clip changed, by the bound that did (GSPO, figure 2).",
-        lines(groups, {"clip_fraction_low": "lower bound", "clip_fraction_high": "upper bound"}, y="share of tokens", percent=True),
+        "clip", "Clipped tokens", "Share of trained tokens whose gradient was changed by the lower or the upper clip bound (GSPO, figure 2).",
+        lines(groups, {"clip_fraction_low": "lower bound", "clip_fraction_high": "upper bound"}, y="share of trained tokens", percent=True),
     )  # fmt: skip
 
 
 def clipped_probability(groups: Groups) -> Figure | None:
     return _figure(
-        "clip-probability", "How likely up-clipped tokens were", "Mean π_old of tokens held by the upper bound (DAPO, figure 3a).",
-        lines(groups, {"clip/high_probability": "mean π_old"}, y="π_old"),
+        "clip-probability", "Probability of tokens clipped at the upper bound", "Mean π_old of the tokens that the upper bound clipped (DAPO, figure 3a).",
+        lines(groups, {"clip/high_probability": "mean π_old"}, y="mean π_old"),
     )  # fmt: skip
 
 
@@ -192,9 +205,9 @@ def clipping_by_probability(groups: Groups) -> Figure | None:
         }
         for i, tokens in enumerate(totals["tokens"]):
             if tokens:
-                where = f"{edges[i]:g} to {edges[i + 1]:g}"
+                bin_label = f"{edges[i]:g} to {edges[i + 1]:g}"
                 rows += [
-                    {"bin": where, "bound": bound, "share": totals[name][i] / tokens, "tokens": tokens, "setting": setting}
+                    {"bin": bin_label, "bound": bound, "share": totals[name][i] / tokens, "tokens": tokens, "setting": setting}
                     for name, bound in (("clipped_low", "lower"), ("clipped_high", "upper"))
                 ]
     if not any(row["share"] for row in rows):
@@ -204,33 +217,33 @@ def clipping_by_probability(groups: Groups) -> Figure | None:
     chart = alt.Chart(data(rows)).mark_bar().encode(
         x=alt.X("bin:N", sort=order, title="π_old of the token", axis=alt.Axis(labelAngle=-40)),
         xOffset="setting:N" if several else "bound:N",
-        y=alt.Y("share:Q", title="share clipped", axis=alt.Axis(format="%")),
+        y=alt.Y("share:Q", title="share of tokens clipped", axis=alt.Axis(format="%")),
         color=alt.Color("setting:N" if several else "bound:N", title=None, sort=list(groups) if several else None, legend=legend()),
         opacity=alt.Opacity("bound:N", title=None, scale=alt.Scale(domain=["upper", "lower"], range=[1, 0.45])) if several else alt.value(1),
         tooltip=["setting:N", "bin:N", "bound:N", alt.Tooltip("share:Q", format=".2%"), "tokens:Q"],
     )  # fmt: skip
     return _figure(
-        "clip-by-probability", "Whom the clip holds", "Share of tokens that each bound clipped, by how likely the token was, over the whole run.",
+        "clip-by-probability", "Clipped tokens by probability", "Share of the tokens in each range of π_old that each bound clipped, over the whole run.",
         chart.properties(width="container", height=HEIGHT),
     )  # fmt: skip
 
 
-def spreads(groups: Groups) -> Figure | None:
+def log_ratios(groups: Groups) -> Figure | None:
     return _figure(
-        "spread", "Spread of the ratios",
-        "Standard deviation of tokens' log ratios, and root mean square of a completion's mean (GSPO's ratio) and summed "
-        "log ratio (the ratio of whole sequences).",
-        lines(groups, {"spread/token": "token", "spread/sequence": "sequence, mean", "spread/product": "sequence, product"},
-              y="log ratio", log=True),
+        "spread", "Size of the log ratios",
+        "Of log(π / π_old): the standard deviation over tokens, and the root mean square over completions of the mean over a "
+        "completion's tokens (the log of GSPO's ratio) and of their sum (the log ratio of the whole sequence).",
+        lines(groups, {"spread/token": "token (standard deviation)", "spread/sequence": "sequence mean (RMS)",
+                       "spread/product": "sequence sum (RMS)"}, y="log ratio (nats)", log=True),
     )  # fmt: skip
 
 
-def spread_by_length(groups: Groups) -> Figure | None:
+def log_ratios_by_length(groups: Groups) -> Figure | None:
     starts = [1, *LENGTH_EDGES]
     rows = []
     for setting, runs in groups.items():
         counts = _summed([run.total("by_length/rows") for run in runs])
-        for name, title in (("mean_square", "mean of log ratios"), ("sum_square", "sum of log ratios")):
+        for name, title in (("mean_square", "mean of token log ratios"), ("sum_square", "sum of token log ratios")):
             for start, count, square in zip(
                 starts, counts, _summed([run.total(f"by_length/{name}") for run in runs]), strict=False
             ):
@@ -238,53 +251,53 @@ def spread_by_length(groups: Groups) -> Figure | None:
                     rows.append(
                         {
                             "length": start * 1.4,
-                            "spread": math.sqrt(square / count),
-                            "what": title,
+                            "rms": math.sqrt(square / count),
+                            "quantity": title,
                             "setting": setting,
-                            "rows": count,
+                            "completions": count,
                         }
                     )
     if len({row["length"] for row in rows}) < 2:
         return None
     several = len(groups) > 1
     chart = alt.Chart(data(rows)).mark_line(point=True).encode(
-        x=alt.X("length:Q", scale=alt.Scale(type="log"), title="tokens in the completion"),
-        y=alt.Y("spread:Q", scale=alt.Scale(type="log"), title="root mean square"),
-        color=alt.Color("setting:N" if several else "what:N", title=None, sort=list(groups) if several else None, legend=legend()),
-        strokeDash=alt.StrokeDash("what:N", title=None, legend=legend() if several else None),
-        tooltip=["setting:N", "what:N", "length:Q", "spread:Q", "rows:Q"],
+        x=alt.X("length:Q", scale=alt.Scale(type="log"), title="completion length (tokens)"),
+        y=alt.Y("rms:Q", scale=alt.Scale(type="log"), title="root mean square (nats)"),
+        color=alt.Color("setting:N" if several else "quantity:N", title=None, sort=list(groups) if several else None, legend=legend()),
+        strokeDash=alt.StrokeDash("quantity:N", title=None, legend=legend() if several else None),
+        tooltip=["setting:N", "quantity:N", "length:Q", "rms:Q", "completions:Q"],
     )  # fmt: skip
     return _figure(
-        "spread-length", "Spread against length",
-        "Over the whole run, by length: if tokens drift independently the sum grows with √T and the mean falls with it "
-        "(GSPO, section 3).",
+        "spread-length", "Size of the log ratios by length",
+        "Root mean square of a completion's mean and summed log ratio by its length T, over the whole run. If the tokens' log ratios "
+        "were independent, the sum would grow as √T and the mean would fall as 1/√T (GSPO, section 3).",
         chart.properties(width="container", height=HEIGHT),
     )  # fmt: skip
 
 
 def lengths(groups: Groups) -> Figure | None:
     return _figure(
-        "length", "Length", "Mean tokens of all completions and of those that ended by themselves (DAPO, figure 4).",
-        lines(groups, {"length/mean": "all", "length/finished": "finished"}, y="tokens"),
+        "length", "Completion length", "Mean over all completions, and over those that ended with an end-of-sequence token (DAPO, figure 4).",
+        lines(groups, {"length/mean": "all", "length/finished": "not truncated"}, y="mean completion length (tokens)"),
     )  # fmt: skip
 
 
 def truncated(groups: Groups) -> Figure | None:
     return _figure(
-        "truncated", "Cut off at the limit", "Share of completions that reached max_tokens (DAPO, figure 5).",
+        "truncated", "Truncated completions", "Share of completions that reached rollouts.max_tokens (DAPO, figure 5).",
         lines(groups, {"length/truncated": "truncated"}, y="share of completions", percent=True),
     )  # fmt: skip
 
 
 def divergences(groups: Groups) -> Figure | None:
     names = {
-        "approx_kl": "from π_old within a step",
-        "kl_ref": "from the reference",
-        "sampler_gap_mean": "learner against sampler, |Δ log π|",
+        "approx_kl": "KL(π_old ‖ π) within a step",
+        "kl_ref": "KL to the reference",
+        "sampler_gap_mean": "mean |Δ log π|, sampler and learner",
     }
     return _figure(
-        "kl", "Distance of the policies", "Estimates in nats per token, k3 where it is a divergence.",
-        lines(groups, names, y="nats", log=True),
+        "kl", "KL divergences and sampler mismatch", "Per token: KL divergences by the algorithm's estimator (k3 for π_old), and the mean absolute difference between the sampler's and the learner's log-probabilities.",
+        lines(groups, names, y="nats per token", log=True),
     )  # fmt: skip
 
 
@@ -292,57 +305,66 @@ def gradient(groups: Groups) -> Figure | None:
     return _figure(
         "gradient",
         "Gradient norm",
-        "Before clipping, mean of the step's updates.",
-        lines(groups, {"grad_norm": "norm"}, y="norm", log=True),
+        "Before gradient clipping, averaged over the updates of a step.",
+        lines(groups, {"grad_norm": "gradient norm"}, y="gradient norm", log=True),
     )
 
 
 def dropped(groups: Groups) -> Figure | None:
     names = {
-        "dropped/uniform": "groups: all right or all wrong",
-        "dropped/surplus": "groups: more than the batch needs",
-        "groups/too_old": "groups: too old",
-        "dropped/filtered": "completions: truncated and filtered",
+        "dropped/zero_variance": "groups: zero variance (all correct or all wrong)",
+        "dropped/surplus": "groups: more than the batch holds",
+        "groups/too_old": "groups: older than max_age",
+        "dropped/filtered": "completions: truncated (overlong filtering)",
     }
     used = {key: name for key, name in names.items() if any(any(run.values(key)) for runs in groups.values() for run in runs)}
-    return _figure("dropped", "What was dropped, and why", "In each step.", lines(groups, used, y="count")) if used else None
+    return (
+        _figure(
+            "dropped",
+            "Discarded data",
+            "Groups and completions discarded in each step, by reason.",
+            lines(groups, used, y="count"),
+        )
+        if used
+        else None
+    )
 
 
 def times(groups: Groups) -> Figure | None:
-    names = {"seconds/rollouts": "rollouts", "seconds/learner": "learner", "seconds/scoring": "scoring (part of rollouts)"}
-    return _figure("time", "Where the time goes", "Seconds of each step.", lines(groups, names, y="seconds"))
+    names = {"seconds/rollouts": "rollouts", "seconds/learner": "learner", "seconds/scoring": "scoring (included in rollouts)"}
+    return _figure("time", "Time by phase", "Wall-clock time of each step.", lines(groups, names, y="time (s)"))
 
 
 def memory(groups: Groups) -> Figure | None:
     return _figure(
         "memory",
         "Peak memory",
-        "The most so far, of the GPU or of the process; a critic is a second model with moments of its own.",
-        lines(groups, {"memory/peak_mib": "peak"}, y="MiB"),
+        "Highest so far, of the GPU if there is one, else of the process. A critic adds a second model with its own gradients and optimiser state.",
+        lines(groups, {"memory/peak_mib": "peak memory"}, y="peak memory (MiB)"),
     )
 
 
 def speed(groups: Groups) -> Figure | None:
     return _figure(
         "speed",
-        "Speed",
-        "Completion tokens trained on by seconds of the whole step.",
-        lines(groups, {"tokens_per_second": "tokens/s"}, y="tokens/s"),
+        "Throughput",
+        "Completion tokens of the training batch, divided by the seconds of the whole step (rollouts and learner).",
+        lines(groups, {"tokens_per_second": "throughput"}, y="tokens per second"),
     )
 
 
 def ratio_by_probability(groups: Groups) -> Figure | None:
-    """Tokens of a step in the middle, of the first run of each setting."""
+    """A scatter plot of tokens from the middle recorded step of the first run of each setting."""
     rows = []
     for setting, runs in groups.items():
-        written = runs[0].token_steps()
-        if written:
-            table = runs[0].tokens(written[len(written) // 2])
+        recorded = runs[0].token_steps()
+        if recorded:
+            table = runs[0].tokens(recorded[len(recorded) // 2])
             table = table.filter(pc.is_valid(table["ratio"]))
             every = max(1, len(table) // SAMPLED_TOKENS)
             columns = [table[name].to_pylist()[::every] for name in ("old_logprob", "ratio", "clipped", "text", "advantage")]
             rows += [
-                {"p": _short(math.exp(old)), "ratio": _short(min(max(ratio, 1e-6), 1e6)), "clipped": "clipped" if clipped else "free", "token": text,
+                {"p": _short(math.exp(old)), "ratio": _short(min(max(ratio, 1e-6), 1e6)), "clipped": "clipped" if clipped else "not clipped", "token": text,
                  "A": _short(a), "setting": setting}
                 for old, ratio, clipped, text, a in zip(*columns, strict=True)
             ]  # fmt: skip
@@ -355,17 +377,20 @@ def ratio_by_probability(groups: Groups) -> Figure | None:
         tooltip=["token:N", "p:Q", "ratio:Q", "A:Q", "clipped:N", "setting:N"],
     )  # fmt: skip
     return _figure(
-        "ratio", "Tokens: ratio against probability", "Tokens of a recorded step in the middle of the run, as their own update saw them.",
+        "ratio", "Token ratios by probability",
+        "Tokens of the middle recorded step, at the update that trained on them. The ratio is the token's own, also where the algorithm "
+        "clips a ratio of the sequence.",
         chart.properties(width="container", height=HEIGHT),
     )  # fmt: skip
 
 
 def _summed(lists: Sequence[list[float]]) -> list[float]:
+    """Element-wise sum of the lists that are not empty."""
     return [sum(column) for column in zip(*(values for values in lists if values), strict=True)]
 
 
 FIGURES: tuple[Callable[[Groups], Figure | None], ...] = (
     accuracy, accuracy_by_rollouts, accuracy_by_time, rewards, entropy, group_shares, utilisation, clipping, clipped_probability,
-    clipping_by_probability, ratio_by_probability, spreads, spread_by_length, lengths, truncated, divergences, gradient, dropped,
+    clipping_by_probability, ratio_by_probability, log_ratios, log_ratios_by_length, lengths, truncated, divergences, gradient, dropped,
     times, memory, speed,
 )  # fmt: skip

@@ -1,94 +1,105 @@
-"""What a run's numbers say, in words: did it learn, is it healthy, what is the matter. Each rule is one function."""
+"""Rules that read a run's metrics and say in words whether it learned, whether it is healthy and what to change. One rule, one function."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from groupwise.algorithms import Algorithm, named
-from groupwise.algorithms.algorithm import NAMED
+from groupwise.algorithms import NAMED, named
 from groupwise.algorithms.diagnostics import PROBABILITY_EDGES
 from groupwise.evidence.runs import Run
 from groupwise.evidence.statistics import binomial
 
-Kind = Literal["sick", "watch", "well"]
+Kind = Literal["unhealthy", "watch", "healthy"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One sentence or three, and the figure that shows it."""
+    """What one rule found in a run."""
 
     kind: Kind
     title: str
     text: str
+    """One to three sentences: the numbers, what they mean, what to change."""
     figure: str
+    """The id of the figure that shows it."""
 
 
 def findings(run: Run) -> list[Finding]:
-    """Everything that the rules found, the worst first."""
+    """Apply every rule to a run; the worst findings come first."""
     found = [finding for rule in RULES if (finding := rule(run)) is not None]
     return worst_first(found)
 
 
 def worst_first(found: list[Finding]) -> list[Finding]:
-    return sorted(found, key=lambda finding: ("sick", "watch", "well").index(finding.kind))
+    return sorted(found, key=lambda finding: ("unhealthy", "watch", "healthy").index(finding.kind))
 
 
 def setting(run: Run, key: str) -> Any:
-    """A setting of the run's algorithm: its own, or that of the name."""
+    """A setting of the run's algorithm: from its recipe, else the named algorithm's own value; None where it is not in use."""
     own = run.recipe.get("algorithm", {})
     if key in own:
         return own[key]
-    return getattr(named(run.algorithm) if run.algorithm in NAMED else Algorithm(), key)
+    name = run.algorithm
+    return named(name if name in NAMED else "custom").settings().get(key)
 
 
 def learned(run: Run) -> Finding | None:
-    """Held-out accuracy, first against last, and against the best on the way."""
+    """Compare the last held-out accuracy with the first one and with the best one."""
     scores = run.values("eval/pass@1")
     if len(scores) < 2:
         return None
     first, last, best = scores[0], scores[-1], max(scores)
     count = int(run.evaluations[-1].get("eval_problems") or run.recipe.get("training", {}).get("eval_problems", 500))
     noise = math.hypot(binomial(first, count), binomial(last, count))
-    change = f"Held-out pass@1 went from {first:.1%} to {last:.1%} (± {noise:.1%}) in {run.evaluations[-1]['step']} steps"
-    if best - last > max(1.5 * noise, 0.05, 0.25 * (best - first)):  # the best of many is high by chance
+    change = (
+        f"Held-out pass@1 went from {first:.1%} to {last:.1%} in {run.evaluations[-1]['step']} steps "
+        f"(95 % interval of the change: ± {noise:.1%})"
+    )
+    if best - last > max(1.5 * noise, 0.05, 0.25 * (best - first)):  # The best of many noisy evaluations is high by chance.
         at = run.evaluations[scores.index(best)]["step"]
-        text = f"{change}; it was {best:.1%} at step {at}."
-        return Finding(kind="sick", title="It lost what it knew", text=text, figure="accuracy")
+        text = f"{change}; its highest value was {best:.1%} at step {at}."
+        return Finding(kind="unhealthy", title="Accuracy fell after its peak", text=text, figure="accuracy")
     if last - first > noise:
-        return Finding(kind="well", title="It learned", text=f"{change}.", figure="accuracy")
+        return Finding(kind="healthy", title="It learned", text=f"{change}.", figure="accuracy")
     if first - last > noise:
-        return Finding(kind="sick", title="It got worse", text=f"{change}, which is more than chance.", figure="accuracy")
+        text = f"{change}, a fall that sampling noise does not explain."
+        return Finding(kind="unhealthy", title="It got worse", text=text, figure="accuracy")
     if first > 0.97:
-        return Finding(kind="well", title="There was little to learn", text=f"{change}.", figure="accuracy")
-    return Finding(kind="watch", title="It did not learn", text=f"{change}, which is no more than chance.", figure="accuracy")
+        return Finding(kind="healthy", title="There was little to learn", text=f"{change}.", figure="accuracy")
+    text = f"{change}, which sampling noise alone could explain."
+    return Finding(kind="watch", title="It did not learn", text=text, figure="accuracy")
 
 
 def nothing_recorded(run: Run) -> Finding | None:
+    """Report a run that ended before its first training step was recorded."""
     if run.steps:
         return None
-    text = "The run stopped before its first step was over; what it said then is on the terminal it ran in."
-    return Finding(kind="sick", title="No step was recorded", text=text, figure="accuracy")
+    text = "The run stopped before it finished its first training step. The error message is in the terminal where it ran."
+    return Finding(kind="unhealthy", title="No step was recorded", text=text, figure="accuracy")
 
 
 def constant_reward(run: Run) -> Finding | None:
-    """No spread among rewards."""
+    """Report rewards whose standard deviation is zero in every step."""
     if not run.last("reward/shaped_spread", len(run.steps)) <= 1e-9:
         return None
-    teaches = run.last("utilisation", len(run.steps)) > 0
-    effect = "" if teaches else " Every advantage is zero, so no completion teaches anything."
+    has_signal = run.last("utilisation", len(run.steps)) > 0
+    effect = "" if has_signal else " Every advantage is zero, so the policy gets no gradient from them."
     if run.last("train/pass_rate", len(run.steps)) == 0:
-        text = f"In all {len(run.steps)} steps no completion was right.{effect} Easier problems, or a warmer start (groupwise sft), would help."
-        return Finding(kind="sick", title="No completion was ever right", text=text, figure="groups")
+        text = (
+            f"None of the completions of the {len(run.steps)} steps was correct.{effect} Use easier problems, or first fine-tune the "
+            "model on examples (groupwise sft)."
+        )
+        return Finding(kind="unhealthy", title="No completion was ever right", text=text, figure="groups")
     text = (
-        f"In all {len(run.steps)} steps each completion that was kept had the reward {run.last('reward/shaped_mean'):g}.{effect} "
-        "Look at the reward function: does it read the completion at all?"
+        f"In all {len(run.steps)} steps every completion of the training batch had the reward {run.last('reward/shaped_mean'):g}.{effect} "
+        "Check that the reward function depends on the completion."
     )
-    return Finding(kind="sick", title="Every completion gets the same reward", text=text, figure="rewards")
+    return Finding(kind="unhealthy", title="Every completion gets the same reward", text=text, figure="rewards")
 
 
 def updates_too_large(run: Run) -> Finding | None:
-    """A policy that moves too far within a step, or updates that were not finite."""
+    """Report a policy that moves far from π_old within a step, and updates skipped for a loss or gradient that was not finite."""
     skipped, taken = run.last("skipped_updates", 1), len(run.steps)
     kl = sorted(run.values("approx_kl"))
     typical, peak = (kl[len(kl) // 2], kl[-1]) if kl else (0.0, 0.0)
@@ -96,57 +107,60 @@ def updates_too_large(run: Run) -> Finding | None:
     if not skipped > 0 and not large:
         return None
     rate = run.recipe.get("learner", {}).get("learning_rate", "?")
-    moved = f"Within a step the policy typically moves by {typical:.2g} nats per token (k3; the most {peak:.2g})"
-    lost = f"; {skipped:.0f} updates were not finite and were skipped" if skipped > 0 else ""
+    moved = f"The KL divergence between π_old and π within a step is {typical:.2g} nats per token (median of the steps, k3 estimate), at most {peak:.2g}"
+    lost = f"; {skipped:.0f} updates were skipped because their loss or gradient was not finite" if skipped > 0 else ""
     return Finding(
-        kind="sick" if large or skipped > 0.1 * taken else "watch",
+        kind="unhealthy" if large or skipped > 0.1 * taken else "watch",
         title="The updates are too large" if large or skipped > 0.1 * taken else "A few updates were skipped",
-        text=f"{moved}{lost}. Runs that learn typically move by less than 0.01. Try a tenth of the learning rate (it is {rate}).",
+        text=f"{moved}{lost}. In runs that learn it is typically below 0.01. Try a tenth of the learning rate (now {rate}).",
         figure="kl",
     )
 
 
 def clip_too_tight(run: Run) -> Finding | None:
-    """A fixed bound on tokens' ratios that much of the update runs into; sequence ratios are clipped that much by design."""
+    """Report fixed bounds on token ratios that clip many tokens. Sequence ratios are left out: GSPO clips that many by design."""
     low, high = setting(run, "clip_low"), setting(run, "clip_high")
-    plain = {"ratio": "token", "bounds": "fixed", "surrogate": "clip"}
+    ppo_clip = {"ratio": "token", "bounds": "fixed", "surrogate": "clip"}
     tokens = sum(run.total("by_probability/tokens"))
-    if any(setting(run, key) != value for key, value in plain.items()) or not tokens:
+    if any(setting(run, key) != value for key, value in ppo_clip.items()) or not tokens:
         return None
     share = sum(run.total("by_probability/clipped_low") + run.total("by_probability/clipped_high")) / tokens
     if not share > 0.08:
         return None
     return Finding(
-        kind="sick" if share > 0.15 else "watch",
-        title="The clip stops much of the learning",
-        text=f"{share:.0%} of the tokens that were run got no gradient because their ratio was past its bound (1 − {low:g}, 1 + {high:g}), "
-        f"while a token's log ratio spreads by {run.last('spread/token', len(run.steps)):.2g}. Widen clip_low and clip_high (0.2 and 0.28 "
-        "are usual), or lower the learning rate if the ratios are what is too large.",
+        kind="unhealthy" if share > 0.15 else "watch",
+        title="Many tokens are clipped",
+        text=f"{share:.0%} of the tokens in the policy updates got no gradient because their ratio was outside [1 − {low:g}, 1 + {high:g}]; "
+        f"the standard deviation of the tokens' log ratios is {run.last('spread/token', len(run.steps)):.2g}. Widen clip_low and clip_high "
+        "(0.2 and 0.28 are usual), or lower the learning rate if it is the ratios that are too large.",
         figure="clip",
     )
 
 
-def cut_off(run: Run) -> Finding | None:
-    """A length limit that answers run into."""
+def truncated_completions(run: Run) -> Finding | None:
+    """Report a token limit that many completions reach."""
     share, before = run.last("length/truncated", max(5, len(run.steps) // 2)), run.first("length/truncated")
     if not share > 0.2:
         return None
     limit = run.recipe.get("rollouts", {}).get("max_tokens")
-    found = f"{share:.0%} of the completions reached the limit of {limit} tokens and were truncated before they could end"
+    found = f"{share:.0%} of the completions were truncated at the limit of {limit} tokens"
     if before < 0.5 * share:
-        text = f"{found}; at the start it was {before:.0%}. Either answers have learned to be longer than the limit, or they no longer end."
-        return Finding(kind="sick", title="Answers do not end in time", text=text, figure="truncated")
-    ways = ["raise rollouts.max_tokens"]
+        text = (
+            f"{found}; at the start it was {before:.0%}. Either the policy has learned to write more than the limit allows, or it no "
+            "longer emits an end-of-sequence token."
+        )
+        return Finding(kind="unhealthy", title="More and more completions are truncated", text=text, figure="truncated")
+    remedies = ["raise rollouts.max_tokens"]
     if not setting(run, "overlong_cache"):
-        ways.append("teach brevity with DAPO's soft overlong punishment (algorithm.overlong_cache)")
+        remedies.append("penalise length with DAPO's soft overlong punishment (algorithm.overlong_cache)")
     if not setting(run, "overlong_filter"):
-        ways.append("keep them out of the loss (algorithm.overlong_filter)")
-    text = f"{found}, so right reasoning is scored as wrong. Ways out: {'; '.join(ways)}."
-    return Finding(kind="sick", title="Answers are cut off", text=text, figure="truncated")
+        remedies.append("leave truncated completions out of the loss (algorithm.overlong_filter)")
+    text = f"{found}, so correct but unfinished reasoning is scored as wrong. Possible remedies: {'; '.join(remedies)}."
+    return Finding(kind="unhealthy", title="Many completions are truncated", text=text, figure="truncated")
 
 
 def entropy_collapse(run: Run) -> Finding | None:
-    """Entropy that falls by most of itself, and whom the upper clip held meanwhile."""
+    """Report entropy that falls by more than 80 %, and how unlikely the tokens were that the upper bound clipped meanwhile."""
     series = run.series("entropy")
     if len(series) < 4:
         return None
@@ -155,62 +169,70 @@ def entropy_collapse(run: Run) -> Finding | None:
     if not (last < 0.2 * first):
         return None
     low = next(step for step, value in series if value < 0.2 * first)
-    held = run.total("by_probability/clipped_high")
-    unlikely = sum(held[: PROBABILITY_EDGES.index(0.2) + 1]) / sum(held) if held and sum(held) else 0.0
-    clip = f" {unlikely:.0%} of the up-clipped tokens had a probability below 0.2." if unlikely > 0.3 else ""
-    symmetric = setting(run, "clip_low") == setting(run, "clip_high") and sum(held) > 0
-    advice = " A higher upper bound (clip-higher) is what DAPO proposes." if symmetric else ""
+    clipped_high = run.total("by_probability/clipped_high")
+    unlikely = (
+        sum(clipped_high[: PROBABILITY_EDGES.index(0.2) + 1]) / sum(clipped_high) if clipped_high and sum(clipped_high) else 0.0
+    )
+    clip = f" {unlikely:.0%} of the tokens clipped at the upper bound had π_old below 0.2." if unlikely > 0.3 else ""
+    symmetric = setting(run, "clip_low") == setting(run, "clip_high") and sum(clipped_high) > 0
+    advice = " DAPO proposes a higher upper bound against this (clip-higher: raise algorithm.clip_high)." if symmetric else ""
     high = run.last("eval/pass@1", 1) > 0.9
-    why = " With pass@1 above 90 % that is what having learned looks like." if high else advice
+    why = (
+        " With held-out pass@1 above 90 % this is expected: the policy has become certain of answers that are mostly correct."
+        if high
+        else advice
+    )
     return Finding(
-        kind="well" if high else "watch",
+        kind="healthy" if high else "watch",
         title="Entropy fell",
-        text=f"Entropy fell by {1 - last / first:.0%} ({first:.3f} to {last:.3f} nats), {low - series[0][0]} steps from the start to the "
-        f"80 % mark.{clip}{why}",
+        text=f"Entropy fell by {1 - last / first:.0%}, from {first:.3f} to {last:.3f} nats, and first passed the 80 % mark after "
+        f"{low - series[0][0]} steps.{clip}{why}",
         figure="entropy",
     )
 
 
 def entropy_explosion(run: Run) -> Finding | None:
+    """Report entropy that more than doubles."""
     first, last = run.first("entropy"), run.last("entropy", 3)
     if not (last > 2 * first and last > 0.3):
         return None
     return Finding(
-        kind="sick",
-        title="Entropy rises",
-        text=f"Entropy rose from {first:.3f} to {last:.3f} nats: the policy is becoming noise rather than an answer. The learning rate or an "
+        kind="unhealthy",
+        title="Entropy rose",
+        text=f"Entropy rose from {first:.3f} to {last:.3f} nats: the policy is approaching random output. The learning rate or the "
         "entropy bonus may be too high.",
         figure="entropy",
     )
 
 
-def dead_groups(run: Run) -> Finding | None:
-    """Groups that agree, where nothing makes up for them."""
-    dead = run.last("groups/dead", max(5, len(run.steps) // 4))
-    if not dead > 0.5 or constant_reward(run) is not None:
+def zero_variance_groups(run: Run) -> Finding | None:
+    """Report that most groups have zero variance, unless the algorithm draws a signal from them all the same."""
+    share = run.last("groups/zero_variance", max(5, len(run.steps) // 4))
+    if not share > 0.5 or constant_reward(run) is not None:
         return None
     right, wrong = run.last("groups/all_correct"), run.last("groups/all_wrong")
-    which = f"{right:.0%} of the groups are all right and {wrong:.0%} all wrong"
+    which = f"{right:.0%} of the groups are all correct and {wrong:.0%} all wrong"
     if right > wrong and run.last("eval/pass@1", 1) > 0.9:
         return Finding(
-            kind="well",
+            kind="healthy",
             title="Most problems are solved",
-            text=f"{which.capitalize()}: the task has little left to teach.",
+            text=f"{which}: few problems are left that the policy can learn from.",
             figure="groups",
         )
     if setting(run, "dynamic_sampling"):
-        text = f"{which.capitalize()}; dynamic sampling replaces them, at {run.last('rollouts/rounds'):.1f} rounds a step."
-        return Finding(kind="watch", title="Most rollouts are thrown away", text=text, figure="groups")
+        text = f"{which}; dynamic sampling discards them and generates others, {run.last('rollouts/rounds'):.1f} rounds a step."
+        return Finding(kind="watch", title="Dynamic sampling discards most groups", text=text, figure="groups")
     if not run.last("utilisation") < 0.6:
-        return None  # a critic, a history or rewards of steps teach from groups that agree
+        return None  # A critic, a reward history or step rewards give advantages to zero-variance groups too.
     if wrong > right:
-        text = f"{which.capitalize()}, so most rollouts teach nothing. Easier problems, a larger group_size or a warmer start would help."
+        text = f"{which}. Such zero-variance groups give no gradient. Use easier problems, a larger group_size or a better initial model."
     else:
-        text = f"{which.capitalize()}, so most rollouts teach nothing. Harder problems, or dynamic sampling (DAPO), would help."
-    return Finding(kind="watch", title="Most groups teach nothing", text=text, figure="groups")
+        text = f"{which}. Such zero-variance groups give no gradient. Use harder problems or dynamic sampling (DAPO)."
+    return Finding(kind="watch", title="Most groups have zero variance", text=text, figure="groups")
 
 
-def engine_mismatch(run: Run) -> Finding | None:
+def sampler_mismatch(run: Run) -> Finding | None:
+    """Report sampler and learner log-probabilities that differ where the settings do not explain it."""
     rollouts = run.recipe.get("rollouts", {})
     by_design = rollouts.get("top_p", 1) < 1 or rollouts.get("top_k", 0) or rollouts.get("min_p", 0) or rollouts.get("max_age", 0)
     gap = run.last("sampler_gap_mean", len(run.steps))
@@ -218,23 +240,23 @@ def engine_mismatch(run: Run) -> Finding | None:
         return None
     return Finding(
         kind="watch",
-        title="Sampler and learner disagree",
-        text=f"Their log-probabilities of the same token differ by {gap:.2g} nats on average. The algorithm's correction (TIS, MIS) "
-        "accounts for that; float32 on both sides removes most of it.",
+        title="Sampler and learner log-probabilities differ",
+        text=f"For the same token they differ by {gap:.2g} nats on average. An importance-sampling correction "
+        "(algorithm.correction: TIS, MIS or IcePop) accounts for the difference; float32 in both removes most of it.",
         figure="kl",
     )
 
 
-def hacked_length(run: Run) -> Finding | None:
-    """Answers that grow while they do not get better."""
+def length_growth(run: Run) -> Finding | None:
+    """Report completions that grow while held-out accuracy does not."""
     first, last = run.first("length/mean"), run.last("length/mean")
     scores = run.values("eval/pass@1")
     if len(scores) < 3 or not last > 2 * first or scores[-1] - scores[0] > 0.02:
         return None
     return Finding(
         kind="watch",
-        title="Longer, not better",
-        text=f"Completions grew from {first:.0f} to {last:.0f} tokens while held-out pass@1 did not rise.",
+        title="Completions grew, accuracy did not",
+        text=f"The mean completion length grew from {first:.0f} to {last:.0f} tokens while held-out pass@1 did not rise.",
         figure="length",
     )
 
@@ -244,11 +266,11 @@ RULES: tuple[Callable[[Run], Finding | None], ...] = (
     constant_reward,
     updates_too_large,
     learned,
-    cut_off,
+    truncated_completions,
     clip_too_tight,
     entropy_explosion,
     entropy_collapse,
-    dead_groups,
-    engine_mismatch,
-    hacked_length,
+    zero_variance_groups,
+    sampler_mismatch,
+    length_growth,
 )

@@ -1,4 +1,4 @@
-"""Pages that work from disk: templates filled in, everything they need inside them."""
+"""Render templates to self-contained HTML files that open from disk, without a server or a network."""
 
 import json
 from importlib.resources import files
@@ -11,7 +11,7 @@ from groupwise.errors import UserError
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of this package, filled in; text is escaped unless the template says that it is safe."""
+    """Render a template of this package. Values are HTML-escaped unless the template marks them `safe`."""
     return (
         Environment(autoescape=select_autoescape(default=True, default_for_string=True))
         .from_string(asset(template))
@@ -20,8 +20,10 @@ def render(template: str, **values: Any) -> str:
 
 
 def write(out: Path, page: str) -> None:
-    """Raises:
-    UserError: it cannot be written there.
+    """Write a page, with its parent directories.
+
+    Raises:
+        UserError: the file cannot be written.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -31,14 +33,15 @@ def write(out: Path, page: str) -> None:
 
 
 def asset(name: str) -> str:
+    """The text of a file in `templates`."""
     return (files("groupwise.evidence") / "templates" / name).read_text(encoding="utf-8")
 
 
 def embed(value: Any) -> str:
-    """JSON that can stand in a script element, whatever text it holds."""
+    """JSON for a script element: "</" and "<!--" are escaped, so that no string in it can end or comment out the element."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/").replace("<!--", "<\\u0021--")
 
 
 def embed_script(script: str) -> str:
-    """A script that can stand in a script element."""
+    """A script for a script element: "</script" in its strings is escaped, so that it cannot end the element."""
     return script.replace("</script", "<\\/script")

@@ -1,4 +1,4 @@
-"""`groupwise report`: one self-contained page about one run, or about several side by side."""
+"""`groupwise report`: one self-contained HTML page about one run, or one that compares several."""
 
 import math
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from groupwise.evidence.runs import Run, by_setting
 from groupwise.evidence.statistics import interval
 
 SHOWN_GROUPS, SHOWN_COMPLETIONS = 6, 4
-"""Of each step whose tokens were recorded: groups to read, and completions of each, the best and the worst."""
+"""How many groups of a recorded step the page shows, and how many completions of each: those with the highest and lowest rewards."""
 
 
 def write_page(runs: Sequence[Run], out: Path) -> list[Finding]:
-    """Write the page about `runs`; returns what was found, for a terminal."""
+    """Write the page about `runs` to `out`; returns the findings, for the terminal."""
     groups = by_setting(runs)
     found = {name: shared_findings(members) for name, members in groups.items()}
     figures = draw_all(groups)
@@ -47,7 +47,7 @@ def write_page(runs: Sequence[Run], out: Path) -> list[Finding]:
 
 
 def shared_findings(runs: Sequence[Run]) -> list[Finding]:
-    """What was found in runs of one setting: each thing once, with the numbers of the first run that shows it, and in how many."""
+    """Findings of runs that differ in their seed only, each title once: the numbers are of the first run that has it, the title says how many do."""
     found: dict[str, list[Finding]] = {}
     for run in runs:
         for finding in findings(run):
@@ -59,7 +59,7 @@ def shared_findings(runs: Sequence[Run]) -> list[Finding]:
 
 
 def write_pictures(runs: Sequence[Run], directory: Path) -> list[Path]:
-    """Each figure as a PNG, for a paper."""
+    """Write each figure as a PNG; returns the files."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -73,7 +73,7 @@ def write_pictures(runs: Sequence[Run], directory: Path) -> list[Path]:
 
 
 def summary(groups: dict[str, list[Run]]) -> list[dict[str, str]]:
-    """A row for each setting: what a person wants to know first."""
+    """The rows of the table at the top of the page, one per setting: steps, accuracy before and after, completions, seconds."""
     rows = []
     for name, runs in groups.items():
         seconds = [run.cumulative[max(run.cumulative)][1] for run in runs]
@@ -93,6 +93,7 @@ def summary(groups: dict[str, list[Run]]) -> list[dict[str, str]]:
 
 
 def _percent(values: list[float]) -> str:
+    """Their mean over seeds in percent, with its 95 % interval if there are several."""
     known = [value for value in values if not math.isnan(value)]
     if not known:
         return "–"
@@ -101,7 +102,7 @@ def _percent(values: list[float]) -> str:
 
 
 def readable_completions(run: Run) -> list[dict[str, Any]]:
-    """Completions of the recorded steps (the first, one in the middle, the last), best and worst of some groups, token by token."""
+    """Tokens to show on the page: completions with the highest and lowest rewards in a few groups of the first, middle and last recorded steps."""
     steps = run.token_steps()
     chosen = sorted({steps[0], steps[len(steps) // 2], steps[-1]}) if steps else []
     shown = []
@@ -155,10 +156,12 @@ def _completion(tokens: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _round(value: float | None) -> float | None:
+    """Keep three significant digits: enough to read, and the page stays small."""
     return None if value is None else float(f"{value:.3g}")
 
 
 def _spec(figure: Figure) -> dict[str, Any]:
+    """The Vega-Lite specification of a figure."""
     spec: dict[str, Any] = figure.chart.configure(
         background="transparent", autosize=alt.AutoSizeParams(type="fit-x", contains="padding")
     ).to_dict()
@@ -166,5 +169,6 @@ def _spec(figure: Figure) -> dict[str, Any]:
 
 
 def as_text(items: Sequence[Finding]) -> list[str]:
-    marks = {"sick": "[red]sick[/red]", "watch": "[yellow]watch[/yellow]", "well": "[green]well[/green]"}
+    """Each finding as a line for the terminal, with rich markup."""
+    marks = {"unhealthy": "[red]unhealthy[/red]", "watch": "[yellow]watch[/yellow]", "healthy": "[green]healthy[/green]"}
     return [f"{marks[item.kind]}  {item.title}: {item.text}" for item in items]

@@ -1,4 +1,4 @@
-"""Run directories, read."""
+"""Read run directories, and group runs by their settings."""
 
 import json
 import math
@@ -18,12 +18,18 @@ TOKEN_COLUMNS = (
     "group", "row", "position", "prompt", "token", "text", "reward", "correct", "stop", "advantage", "old_logprob", "ratio", "clipped",
     "entropy",
 )  # fmt: skip
-"""What the pages read of a step's tokens."""
+"""The columns of tokens/step-*.parquet that the pages use."""
+RENAMED = {
+    "groups/dead": "groups/zero_variance",
+    "dropped/uniform": "dropped/zero_variance",
+    "seconds/annotate": "seconds/logprobs",
+}
+"""Metric name of earlier versions -> metric name now."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run recorded."""
+    """The recipe and the metrics that a run recorded, and access to its tokens."""
 
     path: Path
     recipe: dict[str, Any]
@@ -41,7 +47,7 @@ class Run:
         return str(self.recipe.get("algorithm", {}).get("name", "?"))
 
     def series(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) wherever the metric was recorded."""
+        """(step, value) of each record that has the metric."""
         records = self.evaluations if name.startswith("eval/") else self.steps
         return [(record["step"], record[name]) for record in records if record.get(name) is not None]
 
@@ -49,36 +55,39 @@ class Run:
         return [value for _, value in self.series(name)]
 
     def last(self, name: str, count: int = 5) -> float:
-        """The mean of the last few values; NaN where there is none."""
+        """The mean of the last `count` values; NaN if there are none."""
         values = self.values(name)[-count:]
         return sum(values) / len(values) if values else math.nan
 
     def first(self, name: str, count: int = 3) -> float:
+        """The mean of the first `count` values; NaN if there are none."""
         values = self.values(name)[:count]
         return sum(values) / len(values) if values else math.nan
 
     def total(self, name: str) -> list[float]:
-        """A binned metric, added up over the steps."""
+        """A binned metric summed over the steps: one number per bin."""
         return [sum(column) for column in zip(*self.values(name), strict=True)]
 
     @cached_property
     def cumulative(self) -> dict[int, tuple[float, float]]:
-        """Completions generated and seconds spent up to each step, from (0, 0) at step 0."""
-        found, rollouts, seconds = {0: (0.0, 0.0)}, 0.0, 0.0
+        """Step -> (completions generated, seconds of rollouts and learner) from the start to the end of that step; (0, 0) at step 0."""
+        totals, rollouts, seconds = {0: (0.0, 0.0)}, 0.0, 0.0
         for record in self.steps:
             rollouts += record.get("rollouts/completions") or 0.0
             seconds += (record.get("seconds/rollouts") or 0.0) + (record.get("seconds/learner") or 0.0)
-            found[record["step"]] = (rollouts, seconds)
-        return found
+            totals[record["step"]] = (rollouts, seconds)
+        return totals
 
     def token_steps(self) -> list[int]:
-        """Steps whose tokens were written."""
+        """The steps whose tokens were recorded, ascending."""
         names = [path.stem.removeprefix("step-") for path in (self.path / "tokens").glob("step-*.parquet")]
         return sorted(int(name) for name in names if name.isdecimal())
 
     def tokens(self, step: int) -> pa.Table:
-        """Raises:
-        UserError: the file is damaged, or not one of ours.
+        """`TOKEN_COLUMNS` of a step, one row per completion token.
+
+        Raises:
+            UserError: the file is missing or damaged, or lacks a column.
         """
         path = self.path / "tokens" / f"step-{step:06d}.parquet"
         try:
@@ -88,14 +97,14 @@ class Run:
 
 
 def open_run(path: Path) -> Run:
-    """The run in a directory.
+    """Read the run in a directory; metrics of earlier versions get their present names.
 
     Raises:
-        UserError: there is none, or its files are damaged.
+        UserError: the directory holds no run, or its files are damaged.
     """
     metrics, recipe = path / "metrics.jsonl", path / "recipe.toml"
     if not metrics.is_file() or not recipe.is_file():
-        raise UserError(f"{path}: not a run's directory: no {'metrics.jsonl' if recipe.is_file() else 'recipe.toml'} in it")
+        raise UserError(f"{path}: not a run directory: it has no {'metrics.jsonl' if recipe.is_file() else 'recipe.toml'}")
     lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
     records = []
     for number, line in enumerate(lines, start=1):
@@ -104,9 +113,9 @@ def open_run(path: Path) -> Run:
             int(record["step"])
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
-                break  # the line that a kill cut short
-            raise UserError(f"{metrics}, line {number}: not a record of a step") from error
-        records.append(record)
+                break  # A killed run can leave its last line incomplete.
+            raise UserError(f"{metrics}, line {number}: not a JSON object with a step") from error
+        records.append({RENAMED.get(key, key): value for key, value in record.items()})
     try:
         tree = tomllib.loads(recipe.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -120,28 +129,29 @@ def open_run(path: Path) -> Run:
 
 
 def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs that differ in nothing but their seed, together, under a name that says what sets them apart from the others.
+    """Group runs that differ in their seed only; each group is named by the settings in which it differs from the others.
 
-    Runs of a ladder are together by its rungs.
+    Runs of one ladder (`groupwise ablate`) are grouped by its rungs.
     """
-    runs = list({run.path.resolve(): run for run in runs}.values())  # the same one twice is no second seed
-    homes = {run.path.resolve().parent.parent for run in runs}
-    if len(homes) == 1 and all((home / "ladder.toml").is_file() for home in homes):
+    runs = list({run.path.resolve(): run for run in runs}.values())  # A path given twice is one run, not two seeds.
+    ladders = {run.path.resolve().parent.parent for run in runs}
+    if len(ladders) == 1 and all((ladder / "ladder.toml").is_file() for ladder in ladders):
         rungs: dict[str, list[Run]] = {}
         for run in runs:
             rungs.setdefault(run.path.resolve().parent.name.split("-", 1)[-1], []).append(run)
         return rungs
     flat = [_flat(run.recipe) for run in runs]
     keys = [key for key in dict.fromkeys(key for tree in flat for key in tree) if key != "seed"]
-    telling = [key for key in keys if len({str(tree.get(key)) for tree in flat}) > 1]
+    differing = [key for key in keys if len({str(tree.get(key)) for tree in flat}) > 1]
     groups: dict[str, list[Run]] = {}
     for run, tree in zip(runs, flat, strict=True):
-        details = [f"{key.split('.', 1)[-1]} {tree[key]}" for key in telling if key in tree and key != "algorithm.name"]
+        details = [f"{key.split('.', 1)[-1]} {tree[key]}" for key in differing if key in tree and key != "algorithm.name"]
         groups.setdefault(", ".join([run.algorithm, *details]), []).append(run)
     return groups
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings with dotted keys."""
     result: dict[str, Any] = {}
     for key, value in tree.items():
         result |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -149,4 +159,5 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def finite(values: Iterable[float | None]) -> list[float]:
+    """The values without None, NaN and infinities."""
     return [value for value in values if value is not None and math.isfinite(value)]

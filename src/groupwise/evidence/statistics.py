@@ -1,4 +1,4 @@
-"""Means over seeds, with intervals that are honest about how few they are."""
+"""Means over seeds with confidence intervals for small samples."""
 
 import math
 import statistics
@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09, 2.09)
-"""Student's t, two-sided 95 %, by degrees of freedom from 1."""
+"""97.5 % quantiles of Student's t distribution for 1, 2, 3, ... degrees of freedom: two-sided 95 % intervals."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean, and how far to either side of it its 95 % interval goes; NaN where there is one value only."""
+    """A mean and its 95 % confidence interval."""
 
     mean: float
     half: float
+    """Half the width of the interval; NaN for fewer than two values."""
     count: int
+    """How many values the mean is of."""
 
     @property
     def low(self) -> float:
@@ -34,7 +36,7 @@ class Interval:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Student's 95 % interval of the mean of independent values, one per seed; what is not finite is left out."""
+    """The mean of independent values, one per seed, with Student's 95 % interval. Values that are not finite are left out."""
     values = [value for value in values if math.isfinite(value)]
     n = len(values)
     if n < 2:
@@ -44,11 +46,11 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Interval:
-    """Of second minus first, seed by seed: seeds share their problems, so much of the noise is shared too."""
+    """The mean of second - first, paired by seed: runs of the same seed see the same problems, so pairing removes shared noise."""
     return interval([b - a for a, b in zip(first, second, strict=True)])
 
 
 def binomial(share: float, count: int) -> float:
-    """How far the 95 % interval of a share of `count` independent trials goes to either side (Agresti and Coull)."""
+    """Half the width of the 95 % interval of a proportion of `count` independent trials (Agresti and Coull)."""
     shrunk = (share * count + 2) / (count + 4)
     return 1.96 * math.sqrt(shrunk * (1 - shrunk) / (count + 4))

@@ -1,5 +1,8 @@
-"""Our own C++ for the CPU: attention in training (`packed`) and in generation (`decode`), a whole step of generation (`step`),
-products with weights in panels (`panels`), what lies between matrix products (`layers`), and the choice of a token (`choose`).
+"""C++ kernels for the CPU, each compiled when it is first needed (`compiled`).
 
-It is compiled when it is first needed (`compiled`). Without a C++ compiler PyTorch does the same, slower.
+`packed_attention`: attention in training, forward and backward. `decode_attention`: attention in one decode step.
+`decode_step`: a decode step through all layers. `blocked`: matmul with weights in the blocked layout. `layers`: RMSNorm, RoPE
+and SwiGLU, forward and backward. `sample`: sampling a token from logits.
+
+Where there is no C++ compiler, PyTorch computes the same, slower.
 """

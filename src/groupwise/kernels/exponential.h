@@ -3,10 +3,11 @@
 #include <cstdint>
 #include <cstring>
 
-// Of x <= 0 (or above by no more than rounding), to about 2e-7 relative: e^x = 2^n e^r with |r| <= ln(2) / 2, and a polynomial for
-// e^r (Cephes). Below -87 as of -87, about 1e-38; of NaN, NaN.
+// e^x for x <= 0 (rounding may leave x slightly above 0), to a relative error of about 2e-7, in a form that vectorises: e^x = 2^n
+// e^r with |r| <= ln(2) / 2, and a polynomial for e^r (coefficients of Cephes' expf). x is clamped at -87, so the result is never
+// below about 1e-38. NaN gives NaN.
 inline float exponential(float x) {
-  const float n = std::nearbyint((x > -87.0f ? x : -87.0f) * 1.44269504f);  // a number, even if x is none
+  const float n = std::nearbyint((x > -87.0f ? x : -87.0f) * 1.44269504f);  // finite even for NaN, so that int32_t(n) is defined
   float r = (x < -87.0f ? -87.0f : x) - n * 0.693359375f;
   r += n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;

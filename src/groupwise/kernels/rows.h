@@ -1,25 +1,26 @@
-// What is done to one row of numbers, in one pass: norms, rotations, gates.
+// RMSNorm, RoPE and SwiGLU of one token or one head, each in one pass.
 #pragma once
 #include "exponential.h"
 
-// One over the root of a row's mean square.
-inline float inverse_root(const float* x, float epsilon, int64_t D) {
+// 1 / sqrt(mean(x^2) + epsilon).
+inline float inverse_rms(const float* x, float epsilon, int64_t D) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t d = 0; d < D; ++d) sum += x[d] * x[d];
   return 1 / std::sqrt(sum / D + epsilon);
 }
 
-// y = x i (w + offset), where i is one over the root of x's mean square. Returns i.
-inline float norm_row(const float* x, const float* w, float offset, float epsilon, float* y, int64_t D) {
-  const float i = inverse_root(x, epsilon, D);
+// RMSNorm: y = x * inverse_rms(x) * (w + offset). Returns inverse_rms(x), which the backward pass needs.
+inline float rms_norm_row(const float* x, const float* w, float offset, float epsilon, float* y, int64_t D) {
+  const float i = inverse_rms(x, epsilon, D);
 #pragma omp simd
   for (int64_t d = 0; d < D; ++d) y[d] = x[d] * i * (w[d] + offset);
   return i;
 }
 
-// Rotary embedding of one head, whose halves turn with each other; normed first if w is given. Returns the norm's i, or 1.
-inline float turn_head(const float* x, const float* w, float offset, float epsilon, const float* cos, const float* sin, float* y,
+// Rotary embedding of one head: element d is rotated together with element d + D / 2. If w is not null the head is RMSNormed
+// first (QK-norm). Returns inverse_rms(x) of that norm, or 1 without it.
+inline float rope_head(const float* x, const float* w, float offset, float epsilon, const float* cos, const float* sin, float* y,
                        int64_t D) {
   const int64_t half = D / 2;
   if (!w) {
@@ -31,7 +32,7 @@ inline float turn_head(const float* x, const float* w, float offset, float epsil
     }
     return 1;
   }
-  const float i = inverse_root(x, epsilon, D);
+  const float i = inverse_rms(x, epsilon, D);
 #pragma omp simd
   for (int64_t d = 0; d < half; ++d) {
     const float a = x[d] * i * (w[d] + offset), b = x[d + half] * i * (w[d + half] + offset);
@@ -41,8 +42,8 @@ inline float turn_head(const float* x, const float* w, float offset, float epsil
   return i;
 }
 
-// silu(gate) up, where silu(x) = x / (1 + e^-x).
-inline float gated_product(float gate, float up) {
+// silu(gate) * up, where silu(x) = x / (1 + e^-x), computed from e^-|x|, because `exponential` takes only x <= 0.
+inline float swiglu(float gate, float up) {
   const float e = exponential(-std::fabs(gate));
   return gate * (gate < 0 ? e : 1.0f) / (1 + e) * up;
 }

@@ -1,38 +1,52 @@
 """What the training loop asks of a learner."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from groupwise.types import Batch, Metrics
+from groupwise.learner.updates import Update
+from groupwise.models import LanguageModel
+from groupwise.types import Batch, LogprobBatch, TrainingBatch
 
 TokenRecord = dict[str, Tensor]
 """Of rows that were run: rows_B, as in the batch, and logprob, low, high (bounds on the ratio), clipped, entropy [B, T]."""
 
 
 class Learner(Protocol):
+    """Policy, reference, critic and optimisers: everything that has weights."""
+
     @property
     def version(self) -> int:
         """Optimiser updates taken."""
         ...
 
-    def annotate(self, batch: Batch) -> tuple[Batch, dict[str, float]]:
-        """The batch with old_logprobs_BT, and ref_logprobs_BT and values_BT where the algorithm uses them; and metrics.
+    def compute_logprobs(self, batch: Batch) -> tuple[LogprobBatch, dict[str, float]]:
+        """The batch with the policy's log-probabilities before the first update, and the reference's and the critic's values where
+        the algorithm uses them; and metrics. At least one token must be trained on."""
+        ...
 
-        At least one token must be trained on.
+    def update(self, minibatch: TrainingBatch, record: Callable[[TokenRecord], None] | None = None) -> Update:
+        """One optimiser step. `record` is called with what the loss made of the tokens of each part that is run."""
+        ...
+
+    def weights(self) -> LanguageModel:
+        """The policy as it is now: a view, whose weights change with the next update."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write everything that an exact resume needs."""
+        ...
+
+    def load(self, directory: Path) -> None:
+        """Continue from what `save` wrote.
+
+        Raises:
+            Exception: whatever reading damaged or foreign files raises.
         """
         ...
 
-    def update(self, minibatch: Batch, record: Callable[[TokenRecord], None] | None = None) -> Metrics:
-        """One optimiser step on rows whose advantages are set. Returns metrics.
-
-        `record` is called with what the loss made of the tokens of each part that is run.
-        """
+    def export(self, directory: Path, tokenizer: Any) -> None:
+        """Write the policy as a Hugging Face model directory."""
         ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything but the weights that an exact resume needs."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...

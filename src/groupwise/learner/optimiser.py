@@ -1,5 +1,7 @@
 """AdamW with warm-up and a schedule, and an update that refuses what is not finite."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -9,12 +11,23 @@ from transformers import get_scheduler
 from groupwise.errors import RunError
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What an update reports."""
+
+    grad_norm: float
+    """Before clipping."""
+    learning_rate: float
+    skipped: int
+    """Updates skipped so far."""
+
+
 class Optimiser:
-    """Takes the gradient that lies on the parameters, one update at a time."""
+    """Applies the gradient that the parameters hold, one update at a time."""
 
     def __init__(
         self,
-        model: Any,
+        parameters: Iterable[Any],
         *,
         learning_rate: float,
         updates: int,
@@ -25,7 +38,7 @@ class Optimiser:
         max_grad_norm: float = 1.0,
         max_bad_updates: int = 5,
     ) -> None:
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.adam = torch.optim.AdamW(self.parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True)
         name = "constant_with_warmup" if schedule == "constant" else schedule
         self.scheduler = get_scheduler(name, self.adam, num_warmup_steps=warmup_steps, num_training_steps=updates)
@@ -36,11 +49,8 @@ class Optimiser:
         """Updates skipped, since the start."""
         self._bad_in_a_row = 0
 
-    def step(self, loss: float) -> dict[str, float]:
-        """Clip the gradient and take it; skip it when it or `loss` is not finite. Clears the gradient either way.
-
-        Returns:
-            grad_norm (before clipping), learning_rate, skipped (so far).
+    def step(self, loss: float) -> Step:
+        """Clip the gradient and apply it; skip it when it or `loss` is not finite. Clears the gradient either way.
 
         Raises:
             RunError: too many updates in a row were not finite.
@@ -63,7 +73,7 @@ class Optimiser:
                     f"A lower learning rate than {learning_rate:g} or more warm-up may help."
                 )
         self.adam.zero_grad(set_to_none=True)
-        return {"grad_norm": grad_norm, "learning_rate": learning_rate, "skipped_updates": float(self.skipped)}
+        return Step(grad_norm, learning_rate, self.skipped)
 
     def state_dict(self) -> dict[str, Any]:
         return {

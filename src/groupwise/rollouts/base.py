@@ -1,17 +1,18 @@
 """What the training loop asks of a sampler."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
+from groupwise.models import LanguageModel
 from groupwise.types import Completion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How to draw completions."""
+    """How to draw a completion."""
 
     max_tokens: int
     """Completion tokens, the end-of-sequence token included; a completion that reaches it unended is truncated."""
@@ -26,21 +27,45 @@ class Sampling:
     """Strings that end a completion; they stay part of it."""
     stop_tokens: tuple[int, ...] = ()
     """Token ids that end a completion, beside the end-of-sequence token."""
-    max_rows: int = 1024
-    """Completions generated at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Request:
+    """One completion of a prompt, or a group of them."""
+
+    prompt: Tensor
+    """int64 [L], at least one token: everything before the completion, earlier turns of a conversation included."""
+    sampling: Sampling
+    seed: int
+    """The same request to the same weights gives the same completions."""
+    offset: int = 0
+    """Random numbers of the seed to pass over: requests that share a seed draw from consecutive ranges of it."""
+    n: int = 1
+    """Completions."""
+    keep: bool = False
+    """Whether the sampler should keep the keys and values of the completions for requests that continue them."""
+    continues: int | None = None
+    """`Completion.handle` of the completion that `prompt` begins with, so that only the tokens after it need prefill. A sampler
+    that has nothing kept under it computes the whole prompt: the result is the same."""
 
 
 class Sampler(Protocol):
-    def generate(
-        self, prompts: Sequence[Tensor], group_size: int, sampling: Sampling, *, seed: int
-    ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
-        """Draw `group_size` completions for each prompt (int64 [L]).
+    """An inference engine and its copy, or view, of the weights."""
 
-        Yields (index of the prompt, its completions) as groups finish, in no promised order. The same arguments and
-        weights give the same completions.
-        """
+    async def generate(self, request: Request) -> tuple[Completion, ...]:
+        """The request's completions, in order. Any number of requests may be under way at once; cancelling one frees its rows."""
         ...
 
-    def load(self, model: Any, version: int) -> None:
+    def load(self, weights: LanguageModel, version: int) -> None:
         """Sample from these weights from now on; `version` counts the optimiser updates that made them."""
         ...
+
+    def health(self) -> dict[str, float]:
+        """Numbers about the engine: the version of its weights, requests waiting, rows being generated, rows kept."""
+        ...
+
+
+def requests(prompts: Sequence[Tensor], n: int, sampling: Sampling, seed: int) -> list[Request]:
+    """A request for each prompt, with random numbers of its own from one seed."""
+    step = n * sampling.max_tokens
+    return [Request(prompt=p, n=n, sampling=sampling, seed=seed, offset=i * step) for i, p in enumerate(prompts)]

@@ -1,262 +1,317 @@
-"""Sampling with the learner's own model: each prompt run once per group, finished rows replaced by new groups."""
+"""The native engine: continuous batching in this process, each prompt run once for its group."""
 
-import collections
-import copy
+import asyncio
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections import OrderedDict
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessorList
-from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from groupwise.attention import Decoding, affordable_rows, decodes, packs
-from groupwise.errors import DIVERGED, RunError
-from groupwise.kernels.choose import choose_kernel
-from groupwise.models import left_pad, logits, positions
-from groupwise.rollouts.base import Sampling
-from groupwise.rollouts.packed_weights import PackedWeights
-from groupwise.types import Completion
+from groupwise.models import LanguageModel
+from groupwise.rollouts.base import Request, Sampling
+from groupwise.rollouts.drawing import Drawing
+from groupwise.rollouts.rows import RandomNumbers, RowTable
+from groupwise.types import Completion, VersionSpan
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A request under way."""
+
+    request: Request
+    future: "asyncio.Future[tuple[Completion, ...]]"
+    arrived: int
+    """The engine's step at which it came."""
+    drawing: Drawing
+    uniforms: Tensor
+    """float64 [n, T], the random numbers of its tokens."""
+    slots: list[int] = field(default_factory=list)
+    """Its rows in the table, in order."""
+    left: int = 0
+    """Rows that are not done."""
+    versions: list[tuple[int, Tensor]] = field(default_factory=list)
+    """(version of the weights, tokens that each row had when they came)."""
+    handles: dict[int, int] = field(default_factory=dict)
+    """Slot -> handle of what was kept of it."""
+
+
+@dataclass(slots=True)
+class _Kept:
+    """A completion whose keys and values are there to be continued."""
+
+    tokens: list[int]
+    """Those that have keys and values, the prompt's included."""
+    prefix: Any
+    """Their keys and values, as the cache returned them."""
 
 
 class NativeSampler:
-    """A `Sampler` for any Hugging Face causal language model, in this process."""
+    """A `Sampler` for any Hugging Face causal language model, in this process.
 
-    def __init__(self, model: Any, tokenizer: Any, dtype: torch.dtype | None = None) -> None:
-        """`dtype`: generate with a copy of the model in it; None: with the model itself."""
-        self.model, self.tokenizer, self.version = model, tokenizer, 0
+    Requests share a batch whatever their lengths and sampling parameters, and join it as rows finish. The engine computes in the
+    event loop of its requests, a decoding step at a time, so that other coroutines run between two steps.
+    """
+
+    def __init__(self, model: LanguageModel, tokenizer: Any, *, dtype: torch.dtype | None = None, max_rows: int = 1024) -> None:
+        """`dtype`: generate with a copy of the model in it; None: with the model itself. `max_rows`: rows generated at once."""
+        self.model, self.tokenizer, self.max_rows, self.version = model, tokenizer, max_rows, 0
         if dtype not in (None, model.dtype):
-            self.model = copy.deepcopy(model)
-            for parameter in self.model.parameters():  # and no buffers: rotary frequencies lose their meaning in 8 bits
-                parameter.data = parameter.data.to(dtype)
+            self.model = model.copy(dtype)
+        self._numbers = RandomNumbers()
+        self._waiting: list[_Job] = []
+        self._running: dict[int, _Job] = {}
+        """Slot -> the job of each row being generated."""
+        self._engine: asyncio.Task[None] | None = None
+        self._kept: OrderedDict[int, _Kept] = OrderedDict()
+        self._handles = itertools.count(1)
+        self._steps = itertools.count()
+        self._step = 0
+        self._reset()
+
+    # --- the contract
+
+    async def generate(self, request: Request) -> tuple[Completion, ...]:
+        """The request's completions, in order.
+
+        Raises:
+            ValueError: the prompt has no token, or n or max_tokens is below 1.
+            RunError: the model's logits are not finite.
+        """
+        if len(request.prompt) == 0 or request.n < 1 or request.sampling.max_tokens < 1:
+            raise ValueError("a request needs a prompt of at least one token, n and max_tokens of at least 1")
+        loop = asyncio.get_running_loop()
+        n, T = request.n, request.sampling.max_tokens
+        uniforms = self._numbers.uniforms(request.seed, request.offset, n * T).view(n, T)
+        job = _Job(request, loop.create_future(), self._step, self._drawing(request.sampling), uniforms)
+        self._waiting.append(job)
+        if self._engine is None or self._engine.done():
+            self._engine = loop.create_task(self._run())
+        return await job.future
 
     @torch.no_grad()
-    def load(self, model: Any, version: int) -> None:
+    def load(self, weights: LanguageModel, version: int) -> None:
+        """Sample from these weights from now on. Requests under way go on with them; what was kept is dropped."""
         self.version = version
-        if self.model is not model:
-            for mine, new in zip(self.model.parameters(), model.parameters(), strict=True):
-                mine.copy_(new)
+        if self.model is not weights:
+            self.model.copy_weights_from(weights)
+        self._kept.clear()
+        self._blocked = None
+        if self._cache is not None:
+            self._cache.refresh()
+        for job in set(self._running.values()):
+            job.versions.append((version, self._table.lengths_B[job.slots].clone()))
 
-    def generate(
-        self, prompts: Sequence[Tensor], group_size: int, sampling: Sampling, *, seed: int
-    ) -> Iterator[tuple[int, tuple[Completion, ...]]]:
-        # One number per token that could be drawn, by prompt: what a row says does not depend on the rows beside it.
-        generator = torch.Generator().manual_seed(seed)
-        shape = (len(prompts) * group_size, sampling.max_tokens)
-        draft = Draft(torch.rand(shape, generator=generator, dtype=torch.float64), self.model.device)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        run = self._run_packed if packs(self.model) and decodes(self.model) else self._run_padded
-        left = [group_size] * len(prompts)
-        packed, finishing = PackedWeights(self.model), run(prompts, order, group_size, sampling, draft)
-        while True:
-            with packed:  # only while the sampler itself runs
-                finished = next(finishing, None)
-            if finished is None:
-                return
-            for prompt in (row // group_size for row in finished):
-                left[prompt] -= 1
-                if left[prompt] == 0:
-                    yield prompt, self._completions(draft, range(prompt * group_size, (prompt + 1) * group_size))
+    def health(self) -> dict[str, float]:
+        return {
+            "version": float(self.version),
+            "waiting": float(len(self._waiting)),
+            "rows": float(len(self._running)),
+            "kept": float(len(self._kept)),
+        }
 
-    @torch.inference_mode()
-    def _run_packed(
-        self, prompts: Sequence[Tensor], order: list[int], group_size: int, sampling: Sampling, draft: "Draft"
-    ) -> Iterator[list[int]]:
-        """Write every row, new groups joining as rows finish; yields rows as they do.
+    # --- the engine
 
-        Keys and values stay where they were first written; see `Decoding`.
-        """
-        decoder, device = self.model.base_model, self.model.device
-        choose, ended = self._chooser(sampling), self._end_detector(sampling, draft)
-        most_rows = min(sampling.max_rows, affordable_rows(decoder, sampling.max_tokens))
-        groups = min(len(prompts), max(1, int(most_rows // group_size)))
-        longest = max(len(prompt) for prompt in prompts)
-        state = Decoding(decoder, groups, longest, groups * group_size, sampling.max_tokens)
-        waiting = collections.deque(order)
-        hidden_RH = torch.empty(0, decoder.config.hidden_size, dtype=self.model.dtype, device=device)
-        rows_R = torch.zeros(0, dtype=torch.long, device=device)  # the rows being written
-        while waiting or len(rows_R):
-            room = min((groups * group_size - len(rows_R)) // group_size, groups - len(state.lengths_P), len(waiting))
-            if room:
-                joining = [waiting.popleft() for _ in range(room)]
-                hidden_PH = state.prefill(decoder, [prompts[i].to(device) for i in joining], group_size)
-                hidden_RH = torch.cat([hidden_RH, hidden_PH.repeat_interleave(group_size, dim=0)])
-                new_rows = [i * group_size + place for i in joining for place in range(group_size)]
-                rows_R = torch.cat([rows_R, torch.tensor(new_rows, device=device)])
-            tokens_R, done_R = draft.write(rows_R, *choose(hidden_RH, draft.uniforms(rows_R)), ended)
-            if done_R.any():
-                yield rows_R[done_R].tolist()
-                order_R = state.keep(~done_R)
-                rows_R, tokens_R = rows_R[order_R], tokens_R[order_R]
-            hidden_RH = state.step(decoder, tokens_R) if len(rows_R) else hidden_RH[:0]
+    async def _run(self) -> None:
+        """Steps until nothing is left to do; a failure is that of every request."""
+        try:
+            while self._waiting or self._running:
+                self._advance()
+                await asyncio.sleep(0)
+        except BaseException as error:
+            for job in {*self._waiting, *self._running.values()}:
+                if not job.future.done():
+                    job.future.set_exception(error) if isinstance(error, Exception) else job.future.cancel()
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self._reset()
 
-    @torch.inference_mode()
-    def _run_padded(
-        self, prompts: Sequence[Tensor], order: list[int], group_size: int, sampling: Sampling, draft: "Draft"
-    ) -> Iterator[list[int]]:
-        """The general path: a few prompts at a time, padded, on transformers' own cache and attention."""
+    def _reset(self) -> None:
+        """Forget all rows and give their memory back."""
+        self._waiting.clear()
+        self._running.clear()
+        self._cache: Any = None
+        self._blocked: Any = None
+        self._table = RowTable(self.model.device)
+        self._drawings: dict[Sampling, Drawing] = {}
         device = self.model.device
-        choose, ended = self._chooser(sampling), self._end_detector(sampling, draft)
-        size = max(1, sampling.max_rows // group_size)
-        for start in range(0, len(order), size):
-            chunk = order[start : start + size]
-            prompt_PL, mask_PL = left_pad(tuple(prompts[i].to(device) for i in chunk))
-            cache = DynamicCache(config=self.model.base_model.config)
-            hidden_RH = self._forward(prompt_PL, mask_PL, cache).repeat_interleave(group_size, dim=0)
-            mask_RL = mask_PL.repeat_interleave(group_size, dim=0)
-            cache.batch_repeat_interleave(group_size)
-            rows_R = torch.tensor([i * group_size + place for i in chunk for place in range(group_size)], device=device)
-            while True:
-                tokens_R, done_R = draft.write(rows_R, *choose(hidden_RH, draft.uniforms(rows_R)), ended)
-                if done_R.any():
-                    yield rows_R[done_R].tolist()
-                    keep = (~done_R).nonzero()[:, 0]
-                    rows_R, tokens_R, mask_RL = rows_R[keep], tokens_R[keep], mask_RL[keep]
-                    cache.batch_select_indices(keep)
-                if len(rows_R) == 0:
-                    break
-                mask_RL = torch.nn.functional.pad(mask_RL, (0, 1), value=1)
-                hidden_RH = self._forward(tokens_R[:, None], mask_RL, cache)
+        self._slots_R = torch.zeros(0, dtype=torch.long, device=device)
+        """The table's slot of each row being generated, in the order of the cache."""
+        self._hidden_RH = torch.zeros(0, 0, dtype=self.model.dtype, device=device)
 
-    def _forward(self, tokens_RL: Tensor, mask_RL: Tensor, cache: DynamicCache) -> Tensor:
-        """The last hidden state [R, H] after appending `tokens_RL` to what the cache holds."""
-        output = self.model.base_model(
-            input_ids=tokens_RL,
-            attention_mask=mask_RL,
-            position_ids=positions(mask_RL)[:, -tokens_RL.shape[1] :],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        hidden: Tensor = output.last_hidden_state[:, -1]
-        return hidden
+    def _advance(self) -> None:
+        """Admit what fits, draw a token for each row, deliver what is finished, run the others one token further."""
+        self._step = next(self._steps)
+        if self._blocked is None:
+            self._blocked = self.model.blocked_weights()
+        with torch.inference_mode(), self._blocked:
+            self._drop_cancelled()
+            self._admit()
+            if len(self._slots_R) == 0:
+                return
+            tokens_R, done_R = self._draw()
+            if done_R.any():
+                self._finish(done_R)
+                order_R = self._cache.keep(~done_R)
+                self._slots_R, tokens_R = self._slots_R[order_R], tokens_R[order_R]
+            self._hidden_RH = self._cache.step(tokens_R) if len(self._slots_R) else self._hidden_RH[:0]
 
-    def _end_detector(self, sampling: Sampling, draft: "Draft") -> Callable[[Tensor, Tensor], Tensor]:
-        """A function (tokens_R, rows_R) -> bool [R]: which rows the newest token has ended."""
-        ids = end_tokens(self.model, self.tokenizer) | set(sampling.stop_tokens)
-        ends = torch.tensor(sorted(ids), device=self.model.device)
-        if not sampling.stop:
-            return lambda tokens_R, _: torch.isin(tokens_R, ends)
-        # A token decodes to at least one byte of the stop string; a few more cover a character cut in two.
-        tail = max(len(stop.encode()) for stop in sampling.stop) + 4
+    def _drop_cancelled(self) -> None:
+        self._waiting = [job for job in self._waiting if not job.future.cancelled()]
+        cancelled = {job for job in self._running.values() if job.future.cancelled()}
+        if not cancelled:
+            return
+        keep_R = torch.tensor([self._running[slot] not in cancelled for slot in self._slots_R.tolist()], device=self.model.device)
+        order_R = self._cache.keep(keep_R)
+        self._slots_R, self._hidden_RH = self._slots_R[order_R], self._hidden_RH[order_R]
+        for job in cancelled:
+            for slot in job.slots:
+                self._running.pop(slot, None)
+            self._table.give_back(job.slots)
 
-        def ended(tokens_R: Tensor, rows_R: Tensor) -> Tensor:
-            texts = self.tokenizer.batch_decode(draft.tails(rows_R, tail), skip_special_tokens=True)
-            said = [any(stop in text for stop in sampling.stop) for text in texts]
-            return torch.isin(tokens_R, ends) | torch.tensor(said, device=tokens_R.device)
+    def _admit(self) -> None:
+        """Prefill as many of the waiting requests as there is room for: earlier ones first, of one step the shortest."""
+        if not self._waiting or (len(self._slots_R) and not self._cache.joins):
+            return
+        self._waiting.sort(key=lambda job: (job.arrived, len(job.request.prompt)))
+        tokens = max(job.request.sampling.max_tokens for job in self._waiting)
+        most_rows = int(min(self.max_rows, self.model.affordable_rows(tokens)))
+        most_prompts = max(1, most_rows // max(job.request.n for job in self._waiting))
+        rows, prompts = len(self._slots_R), len({id(job) for job in self._running.values()})
+        admitted: list[_Job] = []
+        for job in self._waiting:
+            fits = rows + job.request.n <= most_rows and prompts < most_prompts
+            if not fits and rows:
+                break
+            admitted.append(job)
+            rows, prompts = rows + job.request.n, prompts + 1
+        if admitted:
+            self._make_room(admitted, rows, prompts, most_rows, most_prompts)
+            self._waiting = self._waiting[len(admitted) :]
+            self._prefill(admitted)
 
-        return ended
+    def _make_room(self, admitted: list[_Job], rows: int, prompts: int, most_rows: int, most_prompts: int) -> None:
+        """Buffers for these rows and prompts; at first for all that wait and may run at once, so that they seldom grow."""
+        running = set(self._running.values())
+        everyone = [*self._waiting, *running]
+        longest = max(len(job.request.prompt) for job in everyone)
+        tokens = max(job.request.sampling.max_tokens for job in everyone)
+        all_rows = sum(job.request.n for job in self._waiting) + len(self._slots_R)
+        rows, prompts = max(rows, min(all_rows, most_rows)), max(prompts, min(len(everyone), most_prompts))
+        if self._cache is None:
+            self._cache = self.model.decoding_cache(prompts, longest, rows, tokens)
+        self._cache.reserve(prompts, longest, rows, tokens)
+        self._table.reserve(sum(job.request.n for job in admitted), tokens)
 
-    def _chooser(self, sampling: Sampling) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """A function (hidden_RH, uniforms_R) -> (tokens_R, their logprobs_R under the distribution they were drawn from)."""
-        warp = _warper(sampling)
-        kernel = choose_kernel() if self.model.device.type == "cpu" else None
+    def _prefill(self, admitted: list[_Job]) -> None:
+        """Run the prompts of new requests, of those that continue a kept completion only what is new."""
+        device = self.model.device
+        kept = {job: found for job in admitted if (found := self._find_kept(job.request)) is not None}
+        fresh, continued = [job for job in admitted if job not in kept], list(kept)
+        parts = [self._hidden_RH] if len(self._hidden_RH) else []
+        for jobs in (fresh, continued):
+            if not jobs:
+                continue
+            counts = [job.request.n for job in jobs]
+            prompts = [job.request.prompt.to(device) for job in jobs]
+            if jobs is fresh:
+                hidden_PH = self._cache.prefill(prompts, counts)
+            else:
+                suffixes = [prompt[len(kept[job].prefix) :] for job, prompt in zip(jobs, prompts, strict=True)]
+                hidden_PH = self._cache.extend([kept[job].prefix for job in jobs], suffixes, counts)
+            parts.append(hidden_PH.repeat_interleave(torch.tensor(counts, device=device), dim=0))
+            for job in jobs:
+                self._take_slots(job)
+        self._hidden_RH = torch.cat(parts)
 
-        def choose(hidden_RH: Tensor, uniforms_R: Tensor) -> tuple[Tensor, Tensor]:
-            z_RV = warp(logits(self.model, hidden_RH, sampling.temperature))
-            tokens_R, logprobs_R = (kernel if kernel and z_RV.dtype == torch.float32 else draw)(z_RV, uniforms_R)
-            if int(tokens_R.max()) >= z_RV.shape[1]:
-                raise RunError(f"the model's scores of the next token are not finite; {DIVERGED}")
-            return tokens_R, logprobs_R
+    def _take_slots(self, job: _Job) -> None:
+        n = job.request.n
+        job.slots, job.left = self._table.take(job.uniforms), n
+        job.versions = [(self.version, torch.zeros(n, dtype=torch.long))]
+        self._running |= dict.fromkeys(job.slots, job)
+        self._slots_R = torch.cat([self._slots_R, torch.tensor(job.slots, device=self._slots_R.device)])
 
-        return choose
+    def _draw(self) -> tuple[Tensor, Tensor]:
+        """A token for each row, written to the table; and which rows are done."""
+        slots_R, table = self._slots_R, self._table
+        drawings = [self._running[slot].drawing for slot in slots_R.tolist()] if len(self._drawings) > 1 else []
+        if len(set(drawings)) <= 1:
+            return self._draw_alike(drawings[0] if drawings else next(iter(self._drawings.values())), slots_R, self._hidden_RH)
+        tokens_R, done_R = torch.zeros_like(slots_R), torch.zeros(len(slots_R), dtype=torch.bool, device=table.tokens_BT.device)
+        for drawing in dict.fromkeys(drawings):
+            rows = torch.tensor([i for i, other in enumerate(drawings) if other is drawing], device=slots_R.device)
+            tokens_R[rows], done_R[rows] = self._draw_alike(drawing, slots_R[rows], self._hidden_RH[rows])
+        return tokens_R, done_R
 
-    def _completions(self, draft: "Draft", rows: range) -> tuple[Completion, ...]:
-        lengths = draft.lengths_B[rows.start : rows.stop].tolist()
-        tokens_RT, logprobs_RT = (x[rows.start : rows.stop].cpu() for x in (draft.tokens_BT, draft.logprobs_BT))
-        stopped = draft.stopped_B[rows.start : rows.stop].tolist()
-        written = [tokens_RT[i, :length] for i, length in enumerate(lengths)]
+    def _draw_alike(self, drawing: Drawing, slots_R: Tensor, hidden_RH: Tensor) -> tuple[Tensor, Tensor]:
+        tokens_R, logprobs_R = drawing.choose(hidden_RH, self._table.uniforms(slots_R))
+        tails = functools.partial(self._table.tails, slots_R, drawing.tail)
+        return tokens_R, self._table.write(slots_R, tokens_R, logprobs_R, functools.partial(drawing.ended, tokens_R, tails))
+
+    def _finish(self, done_R: Tensor) -> None:
+        """Deliver the requests whose last row is done."""
+        for row, slot in zip(done_R.nonzero()[:, 0].tolist(), self._slots_R[done_R].tolist(), strict=True):
+            job = self._running.pop(slot)
+            if job.request.keep and self._cache.continues:
+                job.handles[slot] = self._keep(job, row, slot)
+            job.left -= 1
+            if job.left == 0:
+                if not job.future.done():
+                    job.future.set_result(self._completions(job))
+                self._table.give_back(job.slots)
+
+    def _drawing(self, sampling: Sampling) -> Drawing:
+        if sampling not in self._drawings:
+            self._drawings[sampling] = Drawing(self.model, self.tokenizer, sampling)
+        return self._drawings[sampling]
+
+    # --- conversations
+
+    def _keep(self, job: _Job, row: int, slot: int) -> int:
+        """Copy a row's keys and values, and return their handle. The newest token has not been run yet, so it has none."""
+        handle = next(self._handles)
+        written = self._table.tokens_BT[slot, : int(self._table.lengths_B[slot]) - 1].tolist()
+        self._kept[handle] = _Kept([*job.request.prompt.tolist(), *written], self._cache.prefix(row))
+        if len(self._kept) > self.max_rows:
+            self._kept.popitem(last=False)
+        return handle
+
+    def _find_kept(self, request: Request) -> _Kept | None:
+        """What was kept under the handle that the request continues, if its prompt really begins with it."""
+        if request.continues is None or not self._cache.continues:
+            return None
+        kept = self._kept.pop(request.continues, None)
+        tokens = request.prompt.tolist()
+        begins = kept is not None and len(tokens) > len(kept.tokens) and tokens[: len(kept.tokens)] == kept.tokens
+        return kept if begins else None
+
+    # --- results
+
+    def _completions(self, job: _Job) -> tuple[Completion, ...]:
+        table, index = self._table, torch.tensor(job.slots, device=self._table.tokens_BT.device)
+        lengths, stopped = table.lengths_B[index].tolist(), table.stopped_B[index].tolist()
+        with torch.inference_mode(False):  # tensors of inference mode could not be trained on
+            tokens_nT, logprobs_nT = table.tokens_BT[index].cpu().clone(), table.logprobs_BT[index].cpu().clone()
+        written = [tokens_nT[i, :length] for i, length in enumerate(lengths)]
         texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
         return tuple(
             Completion(
                 text=text,
                 tokens=tokens,
-                logprobs=logprobs_RT[i, : len(tokens)],
+                logprobs=logprobs_nT[i, : len(tokens)],
                 mask=torch.ones(len(tokens), dtype=torch.bool),
                 stop="stop" if stopped[i] else "length",
-                weights_version=self.version,
+                versions=_spans(job.versions, i, len(tokens)),
+                handle=job.handles.get(job.slots[i]),
             )
             for i, (tokens, text) in enumerate(zip(written, texts, strict=True))
         )
 
 
-class Draft:
-    """What has been written so far, row by row: B rows for all prompts together."""
-
-    def __init__(self, uniforms_BT: Tensor, device: Any) -> None:
-        B, T = uniforms_BT.shape
-        self._uniforms_BT = uniforms_BT.to(device)
-        self.tokens_BT = torch.zeros(B, T, dtype=torch.long, device=device)
-        self.logprobs_BT = torch.zeros(B, T, device=device)
-        self.lengths_B = torch.zeros(B, dtype=torch.long, device=device)
-        self.stopped_B = torch.zeros(B, dtype=torch.bool, device=device)
-
-    def uniforms(self, rows_R: Tensor) -> Tensor:
-        return self._uniforms_BT[rows_R, self.lengths_B[rows_R]]
-
-    def write(
-        self, rows_R: Tensor, tokens_R: Tensor, logprobs_R: Tensor, ended: Callable[[Tensor, Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Append a token to each of the rows; returns the tokens, and which rows are done: ended, or full."""
-        places_R = self.lengths_B[rows_R]
-        self.tokens_BT[rows_R, places_R] = tokens_R
-        self.logprobs_BT[rows_R, places_R] = logprobs_R
-        self.lengths_B[rows_R] = places_R + 1
-        ended_R = ended(tokens_R, rows_R)
-        self.stopped_B[rows_R] = ended_R
-        return tokens_R, ended_R | (places_R + 1 == self.tokens_BT.shape[1])
-
-    def tails(self, rows_R: Tensor, count: int) -> list[list[int]]:
-        """The last tokens of each row, at most `count`."""
-        lengths = self.lengths_B[rows_R].tolist()
-        return [
-            self.tokens_BT[row, max(0, length - count) : length].tolist()
-            for row, length in zip(rows_R.tolist(), lengths, strict=True)
-        ]
-
-
-def end_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """The tokenizer's end-of-sequence token, and those of the model's generation config: chat models may end on another."""
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    more = configured if isinstance(configured, list) else [configured]
-    return {tokenizer.eos_token_id, *(token for token in more if token is not None)}
-
-
-BLOCK = 512
-"""Tokens of the vocabulary whose probabilities `draw` sums before it looks for one among them."""
-
-
-def draw(scores_RV: Tensor, uniforms_R: Tensor) -> tuple[Tensor, Tensor]:
-    """One token per row from the softmax of its scores, and its log-probability, float32.
-
-    The cumulative sum is inverted at `uniforms_R`, in [0, 1). The point 1 - u lies in (0, total], so the token found has
-    probability above zero, whatever rounds. Sums over many are float64, and go over blocks of the vocabulary first and then
-    over one block, so that a large vocabulary costs one pass. The token is V or more where a row's scores are no
-    distribution: that is what a search among NaN finds.
-    """
-    scores_RV = scores_RV - scores_RV.amax(-1, keepdim=True)
-    weights_RV = scores_RV.exp()
-    R, V = weights_RV.shape
-    size = min(BLOCK, V)
-    weights_RKS = torch.nn.functional.pad(weights_RV, (0, -V % size)).view(R, -1, size)
-    ends_RK = weights_RKS.sum(-1).double().cumsum(-1)
-    points_R = (1 - uniforms_R) * ends_RK[:, -1]
-    block_R = torch.searchsorted(ends_RK, points_R[:, None])[:, 0].clamp(max=ends_RK.shape[1] - 1)
-    before_R = torch.where(block_R > 0, ends_RK.gather(1, (block_R - 1).clamp(min=0)[:, None])[:, 0], 0.0)
-    within_RS = weights_RKS[torch.arange(R, device=block_R.device), block_R].double().cumsum(-1)
-    rest_R = torch.minimum(points_R - before_R, within_RS[:, -1])
-    tokens_R = block_R * size + torch.searchsorted(within_RS, rest_R[:, None])[:, 0]
-    chosen_R = scores_RV.gather(1, tokens_R[:, None].clamp(max=V - 1))[:, 0]
-    return tokens_R, (chosen_R - ends_RK[:, -1].log()).float()
-
-
-def _warper(sampling: Sampling) -> Callable[[Tensor], Tensor]:
-    """The limits on the distribution, from logits (already divided by the temperature) to logits."""
-    warpers = LogitsProcessorList()
-    if sampling.top_k:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        warpers.append(TopPLogitsWarper(sampling.top_p))
-    if sampling.min_p > 0:
-        warpers.append(MinPLogitsWarper(sampling.min_p))
-    return functools.partial(warpers, None)
+def _spans(versions: list[tuple[int, Tensor]], row: int, length: int) -> tuple[VersionSpan, ...]:
+    starts = [*(int(lengths[row]) for _, lengths in versions), length]
+    spans = zip(versions, itertools.pairwise(starts), strict=True)
+    return tuple(VersionSpan(start, end, version) for (version, _), (start, end) in spans if end > start)

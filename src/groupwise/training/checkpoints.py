@@ -1,22 +1,22 @@
-"""Checkpoints: written beside, then renamed, so that one that exists is whole."""
+"""Checkpoints: written next to the others, then renamed, so that one that exists is complete."""
 
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
 
 from groupwise.errors import UserError
+from groupwise.learner.base import Learner
 
 
-def save(directory: Path, step: int, model: Any, state: dict[str, Any], keep: int) -> Path:
-    """Write checkpoints/step-N with the weights and everything else that a resume needs; keep the newest few."""
+def save(directory: Path, step: int, learner: Learner, state: dict[str, Any], keep: int) -> Path:
+    """Write checkpoints/step-N with the learner and the loop's own state; keep the newest few."""
     final = directory / f"step-{step:06d}"
     partial = directory / f".partial-{step:06d}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_model(model, str(partial / "model.safetensors"))
+    learner.save(partial)
     torch.save(state, partial / "state.pt")
     if final.exists():
         shutil.rmtree(final)
@@ -31,16 +31,20 @@ def newest(run: Path) -> Path | None:
     return max((run / "checkpoints").glob("step-*"), default=None)
 
 
-def load(checkpoint: Path, model: Any) -> dict[str, Any]:
-    """Fill the model with a checkpoint's weights and return its state.
+def load(checkpoint: Path, learner: Learner) -> dict[str, Any]:
+    """Let the learner continue from a checkpoint, and return the loop's own state.
 
     Raises:
-        UserError: the checkpoint is damaged, or of another model.
+        UserError: the checkpoint is damaged, of another model, or of an earlier version of groupwise.
     """
     try:
         state: dict[str, Any] = torch.load(checkpoint / "state.pt", weights_only=True)
-        load_model(model, str(checkpoint / "model.safetensors"), device=str(model.device))
-    except Exception as error:  # whatever the readers make of a damaged file
+        if "learner" in state:
+            raise UserError(f"{checkpoint}: written by an earlier version of groupwise, which kept the learner's state elsewhere")
+        learner.load(checkpoint)
+    except UserError:
+        raise
+    except Exception as error:  # damaged files make the readers raise anything
         older = [path.name for path in sorted(checkpoint.parent.glob("step-*")) if path != checkpoint]
         hint = f"; remove it to go on from {older[-1]}" if older else ""
         raise UserError(f"{checkpoint}: cannot be read: {str(error).splitlines()[0]}{hint}") from error

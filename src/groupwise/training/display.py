@@ -9,11 +9,13 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from groupwise.training.events import Evaluated, Event, StepDone
+
 COLUMNS = {
     "eval/pass@1": ("held-out pass@1", "{:.3f}"),
     "train/pass_rate": ("train pass rate", "{:.3f}"),
     "entropy": ("entropy", "{:.3f}"),
-    "groups/dead": ("dead groups", "{:.0%}"),
+    "groups/zero_variance": ("zero-variance groups", "{:.0%}"),
     "length/mean": ("length", "{:.1f}"),
     "clip_fraction": ("clipped", "{:.4f}"),
     "tokens_per_second": ("tokens/s", "{:,.0f}"),
@@ -41,7 +43,20 @@ class Display:
         if self._live:
             self._live.stop()
 
-    def update(self, step: int, metrics: Mapping[str, float | list[float]]) -> None:
+    def begin_at(self, step: int) -> None:
+        """The run is taken up after this step."""
+        self.start = self.step = step
+
+    def record(self, event: Event) -> None:
+        """Show what an event says; the display is a `Recorder`."""
+        if isinstance(event, StepDone):
+            self._update(event.step, event.metrics)
+        elif isinstance(event, Evaluated):
+            self._update(event.step, event.evaluation.metrics)
+        else:
+            self.note(f"step {event.step}: {event.text}")
+
+    def _update(self, step: int, metrics: Mapping[str, float | list[float]]) -> None:
         self.step = step
         self.values |= {name: value for name, value in metrics.items() if not isinstance(value, list)}
         if "train/pass_rate" in metrics:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from groupwise.models import encode_prompt
-from groupwise.rollouts.base import Sampler, Sampling
+from groupwise.rollouts.base import Sampler, Sampling, requests
+from groupwise.rollouts.driver import generate_all
 from groupwise.tasks.base import Task
 from groupwise.types import Completion, Problem, Score
 
@@ -35,8 +36,7 @@ def evaluate(
 ) -> Evaluation:
     """Sample each held-out problem `samples` times, at the training temperature."""
     prompts = [encode_prompt(tokenizer, problem.prompt, chat) for problem in problems]
-    answers = dict(sampler.generate(prompts, samples, sampling, seed=seed))
-    completions = [answers[i] for i in range(len(problems))]
+    completions = generate_all(sampler, requests(prompts, samples, sampling, seed))
     scores = [
         tuple(task.score(problem, [completion.text for completion in row]))
         for problem, row in zip(problems, completions, strict=True)

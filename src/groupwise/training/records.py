@@ -14,14 +14,16 @@ from torch import Tensor
 from groupwise.config import dump
 from groupwise.errors import UserError
 from groupwise.learner.base import TokenRecord
-from groupwise.types import Batch, Group
+from groupwise.training.events import Evaluated, Event, StepDone
+from groupwise.types import Group, TrainingBatch
 
 
 class RunDirectory:
     """A run's files: recipe.toml, metrics.jsonl, rollouts/, tokens/, checkpoints/, model/."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, tokenizer: Any) -> None:
+        """`tokenizer`: to write tokens as text."""
+        self.path, self.tokenizer = path, tokenizer
         self.metrics_path = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
@@ -42,12 +44,23 @@ class RunDirectory:
         (self.path / "recipe.toml").write_text(dump(recipe))
 
     def rewind(self, step: int) -> None:
-        """Forget what was recorded after `step`, which will be done again, and evaluations of it, which may be missing."""
+        """Remove what was recorded after `step`, which will be done again, and evaluations of `step`, which are repeated."""
         lines = self.metrics_path.read_text().splitlines(keepends=True) if self.metrics_path.exists() else []
         kept = [
             line for line in lines if _step_of(line) < step or (_step_of(line) == step and "train/pass_rate" in json.loads(line))
         ]
         self.metrics_path.write_text("".join(kept))
+
+    def record(self, event: Event) -> None:
+        """Write what an event holds; the directory is a `Recorder`."""
+        if isinstance(event, StepDone):
+            self.write_metrics(event.step, event.metrics)
+            self.write_rollouts(event.step, event.groups)
+            if event.tokens and isinstance(event.batch, TrainingBatch):
+                self.write_tokens(event.step, event.groups, event.batch, event.tokens)
+        elif isinstance(event, Evaluated):
+            problems = float(len(event.evaluation.problems))
+            self.write_metrics(event.step, {**event.evaluation.metrics, "eval_problems": problems})
 
     def write_metrics(self, step: int, metrics: Mapping[str, float | list[float]]) -> None:
         # JSON has no NaN.
@@ -60,19 +73,17 @@ class RunDirectory:
         text = "\n".join(_readable(group) for group in groups)
         (self.path / "rollouts" / f"step-{step:06d}.txt").write_text(text)
 
-    def write_tokens(
-        self, step: int, groups: Sequence[Group], batch: Batch, records: Sequence[TokenRecord], tokenizer: Any
-    ) -> None:
-        """Every completion token as a row of Parquet; what only a run of the learner knows is null where it was not run."""
+    def write_tokens(self, step: int, groups: Sequence[Group], batch: TrainingBatch, records: Sequence[TokenRecord]) -> None:
+        """Every completion token as a row of Parquet; what only the learner knows is null where a row was not run."""
         (self.path / "tokens").mkdir(exist_ok=True)
-        table = pa.table(token_columns(step, groups, batch, records, tokenizer))
-        partial = self.path / "tokens" / ".partial"  # written beside, so that a file that is there is whole
+        table = pa.table(token_columns(step, groups, batch, records, self.tokenizer))
+        partial = self.path / "tokens" / ".partial"  # renamed at the end, so that a file that exists is complete
         pq.write_table(table, partial)
         partial.replace(self.path / "tokens" / f"step-{step:06d}.parquet")
 
 
 def token_columns(
-    step: int, groups: Sequence[Group], batch: Batch, records: Sequence[TokenRecord], tokenizer: Any
+    step: int, groups: Sequence[Group], batch: TrainingBatch, records: Sequence[TokenRecord], tokenizer: Any
 ) -> dict[str, Any]:
     """Columns of equal length: one entry for each completion token of the step, row after row.
 
@@ -84,13 +95,13 @@ def token_columns(
         name: torch.full(inside_BT.shape, math.nan) for name in ("logprob", "low", "high", "clipped", "entropy")
     }
     for record in records:
-        for name, whole_BT in known.items():
+        for name, known_BT in known.items():
             part = record[name]
-            whole_BT[record["rows_B"], : part.shape[1]] = part.float()
+            known_BT[record["rows_B"], : part.shape[1]] = part.float()
     completions = [completion for group in groups for completion in group.completions]
     scores = [score for group in groups for score in group.scores]
     prompts = [group.problem.prompt for group in groups for _ in group.completions]
-    old_BT = batch.old_logprobs_BT if batch.old_logprobs_BT is not None else batch.rollout_logprobs_BT
+    old_BT = batch.old_logprobs_BT
     measured_BT = torch.where(batch.mask_BT, 1.0, math.nan)  # a masked token has no ratio
     texts = {token: tokenizer.decode([token]) for token in set(batch.tokens_BT[inside_BT].tolist())}
     rows = rows_N.tolist()

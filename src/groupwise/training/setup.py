@@ -1,29 +1,28 @@
 """A recipe made ready: everything that can be wrong is found here, before anything is trained."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from pydantic import ConfigDict, ValidationError, create_model
 
-from groupwise.algorithms import Algorithm, Outcomes, named, policy_loss
-from groupwise.algorithms.algorithm import PARTS
-from groupwise.config import Recipe, Source, explain
-from groupwise.errors import UserError
-from groupwise.models import check_logits, encode_prompt, load_model, load_model_config, load_tokenizer
-from groupwise.plugins import UserFunction, is_reference, load_function
+from groupwise.algorithms import NAMED, PARTS, Algorithm, Outcomes, OwnPart, named, policy_loss
+from groupwise.algorithms.named import general_settings, merged, part_settings, target_of
+from groupwise.config import Recipe, RolloutsSection, Source, explain
+from groupwise.errors import UserError, nearest
+from groupwise.learner.base import Learner
+from groupwise.learner.local import LocalLearner
+from groupwise.models import LanguageModel, encode_prompt, load_config, load_tokenizer
+from groupwise.plugins import is_reference, load_function
+from groupwise.rollouts.base import Sampler
+from groupwise.rollouts.samplers import find_sampler
 from groupwise.tasks.base import Task, build_task
 from groupwise.types import Problem
 
 LOOKED_AT = 256
 """How many training problems are looked at before training."""
-AlgorithmSection = create_model(
-    "AlgorithmSection",
-    __config__=ConfigDict(extra="forbid", strict=True),
-    **{field.name: (field.type, field.default) for field in fields(Algorithm)},  # type: ignore[call-overload]
-)
-"""The fields of `Algorithm`, with the types of what a recipe gives them checked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,9 +33,29 @@ class Ready:
     algorithm: Algorithm
     task: Task
     tokenizer: Any
-    model: Any
+    model: LanguageModel
     problem: Problem
     """The first of them, for a trial."""
+    sampler: Callable[[RolloutsSection, LanguageModel, Any], Sampler]
+    """Makes the recipe's sampler."""
+
+    def make_learner(self) -> Learner:
+        """The learner, which owns the model from now on."""
+        return LocalLearner.build(self.recipe, self.algorithm, self.model)
+
+    def make_sampler(self, weights: LanguageModel) -> Sampler:
+        """A sampler of these weights."""
+        return self.sampler(self.recipe.rollouts, weights, self.tokenizer)
+
+    def fallback(self) -> str | None:
+        """What keeps the model from its fastest path, and why; None if nothing does."""
+        dtype = self.recipe.rollouts.dtype
+        return self.model.fallback(getattr(torch, dtype) if dtype else None)
+
+    def load_base(self) -> LanguageModel:
+        """The model as training began with it."""
+        model = self.recipe.model
+        return LanguageModel.load(model.path, dtype=self.model.dtype, device=self.model.device, backend=model.backend)
 
 
 def prepare(recipe: Recipe, source: Source) -> Ready:
@@ -47,10 +66,11 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
     """
     algorithm = build_algorithm(recipe.algorithm, source)
     check_together(recipe, algorithm, source)
+    sampler = find_sampler(recipe.rollouts, source)
     task = build_task(recipe.task, source)
     try:
         tokenizer = load_tokenizer(recipe.model.path)
-        config = load_model_config(recipe.model.path)
+        config = load_config(recipe.model.path)
     except UserError as error:
         raise source.error("model.path", str(error)) from error
     if recipe.model.chat and not tokenizer.chat_template:
@@ -59,67 +79,95 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
     check_lengths(recipe, config, tokenizer, task, source)
     try_scoring(task, problem, algorithm, recipe.rollouts.group_size, source)
     try_parts(algorithm)
-    device = device_of(recipe.model.device, source)
+    model = load_policy(recipe, source)
+    return Ready(
+        recipe=recipe, algorithm=algorithm, task=task, tokenizer=tokenizer, model=model, problem=problem, sampler=sampler
+    )
+
+
+def load_policy(recipe: Recipe, source: Source) -> LanguageModel:
+    """The model of a recipe, on its device, with its backend.
+
+    Raises:
+        UserError: it cannot be loaded, or not run in that way.
+    """
+    settings, device = recipe.model, device_of(recipe.model.device, source)
     try:
-        model = load_model(recipe.model.path, getattr(torch, recipe.model.dtype)).to(device)
-        check_logits(model)
-        if recipe.model.compile:
-            model.base_model.compile(dynamic=True)
+        model = LanguageModel.load(settings.path, dtype=getattr(torch, settings.dtype), device=device, backend=settings.backend)
     except UserError as error:
-        raise source.error("model.path", str(error)) from error
-    return Ready(recipe=recipe, algorithm=algorithm, task=task, tokenizer=tokenizer, model=model, problem=problem)
+        key, _, message = str(error).partition(" = 'kernels': ")
+        raise source.error("model.backend" if key == "model.backend" else "model.path", message or str(error)) from error
+    if settings.compile:
+        model.compile()
+    return model
 
 
 def build_algorithm(settings: dict[str, Any], source: Source) -> Algorithm:
-    """The algorithm that a recipe's [algorithm] describes: a named one, with changes; parts may be functions of the user's.
+    """The algorithm that a recipe's [algorithm] describes: a named one, with changes; parts may be the user's own.
 
     Raises:
-        UserError: an unknown name or key, a value of the wrong type, or a mix without meaning.
+        UserError: an unknown name or key, a value of the wrong type, a setting that nothing reads, or a mix without meaning.
     """
     changes = dict(settings)
     name = changes.pop("name", Recipe().algorithm["name"])
-    base = Path(source.path).parent
     for key, value in changes.items():
         if is_reference(value) and key in PARTS:
             try:
-                changes[key] = load_function(value, base)
+                found = load_function(value, Path(source.path).parent)
             except UserError as error:
                 raise source.error(f"algorithm.{key}", str(error)) from error
-        elif value == "none" and _may_be_none(key):  # TOML has no null
-            changes[key] = None
+            changes[key] = OwnPart(target=found.function, reference=found.reference)
         elif isinstance(value, list):
             changes[key] = tuple(value)
     try:
-        start = _plain(start_of(name))
-    except ValueError as error:
-        raise source.error("algorithm.name", str(error)) from error
+        types = setting_types(name, changes)
+        changes = {key: None if value == "none" and _may_be_none(types.get(key)) else value for key, value in changes.items()}
+        _check_types(changes, types, source)
+        return named(name, **changes)
+    except ValueError as error:  # raised by the algorithm itself, as "key: what is wrong"
+        key, colon, message = str(error).partition(": ")
+        raise source.error(f"algorithm.{key}" if colon else "algorithm.name", message or str(error)) from error
+
+
+def setting_types(name: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a named algorithm with such changes reads, and their types.
+
+    Raises:
+        ValueError: there is no such algorithm or part.
+    """
+    if not isinstance(name, str) or (name not in NAMED and name != "custom"):
+        raise ValueError(f"there is no algorithm {name!r}{nearest(str(name), NAMED)}")
+    types = general_settings()
+    for kind in PARTS:
+        if isinstance(changes.get(kind, ""), str):
+            types[kind] = str
+    wrong_parts = {kind for kind in PARTS if not (isinstance(changes.get(kind, ""), str | OwnPart) or callable(changes[kind]))}
+    if not wrong_parts:
+        settings = merged(name, changes)
+        for kind in PARTS:
+            types |= part_settings(target_of(kind, settings[kind]))
+    return types | dict.fromkeys(wrong_parts, str)
+
+
+def _check_types(changes: dict[str, Any], types: dict[str, Any], source: Source) -> None:
+    fields = {key: (types[key], ...) for key in changes if key in types}
+    section = create_model("AlgorithmSection", __config__=ConfigDict(strict=True), **fields)  # type: ignore[call-overload]
     try:
-        checked = AlgorithmSection.model_validate({**start, **changes, "name": name})
-        return Algorithm(**{key: getattr(checked, key) for key in AlgorithmSection.model_fields})
+        section.model_validate({key: changes[key] for key in fields})
     except ValidationError as error:
-        raise explain(error, AlgorithmSection, source, "algorithm.") from error
-    except ValueError as error:  # raised by Algorithm itself, as "key: what is wrong"
-        key, _, message = str(error).partition(": ")
-        raise source.error(f"algorithm.{key}", message) from error
+        raise explain(error, section, source, "algorithm.") from error
 
 
-def start_of(name: str) -> Algorithm:
-    """What a recipe's settings change: the named algorithm, or for "custom" the plain defaults."""
-    return Algorithm() if name == "custom" else named(name)
-
-
-def _may_be_none(key: str) -> bool:
-    return any(field.name == key and field.default is None for field in fields(Algorithm))
-
-
-def _plain(algorithm: Algorithm) -> dict[str, Any]:
-    return {field.name: getattr(algorithm, field.name) for field in fields(algorithm)}
+def _may_be_none(kind: Any) -> bool:
+    """Whether a setting of this type may be absent, which a recipe writes as "none": TOML has no null."""
+    return type(None) in get_args(kind)
 
 
 def check_together(recipe: Recipe, algorithm: Algorithm, source: Source) -> None:
     """Settings that are fine alone and meaningless together."""
     rollouts, learner = recipe.rollouts, recipe.learner
-    if rollouts.group_size == 1 and (algorithm.center == "group" or algorithm.dynamic_sampling) and not algorithm.needs:
+    alone_is_nothing = getattr(algorithm.advantage, "compares_group", False) or algorithm.dynamic_sampling
+    if rollouts.group_size == 1 and alone_is_nothing and not algorithm.needs:
         raise source.error(
             "rollouts.group_size", f"{algorithm.name} compares the completions of a prompt, so it needs at least 2"
         )
@@ -128,13 +176,13 @@ def check_together(recipe: Recipe, algorithm: Algorithm, source: Source) -> None
             "learner.minibatches", f"a minibatch holds whole groups, and a step has {rollouts.prompts_per_step} of them"
         )
     limited = rollouts.top_p < 1 or rollouts.top_k > 0 or rollouts.min_p > 0
-    if limited and (learner.old_logprobs == "sampler" or algorithm.correction != "none"):
+    if limited and (learner.old_logprobs == "sampler" or algorithm.corrects_mismatch):
         raise source.error(
             "learner.old_logprobs" if learner.old_logprobs == "sampler" else "algorithm.correction",
             "the sampler's log-probabilities are those of the distribution cut by top_p, top_k or min_p, "
             "which the learner does not compute, so the two cannot be compared",
         )
-    if algorithm.correction != "none" and learner.old_logprobs == "sampler":
+    if algorithm.corrects_mismatch and learner.old_logprobs == "sampler":
         raise source.error("learner.old_logprobs", "a correction compares the learner with the sampler, so it needs 'recompute'")
 
 
@@ -171,10 +219,10 @@ def try_parts(algorithm: Algorithm) -> None:
     Raises:
         UserError: one raised, or did not return what its kind must.
     """
-    mine = {key: getattr(algorithm, key) for key in PARTS if isinstance(getattr(algorithm, key), UserFunction)}
-    if not mine:
+    own = {kind: algorithm.choice(kind) for kind in PARTS if algorithm.choice(kind) not in PARTS[kind]}
+    if not own:
         return
-    names = ", ".join(f"{key} {function.reference}" for key, function in mine.items())
+    names = ", ".join(f"{kind} {name}" for kind, name in own.items())
     mask_BT, zeros_BT = torch.ones(2, 2, dtype=torch.bool), torch.zeros(2, 2)
     outcomes = Outcomes(
         rewards_B=torch.tensor([1.0, 0.0], dtype=torch.float64),
@@ -187,20 +235,13 @@ def try_parts(algorithm: Algorithm) -> None:
         values_BT=zeros_BT,
     )
     try:
-        credit = algorithm.part("advantage")(outcomes, algorithm)
+        credit = algorithm.advantage(outcomes)
+        if credit.advantages.dim() == 2 and not getattr(algorithm.advantage, "per_token", False):
+            raise ValueError("an advantage that differs between tokens says so: per_token = True")
         logprobs_BT = zeros_BT.clone().requires_grad_()
-        weights_BT = algorithm.part("aggregation")(mask_BT, group_ids_B=outcomes.group_ids_B, max_length=2)
-        loss, _ = policy_loss(
-            algorithm,
-            logprobs_BT,
-            zeros_BT,
-            credit.advantages,
-            mask_BT,
-            ref_logprobs_BT=zeros_BT,
-            rollout_logprobs_BT=zeros_BT,
-            weights_BT=weights_BT,
-            entropy_BT=zeros_BT,
-        )
+        weights_BT = algorithm.aggregation(mask_BT, group_ids_B=outcomes.group_ids_B, max_length=2)
+        others = {"ref_logprobs_BT": zeros_BT, "rollout_logprobs_BT": zeros_BT, "entropy_BT": zeros_BT}
+        loss, _ = policy_loss(algorithm, logprobs_BT, zeros_BT, credit.advantages, mask_BT, weights_BT=weights_BT, **others)
         loss.backward()  # type: ignore[no-untyped-call]
     except Exception as error:  # the user's functions may raise or return anything
         raise UserError(f"trying {names}: {type(error).__name__}: {error}") from error
@@ -218,18 +259,14 @@ def device_of(name: str, source: Source) -> torch.device:
 
 
 def resolved(ready: Ready) -> dict[str, Any]:
-    """The recipe for the run directory: every default filled in, files by absolute paths.
-
-    Of the algorithm, the name and what differs from it, so that another name can still be set.
-    """
+    """The recipe for the run directory, complete: every default filled in, those of the algorithm and its parts included, files by
+    absolute paths. So a default that changes later changes nothing of an old run."""
     tree = ready.recipe.model_dump()
     if Path(ready.recipe.model.path).is_dir():
         tree["model"]["path"] = str(Path(ready.recipe.model.path).resolve())
     tree["task"] = ready.task.model_dump()
-    start = _plain(start_of(ready.algorithm.name))
-    tree["algorithm"] = {"name": ready.algorithm.name} | {
-        key: _written(value) for key, value in _plain(ready.algorithm).items() if value != start[key]
-    }
+    settings = {key: _written(value) for key, value in ready.algorithm.settings().items()}
+    tree["algorithm"] = {"name": ready.algorithm.name, **settings}
     return tree
 
 
@@ -237,6 +274,4 @@ def _written(value: Any) -> Any:
     """A setting as TOML can hold it and `build_algorithm` reads it."""
     if value is None:
         return "none"
-    if isinstance(value, UserFunction):
-        return value.reference
     return list(value) if isinstance(value, tuple) else value

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,9 @@ import torch
 from groupwise.algorithms import token_weights
 from groupwise.config import SftRecipe, Source
 from groupwise.errors import UserError
-from groupwise.learner.local import cut_rows
-from groupwise.learner.logprobs import completion_logprobs
+from groupwise.learner.micro_batches import cut_rows
 from groupwise.learner.optimiser import Optimiser
-from groupwise.models import character_tokenizer, check_logits, encode_prompt, load_model, load_tokenizer, new_model
+from groupwise.models import LanguageModel, character_tokenizer, encode_prompt, load_module, load_tokenizer, new_module
 from groupwise.rollouts.base import Sampling
 from groupwise.rollouts.native import NativeSampler
 from groupwise.seeding import derive
@@ -44,7 +42,7 @@ def sft(recipe: SftRecipe, source: Source, out: Path, report: Callable[[int, flo
     tokenizer, model = start(recipe, task, source)
     settings = recipe.sft
     optimiser = Optimiser(
-        model,
+        model.parameters(),
         learning_rate=settings.learning_rate,
         updates=settings.steps,
         warmup_steps=settings.warmup_steps,
@@ -60,13 +58,12 @@ def sft(recipe: SftRecipe, source: Source, out: Path, report: Callable[[int, flo
         loss = train_step(model, optimiser, batch, settings.micro_batch_tokens)
         report(step + 1, loss)
     record = {"steps": settings.steps, "loss": loss, **pass_rates(model, tokenizer, task, recipe)}
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    model.export(out, tokenizer)
     (out / "sft.json").write_text(json.dumps(record, indent=2) + "\n")
     return record
 
 
-def start(recipe: SftRecipe, task: Task, source: Source) -> tuple[Any, Any]:
+def start(recipe: SftRecipe, task: Task, source: Source) -> tuple[Any, LanguageModel]:
     """The tokenizer and the model to begin with: loaded, or new.
 
     Raises:
@@ -84,11 +81,12 @@ def start(recipe: SftRecipe, task: Task, source: Source) -> tuple[Any, Any]:
     device = device_of(settings.device, source)
     try:
         if settings.path:
-            tokenizer, model = load_tokenizer(settings.path), load_model(settings.path)
+            tokenizer, module = load_tokenizer(settings.path), load_module(settings.path)
         else:
             tokenizer = character_tokenizer(settings.characters)
-            model = new_model(settings.new, tokenizer, recipe.seed)
-        check_logits(model.to(device))
+            module = new_module(settings.new, tokenizer, recipe.seed)
+        model = LanguageModel(module.to(device))
+        model.check_logits()
     except UserError as error:
         raise source.error("model.path" if settings.path else "model.new", str(error)) from error
     if settings.chat and not tokenizer.chat_template:
@@ -96,15 +94,15 @@ def start(recipe: SftRecipe, task: Task, source: Source) -> tuple[Any, Any]:
     return tokenizer, model
 
 
-def train_step(model: Any, optimiser: Optimiser, batch: Batch, micro_batch_tokens: int) -> float:
+def train_step(model: LanguageModel, optimiser: Optimiser, batch: Batch, micro_batch_tokens: int) -> float:
     """One update on the mean negative log-probability of the tokens that count; returns it."""
-    batch = replace(batch, weights_BT=token_weights(batch.mask_BT, "token_mean"))
+    weights_BT = token_weights(batch.mask_BT, "token_mean")
     total = 0.0
     for rows in cut_rows(batch, micro_batch_tokens, padded=True):
         part = batch.select(rows).to(model.device)
-        logprobs_BT, _ = completion_logprobs(model, part, share_prompts=False)
-        assert part.weights_BT is not None
-        loss = -(part.weights_BT.to(logprobs_BT.dtype) * logprobs_BT).sum()
+        logprobs_BT, _ = model.completion_logprobs(part, share_prompts=False)
+        part_BT = weights_BT[rows, : logprobs_BT.shape[1]].to(logprobs_BT)
+        loss = -(part_BT * logprobs_BT).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
     optimiser.step(total)
@@ -120,19 +118,18 @@ def demonstration_batch(tokenizer: Any, shown: list[Demonstration], chat: bool |
     for item, mask in zip(shown, masks, strict=True):
         mask[0] = not item.skip_first
     tokens_BT = pad_rows(tokens)
-    zeros_BT = torch.zeros(tokens_BT.shape)
     return Batch(
+        rows_B=torch.arange(len(shown)),
         prompts=tuple(encode_prompt(tokenizer, item.prompt, chat) for item in shown),
         group_ids_B=torch.arange(len(shown)),
         tokens_BT=tokens_BT,
         lengths_B=torch.tensor([len(row) for row in tokens]),
         mask_BT=pad_rows(masks),
-        rollout_logprobs_BT=zeros_BT,
-        advantages_BT=zeros_BT,
+        rollout_logprobs_BT=torch.zeros(tokens_BT.shape),
     )
 
 
-def pass_rates(model: Any, tokenizer: Any, task: Task, recipe: SftRecipe) -> dict[str, float]:
+def pass_rates(model: LanguageModel, tokenizer: Any, task: Task, recipe: SftRecipe) -> dict[str, float]:
     evaluation = evaluate(
         NativeSampler(model, tokenizer),
         task,

@@ -1,4 +1,4 @@
-// The interactive figures. A panel is data: controls, curves and readouts as functions of the controls' values.
+// The interactive figures. A panel is an object: its sliders, and its curves, marker and readouts as functions of the sliders' values.
 const tokens = JSON.parse(document.getElementById("tokens").textContent);
 const root = document.documentElement;
 let language = (navigator.language || "en").startsWith("zh") ? "zh" : "en";
@@ -15,16 +15,18 @@ const stepsToReach = (start, target, high) => Math.log(target / start) / Math.lo
 const dynamicLow = (q, low) => 0.5 + 0.5 * Math.sqrt(Math.max(1 - (4 * low) / q, 0));
 const dynamicHigh = (q, high) => Math.min(10, 0.5 + 0.5 * Math.sqrt(1 + (4 * high) / q));
 const overlong = (length, limit, cache) => (length <= limit - cache ? 0 : length <= limit ? (limit - cache - length) / cache : -1);
-const dead = (p, size) => p ** size + (1 - p) ** size;
+// The probability that a group of `size` completions is all correct or all wrong, at pass rate p.
+const zeroVariance = (p, size) => p ** size + (1 - p) ** size;
 
-// What one token of each completion weighs in the loss, by aggregation.
-function weights(mode, lengths, limit) {
+// The weight that one token of each completion has in the loss, by aggregation mode.
+function tokenWeights(mode, lengths, limit) {
   const total = lengths.reduce((a, b) => a + b, 0);
   const of = { sequence_mean: (n) => 1 / (lengths.length * n), token_mean: () => 1 / total, sequence_sum: (n) => 1 / n, constant: () => 1 / (lengths.length * limit) };
   return lengths.map(of[mode]);
 }
 
-// DCPO's smoothed advantage of a right and a wrong answer after each visit of a prompt; rewards 1 and 0.
+// DCPO's smoothed advantage of a correct and of a wrong completion at each visit of a prompt, for rewards 1 and 0.
+// `fresh` is the GRPO advantage of a correct completion in that visit's group.
 function smoothed(rightPerVisit, size) {
   let count = 0, mean = 0, variance = 0;
   return rightPerVisit.map((right, visit) => {
@@ -42,13 +44,14 @@ function smoothed(rightPerVisit, size) {
   });
 }
 
-// Numbers from a normal distribution, the same at every visit of the page.
+// Normally distributed pseudo-random numbers (Box-Muller), the same whenever the page is opened.
 function normal(count) {
   let state = 12345;
-  const uniform = () => (state = (state * 16807) % 2147483647) / 2147483647; // Lehmer's generator, exact in doubles
+  const uniform = () => (state = (state * 16807) % 2147483647) / 2147483647; // Lehmer's generator; its integers are exact in doubles.
   return Array.from({ length: count }, () => Math.sqrt(-2 * Math.log(uniform())) * Math.cos(2 * Math.PI * uniform()));
 }
 const noise = normal(2048);
+// Token log ratios drawn from a normal distribution, with their running sum and mean.
 function drift(length, spread, bias) {
   const token = noise.slice(0, length).map((z) => bias + spread * z);
   let sum = 0;
@@ -59,55 +62,55 @@ const slider = (id, en, zh, min, max, step, value) => ({ id, label: { en, zh }, 
 const panels = [
   {
     id: "ceiling", dragX: "q",
-    title: { en: "The clip's ceiling", zh: "裁剪的天花板" },
-    text: { en: "The updates on one batch of rollouts may raise a token of probability π_old up to (1 + ε_high) π_old before its gradient stops: little for the unlikely, and no limit at all where that exceeds 1. It stops the gradient, not the weights: momentum and shared weights can overshoot.",
-      zh: "一批 rollout 上的若干次更新最多把概率为 π_old 的 token 推到 (1 + ε_high) π_old，之后梯度归零：对低概率 token 余地很小，而当它超过 1 时就不再构成限制。停下的是梯度而不是权重：动量与共享权重仍可能越过。" },
+    title: { en: "The upper clip bound", zh: "裁剪上界" },
+    text: { en: "Within the updates on one batch of rollouts, a token with positive advantage and old probability π_old has no gradient once its probability exceeds (1 + ε_high) π_old. For unlikely tokens this allows only a small increase; where the bound exceeds 1 it has no effect. Clipping removes the token's gradient but does not hold its probability: momentum and the gradients of other tokens, through shared model parameters, can push it past the bound.",
+      zh: "在同一批 rollout 的各次更新中，优势为正、旧概率为 π_old 的 token 一旦概率超过 (1 + ε_high) π_old，其梯度即为零。低概率 token 只能小幅上升；当该上界超过 1 时则不起作用。裁剪只去掉该 token 的梯度，并不固定其概率：动量以及其他 token 经共享模型参数传来的梯度仍可能使其越过上界。" },
     controls: [slider("high", "ε_high", "ε_high", 0.01, 1, 0.01, 0.2), slider("q", "π_old", "π_old", 0.01, 1, 0.01, 0.1)],
     x: { en: "π_old", zh: "π_old", from: 0, to: 1 }, y: { en: "π_new", zh: "π_new", from: 0, to: 1 },
     curves: (v) => [
-      { name: { en: "ceiling min(1, (1 + ε_high) π_old)", zh: "天花板 min(1, (1 + ε_high) π_old)" }, points: along(0, 1, (q) => ceiling(q, v.high)) },
+      { name: { en: "upper bound min(1, (1 + ε_high) π_old)", zh: "上界 min(1, (1 + ε_high) π_old)" }, points: along(0, 1, (q) => ceiling(q, v.high)) },
       { name: { en: "no change", zh: "不变" }, points: [[0, 0], [1, 1]], style: "c4 dashed" },
     ],
     dots: () => tokens.map((token) => [token.p, Math.min(1, token.p * token.ratio)]),
     marker: (v) => [v.q, ceiling(v.q, v.high)],
     readouts: (v) => [
-      [{ en: "ceiling at π_old", zh: "π_old 处的天花板" }, short(ceiling(v.q, v.high))],
-      [{ en: "room to rise, ε_high π_old", zh: "上升余地 ε_high π_old" }, short(ceiling(v.q, v.high) - v.q)],
-      [{ en: "no limit above π_old =", zh: "π_old 高于此值时不再受限" }, short(1 / (1 + v.high))],
+      [{ en: "upper bound at π_old", zh: "π_old 处的上界" }, short(ceiling(v.q, v.high))],
+      [{ en: "largest allowed increase, min(ε_high π_old, 1 − π_old)", zh: "允许的最大增幅 min(ε_high π_old, 1 − π_old)" }, short(ceiling(v.q, v.high) - v.q)],
+      [{ en: "no effect above π_old =", zh: "π_old 高于此值时上界不起作用" }, short(1 / (1 + v.high))],
     ],
   },
   {
     id: "compounding", dragX: "n",
-    title: { en: "Compounding, when every update ends at the ceiling", zh: "每次更新都触顶时的复利" },
-    text: { en: "A token that the clip stops at every update grows as π₀ (1 + ε)ⁿ until it reaches 1. The gap between two clips is ((1 + ε₂)/(1 + ε₁))ⁿ: 3.64 times after 20 updates for 0.28 against 0.20, and it ends when the faster one is at 1.",
-      zh: "若每次更新都被裁剪拦住，概率按 π₀ (1 + ε)ⁿ 增长，直到等于 1。两种裁剪之间的差距为 ((1 + ε₂)/(1 + ε₁))ⁿ:0.28 对 0.20 在 20 次更新后为 3.64 倍，并在较快者到达 1 时终止。" },
-    controls: [slider("start", "π₀", "π₀", 0.001, 0.5, 0.001, 0.01), slider("target", "target", "目标", 0.01, 1, 0.01, 0.1), slider("first", "ε₁", "ε₁", 0.05, 1, 0.01, 0.2), slider("second", "ε₂", "ε₂", 0.05, 1, 0.01, 0.28), slider("n", "updates n", "更新次数 n", 0, 60, 1, 20)],
-    x: { en: "saturated updates", zh: "触顶的更新次数", from: 0, to: 60 }, y: { en: "π", zh: "π", from: 0, to: 1 },
+    title: { en: "Compound growth when every step ends at the upper bound", zh: "每一步都到达上界时的复合增长" },
+    text: { en: "If every step (the updates on one batch of rollouts) raises a token to its upper bound, its probability grows as π₀ (1 + ε)ⁿ until it reaches 1. For two bounds ε₁ and ε₂ the probabilities differ by the factor ((1 + ε₂)/(1 + ε₁))ⁿ, which is 3.64 after 20 steps for 0.28 and 0.20, until the faster one reaches 1.",
+      zh: "若每一步(同一批 rollout 上的各次更新)都把 token 推到上界，其概率按 π₀ (1 + ε)ⁿ 增长，直到等于 1。两个上界 ε₁ 与 ε₂ 下的概率相差 ((1 + ε₂)/(1 + ε₁))ⁿ 倍：0.28 与 0.20 在 20 步后相差 3.64 倍，直到较快者到达 1。" },
+    controls: [slider("start", "π₀", "π₀", 0.001, 0.5, 0.001, 0.01), slider("target", "target probability", "目标概率", 0.01, 1, 0.01, 0.1), slider("first", "ε₁", "ε₁", 0.05, 1, 0.01, 0.2), slider("second", "ε₂", "ε₂", 0.05, 1, 0.01, 0.28), slider("n", "steps n", "步数 n", 0, 60, 1, 20)],
+    x: { en: "steps that end at the upper bound", zh: "到达上界的步数", from: 0, to: 60 }, y: { en: "π", zh: "π", from: 0, to: 1 },
     curves: (v) => [
       { name: { en: "ε₁", zh: "ε₁" }, points: along(0, 60, (n) => climb(v.start, n, v.first)) },
       { name: { en: "ε₂", zh: "ε₂" }, points: along(0, 60, (n) => climb(v.start, n, v.second)) },
-      { name: { en: "target", zh: "目标" }, points: [[0, v.target], [60, v.target]], style: "c4 dashed" },
+      { name: { en: "target probability", zh: "目标概率" }, points: [[0, v.target], [60, v.target]], style: "c4 dashed" },
     ],
     marker: (v) => [v.n, climb(v.start, v.n, v.first)],
     readouts: (v) => [
-      [{ en: "updates to the target, ε₁", zh: "达到目标所需更新 ε₁" }, short(Math.max(0, stepsToReach(v.start, v.target, v.first)))],
-      [{ en: "updates to the target, ε₂", zh: "达到目标所需更新 ε₂" }, short(Math.max(0, stepsToReach(v.start, v.target, v.second)))],
-      [{ en: "ratio of the two after n", zh: "n 次后两者之比" }, short(climb(v.start, v.n, v.second) / climb(v.start, v.n, v.first))],
+      [{ en: "steps to the target with ε₁", zh: "ε₁ 达到目标所需步数" }, short(Math.max(0, stepsToReach(v.start, v.target, v.first)))],
+      [{ en: "steps to the target with ε₂", zh: "ε₂ 达到目标所需步数" }, short(Math.max(0, stepsToReach(v.start, v.target, v.second)))],
+      [{ en: "probability with ε₂ over that with ε₁, after n", zh: "n 步后 ε₂ 与 ε₁ 的概率之比" }, short(climb(v.start, v.n, v.second) / climb(v.start, v.n, v.first))],
     ],
   },
   {
     id: "sequence",
-    title: { en: "Token clip against sequence clip, with length", zh: "token 裁剪与序列裁剪，随长度变化" },
-    text: { en: "Log ratios of tokens (dots), drawn at random. Their sum drifts with √T (the ratio of the whole sequence), their mean settles (GSPO's ratio). A clip on tokens stops the gradient of each point past its bound and says nothing of the sum; GSPO's looks at the mean, so at the sum by T times its bound.",
-      zh: "随机抽取的 token 对数比率(圆点)。其和随 √T 漂移(整个序列的比率)，其均值趋于稳定(GSPO 的比率)。token 裁剪对越界的每一点停止梯度，与总和无关；GSPO 看的是均值，因此对总和的界是其 T 倍。" },
-    controls: [slider("length", "length T", "长度 T", 16, 2048, 16, 512), slider("spread", "spread of a token's log ratio", "token 对数比率的标准差", 0.001, 0.2, 0.001, 0.03), slider("bias", "mean of a token's log ratio", "token 对数比率的均值", -0.01, 0.01, 0.0005, 0), slider("tokenClip", "token clip ε", "token 裁剪 ε", 0.05, 0.5, 0.01, 0.2), slider("sequenceClip", "sequence clip ε", "序列裁剪 ε", 0.0001, 0.02, 0.0001, 0.0004)],
-    x: { en: "token", zh: "token", from: 0, to: (v) => v.length }, y: { en: "log ratio", zh: "对数比率", from: (v) => Math.min(-0.1, ...drift(v.length, v.spread, v.bias).map((d) => d.sum)) * 1.05, to: (v) => Math.max(0.1, ...drift(v.length, v.spread, v.bias).map((d) => d.sum)) * 1.05 },
+    title: { en: "Token clip and sequence clip by completion length", zh: "token 裁剪与序列裁剪随回复长度的变化" },
+    text: { en: "Token log ratios (dots) drawn from a normal distribution. Without a bias, the typical size of their sum (the log ratio of the whole sequence) grows as √T and that of their mean (the log of GSPO's ratio) falls as 1/√T. A token clip stops the gradient of single tokens past the bound and does not limit the sum. GSPO clips the mean, which bounds the sum by T times the bound on the mean.",
+      zh: "从正态分布抽取的 token 对数比率(圆点)。均值为零时，其和(整个序列的对数比率)的典型大小按 √T 增长，其均值(GSPO 比率的对数)按 1/√T 减小。token 裁剪只停止越界 token 各自的梯度，并不限制总和；GSPO 裁剪均值，因此总和的界是均值的界的 T 倍。" },
+    controls: [slider("length", "length T", "长度 T", 16, 2048, 16, 512), slider("spread", "standard deviation σ of token log ratios", "token 对数比率的标准差 σ", 0.001, 0.2, 0.001, 0.03), slider("bias", "mean μ of token log ratios", "token 对数比率的均值 μ", -0.01, 0.01, 0.0005, 0), slider("tokenClip", "token clip ε", "token 裁剪 ε", 0.05, 0.5, 0.01, 0.2), slider("sequenceClip", "sequence clip ε", "序列裁剪 ε", 0.0001, 0.02, 0.0001, 0.0004)],
+    x: { en: "position of the token", zh: "token 位置", from: 0, to: (v) => v.length }, y: { en: "log ratio", zh: "对数比率", from: (v) => Math.min(-0.1, ...drift(v.length, v.spread, v.bias).map((d) => d.sum)) * 1.05, to: (v) => Math.max(0.1, ...drift(v.length, v.spread, v.bias).map((d) => d.sum)) * 1.05 },
     curves: (v) => {
       const d = drift(v.length, v.spread, v.bias);
       return [
-        { name: { en: "sum: the sequence's ratio", zh: "和：序列的比率" }, points: d.map((p) => [p.t, p.sum]) },
-        { name: { en: "mean: GSPO's ratio", zh: "均值：GSPO 的比率" }, points: d.map((p) => [p.t, p.mean]) },
-        { name: { en: "token clip", zh: "token 裁剪" }, points: [[0, Math.log(1 + v.tokenClip)], [v.length, Math.log(1 + v.tokenClip)]], style: "c2 dashed" },
+        { name: { en: "sum: log ratio of the sequence", zh: "和：序列的对数比率" }, points: d.map((p) => [p.t, p.sum]) },
+        { name: { en: "mean: log of GSPO's ratio", zh: "均值：GSPO 比率的对数" }, points: d.map((p) => [p.t, p.mean]) },
+        { name: { en: "upper bound of the token clip", zh: "token 裁剪的上界" }, points: [[0, Math.log(1 + v.tokenClip)], [v.length, Math.log(1 + v.tokenClip)]], style: "c2 dashed" },
         { name: { en: "typical sum, μT + σ√T", zh: "典型的和 μT + σ√T" }, points: along(0, v.length, (t) => v.bias * t + v.spread * Math.sqrt(t)), style: "c4 dashed" },
       ];
     },
@@ -115,99 +118,99 @@ const panels = [
     marker: (v) => { const d = drift(v.length, v.spread, v.bias); return [v.length, d[d.length - 1].sum]; },
     readouts: (v) => {
       const d = drift(v.length, v.spread, v.bias), last = d[d.length - 1];
-      const free = d.filter((p) => Math.exp(p.token) > 1 + v.tokenClip || Math.exp(p.token) < 1 - v.tokenClip).length;
+      const outside = d.filter((p) => Math.exp(p.token) > 1 + v.tokenClip || Math.exp(p.token) < 1 - v.tokenClip).length;
       return [
         [{ en: "typical sum σ√T", zh: "典型的和 σ√T" }, short(v.spread * Math.sqrt(v.length))],
         [{ en: "typical mean σ/√T", zh: "典型的均值 σ/√T" }, short(v.spread / Math.sqrt(v.length))],
-        [{ en: "tokens past the token clip", zh: "越过 token 裁剪的 token" }, percent(free / v.length)],
-        [{ en: "this sequence past the sequence clip", zh: "该序列是否越过序列裁剪" }, say(Math.exp(last.mean) > 1 + v.sequenceClip || Math.exp(last.mean) < 1 - v.sequenceClip ? { en: "yes (with a matching sign of A: all its tokens)", zh: "是(若 A 的符号相符：全部 token)" } : { en: "no", zh: "否" })],
-        [{ en: "log₁₀ of (1 + ε)ᵀ, tokens", zh: "token 裁剪 (1 + ε)ᵀ 的 log₁₀" }, short(v.length * Math.log10(1 + v.tokenClip))],
-        [{ en: "(1 + ε)ᵀ, sequence", zh: "序列裁剪 (1 + ε)ᵀ" }, short((1 + v.sequenceClip) ** v.length)],
+        [{ en: "tokens outside the token clip", zh: "超出 token 裁剪范围的 token" }, percent(outside / v.length)],
+        [{ en: "sequence outside the sequence clip", zh: "该序列是否超出序列裁剪范围" }, say(Math.exp(last.mean) > 1 + v.sequenceClip || Math.exp(last.mean) < 1 - v.sequenceClip ? { en: "yes (all its tokens are clipped if A has the matching sign)", zh: "是(若 A 的符号相符，则全部 token 被裁剪)" } : { en: "no", zh: "否" })],
+        [{ en: "log₁₀ (1 + ε)ᵀ, token clip", zh: "log₁₀ (1 + ε)ᵀ，token 裁剪" }, short(v.length * Math.log10(1 + v.tokenClip))],
+        [{ en: "(1 + ε)ᵀ, sequence clip", zh: "(1 + ε)ᵀ，序列裁剪" }, short((1 + v.sequenceClip) ** v.length)],
       ];
     },
   },
   {
     id: "dynamic", dragX: "q",
-    title: { en: "DCPO's bounds beside fixed ones", zh: "DCPO 的动态边界与固定边界" },
-    text: { en: "DCPO solves |(r − 1) r q| ≤ ε for the ratio r: the less likely the token, the wider its bounds (the upper one ends at 10; the plot at 4). For q ≤ 4 ε_low the constraint asks for no lower bound; the paper imposes 0.5.",
-      zh: "DCPO 对比率 r 求解 |(r − 1) r q| ≤ ε:token 越不可能，边界越宽(上界止于 10，图止于 4)。当 q ≤ 4 ε_low 时该约束并不要求下界；论文规定为 0.5。" },
+    title: { en: "DCPO's dynamic clip bounds and fixed ones", zh: "DCPO 的动态裁剪边界与固定边界" },
+    text: { en: "DCPO derives the bounds on the ratio r from |(r − 1) r q| ≤ ε, where q = π_old: the less likely the token, the wider its bounds. The upper bound is capped at 10 (the plot ends at 4). For q ≤ 4 ε_low the constraint implies no lower bound; the paper sets 0.5.",
+      zh: "DCPO 由 |(r − 1) r q| ≤ ε(q = π_old)导出比率 r 的边界：token 概率越低，边界越宽。上界最大为 10(图只画到 4)。当 q ≤ 4 ε_low 时该约束不给出下界；论文取 0.5。" },
     controls: [slider("low", "ε_low", "ε_low", 0.01, 0.5, 0.01, 0.16), slider("high", "ε_high", "ε_high", 0.01, 0.5, 0.01, 0.2), slider("fixed", "fixed ε", "固定 ε", 0.01, 0.5, 0.01, 0.2), slider("q", "q = π_old", "q = π_old", 0.005, 1, 0.005, 0.1)],
-    x: { en: "q", zh: "q", from: 0, to: 1 }, y: { en: "ratio", zh: "比率", from: 0, to: 4 },
+    x: { en: "q = π_old", zh: "q = π_old", from: 0, to: 1 }, y: { en: "ratio r", zh: "比率 r", from: 0, to: 4 },
     curves: (v) => [
-      { name: { en: "DCPO, upper", zh: "DCPO 上界" }, points: along(0.005, 1, (q) => Math.min(4, dynamicHigh(q, v.high))) },
-      { name: { en: "DCPO, lower", zh: "DCPO 下界" }, points: along(0.005, 1, (q) => dynamicLow(q, v.low)) },
-      { name: { en: "fixed", zh: "固定边界" }, points: [[0, 1 + v.fixed], [1, 1 + v.fixed]], style: "c4 dashed" },
+      { name: { en: "DCPO, upper bound", zh: "DCPO 上界" }, points: along(0.005, 1, (q) => Math.min(4, dynamicHigh(q, v.high))) },
+      { name: { en: "DCPO, lower bound", zh: "DCPO 下界" }, points: along(0.005, 1, (q) => dynamicLow(q, v.low)) },
+      { name: { en: "fixed bounds 1 ± ε", zh: "固定边界 1 ± ε" }, points: [[0, 1 + v.fixed], [1, 1 + v.fixed]], style: "c4 dashed" },
       { name: null, points: [[0, 1 - v.fixed], [1, 1 - v.fixed]], style: "c4 dashed" },
     ],
     marker: (v) => [v.q, Math.min(4, dynamicHigh(v.q, v.high))],
     readouts: (v) => [
       [{ en: "lower bound at q", zh: "q 处的下界" }, short(dynamicLow(v.q, v.low))],
       [{ en: "upper bound at q", zh: "q 处的上界" }, short(dynamicHigh(v.q, v.high))],
-      [{ en: "probability it may reach", zh: "可达到的概率" }, short(Math.min(1, v.q * dynamicHigh(v.q, v.high)))],
+      [{ en: "probability at the upper bound", zh: "上界处的概率" }, short(Math.min(1, v.q * dynamicHigh(v.q, v.high)))],
     ],
   },
   {
     id: "overlong", dragX: "length",
     title: { en: "The soft overlong punishment", zh: "柔性超长惩罚" },
-    text: { en: "DAPO takes nothing off a completion up to L_max − L_cache tokens, then linearly more, to −1 at L_max, the generation cap.",
-      zh: "DAPO 对长度不超过 L_max − L_cache 的回复不作惩罚，此后线性加重，在生成上限 L_max 处为 −1。" },
-    controls: [slider("limit", "L_max", "L_max", 1024, 32768, 256, 20480), slider("cache", "L_cache", "L_cache", 256, 16384, 256, 4096), slider("length", "length", "长度", 0, 32768, 128, 18432)],
-    x: { en: "tokens", zh: "token 数", from: 0, to: 32768 }, y: { en: "reward added", zh: "附加奖励", from: -1, to: 0 },
+    text: { en: "DAPO adds to the reward a penalty for length: 0 up to L_max − L_cache tokens, then falling linearly to −1 at L_max, the generation limit.",
+      zh: "DAPO 在奖励上加一个长度惩罚：不超过 L_max − L_cache 个 token 时为 0，此后线性下降，在生成上限 L_max 处为 −1。" },
+    controls: [slider("limit", "L_max", "L_max", 1024, 32768, 256, 20480), slider("cache", "L_cache", "L_cache", 256, 16384, 256, 4096), slider("length", "completion length", "回复长度", 0, 32768, 128, 18432)],
+    x: { en: "completion length (tokens)", zh: "回复长度(token)", from: 0, to: 32768 }, y: { en: "added to the reward", zh: "加到奖励上的值", from: -1, to: 0 },
     curves: (v) => [{ name: { en: "punishment", zh: "惩罚" }, points: along(0, 32768, (n) => overlong(n, v.limit, Math.min(v.cache, v.limit)), 1024) }],
     marker: (v) => [v.length, overlong(v.length, v.limit, Math.min(v.cache, v.limit))],
-    readouts: (v) => [[{ en: "punishment", zh: "惩罚" }, short(overlong(v.length, v.limit, Math.min(v.cache, v.limit)))], [{ en: "begins at", zh: "开始于" }, short(v.limit - Math.min(v.cache, v.limit))]],
+    readouts: (v) => [[{ en: "punishment", zh: "惩罚" }, short(overlong(v.length, v.limit, Math.min(v.cache, v.limit)))], [{ en: "begins above (tokens)", zh: "超过此长度开始(token)" }, short(v.limit - Math.min(v.cache, v.limit))]],
   },
   {
     id: "aggregation",
-    title: { en: "How much a token weighs", zh: "一个 token 有多重" },
-    text: { en: "Two completions of different length. The sequence mean (GRPO) gives a token of the long one less; the token mean (DAPO) treats all alike, so the long one counts more as a whole; Dr.GRPO divides by a constant. Shown: what all tokens of the second weigh together, by its length.",
-      zh: "两个长度不同的回复。序列均值(GRPO)使长回复的 token 更轻;token 均值(DAPO)一视同仁，因而长回复整体更重；Dr.GRPO 除以常数。所示为第二个回复的全部 token 的总权重随其长度的变化。" },
-    controls: [slider("first", "length of the first", "第一个的长度", 1, 2000, 1, 100), slider("second", "length of the second", "第二个的长度", 1, 2000, 1, 400), slider("limit", "constant length (Dr.GRPO)", "常数长度(Dr.GRPO)", 100, 4000, 100, 2000)],
-    x: { en: "length of the second", zh: "第二个的长度", from: 1, to: 2000 }, y: { en: "weight of all its tokens", zh: "其全部 token 的权重", from: 0, to: 1 },
+    title: { en: "Token weights by loss aggregation", zh: "各种损失聚合方式下的 token 权重" },
+    text: { en: "Two completions of different length. The sequence mean (GRPO) gives the tokens of the longer completion a smaller weight each. The token mean (DAPO) gives all tokens the same weight, so the longer completion has the larger total weight. Dr.GRPO divides by a constant. The plot shows the total weight of the second completion's tokens by its length.",
+      zh: "两个长度不同的回复。序列均值(GRPO)使较长回复的每个 token 权重更小；token 均值(DAPO)使所有 token 权重相同，因而较长回复的总权重更大；Dr.GRPO 除以常数。图中为第二个回复全部 token 的总权重随其长度的变化。" },
+    controls: [slider("first", "length of the first completion", "第一个回复的长度", 1, 2000, 1, 100), slider("second", "length of the second completion", "第二个回复的长度", 1, 2000, 1, 400), slider("limit", "constant length (Dr.GRPO)", "常数长度(Dr.GRPO)", 100, 4000, 100, 2000)],
+    x: { en: "length of the second completion (tokens)", zh: "第二个回复的长度(token)", from: 1, to: 2000 }, y: { en: "total token weight", zh: "token 总权重", from: 0, to: 1 },
     curves: (v) => ["sequence_mean", "token_mean", "constant"].map((mode) => ({
       name: { sequence_mean: { en: "sequence mean (GRPO)", zh: "序列均值(GRPO)" }, token_mean: { en: "token mean (DAPO)", zh: "token 均值(DAPO)" }, constant: { en: "constant (Dr.GRPO)", zh: "常数(Dr.GRPO)" } }[mode],
-      points: along(1, 2000, (n) => Math.min(1, n * weights(mode, [v.first, n], v.limit)[1])),
+      points: along(1, 2000, (n) => Math.min(1, n * tokenWeights(mode, [v.first, n], v.limit)[1])),
     })),
-    marker: (v) => [v.second, v.second * weights("token_mean", [v.first, v.second], v.limit)[1]],
+    marker: (v) => [v.second, v.second * tokenWeights("token_mean", [v.first, v.second], v.limit)[1]],
     dragX: "second",
     readouts: (v) => [
-      [{ en: "per token, sequence mean", zh: "每 token，序列均值" }, weights("sequence_mean", [v.first, v.second], v.limit).map(short).join(" / ")],
-      [{ en: "per token, token mean", zh: "每 token,token 均值" }, weights("token_mean", [v.first, v.second], v.limit).map(short).join(" / ")],
-      [{ en: "per token, sum of sequence means (DCPO)", zh: "每 token，序列均值之和(DCPO)" }, weights("sequence_sum", [v.first, v.second], v.limit).map(short).join(" / ")],
-      [{ en: "per token, constant", zh: "每 token，常数" }, weights("constant", [v.first, v.second], v.limit).map(short).join(" / ")],
+      [{ en: "weight per token (first / second), sequence mean", zh: "每 token 权重(第一/第二)，序列均值" }, tokenWeights("sequence_mean", [v.first, v.second], v.limit).map(short).join(" / ")],
+      [{ en: "weight per token, token mean", zh: "每 token 权重，token 均值" }, tokenWeights("token_mean", [v.first, v.second], v.limit).map(short).join(" / ")],
+      [{ en: "weight per token, sum of sequence means (DCPO)", zh: "每 token 权重，序列均值之和(DCPO)" }, tokenWeights("sequence_sum", [v.first, v.second], v.limit).map(short).join(" / ")],
+      [{ en: "weight per token, constant", zh: "每 token 权重，常数" }, tokenWeights("constant", [v.first, v.second], v.limit).map(short).join(" / ")],
     ],
   },
   {
     id: "smoothing",
-    title: { en: "Smoothed advantages, visit by visit", zh: "逐次访问的平滑优势" },
-    text: { en: "DCPO blends the advantage within this visit's group with the one over all answers to the prompt so far, and takes the smaller in absolute value. When a group agrees (all right, all wrong) the plain advantage is zero; the smoothed one still teaches, if earlier visits differed.",
-      zh: "DCPO 把本次组内优势与该提示迄今全部回答上的优势混合，取绝对值较小者。当一组全对或全错时普通优势为零；若此前结果不同，平滑优势仍能提供信号。" },
-    controls: [slider("size", "group size G", "组大小 G", 2, 32, 1, 16), ...[1, 2, 3, 4, 5, 6].map((i) => slider(`v${i}`, `share right, visit ${i}`, `第 ${i} 次正确比例`, 0, 1, 0.125, [0.25, 0.5, 0.75, 1, 1, 1][i - 1]))],
+    title: { en: "DCPO's smoothed advantages over visits of a prompt", zh: "DCPO 的平滑优势随提示访问次数的变化" },
+    text: { en: "Each time a prompt is visited, DCPO standardises the rewards once within the new group and once over all completions of the prompt so far. It averages the two advantages with two sets of weights and takes the average that is smaller in absolute value. GRPO's advantage is zero in a zero-variance group (all correct or all wrong); the smoothed advantage is not, if the rewards of earlier visits differed.",
+      zh: "每次访问一个提示时，DCPO 分别在新的一组内和该提示迄今的全部回复上标准化奖励，再以两组权重对两个优势加权平均，取绝对值较小者。在零方差组(全对或全错)中 GRPO 的优势为零；若此前各次访问的奖励不同，平滑优势不为零。" },
+    controls: [slider("size", "group size G", "组大小 G", 2, 32, 1, 16), ...[1, 2, 3, 4, 5, 6].map((i) => slider(`v${i}`, `share correct, visit ${i}`, `第 ${i} 次访问的正确比例`, 0, 1, 0.125, [0.25, 0.5, 0.75, 1, 1, 1][i - 1]))],
     x: { en: "visit", zh: "访问", from: 1, to: 6 }, y: { en: "advantage", zh: "优势", from: -3, to: 3 },
     curves: (v) => {
       const s = smoothed([1, 2, 3, 4, 5, 6].map((i) => Math.round(v[`v${i}`] * v.size)), v.size);
       return [
-        { name: { en: "right answer, smoothed", zh: "正确回答，平滑" }, points: s.map((x) => [x.visit, x.right]) },
-        { name: { en: "wrong answer, smoothed", zh: "错误回答，平滑" }, points: s.map((x) => [x.visit, x.wrong]) },
-        { name: { en: "right answer, plain (GRPO)", zh: "正确回答，普通(GRPO)" }, points: s.map((x) => [x.visit, x.fresh]), style: "c4 dashed" },
+        { name: { en: "correct completion, smoothed (DCPO)", zh: "正确回复，平滑(DCPO)" }, points: s.map((x) => [x.visit, x.right]) },
+        { name: { en: "wrong completion, smoothed (DCPO)", zh: "错误回复，平滑(DCPO)" }, points: s.map((x) => [x.visit, x.wrong]) },
+        { name: { en: "correct completion, within the group (GRPO)", zh: "正确回复，组内(GRPO)" }, points: s.map((x) => [x.visit, x.fresh]), style: "c4 dashed" },
       ];
     },
     marker: (v) => [6, smoothed([1, 2, 3, 4, 5, 6].map((i) => Math.round(v[`v${i}`] * v.size)), v.size)[5].right],
     readouts: (v) => {
       const s = smoothed([1, 2, 3, 4, 5, 6].map((i) => Math.round(v[`v${i}`] * v.size)), v.size);
-      return [[{ en: "right answer, last visit", zh: "正确回答，最后一次" }, short(s[5].right)], [{ en: "the same, plain", zh: "同上，普通" }, short(s[5].fresh)]];
+      return [[{ en: "correct completion, last visit, smoothed", zh: "正确回复，最后一次访问，平滑" }, short(s[5].right)], [{ en: "the same, within the group (GRPO)", zh: "同上，组内(GRPO)" }, short(s[5].fresh)]];
     },
   },
   {
-    id: "dead", dragX: "p",
-    title: { en: "When a group learns nothing", zh: "一组何时学不到东西" },
-    text: { en: "A group whose answers are all right or all wrong has no advantage: probability pᴳ + (1 − p)ᴳ at pass rate p. Larger groups see more of the hard and the easy problems, at more rollouts.",
-      zh: "全对或全错的组没有优势：通过率为 p 时概率为 pᴳ + (1 − p)ᴳ。组越大，越能从难题与易题中得到信号，但需要更多 rollout。" },
+    id: "zero-variance", dragX: "p",
+    title: { en: "Zero-variance groups", zh: "零方差组" },
+    text: { en: "When the completions of a group are all correct or all wrong, every advantage is zero and the group gives no gradient. At pass rate p this has the probability pᴳ + (1 − p)ᴳ. Larger groups are mixed more often on hard and easy problems, and cost more completions.",
+      zh: "当一组的回复全对或全错时，所有优势为零，该组不产生梯度。通过率为 p 时其概率为 pᴳ + (1 − p)ᴳ。组越大，在难题与易题上越常是混合组，但需要生成更多回复。" },
     controls: [slider("size", "group size G", "组大小 G", 2, 64, 1, 16), slider("p", "pass rate p", "通过率 p", 0, 1, 0.01, 0.9)],
-    x: { en: "pass rate", zh: "通过率", from: 0, to: 1 }, y: { en: "share of dead groups", zh: "无信号组的比例", from: 0, to: 1 },
-    curves: (v) => [{ name: { en: "dead groups", zh: "无信号的组" }, points: along(0, 1, (p) => dead(p, v.size)) }],
-    marker: (v) => [v.p, dead(v.p, v.size)],
-    readouts: (v) => [[{ en: "dead groups at p", zh: "p 处无信号的组" }, percent(dead(v.p, v.size))], [{ en: "groups to generate for each mixed one", zh: "每得到一个混合组需生成的组数" }, dead(v.p, v.size) < 1 ? short(1 / (1 - dead(v.p, v.size))) : "∞"]],
+    x: { en: "pass rate p", zh: "通过率 p", from: 0, to: 1 }, y: { en: "share of zero-variance groups", zh: "零方差组的比例", from: 0, to: 1 },
+    curves: (v) => [{ name: { en: "zero-variance groups", zh: "零方差组" }, points: along(0, 1, (p) => zeroVariance(p, v.size)) }],
+    marker: (v) => [v.p, zeroVariance(v.p, v.size)],
+    readouts: (v) => [[{ en: "zero-variance groups at p", zh: "p 处的零方差组" }, percent(zeroVariance(v.p, v.size))], [{ en: "groups generated per mixed group", zh: "每得到一个混合组需生成的组数" }, zeroVariance(v.p, v.size) < 1 ? short(1 / (1 - zeroVariance(v.p, v.size))) : "∞"]],
   },
 ];
 
@@ -317,7 +320,7 @@ function drawAll() {
   root.lang = language;
   document.getElementById("theme").textContent = say(dark ? { en: "Light", zh: "浅色" } : { en: "Dark", zh: "深色" });
   document.getElementById("language").textContent = language === "en" ? "中文" : "English";
-  document.getElementById("run").textContent = tokens.length ? say({ en: `${tokens.length} tokens of your run are the dots on the first figure.`, zh: `第一张图中的圆点是你的运行中的 ${tokens.length} 个 token。` }) : "";
+  document.getElementById("run").textContent = tokens.length ? say({ en: `${tokens.length} tokens of your run are shown as dots in the first figure.`, zh: `第一张图中的圆点是你的运行中的 ${tokens.length} 个 token。` }) : "";
   for (const element of document.querySelectorAll("[data-en]")) element.textContent = element.dataset[language];
   document.getElementById("contents").replaceChildren(...panels.map((panel) => make("a", { href: `#${panel.id}` }, say(panel.title))));
   for (const panel of drawn) panel.draw();

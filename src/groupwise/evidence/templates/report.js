@@ -1,4 +1,4 @@
-// Draws the figures (again whenever the theme changes) and the completions.
+// Draw the figures, again whenever the theme changes, and show the recorded completions.
 const specs = JSON.parse(document.getElementById("specs").textContent);
 const groups = JSON.parse(document.getElementById("data").textContent);
 const root = document.documentElement;
@@ -12,20 +12,20 @@ function setTheme(dark) {
 
 async function drawFigures(dark) {
   for (const [id, spec] of Object.entries(specs)) {
-    const place = document.querySelector(`#${id} .chart`);
+    const container = document.querySelector(`#${id} .chart`);
     const line = dark ? "#2c333d" : "#e3e7ec";
     const config = { background: "transparent", axis: { gridColor: line, domainColor: line, tickColor: line } };
     try {
-      await window.vegaEmbed(place, spec, { theme: dark ? "dark" : undefined, actions: false, renderer: "svg", config });
+      await window.vegaEmbed(container, spec, { theme: dark ? "dark" : undefined, actions: false, renderer: "svg", config });
     } catch (error) {
-      place.textContent = `This figure could not be drawn: ${error.message}`;
+      container.textContent = `This figure could not be drawn: ${error.message}`;
       console.error(error);
     }
   }
   root.dataset.drawn = dark ? "dark" : "light";
 }
 
-// How strongly a token is coloured, from -1 (one hue) to 1 (the other).
+// Colour strength of a token, from -1 (full --low colour) to 1 (full --high colour).
 const strength = {
   advantage: (x) => Math.tanh(x),
   ratio: (x) => Math.tanh(5 * Math.log(x)),
@@ -57,7 +57,7 @@ function asElement(completion, quantity) {
   box.className = "completion";
   const head = document.createElement("p");
   head.className = "soft";
-  const verdict = completion.correct ? "right" : "wrong";
+  const verdict = completion.correct ? "correct" : "wrong";
   head.textContent = `${verdict}, reward ${completion.reward}${completion.stop === "length" ? ", truncated" : ""}`;
   const tokens = document.createElement("div");
   tokens.className = "tokens";
@@ -69,8 +69,8 @@ function asElement(completion, quantity) {
       const s = strength[quantity](value);
       span.style.backgroundColor = `color-mix(in srgb, var(${s < 0 ? "--low" : "--high"}) ${Math.round(70 * Math.abs(s))}%, transparent)`;
     }
-    if (completion.clipped[i]) span.classList.add("cut");
-    span.title = names.map((name) => `${name} ${completion[name][i] ?? "not run"}`).join("\n");
+    if (completion.clipped[i]) span.classList.add("clipped");
+    span.title = names.map((name) => `${name} ${completion[name][i] ?? "not computed"}`).join("\n");
     tokens.append(span);
   });
   box.append(head, tokens);

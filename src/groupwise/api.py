@@ -1,0 +1,73 @@
+"""`groupwise.train`: a run from Python, as `groupwise train` does it."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from groupwise.algorithms import PARTS, OwnPart
+from groupwise.evidence.runs import Run, open_run
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any] | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    quiet: bool = False,
+    **overrides: Any,
+) -> Run:
+    """Train a model, and return what the run recorded.
+
+    Args:
+        recipe: a TOML file, the name of a shipped recipe, a mapping of the same form, or None for the embedded default.
+        out: where to write; by default a new directory under runs/.
+        resume: go on with the run in this directory instead.
+        quiet: show no progress.
+        overrides: settings by table, as in learner={"learning_rate": 1e-5}, or by dotted key, as in
+            **{"learner.learning_rate": 1e-5}. Parts of the algorithm may be Python functions or dataclasses of yours.
+
+    Raises:
+        UserError: the recipe is wrong; the message names the place.
+        RunError: the run failed on its way; what was reached is saved.
+    """
+    from rich.console import Console
+
+    from groupwise.training import session
+
+    changes = _flat(recipe) if isinstance(recipe, Mapping) else {}
+    changes |= _flat(overrides)
+    plan = session.plan(
+        None if isinstance(recipe, Mapping) else recipe,
+        changes={key: _own_part(key, value) for key, value in changes.items()},
+        out=None if out is None else Path(out),
+        resume=None if resume is None else Path(resume),
+    )
+    session.run(plan, Console(highlight=False, quiet=quiet))
+    return open_run(plan.path)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def _own_part(key: str, value: Any) -> Any:
+    """A part given as a Python object, with the name by which the run's recipe can find it again."""
+    table, _, kind = key.partition(".")
+    if table != "algorithm" or kind not in PARTS or not callable(value):
+        return value
+    return OwnPart(target=value, reference=_reference(value))
+
+
+def _reference(value: Callable[..., Any]) -> str:
+    """ "file.py:name" where it has one; a part typed into a notebook has none, and its run can only be resumed there."""
+    named = value if hasattr(value, "__qualname__") else type(value)
+    try:
+        file = inspect.getsourcefile(named)
+    except TypeError:
+        file = None
+    return f"{file or named.__module__}:{named.__qualname__}"

@@ -1,0 +1,24 @@
+"""Language models: loading, the one owner of a Hugging Face module, and how it runs here."""
+
+from groupwise.models.backend import BACKENDS, Backend
+from groupwise.models.language_model import LanguageModel
+from groupwise.models.loading import (
+    character_tokenizer,
+    encode_prompt,
+    load_config,
+    load_module,
+    load_tokenizer,
+    new_module,
+)
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "LanguageModel",
+    "character_tokenizer",
+    "encode_prompt",
+    "load_config",
+    "load_module",
+    "load_tokenizer",
+    "new_module",
+]

@@ -1,0 +1,212 @@
+"""A decoding step through all of a decoder's layers in one C++ call (`groupwise.kernels.decode_step`), for plain decoders.
+
+Plain: each layer adds to its input the attention output of its norm, and then the SwiGLU MLP of the norm of that, where all parts
+run on our kernels (`layers`). A decoder is tried once: whether its layers, and all of it, are such sums.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from groupwise.kernels.blocked import BLOCK, to_blocked
+from groupwise.kernels.decode_attention import decode_kernel
+from groupwise.kernels.decode_step import LAYER_WEIGHTS, step_kernel
+from groupwise.models.attention.layers import NormForm, head_size, matches, qk_norms, trial_attention
+from groupwise.models.attention.registry import attending
+from groupwise.models.decoder import Decoder
+from groupwise.models.patches import is_observed
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the layers of a plain decoder have in common."""
+
+    norm: NormForm
+    """Of all norms but QK-norms."""
+    qk_norm: NormForm
+    """Of QK-norms; if there are none, anything."""
+
+
+class PlanFinder:
+    """Finds out whether a decoder is plain: by trial when its modules change, and before each use whether the kernel may run."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._modules: list[Any] = []
+        self._plan: Plan | None = None
+
+    def find(self) -> Plan | None:
+        """None if the decoder is not plain, or if hooks, adapters or third-party forwards inside it would be bypassed."""
+        decoder = self._decoder
+        if not (decoder.backend.one_call_step and decoder.on_cpu) or decoder.compiled:
+            return None
+        modules = list(decoder.module.modules())
+        if [id(module) for module in modules] != [id(module) for module in self._modules]:
+            self._modules, self._plan = modules, self._try()
+        # Other dtypes, parametrisations, hooks and forwards may have come since the trial.
+        usable = self._plan is not None and not any(map(is_observed, modules)) and fits_the_kernel(decoder.module)
+        if self._plan is not None and not usable:
+            decoder.reasons["one-call step"] = "hooks, forwards or weights inside the decoder would be bypassed"
+        elif usable:
+            decoder.reasons.pop("one-call step", None)
+        return self._plan if usable else None
+
+    def _try(self) -> Plan | None:
+        try:
+            plan = _plan_of(self._decoder)
+        except Exception as error:  # third-party modules may lack or raise anything
+            self._decoder.reasons["one-call step"] = f"its layers are no plain ones: {type(error).__name__}: {error}"
+            return None
+        if plan is None:
+            self._decoder.reasons["one-call step"] = "its layers are no plain sums of attention and SwiGLU"
+        return plan
+
+
+def _plan_of(decoder: Decoder) -> Plan | None:
+    module, forms = decoder.module, {layer.module: layer.forward.args[1:] for layer in decoder.layers()}
+    if _children(module) != {"embed_tokens", "layers", "norm", "rotary_emb"} or not _is_fixed(module.rotary_emb):
+        return None
+    if any(_children(layer) != {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"} for layer in module.layers):
+        return None
+    norms = {forms[module.norm]}
+    qk_forms: set[NormForm | None] = set()
+    for layer in module.layers:
+        norms |= {forms[layer.input_layernorm], forms[layer.post_attention_layernorm]}
+        qk_forms |= {*forms[layer.self_attn][0]}
+        if layer.mlp not in forms:
+            return None
+    uniform = len(norms) == len(qk_forms) == len({layer.self_attn.scaling for layer in module.layers}) == 1
+    if not (uniform and fits_the_kernel(module) and _is_sum_of_parts(decoder)):
+        return None
+    return Plan(norm=norms.pop(), qk_norm=qk_forms.pop() or (0.0, 0.0))
+
+
+def _children(module: Any) -> set[str]:
+    return {name for name, _ in module.named_children()}
+
+
+def _is_fixed(rotary: Any) -> bool:
+    """Whether a position's rotation is the same however long the sequence is."""
+    return "dynamic" not in rotary.rope_type and rotary.rope_type != "longrope"
+
+
+def fits_the_kernel(module: Any) -> bool:
+    """Whether the decoder's weights are those that the kernel reads, and no others, in the shapes and the dtype that it reads."""
+    config, size = module.config, head_size(module.config)
+    query_width, key_width = config.num_attention_heads * size, config.num_key_value_heads * size
+    every = {id(parameter): parameter for parameter in module.parameters()}
+    layers = [_parts(layer) for layer in module.layers]
+    read = [module.embed_tokens, module.norm, *(part for parts in layers for part in parts)]
+    widths = [query_width, key_width, key_width, config.hidden_size]
+    return (
+        len(layers) == config.num_hidden_layers
+        and {id(parameter) for part in read for parameter in part.parameters()} == every.keys()
+        and all(parameter.dtype == torch.float32 for parameter in every.values())
+        and len({layer.mlp.gate_proj.out_features for layer in module.layers}) == 1
+        and all(_linears_fit(*parts[:7], widths=widths) for parts in layers)
+        and step_kernel(size) is not None
+        and decode_kernel(size, torch.float32) is not None
+    )
+
+
+def _parts(layer: Any) -> list[Any]:
+    """A layer's seven linear layers, then its norms."""
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    norms = layer.input_layernorm, layer.post_attention_layernorm, *qk_norms(attention)
+    return [*linears, *(norm for norm in norms if norm is not None)]
+
+
+def _linears_fit(*linears: Any, widths: list[int]) -> bool:
+    """Whether they are plain Linear layers, those of attention of these widths, with biases in attention only."""
+    plain = all(type(linear) is torch.nn.Linear for linear in linears)
+    biased = [linear.bias is not None for linear in linears]
+    return plain and [x.out_features for x in linears[:4]] == widths and len(set(biased[:3])) == 1 and not any(biased[4:])
+
+
+@torch.no_grad()
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
+def _is_sum_of_parts(decoder: Decoder) -> bool:
+    module = decoder.module
+    tokens = torch.arange(6)[None] % module.embed_tokens.num_embeddings
+    positions = 37 * torch.arange(6)[None]
+    x = module.embed_tokens(tokens)
+    position_embeddings = module.rotary_emb(x, positions)
+    at = {"attention_mask": None, "position_embeddings": position_embeddings}
+    with attending(module, trial_attention, decoder.forwards()):
+        for layer in module.layers:
+            attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(x), **at)
+            inner = layer.mlp(layer.post_attention_layernorm(x + attended))
+            theirs = layer(x, position_ids=positions, use_cache=False, **at)
+            if not (attended.any() and inner.any() and matches(attended + inner, theirs - x)):
+                return False
+            x = theirs
+        output = module(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
+        return matches(module.norm(x), output)
+
+
+class OneCallStep:
+    """The kernel with a blocked copy of the matrices of a plain decoder's layers as they are now; other weights are read in place."""
+
+    def __init__(self, module: Any, plan: Plan, positions: int, rows: int) -> None:
+        """For sequences of up to `positions` tokens, prompt and completion together, and up to `rows` of them at once."""
+        kernel = step_kernel(head_size(module.config))
+        assert kernel is not None
+        self._kernel, self._plan, self._module = kernel, plan, module
+        self._layers = [_blocked_weights(layer) for layer in module.layers]
+        pointers = [[0 if w is None else w.data_ptr() for w in (layer[name] for name in LAYER_WEIGHTS)] for layer in self._layers]
+        self._pointers = torch.tensor(pointers)
+        self._norm = module.norm.weight.detach().contiguous()
+        self._scale, self._heads = module.layers[0].self_attn.scaling, module.config.num_attention_heads
+        self.resize(positions, rows)
+
+    def resize(self, positions: int, rows: int) -> None:
+        """Make room for longer sequences or more rows."""
+        weight, size, K = (
+            self._module.embed_tokens.weight,
+            head_size(self._module.config),
+            self._module.config.num_key_value_heads,
+        )
+        cos, sin = self._module.rotary_emb(weight[:1, None], torch.arange(positions)[None])
+        self._rotations = cos[0].contiguous(), sin[0].contiguous()
+        inner = self._layers[0]["down"].shape[1]
+        widths = weight.shape[1], (self._heads + 2 * K) * size, self._heads * size, inner
+        self._buffers = [weight.new_empty(rows, width) for width in widths]
+
+    def __call__(self, tokens_R: Tensor, cache: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        """Run one more token of each row; returns hidden states [R, H], which the next call overwrites.
+
+        `cache` and `sizes`: the tensors and the numbers of the C++ struct Cache, without the layer.
+        """
+        x_RH = self._module.embed_tokens(tokens_R)
+        forms = *self._plan.norm[::-1], *self._plan.qk_norm[::-1]
+        tensors = x_RH, *self._buffers, self._pointers, self._norm, *self._rotations, *cache
+        model = *x_RH.shape, self._buffers[-1].shape[1], self._heads, len(self._layers)
+        self._kernel(*tensors, self._scale, *forms, *model, *sizes)
+        hidden_RH: Tensor = self._buffers[0][: len(tokens_R)]
+        return hidden_RH
+
+
+def _blocked_weights(layer: Any) -> dict[str, Any]:
+    """A layer's weights by the names of `LAYER_WEIGHTS`."""
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv = attention.q_proj, attention.k_proj, attention.v_proj
+    vectors = {"norm": layer.input_layernorm.weight, "mlp_norm": layer.post_attention_layernorm.weight}
+    for name, norm in zip(("query_norm", "key_norm"), qk_norms(attention), strict=True):
+        vectors[name] = getattr(norm, "weight", None)
+    vectors["qkv_bias"] = None if qkv[0].bias is None else torch.cat([x.bias for x in qkv])
+    vectors["out_bias"] = attention.o_proj.bias
+    weights = {name: None if vector is None else vector.detach().contiguous() for name, vector in vectors.items()}
+    weights["qkv"] = to_blocked(torch.cat([x.weight for x in qkv]))
+    weights["out"] = to_blocked(attention.o_proj.weight)
+    half, pad = BLOCK // 2, -mlp.gate_proj.out_features % (BLOCK // 2)
+    gate, up = (torch.nn.functional.pad(x.weight, (0, 0, 0, pad)) for x in (mlp.gate_proj, mlp.up_proj))
+    # Each block has half a block of gate next to half a block of up, so that SwiGLU needs no second pass.
+    weights["gate_up"] = to_blocked(
+        torch.stack([gate.view(-1, half, gate.shape[1]), up.view(-1, half, up.shape[1])], 1).flatten(0, 2)
+    )
+    weights["down"] = to_blocked(torch.nn.functional.pad(mlp.down_proj.weight, (0, pad)))
+    return weights

@@ -1,0 +1,171 @@
+"""A decoder's layers on our CPU kernels: RMSNorm, SwiGLU, and what attention does to its queries and keys (QK-norm, RoPE).
+
+A layer is recognised by the names of its submodules, as most Hugging Face decoders have them, and is taken only if the kernels
+compute what it computes: each is tried once against its own forward. All in float32; inputs of another dtype take the layer's
+own forward.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from groupwise.kernels.compiled import unavailable
+from groupwise.kernels.layers import layer_kernels, rms_norm, rope, swiglu
+from groupwise.models.attention.attend import current_attend
+from groupwise.models.patches import has_own_forward, is_observed
+
+TOLERANCE = 1e-4
+"""How far a layer may be from its own forward, relative to the largest number of its output."""
+NormForm = tuple[float, float]
+"""An RMSNorm's epsilon, and what is added to its weight: 0, or 1 in Gemma."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerForward:
+    """A forward on our kernels for one module."""
+
+    module: Any
+    forward: partial[Any]
+    bypassed: tuple[Any, ...] = ()
+    """Submodules whose weights it uses without calling them."""
+
+    @property
+    def usable(self) -> bool:
+        """Whether nobody has put a forward on the module, or hooks on what would be bypassed, since it was tried."""
+        return not has_own_forward(self.module) and not any(map(is_observed, self.bypassed))
+
+
+def head_size(config: Any) -> int:
+    """The size of an attention head, which some configurations leave to be derived."""
+    return getattr(config, "head_dim", None) or int(config.hidden_size // config.num_attention_heads)
+
+
+def matches(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> bool:
+    """Whether two ways of computing a tensor agree, relative to its largest number; False where all of it is zero."""
+    most = float(theirs.abs().max())
+    return most > 0 and ours.dtype == theirs.dtype and bool(torch.allclose(ours, theirs, rtol=0, atol=tolerance * most))
+
+
+@torch.no_grad()
+@torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
+def layer_forwards(decoder: Any) -> tuple[list[LayerForward], list[str]]:
+    """The forwards that fit this decoder, found by trial while it is `attending`; and for the others, why they do not."""
+    if layer_kernels() is None:
+        return [], [f"layers run as transformers has them: {unavailable('layers')}"]
+    found, reasons = [], []
+    for name, module in decoder.named_modules():
+        if has_own_forward(module):
+            continue
+        try:
+            forward = _forward_for(decoder, module)
+        except Exception as error:  # third-party code, called with our inputs, may raise anything
+            reasons.append(f"{name} ({type(module).__name__}) runs as transformers has it: {type(error).__name__}: {error}")
+            continue
+        if forward is not None:
+            found.append(forward)
+        elif _looks_alike(module):
+            reasons.append(f"{name} ({type(module).__name__}) computes something else than our kernels")
+    return found, reasons
+
+
+def _looks_alike(module: Any) -> bool:
+    return type(module).__name__.endswith("RMSNorm") or hasattr(module, "gate_proj") or hasattr(module, "q_proj")
+
+
+def _forward_for(decoder: Any, module: Any) -> LayerForward | None:
+    if type(module).__name__.endswith("RMSNorm"):
+        form = _norm_form(module)
+        return form and LayerForward(module, partial(_norm, module, *form))
+    if hasattr(module, "gate_proj"):
+        same = all(matches(_mlp(module, x), module(x)) for x in _trial_inputs(module.gate_proj))
+        return LayerForward(module, partial(_mlp, module), tuple(module.children())[3:]) if same else None
+    if hasattr(module, "q_proj"):
+        forms = _attention_forms(decoder, module)
+        norms = tuple(norm for norm in qk_norms(module) if norm is not None)
+        return LayerForward(module, partial(_attention, module, forms), norms) if forms else None
+    return None
+
+
+def _trial_inputs(layer: Any) -> list[Tensor]:
+    """Six tokens [1, 6, H] of a usual magnitude, and of magnitudes that a clamp inside a layer would cut."""
+    x_1NH = torch.randn(1, 6, layer.in_features, generator=torch.Generator().manual_seed(0))
+    return [x_1NH * size for size in (1, 30, 1000)]
+
+
+def _norm_form(module: Any) -> NormForm | None:
+    """None if it is not such a norm."""
+    epsilon = float(getattr(module, "variance_epsilon", None) or module.eps)
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(module.weight.shape, generator=random)
+    x = torch.randn(8, len(weight), generator=random) * torch.logspace(-4, 3, 8)[:, None]  # so small that epsilon counts
+    theirs = torch.func.functional_call(module, {"weight": weight}, (x,))
+    return next(((epsilon, offset) for offset in (0.0, 1.0) if matches(rms_norm(x, weight, epsilon, offset), theirs)), None)
+
+
+def _norm(module: Any, epsilon: float, offset: float, x: Tensor) -> Tensor:
+    if x.dtype != torch.float32 or module.weight.dtype != torch.float32:
+        output: Tensor = type(module).forward(module, x)
+        return output
+    return rms_norm(x, module.weight, epsilon, offset)
+
+
+def _mlp(module: Any, x: Tensor) -> Tensor:
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    inner = swiglu(gate, up) if gate.dtype == torch.float32 else torch.nn.functional.silu(gate) * up
+    output: Tensor = module.down_proj(inner)
+    return output
+
+
+def qk_norms(module: Any) -> tuple[Any, Any]:
+    """The norms of an attention layer's queries and keys; None where it has none."""
+    return getattr(module, "q_norm", None), getattr(module, "k_norm", None)
+
+
+def _attention_forms(decoder: Any, module: Any) -> list[NormForm | None] | None:
+    """The forms of its QK-norms, where it has them; None if our forward computes something else."""
+    norms = qk_norms(module)
+    forms = [_norm_form(norm) if norm is not None else None for norm in norms]
+    if any(form is None and norm is not None for form, norm in zip(forms, norms, strict=True)):
+        return None
+    token = current_attend.set(trial_attention)
+    try:
+        same = True
+        for x_1NH in _trial_inputs(module.q_proj):
+            position_embeddings = decoder.rotary_emb(x_1NH, 37 * torch.arange(x_1NH.shape[1])[None])
+            theirs, *others = module(hidden_states=x_1NH, position_embeddings=position_embeddings, attention_mask=None)
+            ours, _ = _attention(module, forms, hidden_states=x_1NH, position_embeddings=position_embeddings)
+            same = same and len(others) == 1 and matches(ours, theirs)
+    finally:
+        current_attend.reset(token)
+    return forms if same else None
+
+
+def trial_attention(layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scale: float) -> Tensor:
+    """An `Attend` for trials: cheap, and dependent on queries, keys, values, the scale and the order of tokens."""
+    times = query_NHD.shape[1] // key_NKD.shape[1]
+    return query_NHD * scale + (key_NKD + 2 * value_NKD).cumsum(0).repeat_interleave(times, 1)
+
+
+def _attention(
+    module: Any,
+    forms: list[NormForm | None],
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    **others: Any,
+) -> tuple[Tensor, None]:
+    query_norm, key_norm = (
+        (norm.weight, *form) if form else (None, 0.0, 0.0) for norm, form in zip(qk_norms(module), forms, strict=True)
+    )
+    if any(x is not None and x.dtype != torch.float32 for x in (hidden_states, query_norm[0], key_norm[0])):
+        output: tuple[Tensor, None] = type(module).forward(module, hidden_states, position_embeddings, **others)
+        return output
+    x_NH, (cos_ND, sin_ND) = hidden_states[0], (x[0].float() for x in position_embeddings)
+    query_NX, key_NX, value_NX = module.q_proj(x_NH), module.k_proj(x_NH), module.v_proj(x_NH)
+    query_NHD = rope(query_NX.float(), cos_ND, sin_ND, *query_norm)
+    key_NKD = rope(key_NX.float(), cos_ND, sin_ND, *key_norm)
+    value_NKD = value_NX.view(key_NKD.shape)
+    attended_NHD = current_attend.get()(module.layer_idx, query_NHD, key_NKD, value_NKD, module.scaling)
+    return module.o_proj(attended_NHD.flatten(1))[None], None

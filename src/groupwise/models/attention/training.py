@@ -1,0 +1,58 @@
+"""Attention over packed sequences, as training and prefill run it: prompts first, then completions, all without padding."""
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from groupwise.kernels.packed_attention import PackedRows, packed_attention, unsupported
+from groupwise.models.attention import training_flex
+from groupwise.models.attention.training_padded import PaddedBlockAttention, PaddedBlocks
+
+
+class PackedAttention:
+    """An `Attend` in which a completion attends to its prompt and to itself, and a prompt to itself, all causally.
+
+    On a CPU in float32 a C++ kernel runs it; in other dtypes and without a compiler PyTorch's attention over padded rows
+    (`training_padded`); on a GPU flex attention (`training_flex`).
+    """
+
+    def __init__(
+        self, prompt_lengths: list[int], group_ids_R: Tensor, lengths_R: Tensor, device: Any, *, kernels: bool = True
+    ) -> None:
+        """The layout of P prompts and R completions of `lengths_R` tokens, whose prompts `group_ids_R` names (int64 [R] each)."""
+        self._lengths = torch.tensor(prompt_lengths), group_ids_R.cpu(), lengths_R.cpu()
+        self._device, self._kernels = device, kernels
+        starts = self._lengths[0][self._lengths[1]].tolist()
+        positions = [torch.arange(n) for n in prompt_lengths]
+        positions += [start + torch.arange(n) for start, n in zip(starts, lengths_R.tolist(), strict=True)]
+        self.positions_N = torch.cat(positions).to(device)
+        """The position of each packed token in its own sequence."""
+
+    @cached_property
+    def rows(self) -> PackedRows:
+        """The layout as the kernel reads it."""
+        return PackedRows(*self._lengths)
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """The layout as flex attention reads it."""
+        visible = training_flex.visible(*self._lengths, self._device)
+        return training_flex.block_mask(visible, len(self.positions_N), self._device)
+
+    @cached_property
+    def blocks(self) -> PaddedBlocks:
+        """The layout as padded rows."""
+        return PaddedBlocks(*self._lengths, self._device)
+
+    def __call__(self, layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scale: float) -> Tensor:
+        # Under autocast queries and keys come in float32 (from RoPE), values do not.
+        query, key, value = (x.contiguous().to(value_NKD.dtype) for x in (query_NHD, key_NKD, value_NKD))
+        if query.device.type != "cpu":
+            return training_flex.attention(query, key, value, self.block_mask, scale)
+        if self._kernels and unsupported(query, key, value) is None:
+            return packed_attention(query, key, value, self.rows, scale)
+        output_NHD: Tensor = PaddedBlockAttention.apply(query, key, value, self.blocks, scale)  # type: ignore[no-untyped-call]
+        return output_NHD

@@ -1,0 +1,31 @@
+"""Linear layers on copies of their weights in a blocked layout, while decoding: up to twice as fast on a CPU, most with few rows.
+
+The copies take the weights' memory once more, for as long as a rollout takes.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from groupwise.kernels.blocked import blocked_matmul_kernel, to_blocked
+from groupwise.models.patches import Forwards, has_own_forward
+
+
+def blocked_forwards(modules: list[Any]) -> Forwards:
+    """Forwards on blocked copies of their weights for those of the modules that are plain float32 Linear layers."""
+    kernel = blocked_matmul_kernel()
+    layers = [module for module in modules if kernel is not None and _is_plain(module)]
+    return [(layer, partial(_linear, layer, kernel, to_blocked(layer.weight))) for layer in layers]
+
+
+def _is_plain(module: Any) -> bool:
+    return type(module) is torch.nn.Linear and module.weight.dtype == torch.float32 and not has_own_forward(module)
+
+
+def _linear(layer: torch.nn.Linear, kernel: Any, blocked: Tensor, x: Tensor) -> Tensor:
+    if not torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu") or x.dtype != layer.weight.dtype:
+        return torch.nn.functional.linear(x, layer.weight, layer.bias)
+    output: Tensor = kernel(x, blocked, layer.bias, layer.out_features)
+    return output

@@ -1,0 +1,125 @@
+"""Modules and tokenizers: shipped with the package, local, from the Hugging Face hub, or new with random weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from groupwise.errors import UserError, nearest
+
+SHIPPED = ("arithmetic-base",)
+END, PAD = "<end>", "<pad>"
+
+
+def shipped_path(name: str) -> Path:
+    with as_file(files("groupwise") / "assets" / name) as path:
+        return path
+
+
+def resolve(path: str) -> str:
+    """A shipped model's directory, a local directory, or a Hugging Face id left as it is.
+
+    Raises:
+        UserError: nothing of that name can be meant.
+    """
+    if path in SHIPPED:
+        return str(shipped_path(path))
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            raise UserError(f"no config.json in the directory {path}: not a Hugging Face model")
+        return path
+    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise UserError(f"no model {path!r}: not a shipped one, a directory or a Hugging Face id{nearest(path, SHIPPED)}")
+    return path
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Turn whatever transformers raises about a model's files into one message."""
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except Exception as error:  # files we do not control: missing, damaged, of another kind
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot load the model {path!r}: {first}") from error
+
+
+def load_module(path: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The Hugging Face causal language model at `path`, in evaluation mode (no dropout).
+
+    Raises:
+        UserError: there is no such model, or it cannot be loaded.
+    """
+    resolved = resolve(path)
+    with _explained(path):
+        return AutoModelForCausalLM.from_pretrained(resolved, dtype=dtype).eval()
+
+
+def load_config(path: str) -> Any:
+    resolved = resolve(path)
+    with _explained(path):
+        return AutoConfig.from_pretrained(resolved)
+
+
+def load_tokenizer(path: str) -> Any:
+    resolved = resolve(path)
+    with _explained(path):
+        tokenizer = AutoTokenizer.from_pretrained(resolved)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {path!r} has no end-of-sequence token, so no completion could end")
+    return tokenizer
+
+
+def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
+    """One token per character of `characters`, and an end and a padding token."""
+    vocabulary = {token: i for i, token in enumerate([PAD, END, *characters])}
+    tokenizer = Tokenizer(tokenizer_models.WordLevel(vocabulary, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False)
+
+
+def new_module(architecture: dict[str, Any], tokenizer: Any, seed: int) -> Any:
+    """A Hugging Face module with random weights; `architecture` is a transformers configuration: model_type and its settings.
+
+    Raises:
+        UserError: the model type is unknown.
+    """
+    settings = dict(architecture)
+    model_type = str(settings.pop("model_type"))
+    known = transformers.CONFIG_MAPPING
+    if model_type not in known:
+        raise UserError(f"unknown model_type {model_type!r}{nearest(model_type, known.keys())}")
+    config_class = known[model_type]
+    for key in settings:
+        hint = nearest(key, [name for name in vars(config_class()) if not name.startswith("_")])
+        if not hasattr(config_class(), key) and "did you mean" in hint:  # models also read settings without a default
+            raise UserError(f"{model_type} has no setting {key!r}{hint}")
+    with _explained(model_type):
+        config = config_class(
+            vocab_size=len(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            **settings,
+        )
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def encode_prompt(tokenizer: Any, prompt: str, chat: bool | None) -> Tensor:
+    """int64 [L]: the prompt's tokens, through the chat template if `chat`, or if it is None and there is one."""
+    if chat if chat is not None else bool(tokenizer.chat_template):
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return torch.tensor(tokenizer(prompt, add_special_tokens=False).input_ids, dtype=torch.long)
+    return torch.tensor(tokenizer(prompt).input_ids, dtype=torch.long)

@@ -1,0 +1,37 @@
+"""A critic's network: a decoder and a scalar head, which says what reward to expect from each state on."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from groupwise.models.hidden import inside_rows
+from groupwise.models.language_model import LanguageModel
+from groupwise.types import Batch
+
+
+class ValueModel:
+    """Values of the states in which completion tokens are chosen."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        """`model`: a language model of its own, whose decoder is used. The head starts at 0, so every value does."""
+        self.model = model
+        width = model.config.hidden_size
+        head = nn.Linear(width, 1, device=model.device, dtype=model.dtype)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        self.network = nn.ModuleDict({"decoder": model.decoder.module, "head": head})
+
+    def values(self, batch: Batch, *, share_prompts: bool, precision: str = "float32", checkpointing: bool = False) -> Tensor:
+        """float32 [B, T]: the value of the state before each token; 0 after a row's end. Settings as in `LanguageModel.running`."""
+        with self.model.running(precision=precision, checkpointing=checkpointing):
+            hidden_NH = self.model.completion_hidden(batch, share_prompts)
+            values_N = self.network["head"](hidden_NH)[:, 0].float()
+        zeros_BT = torch.zeros(batch.tokens_BT.shape, device=values_N.device)
+        return zeros_BT.masked_scatter(inside_rows(batch), values_N)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.network.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state)

@@ -1,0 +1,149 @@
+"""From scored groups to advantages: rewards as the algorithm shapes them, its estimator, and what it remembers of each prompt."""
+
+import bisect
+import functools
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from groupwise.algorithms import (
+    Algorithm,
+    Credit,
+    Outcomes,
+    adaptive_coefficient,
+    soft_overlong_penalty,
+    token_log_ratio,
+)
+from groupwise.algorithms.credit import per_token
+from groupwise.types import Batch, Group, LogprobBatch, Score, TrainingBatch, upgrade
+
+Rewards = Mapping[str, Tensor]
+"""What a completion's reward is the sum of, float64 [B] each: the task's, and the overlong punishment where there is one."""
+
+
+def reward_parts(groups: Sequence[Group], algorithm: Algorithm, max_tokens: int) -> Rewards:
+    """The rewards of every completion: verdicts priced by the algorithm, with its soft overlong punishment."""
+    scores = [score for group in groups for score in group.scores]
+    parts = {"task": torch.tensor([_priced(score, algorithm) for score in scores], dtype=torch.float64)}
+    if algorithm.overlong_cache:
+        lengths_B = torch.tensor([len(c.tokens) for group in groups for c in group.completions])
+        parts["overlong"] = soft_overlong_penalty(lengths_B, max_tokens, round(algorithm.overlong_cache * max_tokens))
+    return parts
+
+
+def _priced(score: Score, algorithm: Algorithm) -> float:
+    if algorithm.outcome_rewards is None or score.verdict is None:
+        return score.reward
+    return algorithm.outcome_rewards[("correct", "wrong", "unparsed").index(score.verdict)]
+
+
+class CreditAssigner:
+    """Gives batches their advantages; its state is what the algorithm remembers from step to step."""
+
+    def __init__(self, algorithm: Algorithm, tokenizer: Any, max_tokens: int) -> None:
+        self.algorithm, self.tokenizer, self.max_tokens = algorithm, tokenizer, max_tokens
+        self.history: Mapping[str, Mapping[str, Any]] = {}
+        """Of each prompt, for estimators that need it."""
+        self.kl_coefficient = algorithm.kl_reward
+        """The weight of the KL penalty in the reward, which follows `kl_target`."""
+
+    def assign(
+        self, batch: LogprobBatch, groups: Sequence[Group], rewards: Rewards, *, policy_moved: bool
+    ) -> tuple[TrainingBatch, dict[str, float]]:
+        """The batch with its advantages (and returns, for a critic), and metrics of the KL penalty.
+
+        Args:
+            batch: from these groups.
+            rewards: from `reward_parts`.
+            policy_moved: whether the policy has been updated yet; before, its KL to the reference is 0 by construction, and says
+                nothing about the coefficient.
+        """
+        metrics: dict[str, float] = {}
+        penalty_BT = torch.zeros(batch.mask_BT.shape, dtype=torch.float64)
+        if self.algorithm.kl_reward and batch.ref_logprobs_BT is not None:
+            log_ratio_BT = token_log_ratio(batch.old_logprobs_BT, batch.ref_logprobs_BT, batch.mask_BT)
+            kl = float(log_ratio_BT[batch.mask_BT].mean())
+            if self.algorithm.kl_target is not None and policy_moved:
+                self.kl_coefficient = adaptive_coefficient(self.kl_coefficient, kl, self.algorithm.kl_target)
+            metrics = {"kl_reward/kl": kl, "kl_reward/coefficient": self.kl_coefficient}
+            penalty_BT = self.kl_coefficient * log_ratio_BT.double()
+        rows, credit = self._credit(batch, groups, rewards, penalty_BT, batch.values_BT)
+        self.history = credit.history
+        advantages_BT = torch.zeros(batch.mask_BT.shape)
+        advantages_BT[rows] = per_token(credit.advantages, batch.mask_BT[rows]).float()
+        returns_BT = None
+        if credit.returns_BT is not None:
+            returns_BT = torch.zeros(batch.mask_BT.shape)
+            returns_BT[rows] = credit.returns_BT.float()
+        return upgrade(TrainingBatch, batch, advantages_BT=advantages_BT, returns_BT=returns_BT), metrics
+
+    def remember(self, batch: Batch, groups: Sequence[Group], rewards: Rewards) -> None:
+        """Take groups into the history that are not trained on, so that every visit of a prompt counts once."""
+        _, credit = self._credit(batch, groups, rewards, torch.zeros(batch.mask_BT.shape, dtype=torch.float64), None)
+        self.history = credit.history
+
+    def _credit(
+        self, batch: Batch, groups: Sequence[Group], rewards: Rewards, penalty_BT: Tensor, values_BT: Tensor | None
+    ) -> tuple[Tensor, Credit]:
+        """The rows that count in the baseline (int64 [R]), and their credit.
+
+        A completion that overlong filtering took out of the loss also leaves its group's baseline, unless the algorithm says
+        otherwise.
+        """
+        counted_B = batch.mask_BT.any(1)
+        if self.algorithm.overlong_in_baseline:
+            counted_B = torch.ones_like(counted_B)
+        rows = counted_B.nonzero()[:, 0]
+        if len(rows) == 0:
+            return rows, Credit(advantages=torch.zeros(0), history=self.history)
+        rewards_B = torch.stack(list(rewards.values())).sum(0)
+        ids = [group.problem.id for group in groups for _ in group.completions]
+        steps = step_positions(groups, self.tokenizer) if "steps" in self.algorithm.needs else None
+        outcomes = Outcomes(
+            rewards_B=(rewards_B - penalty_BT.sum(1))[rows],
+            group_ids_B=batch.group_ids_B[rows],
+            prompt_ids=[ids[i] for i in rows.tolist()],
+            mask_BT=batch.mask_BT[rows],
+            step_rewards=[steps[i][0] for i in rows.tolist()] if steps else None,
+            step_ends=[steps[i][1] for i in rows.tolist()] if steps else None,
+            token_rewards_BT=(last_token(batch.mask_BT) * rewards_B[:, None] - penalty_BT)[rows],
+            values_BT=values_BT[rows].double() if values_BT is not None else None,
+            history=self.history,
+        )
+        return rows, self.algorithm.advantage(outcomes)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history, "kl_coefficient": self.kl_coefficient}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.history, self.kl_coefficient = state["history"], state["kl_coefficient"]
+
+
+def last_token(mask_BT: Tensor) -> Tensor:
+    """bool [B, T], True at each row's last trained token."""
+    return mask_BT & (mask_BT.flip(1).cumsum(1).flip(1) == 1)
+
+
+def step_positions(groups: Sequence[Group], tokenizer: Any) -> list[tuple[list[float], list[int]]]:
+    """For each completion the rewards of its steps and the index of each step's last token.
+
+    Tasks count a step's end in characters; the last step also owns what follows it, the end-of-sequence token.
+    """
+    lengths = functools.cache(lambda token: len(tokenizer.decode([token], skip_special_tokens=True)))
+    result = []
+    for group in groups:
+        for completion, score in zip(group.completions, group.scores, strict=True):
+            tokens = completion.tokens.tolist()
+            reached = list(itertools.accumulate(lengths(token) for token in tokens))
+            if reached[-1] != len(completion.text):  # some tokens are less than a character each
+                starts = [tokenizer.decode(tokens[: t + 1], skip_special_tokens=True) for t in range(len(tokens))]
+                reached = [len(os.path.commonprefix([start, completion.text])) for start in starts]  # noqa: RUF071 characters, as meant
+            ends = [min(bisect.bisect_left(reached, end), len(tokens) - 1) for end, _ in score.steps]
+            if ends:
+                ends[-1] = len(tokens) - 1
+            result.append(([reward for _, reward in score.steps], ends))
+    return result

@@ -1,0 +1,77 @@
+"""What a step is recorded as, beside what the updates report."""
+
+import math
+import resource
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from groupwise.algorithms.diagnostics import effective_share
+from groupwise.training.collect import Collected
+from groupwise.types import Group
+
+
+def rollout_metrics(collected: Collected, version: int) -> dict[str, float]:
+    """Of everything that was generated, whether it was kept or not; of what was kept, where nothing was generated.
+
+    `version`: updates that the learner had taken when the rollouts were complete.
+    """
+    seen = collected.seen or collected.groups
+    completions = [completion for group in seen for completion in group.completions]
+    finished = [len(completion.tokens) for completion in completions if completion.stop == "stop"]
+    scores = [score for group in seen for score in group.scores]
+    outcomes = [group.outcome for group in seen]
+    shares = {name: outcomes.count(name) / len(seen) for name in ("all_correct", "all_wrong", "mixed")}
+    ages = [version - completion.oldest_version for group in collected.groups for completion in group.completions]
+    return {
+        "train/pass_rate": sum(score.correct for score in scores) / len(scores),
+        "reward/mean": sum(score.reward for score in scores) / len(scores),
+        **{f"groups/{name}": share for name, share in shares.items()},
+        "groups/zero_variance": 1 - shares["mixed"],
+        "groups/kept": float(len(collected.groups)),
+        "rollouts/completions": float(sum(len(group.completions) for group in collected.seen)),
+        "rollouts/rounds": float(collected.rounds),
+        "rollouts/age": sum(ages) / len(ages),
+        "groups/reused": float(collected.reused),
+        "groups/too_old": float(len(collected.expired)),
+        "dropped/zero_variance": float(sum(group.outcome != "mixed" for group in collected.dropped)),
+        "dropped/surplus": float(sum(group.outcome == "mixed" for group in collected.dropped)),
+        "length/mean": sum(len(completion.tokens) for completion in completions) / len(completions),
+        "length/finished": sum(finished) / len(finished) if finished else math.nan,
+        "length/truncated": sum(completion.stop == "length" for completion in completions) / len(completions),
+    }
+
+
+def reward_metrics(groups: Sequence[Group], rewards: Mapping[str, Tensor]) -> dict[str, float]:
+    """Of the groups that were kept: the reward that advantages are made of, its standard deviation, and its parts by name.
+
+    `rewards`: from `reward_parts`.
+    """
+    parts = {f"reward/part/{name}": values_B for name, values_B in rewards.items()}
+    rewards_B = torch.stack(list(parts.values())).sum(0)
+    scores = [score for group in groups for score in group.scores]
+    for name in dict.fromkeys(name for score in scores for name in score.components):
+        parts[f"reward/part/task/{name}"] = torch.tensor([score.components.get(name, 0.0) for score in scores])
+    return {
+        "reward/shaped_mean": float(rewards_B.mean()),
+        "reward/shaped_spread": float(rewards_B.std(correction=0)),
+        **{name: float(values_B.mean()) for name, values_B in parts.items()},
+    }
+
+
+def advantage_metrics(advantages_BT: Tensor, mask_BT: Tensor) -> dict[str, float]:
+    """How many completions have a gradient, how evenly, and how many were taken out of the loss."""
+    advantages_B = torch.where(mask_BT, advantages_BT, 0).abs().amax(1)
+    return {
+        "utilisation": float((advantages_B != 0).float().mean()),
+        "utilisation/effective": effective_share(advantages_B),
+        "dropped/filtered": float((~mask_BT.any(1)).sum()),
+    }
+
+
+def peak_mib() -> float:
+    """The most memory so far: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
