@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from groupwise.kernels import layers, packed
+from groupwise.kernels import layers, packed_attention
 from groupwise.kernels.compiled import library
-from groupwise.models import character_tokenizer, load_model, load_tokenizer, new_model
+from groupwise.models import LanguageModel, character_tokenizer, load_module, load_tokenizer, new_module
 from groupwise.tasks.arithmetic import CHARACTERS
 
 SIZES: dict[str, Any] = {
@@ -35,13 +35,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def need_kernels() -> None:
-    if library("choose") is None:
+    if library("sample") is None:
         pytest.skip("no C++ compiler here that makes the kernels; PyTorch does their work, and is tested beside them")
 
 
 def forget_kernels() -> None:
     """As in a new process: what is compiled is compiled again."""
-    for function in (library, layers.kernels, packed._kernels):
+    for function in (library, layers.layer_kernels, packed_attention.attention_kernels):
         function.cache_clear()
 
 
@@ -58,17 +58,27 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def shipped() -> tuple[Any, Any]:
     """The model and tokenizer that ship with the package."""
-    return load_model("arithmetic-base"), load_tokenizer("arithmetic-base")
+    return load_module("arithmetic-base"), load_tokenizer("arithmetic-base")
 
 
 def tiny_model(architecture: str, tokenizer: Any) -> Any:
     """Random weights, larger than the usual start, so that distributions are far from flat."""
-    model = new_model({"model_type": architecture, **ARCHITECTURES[architecture]}, tokenizer, seed=1)
+    module = new_module({"model_type": architecture, **ARCHITECTURES[architecture]}, tokenizer, seed=1)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in module.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4)
-    return model
+    return module
+
+
+def owned(module: Any, backend: Any = "auto") -> LanguageModel:
+    """A `LanguageModel` around a module."""
+    return LanguageModel(module, backend)
+
+
+def packs(module: Any) -> bool:
+    """Whether packed sequences run through it."""
+    return owned(module).decoder.packs()
 
 
 @pytest.fixture(scope="session", params=sorted(ARCHITECTURES))

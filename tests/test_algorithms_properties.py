@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import groupwise as gw
-from groupwise.algorithms import theory
-from groupwise.algorithms import NAMED
+from groupwise.algorithms import NAMED, theory
 from tests.test_algorithms_reference import Case, case
 
 SEEDS = st.integers(0, 10**6)

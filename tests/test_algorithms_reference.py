@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import groupwise as gw
-from groupwise.algorithms import NAMED, PARTS
+from groupwise.algorithms import NAMED
 from groupwise.algorithms.credit import Outcomes
 from tests import reference
 

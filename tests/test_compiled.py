@@ -12,12 +12,12 @@ from groupwise.kernels.compiled import library
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("choose", []),
+        ("sample", []),
         ("layers", []),
-        ("panels", []),
-        ("packed", ["-DHEAD_SIZE=8"]),
-        ("decode", ["-DHEAD_SIZE=8", "-DBFLOAT16"]),
-        ("step", ["-DHEAD_SIZE=8"]),
+        ("blocked", []),
+        ("packed_attention", ["-DHEAD_SIZE=8"]),
+        ("decode_attention", ["-DHEAD_SIZE=8", "-DBFLOAT16"]),
+        ("decode_step", ["-DHEAD_SIZE=8"]),
     ],
 )
 def test_gcc_makes_every_kernel(name: str, settings: list[str]) -> None:

@@ -6,41 +6,36 @@ from typing import Any
 import pytest
 import torch
 
-from groupwise.config import LearnerSection
+from groupwise.config import CriticSection, LearnerSection
 from groupwise.learner.critic import Critic, value_losses
-from groupwise.learner.local import cut_rows
-from tests.conftest import tiny_model
+from groupwise.learner.micro_batches import cut_rows
+from tests.conftest import owned, tiny_model
 from tests.test_learner import random_batch
 
 
 def make_critic(tokenizer: Any, **settings: Any) -> Critic:
-    defaults: dict[str, Any] = {
-        "updates": 100,
-        "learning_rate": 1e-2,
-        "warmup_steps": 0,
-        "max_grad_norm": 1.0,
-        "value_clip": 10.0,
-    }
-    return Critic(tiny_model("qwen3", tokenizer), **{**defaults, **settings})
+    section = CriticSection(learning_rate=1e-2, value_clip=10.0)
+    return Critic(owned(tiny_model("qwen3", tokenizer)), section, LearnerSection(**settings), updates=100)
 
 
 def randomised(critic: Critic) -> Critic:
-    torch.nn.init.normal_(critic.network["head"].weight)
+    torch.nn.init.normal_(critic.values_of.network["head"].weight)
     return critic
 
 
 def test_values_start_at_zero_and_are_of_the_state_before_the_token(tokenizer: Any) -> None:
     critic = make_critic(tokenizer)
     batch = random_batch(tiny_model("qwen3", tokenizer))
-    assert critic.values(batch, LearnerSection()).abs().max() == 0
+    assert critic.values(batch).abs().max() == 0
     randomised(critic)
-    values_BT = critic.values(batch, LearnerSection())
-    torch.testing.assert_close(values_BT, critic.values(batch, LearnerSection(share_prompts=False)), rtol=0, atol=1e-4)
+    values_BT = critic.values(batch)
+    critic.learner = LearnerSection(share_prompts=False)
+    torch.testing.assert_close(values_BT, critic.values(batch), rtol=0, atol=1e-4)
     for row, length in enumerate(batch.lengths_B.tolist()):
         prompt = batch.prompts[int(batch.group_ids_B[row])]
         tokens = torch.cat([prompt, batch.tokens_BT[row, :length]])
-        hidden = critic.network["decoder"](input_ids=tokens[None]).last_hidden_state[0]
-        expected = critic.network["head"](hidden)[len(prompt) - 1 : -1, 0]
+        hidden = critic.values_of.network["decoder"](input_ids=tokens[None]).last_hidden_state[0]
+        expected = critic.values_of.network["head"](hidden)[len(prompt) - 1 : -1, 0]
         torch.testing.assert_close(values_BT[row, :length], expected, rtol=0, atol=1e-4)
 
 
@@ -59,11 +54,9 @@ def test_update_does_not_depend_on_the_cut_and_learns(tokenizer: Any) -> None:
     results = []
     for budget in (1, 10**6):
         critic = randomised(make_critic(tokenizer))
-        torch.nn.init.constant_(critic.network["head"].weight, 0.01)
-        results.append(
-            critic.update((batch.select(rows) for rows in cut_rows(batch, budget, padded=False)), tokens, LearnerSection())
-        )
+        torch.nn.init.constant_(critic.values_of.network["head"].weight, 0.01)
+        results.append(critic.update((batch.select(rows) for rows in cut_rows(batch, budget, padded=False)), tokens))
     assert results[0]["critic/grad_norm"] == pytest.approx(results[1]["critic/grad_norm"], rel=1e-5)
     critic = make_critic(tokenizer)
-    losses = [critic.update(iter([batch]), tokens, LearnerSection())["critic/loss"] for _ in range(60)]
+    losses = [critic.update(iter([batch]), tokens)["critic/loss"] for _ in range(60)]
     assert losses[-1] < 0.2 * losses[0]

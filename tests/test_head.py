@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from groupwise.learner import head
-from groupwise.learner.head import token_logprobs
-from groupwise.models import LogitShape
+from groupwise.models import head
+from groupwise.models.head import LogitShape, token_logprobs
 
 N, H, V = 7, 5, 23
 

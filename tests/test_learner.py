@@ -2,7 +2,6 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,15 +11,17 @@ from torch import Tensor
 from groupwise.algorithms import named
 from groupwise.config import LearnerSection
 from groupwise.errors import RunError
-from groupwise.learner.local import LocalLearner, cut_rows
-from groupwise.learner.logprobs import completion_logprobs
-from groupwise.models import check_logits, new_model
-from groupwise.types import Batch, pad_rows
+from groupwise.learner.local import LocalLearner
+from groupwise.learner.micro_batches import cut_rows
+from groupwise.learner.optimiser import Step
+from groupwise.models import LanguageModel, new_module
+from groupwise.types import Batch, TrainingBatch, pad_rows
+from tests.conftest import owned
 
 PROMPT_LENGTHS, GROUP_SIZE = (3, 7, 5), 4
 
 
-def random_batch(model: Any, seed: int = 0) -> Batch:
+def random_batch(model: Any, seed: int = 0) -> TrainingBatch:
     """Three groups of four ragged completions, one row of one token, one token inside a row not trained on."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.vocab_size
@@ -29,7 +30,8 @@ def random_batch(model: Any, seed: int = 0) -> Batch:
     mask_BT = pad_rows([torch.ones(length, dtype=torch.bool) for length in lengths])
     mask_BT[1, 0] = False
     old_BT = torch.where(mask_BT, -2 + 0.5 * torch.randn(tokens_BT.shape, generator=generator), 0)
-    return Batch(
+    return TrainingBatch(
+        rows_B=torch.arange(len(lengths)),
         prompts=tuple(torch.randint(2, vocabulary, (length,), generator=generator) for length in PROMPT_LENGTHS),
         group_ids_B=torch.arange(len(PROMPT_LENGTHS)).repeat_interleave(GROUP_SIZE),
         tokens_BT=tokens_BT,
@@ -58,7 +60,7 @@ def plain_logprobs(model: Any, batch: Batch, temperature: float = 1.0) -> Tensor
 def test_logprobs_are_those_of_the_models_own_forward(any_model: Any, share_prompts: bool) -> None:
     batch = random_batch(any_model)
     with torch.no_grad():
-        ours, entropy_BT = completion_logprobs(any_model, batch, temperature=0.7, share_prompts=share_prompts)
+        ours, entropy_BT = owned(any_model).completion_logprobs(batch, temperature=0.7, share_prompts=share_prompts)
         theirs = plain_logprobs(any_model, batch, temperature=0.7)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
     inside = torch.arange(ours.shape[1]) < batch.lengths_B[:, None]
@@ -69,12 +71,12 @@ def test_logprobs_are_those_of_the_models_own_forward(any_model: Any, share_prom
 def gradient(model: Any, batch: Batch, algorithm: str = "dapo", **settings: Any) -> Tensor:
     """The gradient of one update, before the optimiser sees it."""
     section = LearnerSection(**settings)
-    learner = LocalLearner(model, named(algorithm), section, updates=10, temperature=1.0, max_tokens=16)
+    learner = LocalLearner(owned(model), named(algorithm), section, updates=10, temperature=1.0, max_tokens=16)
     taken: list[Tensor] = []
 
-    def keep(loss: float) -> dict[str, float]:
+    def keep(loss: float) -> Step:
         taken.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-        return {}
+        return Step(0.0, 0.0, 0)
 
     learner.optimiser.step = keep  # type: ignore[method-assign]
     model.zero_grad(set_to_none=True)
@@ -116,13 +118,13 @@ def test_padding_changes_nothing(any_model: Any) -> None:
 
 def test_cut_rows_covers_every_row_once_within_the_budget() -> None:
     batch = Batch(
+        rows_B=torch.arange(5),
         prompts=(torch.ones(10), torch.ones(4)),
         group_ids_B=torch.tensor([0, 1, 0, 1, 0]),
         tokens_BT=torch.zeros(5, 30, dtype=torch.long),
         lengths_B=torch.tensor([30, 2, 6, 20, 1]),
         mask_BT=torch.ones(5, 30, dtype=torch.bool),
         rollout_logprobs_BT=torch.zeros(5, 30),
-        advantages_BT=torch.zeros(5, 30),
     )
     cuts = [rows.tolist() for rows in cut_rows(batch, 80, padded=True)]
     assert sorted(row for rows in cuts for row in rows) == [0, 1, 2, 3, 4]
@@ -136,38 +138,45 @@ def test_an_update_that_is_not_finite_is_skipped_and_several_stop_the_run(tokeni
 
     model = tiny_model("qwen3", tokenizer)
     learner = LocalLearner(
-        model, named("grpo", beta=0.0), LearnerSection(max_bad_updates=3), updates=10, temperature=1.0, max_tokens=16
+        owned(model), named("grpo", beta=0.0), LearnerSection(max_bad_updates=3), updates=10, temperature=1.0, max_tokens=16
     )
     batch = random_batch(model)
-    bad = replace(batch, advantages_BT=batch.advantages_BT * float("inf"))
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    assert learner.update(bad)["skipped_updates"] == 1
-    assert learner.update(bad)["skipped_updates"] == 2
+
+    def update(bad: bool) -> float:
+        """With a final norm that makes every hidden state infinite, or with the model as it is."""
+        norm = model.base_model.norm
+        handle = norm.register_forward_hook(lambda *arguments: arguments[-1] * float("inf")) if bad else None
+        found = learner.update(batch).latest["skipped_updates"]
+        if handle is not None:
+            handle.remove()
+        return found
+
+    assert update(bad=True) == 1
+    assert update(bad=True) == 2
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert learner.update(batch)["skipped_updates"] == 2
+    assert update(bad=False) == 2
     assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert learner.version == 1
-    learner.update(bad)
-    learner.update(bad)
+    update(bad=True)
+    update(bad=True)
     with pytest.raises(RunError, match="3 updates in a row"):
-        learner.update(bad)
+        update(bad=True)
 
 
 def test_check_logits_knows_every_architecture(any_model: Any) -> None:
-    check_logits(any_model)
+    owned(any_model).check_logits()
 
 
 def test_which_models_run_packed(tokenizer: Any) -> None:
-    """Full, plain attention does; Gemma 2 has soft caps and sliding windows, and takes the general path."""
-    from groupwise.attention import packs
-    from tests.conftest import ARCHITECTURES, tiny_model
+    """Full, plain attention does; Gemma 2 has soft caps and sliding windows, and falls back to padded batches."""
+    from tests.conftest import ARCHITECTURES, packs, tiny_model
 
     found = {name: packs(tiny_model(name, tokenizer)) for name in ARCHITECTURES}
     assert found == {"qwen3": True, "llama": True, "gemma": True, "qwen3_moe": True, "gemma2": False}
 
 
 def test_rows_that_teach_nothing_are_not_run_and_change_nothing(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from groupwise.learner import local
     from tests.conftest import tiny_model
 
     model = tiny_model("qwen3", tokenizer)
@@ -175,13 +184,13 @@ def test_rows_that_teach_nothing_are_not_run_and_change_nothing(tokenizer: Any, 
     idle_B = torch.arange(len(batch)) % 3 == 0
     batch = replace(batch, advantages_BT=torch.where(idle_B[:, None], 0, batch.advantages_BT))
     seen: list[int] = []
-    original = local.completion_logprobs
+    original = LanguageModel.completion_logprobs
 
-    def counted(model: Any, part: Batch, **settings: Any) -> Any:
+    def counted(model: LanguageModel, part: Batch, **settings: Any) -> Any:
         seen.append(len(part))
         return original(model, part, **settings)
 
-    monkeypatch.setattr(local, "completion_logprobs", counted)
+    monkeypatch.setattr(LanguageModel, "completion_logprobs", counted)
     skipped = gradient(model, batch)
     assert seen == [int((~idle_B).sum())]
     monkeypatch.setattr("groupwise.algorithms.Algorithm.zero_advantage_is_idle", False)
@@ -192,7 +201,7 @@ def test_rows_that_teach_nothing_are_not_run_and_change_nothing(tokenizer: Any, 
 def gradients_of(model: Any, batch: Batch, **settings: Any) -> list[Tensor]:
     """The gradient that one update of DAPO takes, by parameter."""
     learner = LocalLearner(
-        model,
+        owned(model),
         named("dapo", overlong_cache=0.0),
         LearnerSection(learning_rate=0.0, **settings),
         updates=10,
@@ -201,9 +210,9 @@ def gradients_of(model: Any, batch: Batch, **settings: Any) -> list[Tensor]:
     )
     found: list[Tensor] = []
 
-    def take(_: float) -> dict[str, float]:
+    def take(_: float) -> Step:
         found.extend(parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None)
-        return {}
+        return Step(0.0, 0.0, 0)
 
     learner.optimiser.step = take  # type: ignore[method-assign]
     learner.update(batch)
@@ -234,7 +243,7 @@ def test_checkpointing_gives_the_same_gradient_and_keeps_less(any_model: Any) ->
 def test_checkpointing_brings_no_dropout(tokenizer: Any) -> None:
     """OPT's layers read whether they are in training themselves."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 32}
-    model = new_model({"model_type": "opt", "max_position_embeddings": 64, "dropout": 0.5, **sizes}, tokenizer, seed=0)
+    model = new_module({"model_type": "opt", "max_position_embeddings": 64, "dropout": 0.5, **sizes}, tokenizer, seed=0)
     batch = random_batch(model)
     plain, ours = gradients_of(model, batch), gradients_of(model, batch, checkpointing=True)
     for mine, theirs in zip(ours, plain, strict=True):
@@ -255,7 +264,7 @@ def test_bfloat16_products_leave_weights_and_gradients_in_float32(any_model: Any
 @pytest.mark.parametrize("padding", [None, 5])
 def test_gradients_in_place_are_autograds_own(tokenizer: Any, tied: bool, padding: int | None) -> None:
     """Of embedding and output layer, over two backward passes; the padding token's embedding is not taught."""
-    from groupwise.learner.gradients import gradients_in_place
+    from groupwise.models.gradients import gradients_in_place
     from tests.conftest import tiny_model
 
     model = tiny_model("qwen3", tokenizer)
@@ -269,7 +278,7 @@ def test_gradients_in_place_are_autograds_own(tokenizer: Any, tied: bool, paddin
         model.zero_grad(set_to_none=True)
         for weight in (1.0, -0.3):
             with gradients_in_place(model) if in_place else nullcontext():
-                logprobs_BT, _ = completion_logprobs(model, batch)
+                logprobs_BT, _ = owned(model).completion_logprobs(batch)
             (weight * logprobs_BT.square()).sum().backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -278,7 +287,7 @@ def test_gradients_in_place_are_autograds_own(tokenizer: Any, tied: bool, paddin
     for name, gradient in plain.items():
         assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
     with gradients_in_place(model):
-        logprobs_BT, _ = completion_logprobs(model, batch)
+        logprobs_BT, _ = owned(model).completion_logprobs(batch)
     returned = torch.autograd.grad(logprobs_BT.sum(), [model.lm_head.weight], allow_unused=True)
     assert returned == (None,), "what is added in place is not returned too"
     assert not any("forward" in vars(module) for module in model.modules())
@@ -287,10 +296,10 @@ def test_gradients_in_place_are_autograds_own(tokenizer: Any, tied: bool, paddin
 
 def test_the_embeddings_gradient_adds_in_the_same_order_every_time() -> None:
     """Thousands of tokens of few kinds, on two threads."""
-    from groupwise.learner.gradients import gradients_in_place
+    from groupwise.models.gradients import gradients_in_place
 
     embedding = torch.nn.Embedding(5, 256)
-    model = SimpleNamespace(base_model=torch.nn.Module(), modules=lambda: [embedding])
+    model = torch.nn.Sequential(embedding)
     tokens, weight = torch.randint(5, (4000,)), torch.randn(4000, 256)
 
     def gradient() -> Tensor:

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from groupwise.algorithms import named
-from groupwise.algorithms import NAMED
+from groupwise.algorithms import NAMED, named
+from groupwise.config import Recipe
 from groupwise.tasks.arithmetic import score_answer
-from groupwise.training.batching import assign_credit, last_token, make_batch, minibatches, shaped_rewards, step_positions
-from groupwise.types import Completion, Group, Problem, Score
+from groupwise.training.batching import make_batch, minibatches
+from groupwise.training.collect import Collector, is_mixed
+from groupwise.training.credit import CreditAssigner, last_token, reward_parts, step_positions
+from groupwise.types import Completion, Group, LogprobBatch, Problem, Score, TrainingBatch, VersionSpan, upgrade
 from tests.test_cli import run
 
 
@@ -107,7 +108,7 @@ def test_same_seed_same_bits_also_across_a_resume(tmp_path: Path, extra: list[st
     resumed = run("train", "--resume", cut)
     assert resumed.exit_code == 0, resumed.output
     assert all(torch.equal(value, weights(cut)[key]) for key, value in one.items())
-    drop = ("seconds/rollouts", "seconds/learner", "seconds/annotate", "seconds/scoring", "tokens_per_second", "memory/peak_mib")
+    drop = ("seconds/rollouts", "seconds/learner", "seconds/logprobs", "seconds/scoring", "tokens_per_second", "memory/peak_mib")
     for row, again in zip(metrics_of(tmp_path / "one"), metrics_of(cut), strict=True):
         assert {key: value for key, value in row.items() if key not in drop} == {k: v for k, v in again.items() if k not in drop}
 
@@ -154,7 +155,7 @@ def test_a_dataset_run_resumes_and_is_evaluated_from_anywhere(tmp_path: Path, mo
     )
     (project / "r.toml").write_text(
         "[task]\nname = 'dataset'\npath = 'data.jsonl'\nreward = 'mine.py:reward'\n"
-        "[algorithm]\nname = 'grpo'\nsurrogate = 'mine.py:loss'\nbeta = 0.0\ndual_clip = 'none'\n"
+        "[algorithm]\nname = 'grpo'\nsurrogate = 'mine.py:loss'\nbeta = 0.0\n"
         "[rollouts]\nprompts_per_step = 4\n[learner]\nold_logprobs = 'sampler'\n"
         "[training]\nsteps = 2\ncheckpoint_every = 1\neval_problems = 4\n"
     )
@@ -229,9 +230,9 @@ def test_dcpo_remembers_prompts_and_uses_groups_that_agree(tmp_path: Path) -> No
     pool = ["algorithm.name=dcpo", "task.problems=16", "training.steps=3", "training.eval_problems=10"]
     assert run("train", "quick", "--out", out, *(part for item in pool for part in ("--set", item))).exit_code == 0
     first, second, _ = (row for row in metrics_of(out) if "loss" in row)
-    assert first["groups/dead"] > 0
-    assert first["utilisation"] == pytest.approx(1 - first["groups/dead"])
-    assert second["utilisation"] > 1 - second["groups/dead"]
+    assert first["groups/zero_variance"] > 0
+    assert first["utilisation"] == pytest.approx(1 - first["groups/zero_variance"])
+    assert second["utilisation"] > 1 - second["groups/zero_variance"]
 
 
 def make_group(rewards: list[float], lengths: list[int], truncated: list[bool], prompt: str = "1+1=") -> Group:
@@ -245,7 +246,7 @@ def make_group(rewards: list[float], lengths: list[int], truncated: list[bool], 
                 logprobs=torch.full((length,), -1.0),
                 mask=torch.ones(length, dtype=torch.bool),
                 stop="length" if cut else "stop",
-                weights_version=0,
+                versions=(VersionSpan(0, length, 0),),
             )
             for length, cut in zip(lengths, truncated, strict=True)
         ),
@@ -259,21 +260,26 @@ def test_overlong_filter_takes_truncated_completions_out_of_the_loss_and_the_bas
         algorithm = named("grpo", beta=0.0, overlong_filter=True, overlong_in_baseline=in_baseline, advantage_eps=0.0)
         batch = make_batch([group], algorithm)
         assert batch.mask_BT.sum(1).tolist() == [2, 3, 0, 0]
-        batch, _ = assign_credit(batch, [group], algorithm, None, max_tokens=4, history={})
+        batch = assigned([group], algorithm, with_logprobs(batch), max_tokens=4)
         torch.testing.assert_close(batch.advantages_BT[:, 0], torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
 def test_shaped_rewards_by_hand() -> None:
     """DAPO prices verdicts at 1 and -1 and takes off up to 1 over the last fifth of 20 tokens: 16, 18 and 20."""
     group = make_group([1, 0, 1, 1], [5, 16, 18, 20], [False] * 4)
-    assert shaped_rewards([group], named("dapo"), 20).tolist() == [1.0, -1.0, 0.5, 0.0]
-    assert shaped_rewards([group], named("grpo"), 20).tolist() == [1.0, 0.0, 1.0, 1.0]
+
+    def shaped(name: str) -> list[float]:
+        total: torch.Tensor = sum(reward_parts([group], named(name), 20).values())
+        return total.tolist()
+
+    assert shaped("dapo") == [1.0, -1.0, 0.5, 0.0]
+    assert shaped("grpo") == [1.0, 0.0, 1.0, 1.0]
 
 
 def test_minibatches_are_whole_groups_each_once_and_shuffled() -> None:
     groups = [make_group([1, 0], [2, 3], [False, False], prompt=f"{i}+1=") for i in range(6)]
     batch = make_batch(groups, named("grpo"))
-    batch, _ = assign_credit(batch, groups, named("grpo"), None, max_tokens=8, history={})
+    batch = assigned(groups, named("grpo"), with_logprobs(batch))
     for count, sizes in [(4, [2, 4, 2, 4]), (6, [2] * 6), (100, [2] * 6), (1, [12])]:
         parts = list(minibatches(batch, count, seed=0))
         assert sorted(len(part) for part in parts) == sorted(sizes)
@@ -288,7 +294,7 @@ def spoken(text: str, tokenizer: Any, task_score: Score, ended: bool = True) -> 
         logprobs=torch.zeros(len(ids)),
         mask=torch.ones(len(ids), dtype=torch.bool),
         stop="stop" if ended else "length",
-        weights_version=0,
+        versions=(VersionSpan(0, len(ids), 0),),
     )
     problem = Problem(id="7+3*4-5", prompt="7+3*4-5=", answer="14")
     return Group(problem=problem, prompt_tokens=torch.tensor([3]), completions=(completion,), scores=(task_score,))
@@ -322,17 +328,93 @@ def test_steps_end_at_their_tokens_where_a_token_is_less_than_a_character() -> N
     assert step_positions([group], byte_level) == [([0.5, 1.0], [1, 5])]
 
 
-def test_kl_is_taken_off_the_reward() -> None:
+def with_logprobs(batch: Any, **changes: Any) -> LogprobBatch:
+    """A batch whose policy, reference and critic are the same everywhere, but for the changes."""
+    shape = batch.tokens_BT.shape
+    zeros = {name: torch.zeros(shape) for name in ("old_logprobs_BT", "ref_logprobs_BT", "values_BT")}
+    return upgrade(LogprobBatch, batch, **{**zeros, **changes})
+
+
+def assigned(groups: list[Group], algorithm: Any, batch: LogprobBatch, max_tokens: int = 8) -> TrainingBatch:
+    rewards = reward_parts(groups, algorithm, max_tokens)
+    return CreditAssigner(algorithm, None, max_tokens).assign(batch, groups, rewards, policy_moved=True)[0]
+
+
+def test_kl_is_subtracted_from_the_reward() -> None:
     """Two tokens of log ratio 0.5 each at coefficient 0.1: 0.1 off a completion's reward, 0.05 off each token's."""
     group = make_group([1, 0], [2, 2], [False, False])
     batch = make_batch([group], named("dr_grpo"))
     shift = torch.tensor([[0.5, 0.5], [0.0, 0.0]])
-    batch = replace(batch, old_logprobs_BT=-1 + shift, ref_logprobs_BT=-torch.ones(2, 2), values_BT=torch.zeros(2, 2))
-    credited, _ = assign_credit(batch, [group], named("dr_grpo"), None, max_tokens=4, kl_coefficient=0.1, history={})
+    batch = with_logprobs(batch, old_logprobs_BT=-1 + shift, ref_logprobs_BT=-torch.ones(2, 2))
+    credited = assigned([group], named("dr_grpo", kl_reward=0.1), batch)
     torch.testing.assert_close(credited.advantages_BT[:, 0], torch.tensor([0.45, -0.45]))
-    _, credit = assign_credit(batch, [group], named("ppo", gae_lambda=1.0), None, max_tokens=4, kl_coefficient=0.1, history={})
-    assert credit.returns_BT is not None
-    torch.testing.assert_close(credit.returns_BT, torch.tensor([[0.9, 0.95], [0.0, 0.0]], dtype=torch.float64))
+    returns_BT = assigned([group], named("ppo", gae_lambda=1.0, kl_reward=0.1), batch).returns_BT
+    torch.testing.assert_close(returns_BT, torch.tensor([[0.9, 0.95], [0.0, 0.0]]))
+
+
+def test_reinforce_pp_charges_each_token_for_its_own_kl_and_those_after_it() -> None:
+    """Rewards to go 0.9, 0.95 and 0, 0: mean 0.4625, deviation (Bessel) 0.53443, so 0.8186, 0.9122, -0.8654, -0.8654."""
+    group = make_group([1, 0], [2, 2], [False, False])
+    shift = torch.tensor([[0.5, 0.5], [0.0, 0.0]])
+    batch = make_batch([group], named("reinforce_pp"))
+    batch = with_logprobs(batch, old_logprobs_BT=-1 + shift, ref_logprobs_BT=-torch.ones(2, 2))
+    found = assigned([group], named("reinforce_pp", kl_reward=0.1), batch).advantages_BT
+    torch.testing.assert_close(found, torch.tensor([[0.8186, 0.9122], [-0.8654, -0.8654]]), rtol=0, atol=2e-4)
+
+
+def test_the_kl_coefficient_waits_for_the_first_update() -> None:
+    """Before it the policy is the reference, so a KL of 0 says nothing about the coefficient."""
+    group = make_group([1, 0], [2, 2], [False, False])
+    algorithm = named("ppo", kl_reward=0.1, kl_target=0.01)
+    batch = with_logprobs(make_batch([group], algorithm))
+    rewards = reward_parts([group], algorithm, 8)
+    assigner = CreditAssigner(algorithm, None, 8)
+    assert assigner.assign(batch, [group], rewards, policy_moved=False)[1]["kl_reward/coefficient"] == 0.1
+    assert assigner.assign(batch, [group], rewards, policy_moved=True)[1]["kl_reward/coefficient"] == 0.05
+
+
+@pytest.mark.parametrize("in_baseline", [False, True])
+def test_a_group_that_is_mixed_only_through_a_truncated_answer_does_not_fill_the_batch(in_baseline: bool) -> None:
+    filtered = named("dapo", overlong_filter=True, overlong_in_baseline=in_baseline)
+    only_truncated_wrong = make_group([1, 1, 0], [2, 3, 8], [False, False, True])
+    assert is_mixed(only_truncated_wrong, named("dapo"))
+    assert is_mixed(only_truncated_wrong, filtered) == in_baseline  # in the baseline it gives the others an advantage
+    assert not is_mixed(make_group([1, 0], [8, 8], [True, True]), filtered)
+
+
+class Script:
+    """A task, and a sampler, for a `Collector`: the outcomes of each group in turn."""
+
+    scores_beside_generation = False
+
+    def __init__(self, outcomes: list[list[float]]) -> None:
+        self.outcomes = iter(outcomes)
+
+    def problem(self, position: int, seed: int) -> Problem:
+        return Problem(id=f"p{position % 3}", prompt="1+1=", answer="2")
+
+    def score(self, problem: Problem, texts: list[str]) -> list[Score]:
+        return [Score(reward=r, correct=r > 0) for r in next(self.outcomes)]
+
+    async def generate(self, request: Any) -> tuple[Completion, ...]:
+        return make_group([0.0] * request.n, [2] * request.n, [False] * request.n).completions
+
+
+def test_every_group_is_remembered_once_whether_it_waits_for_a_later_batch_or_not(tokenizer: Any) -> None:
+    """Mixed groups beyond the batch are trained on later, and counted then; what is never trained on is counted at once."""
+    mixed, same = [1.0, 0.0], [1.0, 1.0]
+    script = Script([mixed, mixed, mixed, same, mixed, mixed])
+    algorithm = named("dcpo", dynamic_sampling=True)
+    settings = {"group_size": 2, "prompts_per_step": 2, "max_age": 5, "max_tokens": 8}
+    recipe = Recipe.model_validate({"rollouts": settings, "learner": {"minibatches": 1}})
+    collector = Collector(script, script, tokenizer, recipe, algorithm)  # type: ignore[arg-type]
+    collector.keep_rate = 0.5  # so that the first round asks for four groups
+    first, second = collector.collect(0), collector.collect(1)
+    counted = [id(g) for c in (first, second) for g in (*c.groups, *c.dropped, *c.expired)]
+    waiting = [id(group) for _, group in collector.surplus]
+    assert second.reused == 1
+    assert len(counted) == len(set(counted)), "no group is counted twice"
+    assert sorted(counted + waiting) == sorted(id(g) for c in (first, second) for g in c.seen), "and none is forgotten"
 
 
 def test_last_token_of_ragged_rows_with_holes() -> None:

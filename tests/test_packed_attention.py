@@ -4,22 +4,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from groupwise.attention import Packed, packed
-from groupwise.attention.blocks import Blocks
-from groupwise.kernels.packed import Rows
+from groupwise.kernels.packed_attention import PackedRows, unsupported
+from groupwise.models.attention import training
+from groupwise.models.attention.training import PackedAttention
+from groupwise.models.attention.training_padded import PaddedBlocks
 from tests.conftest import need_kernels
 
 SCALE = 0.3
 
 
 @pytest.fixture(params=["compiled", "plain"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the attention runs in C++ (and then not in PyTorch) or in PyTorch."""
     if request.param == "plain":
-        monkeypatch.setattr(packed, "has_kernel", lambda *_: False)
-    else:
-        need_kernels()
-        monkeypatch.setattr(packed, "BlockAttention", None)
-    return str(request.param)
+        return False
+    need_kernels()
+    monkeypatch.setattr(training, "PaddedBlockAttention", None)
+    return True
 
 
 def plain(prompts: list[int], group_ids: list[int], lengths: list[int], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -52,13 +53,15 @@ ALONE = ([9, 2], [], [])
 @pytest.mark.parametrize("rows", [RAGGED, MANY, ALONE], ids=["ragged", "many", "prompts alone"])
 @pytest.mark.parametrize(("heads", "shared", "size"), [(3, 1, 64), (4, 4, 16), (2, 2, 24), (6, 2, 20), (1, 1, 6), (2, 1, 1)])
 def test_outputs_and_gradients_are_those_of_attention_row_by_row(
-    way: str, rows: tuple[list[int], list[int], list[int]], heads: int, shared: int, size: int
+    kernels: bool, rows: tuple[list[int], list[int], list[int]], heads: int, shared: int, size: int
 ) -> None:
     prompts, group_ids, lengths = rows
     N = sum(prompts + lengths)
     inputs = [torch.randn(N, heads, size), *(torch.randn(N, heads // shared, size) for _ in range(2))]
     weights = torch.randn(N, heads, size)
-    layout = Packed(prompts, torch.tensor(group_ids, dtype=torch.long), torch.tensor(lengths, dtype=torch.long), "cpu")
+    layout = PackedAttention(
+        prompts, torch.tensor(group_ids, dtype=torch.long), torch.tensor(lengths, dtype=torch.long), "cpu", kernels=kernels
+    )
 
     ours = [x.clone().requires_grad_() for x in inputs]
     output = layout(0, *ours, SCALE)
@@ -72,9 +75,9 @@ def test_outputs_and_gradients_are_those_of_attention_row_by_row(
         assert torch.equal(layout(0, *inputs, SCALE), output)
 
 
-def test_far_scores_neither_overflow_nor_vanish(way: str) -> None:
+def test_far_scores_neither_overflow_nor_vanish(kernels: bool) -> None:
     """Scores around 10,000 either way: all weight on one token, and finite gradients."""
-    layout = Packed([2], torch.tensor([0, 0]), torch.tensor([3, 1]), "cpu")
+    layout = PackedAttention([2], torch.tensor([0, 0]), torch.tensor([3, 1]), "cpu", kernels=kernels)
     key = torch.zeros(6, 1, 8)
     key[:, 0, 0] = torch.tensor([0.0, 5e4, -5e4, 3e4, 0.0, -1e4])
     query, value = torch.zeros(6, 1, 8), torch.randn(6, 1, 8)
@@ -85,8 +88,8 @@ def test_far_scores_neither_overflow_nor_vanish(way: str) -> None:
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(output.sum(), leaves))
 
 
-def test_a_key_that_is_no_number_is_seen_by_who_looks_at_it_and_by_no_others(way: str) -> None:
-    layout = Packed([2, 2], torch.tensor([0, 1]), torch.tensor([2, 2]), "cpu")
+def test_a_nan_key_reaches_the_queries_that_attend_to_it_and_no_others(kernels: bool) -> None:
+    layout = PackedAttention([2, 2], torch.tensor([0, 1]), torch.tensor([2, 2]), "cpu", kernels=kernels)
     query, key, value = (torch.randn(8, 2, 8) for _ in range(3))
     key[1, 1] = torch.nan  # the last token of the first prompt, whose completion is at 4 and 5
     found = layout(0, query, key, value, SCALE).isnan().all(-1)
@@ -95,8 +98,8 @@ def test_a_key_that_is_no_number_is_seen_by_who_looks_at_it_and_by_no_others(way
 
 def test_values_narrower_than_keys_are_not_for_the_kernel() -> None:
     query, key, value = torch.randn(3, 2, 16), torch.randn(3, 2, 16), torch.randn(3, 2, 8)
-    assert not packed.has_kernel(query, key, value)
-    assert not packed.has_kernel(query.double(), key.double(), key.double())
+    assert unsupported(query, key, value) is not None
+    assert unsupported(query.double(), key.double(), key.double()) is not None
 
 
 def test_the_same_bits_whatever_the_number_of_threads() -> None:
@@ -107,7 +110,7 @@ def test_the_same_bits_whatever_the_number_of_threads() -> None:
         for count in (1, 2, 3, 2):
             torch.set_num_threads(count)
             leaves = [x.clone().requires_grad_() for x in inputs]
-            output = Packed(MANY[0], torch.tensor(MANY[1]), torch.tensor(MANY[2]), "cpu")(0, *leaves, SCALE)
+            output = PackedAttention(MANY[0], torch.tensor(MANY[1]), torch.tensor(MANY[2]), "cpu")(0, *leaves, SCALE)
             found.append([output.detach(), *torch.autograd.grad(output.square().sum(), leaves)])
     finally:
         torch.set_num_threads(threads)
@@ -115,7 +118,7 @@ def test_the_same_bits_whatever_the_number_of_threads() -> None:
 
 
 def test_a_prompt_with_many_rows_is_cut_into_sets_of_some_size() -> None:
-    rows = Rows(torch.tensor([300, 4]), torch.tensor([0, 1] * 8), torch.full((16,), 100))
+    rows = PackedRows(torch.tensor([300, 4]), torch.tensor([0, 1] * 8), torch.full((16,), 100))
     sets = [rows.order[a:b].tolist() for a, b in zip(rows.sets[:-1].tolist(), rows.sets[1:].tolist(), strict=True)]
     assert sorted(row for rows_of_set in sets for row in rows_of_set) == list(range(18))
     of_first = [len(found) for found in sets if found[0] >= 2 and found[0] % 2 == 0]
@@ -123,6 +126,6 @@ def test_a_prompt_with_many_rows_is_cut_into_sets_of_some_size() -> None:
     assert all(len(set(rows.prompts[found].tolist())) == 1 for found in sets)
 
 
-def test_blocks_put_rows_of_like_length_side_by_side() -> None:
-    blocks = Blocks(torch.tensor([2]), torch.zeros(4, dtype=torch.long), torch.tensor([100, 1, 90, 2]), "cpu")
+def test_padded_blocks_put_rows_of_similar_length_together() -> None:
+    blocks = PaddedBlocks(torch.tensor([2]), torch.zeros(4, dtype=torch.long), torch.tensor([100, 1, 90, 2]), "cpu")
     assert [layout.shape for layout in blocks.rows] == [(2, 100), (2, 2)]

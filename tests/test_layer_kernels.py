@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, CohereConfig, Olmo2Config, OlmoConfig
 
-from groupwise.attention import packs
-from groupwise.attention.fused import fused
 from groupwise.kernels import layers
-from groupwise.learner.logprobs import completion_logprobs
-from tests.conftest import need_kernels, tiny_model
-from tests.test_rollouts_native import as_batch, sample
+from groupwise.models.backend import BACKENDS
+from groupwise.models.decoder import Decoder
+from tests.conftest import need_kernels, owned, packs, tiny_model
+from tests.test_sampler import as_batch, sample
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +51,7 @@ def turned(x_NHD: Tensor, angles_ND: Tensor) -> Tensor:
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e4])
 def test_norm_is_its_formula(shape: tuple[int, ...], offset: float, size: float) -> None:
     x, weight = size * torch.randn(shape), torch.randn(shape[-1])
-    ours = with_gradients(lambda *z: layers.norm(*z, 1e-5, offset), x, weight)
+    ours = with_gradients(lambda *z: layers.rms_norm(*z, 1e-5, offset), x, weight)
     wide = with_gradients(lambda *z: root_mean_square_norm(*z, 1e-5, offset), x.double(), weight.double())
     for one, other in zip(ours, wide, strict=True):
         close(one, other)
@@ -60,7 +59,7 @@ def test_norm_is_its_formula(shape: tuple[int, ...], offset: float, size: float)
 
 def test_norm_by_hand() -> None:
     # The mean square of 3 and 4 is 12.5; without epsilon both are divided by its root.
-    found = layers.norm(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, -2.0]), 0.0, 0.0)
+    found = layers.rms_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, -2.0]), 0.0, 0.0)
     torch.testing.assert_close(found, torch.tensor([[3.0, -8.0]]) / 12.5**0.5)
 
 
@@ -75,7 +74,7 @@ def test_rotation_is_its_formula(N: int, heads: int, size: int, normed: bool) ->
         return turned(root_mean_square_norm(heads_NHD, weight, 1e-6, 1.0) if normed else heads_NHD + 0 * weight, angles)
 
     def ours(x: Tensor, weight: Tensor) -> Tensor:
-        return layers.rotated(x, cos, sin, weight if normed else None, 1e-6, 1.0) + 0 * weight
+        return layers.rope(x, cos, sin, weight if normed else None, 1e-6, 1.0) + 0 * weight
 
     for one, other in zip(with_gradients(ours, x, weight), with_gradients(formula, x.double(), weight.double()), strict=True):
         close(one, other)
@@ -84,24 +83,24 @@ def test_rotation_is_its_formula(N: int, heads: int, size: int, normed: bool) ->
 def test_rotation_undoes_itself() -> None:
     x, angles = torch.randn(9, 3 * 64), torch.rand(9, 32)
     cos, sin = (torch.cat([f(angles)] * 2, -1) for f in (torch.cos, torch.sin))
-    there = layers.rotated(x, cos, sin, None, 0.0, 0.0)
-    torch.testing.assert_close(layers.rotated(there.flatten(1), cos, -sin, None, 0.0, 0.0).flatten(1), x)
+    there = layers.rope(x, cos, sin, None, 0.0, 0.0)
+    torch.testing.assert_close(layers.rope(there.flatten(1), cos, -sin, None, 0.0, 0.0).flatten(1), x)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 7, 33), (90, 768)])
 @pytest.mark.parametrize("size", [1e-3, 1.0, 60.0])
-def test_gated_product_is_its_formula(shape: tuple[int, ...], size: float) -> None:
+def test_swiglu_is_its_formula(shape: tuple[int, ...], size: float) -> None:
     gate, up = size * torch.randn(shape), torch.randn(shape)
-    ours = with_gradients(layers.gated, gate, up)
+    ours = with_gradients(layers.swiglu, gate, up)
     wide = with_gradients(lambda g, u: g / (1 + (-g).exp()) * u, gate.double(), up.double())  # Shazeer 2020, section 2
     for one, other in zip(ours, wide, strict=True):
         close(one, other)
 
 
-def test_gated_product_far_out() -> None:
+def test_swiglu_far_out() -> None:
     gate = torch.tensor([[0.0, 1e4, -1e4, 88.0, -88.0]])
-    assert layers.gated(gate, torch.ones(1, 5))[0].tolist() == pytest.approx([0.0, 1e4, 0.0, 88.0, 0.0], abs=1e-30)
-    assert layers.gated(torch.tensor([[torch.nan]]), torch.ones(1, 1)).isnan().all()
+    assert layers.swiglu(gate, torch.ones(1, 5))[0].tolist() == pytest.approx([0.0, 1e4, 0.0, 88.0, 0.0], abs=1e-30)
+    assert layers.swiglu(torch.tensor([[torch.nan]]), torch.ones(1, 1)).isnan().all()
 
 
 def test_parts_of_wider_products_are_read_where_they_lie() -> None:
@@ -109,8 +108,8 @@ def test_parts_of_wider_products_are_read_where_they_lie() -> None:
     gate, up = wide.split(150, -1)
     queries, _ = wide.split([240, 60], -1)
     with torch.inference_mode():
-        assert torch.equal(layers.gated(gate, up), layers.gated(gate.contiguous(), up.contiguous()))
-        rotations = [layers.rotated(x, cos, sin, None, 0.0, 0.0) for x in (queries, queries.contiguous())]
+        assert torch.equal(layers.swiglu(gate, up), layers.swiglu(gate.contiguous(), up.contiguous()))
+        rotations = [layers.rope(x, cos, sin, None, 0.0, 0.0) for x in (queries, queries.contiguous())]
     assert torch.equal(*rotations)
 
 
@@ -121,10 +120,10 @@ def test_the_same_bits_whatever_the_number_of_threads() -> None:
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            of_norm = with_gradients(lambda *z: layers.norm(*z, 1e-6, 0.0), x, weight)
-            of_rotation = with_gradients(lambda *z: layers.rotated(z[0], angles, angles, z[1], 1e-6, 0.0), x, weight[:64])
-            of_product = with_gradients(layers.gated, wide[0], wide[1])
-            found.append(of_norm + of_rotation + of_product)
+            of_norm = with_gradients(lambda *z: layers.rms_norm(*z, 1e-6, 0.0), x, weight)
+            of_rotation = with_gradients(lambda *z: layers.rope(z[0], angles, angles, z[1], 1e-6, 0.0), x, weight[:64])
+            of_swiglu = with_gradients(layers.swiglu, wide[0], wide[1])
+            found.append(of_norm + of_rotation + of_swiglu)
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
@@ -132,9 +131,7 @@ def test_the_same_bits_whatever_the_number_of_threads() -> None:
 
 def taken(decoder: Any) -> dict[str, int]:
     """How many layers of each class run on kernels."""
-    decoder.config._attn_implementation = "groupwise"  # as while an `Attend` is called back
-    with fused(decoder):
-        names = [type(module).__name__ for module in decoder.modules() if "forward" in vars(module)]
+    names = [type(module).__name__ for module, _ in Decoder(decoder, 17, BACKENDS["auto"]).forwards()]
     assert not any("forward" in vars(module) for module in decoder.modules())
     return {name: names.count(name) for name in names}
 
@@ -163,17 +160,17 @@ def test_layers_that_only_look_alike_are_left() -> None:
     assert taken(AutoModel.from_config(OlmoConfig(**SIZES, pad_token_id=0, clip_qkv=8.0))) == {"OlmoMLP": 1}
 
 
-def test_a_forward_that_somebody_else_has_put_in_place_stays_there(tokenizer: Any) -> None:
+def test_a_third_party_forward_stays_and_is_called(tokenizer: Any) -> None:
     model = tiny_model("qwen3", tokenizer)
     batch = as_batch(sample(model, tokenizer))
     layer, calls = model.base_model.layers[1].mlp, []
     layer.forward = lambda x: calls.append(x) or type(layer).forward(layer, x)  # as accelerate's hooks do
-    expected, _ = completion_logprobs(model, batch)
+    expected, _ = owned(model).completion_logprobs(batch)
     assert calls and "forward" in vars(layer)
     sample(model, tokenizer)
     assert "forward" in vars(layer)
     del layer.forward
-    torch.testing.assert_close(completion_logprobs(model, batch)[0], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(owned(model).completion_logprobs(batch)[0], expected, rtol=0, atol=1e-5)
 
 
 def test_a_layer_called_in_another_way_than_in_its_trial_costs_the_kernels_and_not_the_packing(tokenizer: Any) -> None:
@@ -188,8 +185,10 @@ def test_a_layer_called_in_another_way_than_in_its_trial_costs_the_kernels_and_n
 
     for layer in model.base_model.layers:
         layer.__class__ = Positional
-    assert packs(model)
-    assert taken(model.base_model) == {}
+    decoder = owned(model).decoder
+    assert decoder.packs()
+    assert not decoder.layers()
+    assert "packed sequences" in decoder.reasons["layers"]
 
 
 def test_a_trial_under_autocast_finds_what_it_finds_without(tokenizer: Any) -> None:
@@ -208,18 +207,16 @@ def test_a_layer_whose_weights_are_all_zero_proves_nothing(tokenizer: Any) -> No
 
 def test_logprobs_and_gradients_are_those_without_kernels(any_model: Any, tokenizer: Any) -> None:
     if not packs(any_model):
-        pytest.skip("its attention takes the general path, and so do its layers")
+        pytest.skip("its attention falls back to padded batches, and its layers with it")
     batch = as_batch(sample(any_model, tokenizer))
 
-    def run() -> list[Tensor]:
+    def run(backend: str) -> list[Tensor]:
         any_model.zero_grad()
-        logprobs_BT, _ = completion_logprobs(any_model, batch)
+        logprobs_BT, _ = owned(any_model, backend).completion_logprobs(batch)
         (logprobs_BT * torch.linspace(-1, 1, logprobs_BT.numel()).view(logprobs_BT.shape)).sum().backward()
         return [logprobs_BT.detach(), *(p.grad.clone() for p in any_model.parameters())]
 
-    ours = run()
-    with mock.patch.object(any_model.base_model, "_groupwise_fused", []):
-        theirs = run()
+    ours, theirs = run("kernels"), run("torch")
     any_model.zero_grad()
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * float(other.abs().max()) + 1e-12)
@@ -229,9 +226,11 @@ def test_other_precisions_go_the_layers_own_way(tokenizer: Any) -> None:
     model = tiny_model("qwen3", tokenizer)
     batch = as_batch(sample(model, tokenizer))
     with torch.autocast("cpu", torch.bfloat16):
-        rough, _ = completion_logprobs(model, batch)
+        rough, _ = owned(model).completion_logprobs(batch)
     model.to(torch.bfloat16)
+    wide = owned(model)
+    assert wide.decoder.packs()  # tried before, since the trial of layers runs kernels
     with mock.patch.object(layers, "_run", side_effect=AssertionError("kernels are for float32")):
-        found, _ = completion_logprobs(model, batch)
+        found, _ = wide.completion_logprobs(batch)
     # Two roundings of the same log-probabilities to bfloat16's 8 bits.
     torch.testing.assert_close(found, rough, rtol=0.05, atol=0.1)

@@ -6,21 +6,27 @@ from typing import Any
 import pytest
 import torch
 
-from groupwise.attention import packs
-from groupwise.kernels.choose import choose_kernel
-from groupwise.learner.logprobs import completion_logprobs
-from groupwise.rollouts.base import Sampling
-from groupwise.rollouts.native import NativeSampler, draw
+from groupwise.kernels.sample import sample_kernel
+from groupwise.rollouts.base import Sampling, requests
+from groupwise.rollouts.drawing import draw
+from groupwise.rollouts.driver import generate_all
+from groupwise.rollouts.native import NativeSampler
 from groupwise.types import Batch, Completion, pad_rows
-from tests.conftest import need_kernels
+from tests.conftest import need_kernels, owned, packs
 
 PROMPTS = [torch.tensor([3, 12, 4, 15]), torch.tensor([7, 14, 5, 12, 6, 6, 15]), torch.tensor([5, 15])]
 
 
-def sample(model: Any, tokenizer: Any, seed: int = 0, group_size: int = 8, **settings: Any) -> list[tuple[Completion, ...]]:
+def sample(
+    model: Any, tokenizer: Any, seed: int = 0, group_size: int = 8, max_rows: int = 1024, backend: Any = "auto", **settings: Any
+) -> list[tuple[Completion, ...]]:
+    sampler = NativeSampler(owned(model, backend), tokenizer, max_rows=max_rows)
+    return groups_of(sampler, group_size, seed, **settings)
+
+
+def groups_of(sampler: NativeSampler, group_size: int, seed: int = 0, **settings: Any) -> list[tuple[Completion, ...]]:
     sampling = Sampling(**{"max_tokens": 12, **settings})
-    groups = dict(NativeSampler(model, tokenizer).generate(PROMPTS, group_size, sampling, seed=seed))
-    return [groups[i] for i in range(len(PROMPTS))]
+    return generate_all(sampler, requests(PROMPTS, group_size, sampling, seed))
 
 
 def spoken(groups: list[tuple[Completion, ...]]) -> list[list[int]]:
@@ -31,13 +37,13 @@ def as_batch(groups: list[tuple[Completion, ...]]) -> Batch:
     rows = [completion for group in groups for completion in group]
     tokens_BT = pad_rows([row.tokens for row in rows])
     return Batch(
+        rows_B=torch.arange(len(rows)),
         prompts=tuple(PROMPTS),
         group_ids_B=torch.arange(len(groups)).repeat_interleave(len(groups[0])),
         tokens_BT=tokens_BT,
         lengths_B=torch.tensor([len(row.tokens) for row in rows]),
         mask_BT=pad_rows([row.mask for row in rows]),
         rollout_logprobs_BT=pad_rows([row.logprobs for row in rows]),
-        advantages_BT=torch.zeros(tokens_BT.shape),
     )
 
 
@@ -46,7 +52,7 @@ def test_logprobs_are_the_learners(any_model: Any, tokenizer: Any, temperature: 
     batch = as_batch(sample(any_model, tokenizer, temperature=temperature))
     assert batch.lengths_B.min() < batch.lengths_B.max(), "rows should end at different times"
     with torch.no_grad():
-        logprobs_BT, _ = completion_logprobs(any_model, batch, temperature=temperature)
+        logprobs_BT, _ = owned(any_model).completion_logprobs(batch, temperature=temperature)
     torch.testing.assert_close(logprobs_BT, batch.rollout_logprobs_BT, rtol=0, atol=1e-4)
 
 
@@ -60,7 +66,6 @@ def test_same_seed_same_completions_whatever_is_generated_beside_them(any_model:
 
 def test_groups_join_as_rows_finish(tokenizer: Any) -> None:
     """Room for one group at a time, prompts of different lengths, memory that held NaN before."""
-    from groupwise.attention import packs
     from tests.conftest import tiny_model
 
     model = tiny_model("qwen3", tokenizer)
@@ -123,7 +128,7 @@ def choose(request: pytest.FixtureRequest) -> Any:
     if request.param == "plain":
         return draw
     need_kernels()
-    return choose_kernel()
+    return sample_kernel()
 
 
 def test_draw_follows_the_distribution(choose: Any) -> None:
@@ -172,16 +177,15 @@ def test_a_sampler_in_bfloat16_follows_the_weights_of_the_model(tokenizer: Any) 
     from tests.conftest import tiny_model
 
     model = tiny_model("qwen3", tokenizer)
-    sampler = NativeSampler(model, tokenizer, torch.bfloat16)
-    assert packs(sampler.model)
+    sampler = NativeSampler(owned(model), tokenizer, dtype=torch.bfloat16)
+    assert sampler.model.decoder.packs()
     with torch.no_grad():
         next(model.parameters()).mul_(-1)
-    sampler.load(model, 3)
-    groups = dict(sampler.generate(PROMPTS, 4, Sampling(max_tokens=12), seed=0))
-    completion = groups[0][0]
-    assert completion.weights_version == 3
-    assert next(sampler.model.parameters()).dtype == torch.bfloat16 and model.dtype == torch.float32
-    assert all(buffer.dtype == torch.float32 for buffer in sampler.model.buffers())
+    sampler.load(owned(model), 3)
+    completion = groups_of(sampler, 4)[0][0]
+    assert [span.version for span in completion.versions] == [3]
+    assert sampler.model.dtype == torch.bfloat16 and model.dtype == torch.float32
+    assert all(buffer.dtype == torch.float32 for buffer in sampler.model.module.buffers())
     tokens = torch.cat([PROMPTS[0], completion.tokens])[None]
     exact = torch.log_softmax(model(input_ids=tokens).logits[0].float(), -1)[len(PROMPTS[0]) - 1 : -1]
     gap = completion.logprobs - exact.gather(1, completion.tokens[:, None])[:, 0]
@@ -194,13 +198,12 @@ def test_a_compiled_decoder_samples_and_learns_the_same(tokenizer: Any) -> None:
     from tests.test_learner import gradients_of, random_batch
 
     model = tiny_model("qwen3", tokenizer)
-    sampler, batch = NativeSampler(model, tokenizer), random_batch(model)
-    before = dict(sampler.generate(PROMPTS, 4, Sampling(max_tokens=12), seed=0))
+    batch, before = random_batch(model), sample(model, tokenizer, group_size=4)
     gradients = gradients_of(model, batch)
     model.base_model.compile(dynamic=True)
-    after = dict(sampler.generate(PROMPTS, 4, Sampling(max_tokens=12), seed=0))
-    for prompt, completions in before.items():
-        for old, new in zip(completions, after[prompt], strict=True):
+    after = sample(model, tokenizer, group_size=4)
+    for completions, again in zip(before, after, strict=True):
+        for old, new in zip(completions, again, strict=True):
             assert old.text == new.text
             torch.testing.assert_close(old.logprobs, new.logprobs, rtol=0, atol=1e-4)
     for old, new in zip(gradients, gradients_of(model, batch), strict=True):

@@ -1,4 +1,4 @@
-"""A step of generation as one call: what it computes, and which decoders it is for."""
+"""A decoding step in one C++ call: what it computes, and which decoders it is for."""
 
 import copy
 from collections.abc import Callable
@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from groupwise.attention import Decoding, packs, plan
-from groupwise.kernels.panels import in_panels, product_kernel
-from groupwise.models import new_model
-from groupwise.rollouts.base import Sampling
+from groupwise.kernels.blocked import blocked_matmul_kernel, to_blocked
+from groupwise.models import new_module
+from groupwise.models.attention.decoding_step import Plan, PlanFinder
+from groupwise.models.backend import BACKENDS
+from groupwise.models.decoder import Decoder
 from groupwise.rollouts.native import NativeSampler
-from tests.conftest import ARCHITECTURES, SIZES, need_kernels, tiny_model
-from tests.test_rollouts_native import PROMPTS, sample, spoken
+from tests.conftest import ARCHITECTURES, SIZES, need_kernels, owned, packs, tiny_model
+from tests.test_sampler import groups_of, sample, spoken
 
 
 @pytest.fixture(autouse=True)
@@ -22,29 +23,34 @@ def _kernels() -> None:
     need_kernels()
 
 
-def product(x: Tensor, weight_NK: Tensor, bias: Tensor | None) -> Tensor:
-    kernel = product_kernel()
+def matmul(x: Tensor, weight_NK: Tensor, bias: Tensor | None) -> Tensor:
+    kernel = blocked_matmul_kernel()
     assert kernel is not None
-    return kernel(x, in_panels(weight_NK), bias, len(weight_NK))
+    return kernel(x, to_blocked(weight_NK), bias, len(weight_NK))
+
+
+def plan(decoder: Any) -> Plan | None:
+    """Found anew, as by a model that is made of the module now."""
+    return PlanFinder(Decoder(decoder, 17, BACKENDS["auto"])).find()
 
 
 @pytest.mark.parametrize("rows", [1, 7, 48, 49, 130])
 @pytest.mark.parametrize(("K", "N"), [(1, 1), (20, 31), (192, 64), (1030, 33)])
 @pytest.mark.parametrize("biased", [True, False])
-def test_a_product_with_panels_is_the_product(rows: int, K: int, N: int, biased: bool) -> None:
+def test_a_blocked_matmul_is_the_matmul(rows: int, K: int, N: int, biased: bool) -> None:
     x, weight, bias = torch.randn(rows, K), torch.randn(N, K), torch.randn(N) if biased else None
     wide = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    found = product(x, weight, bias)
+    found = matmul(x, weight, bias)
     torch.testing.assert_close(found.double(), wide, rtol=0, atol=2e-7 * K * float(wide.abs().max()) / K**0.5 + 1e-6)
-    assert torch.equal(product(x[rows // 2 :][:1], weight, bias)[0], found[rows // 2]), "a row is the same bits when it is alone"
+    assert torch.equal(matmul(x[rows // 2 :][:1], weight, bias)[0], found[rows // 2]), "a row is the same bits when it is alone"
 
 
-def test_a_product_with_panels_is_the_same_bits_with_any_number_of_threads() -> None:
+def test_a_blocked_matmul_is_the_same_bits_with_any_number_of_threads() -> None:
     x, weight, threads, found = torch.randn(2, 90, 70), torch.randn(200, 70), torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(product(x, weight, None))
+            found.append(matmul(x, weight, None))
     finally:
         torch.set_num_threads(threads)
     assert found[0].shape == (2, 90, 200)
@@ -69,7 +75,7 @@ PLAIN: dict[str, dict[str, Any]] = {
 
 def random_model(architecture: dict[str, Any], tokenizer: Any) -> Any:
     """Every weight random, also those that a model has as ones or zeros at first."""
-    model = new_model(architecture, tokenizer, seed=2)
+    model = new_module(architecture, tokenizer, seed=2)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape) * (0.5 if parameter.dim() == 1 else 0.2))
@@ -84,13 +90,13 @@ def test_steps_are_the_decoders_own_forward_in_float64(name: str, tokenizer: Any
     wide = copy.deepcopy(model.base_model).double()
     prompts = [torch.tensor([3, 12, 4, 15, 9]), torch.tensor([7])]
     with torch.inference_mode():
-        state = Decoding(model.base_model, 2, 5, 6, 4)
-        state.prefill(model.base_model, prompts, 3)
+        state = owned(model).decoding_cache(2, 5, 6, 4)
+        state.prefill(prompts, [3, 3])
         rows = [prompts[i // 3] for i in range(6)]
         for step in range(4):
             tokens_R = torch.randint(3, 17, (len(rows),))
             rows = [torch.cat([row, token[None]]) for row, token in zip(rows, tokens_R, strict=True)]
-            hidden_RH = state.step(model.base_model, tokens_R)
+            hidden_RH = state.step(tokens_R)
             for row, hidden in zip(rows, hidden_RH, strict=True):
                 expected = wide(input_ids=row[None], use_cache=False).last_hidden_state[0, -1]
                 # A yarn's and a rotary table's cosines are float32 in both.
@@ -139,7 +145,7 @@ def hook_on_all(model: Any) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("put", [hook, hook_on_all, foreign_forward])
-def test_who_watches_a_part_is_not_passed_over(put: Callable[[Any], Callable[[], None]], tokenizer: Any) -> None:
+def test_hooks_and_forwards_inside_a_decoder_are_not_bypassed(put: Callable[[Any], Callable[[], None]], tokenizer: Any) -> None:
     model = tiny_model("qwen3", tokenizer)
     before = sample(model, tokenizer)
     assert plan(model.base_model) is not None
@@ -206,19 +212,19 @@ def test_the_kernel_reads_what_is_there(change: Callable[[Any], None], when: str
     assert plan(model.base_model) is None
 
 
-def test_a_row_is_the_same_bits_in_any_company_and_with_any_number_of_threads(tokenizer: Any) -> None:
+def test_a_row_is_the_same_bits_in_any_batch_and_with_any_number_of_threads(tokenizer: Any) -> None:
     """Forty rows of one prompt, more than one thread takes; alone; and 1, 2 and 3 threads."""
-    decoder = tiny_model("qwen3", tokenizer).base_model
-    assert plan(decoder) is not None
+    model = tiny_model("qwen3", tokenizer)
+    assert plan(model.base_model) is not None
     threads, found = torch.get_num_threads(), []
     tokens_R = torch.randint(3, 17, (40,))
 
     def last(rows: slice) -> Tensor:
         with torch.inference_mode():
-            state = Decoding(decoder, 1, 3, 40, 3)
-            state.prefill(decoder, [torch.tensor([5, 9, 4])], len(tokens_R[rows]))
+            state = owned(model).decoding_cache(1, 3, 40, 3)
+            state.prefill([torch.tensor([5, 9, 4])], [len(tokens_R[rows])])
             for _ in range(3):
-                hidden_RH = state.step(decoder, tokens_R[rows])
+                hidden_RH = state.step(tokens_R[rows])
         return hidden_RH.clone()
 
     try:
@@ -242,10 +248,10 @@ def test_a_hook_hears_each_token(tokenizer: Any) -> None:
 def test_weights_are_those_of_the_moment(tokenizer: Any) -> None:
     """Between two rollouts an optimiser changes the weights in place."""
     model = tiny_model("llama", tokenizer)
-    sampler = NativeSampler(model, tokenizer)
+    sampler = NativeSampler(owned(model), tokenizer)
 
     def text() -> list[str]:
-        return [c.text for _, group in sampler.generate(PROMPTS, 4, Sampling(max_tokens=8), seed=0) for c in group]
+        return [c.text for group in groups_of(sampler, 4, max_tokens=8) for c in group]
 
     first = text()
     with torch.no_grad():
@@ -254,5 +260,5 @@ def test_weights_are_those_of_the_moment(tokenizer: Any) -> None:
     changed = text()
     assert changed != first
     fresh = copy.deepcopy(model)
-    sampler = NativeSampler(fresh, tokenizer)
+    sampler = NativeSampler(owned(fresh), tokenizer)
     assert text() == changed
