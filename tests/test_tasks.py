@@ -153,6 +153,7 @@ def test_bad_data_is_named(tmp_path: Path, lines: list[str], settings: dict[str,
 def test_scoring_beside_the_generation_or_within_it_gives_the_same(concurrent: bool, tmp_path: Path, shipped: Any) -> None:
     from groupwise.algorithms import named
     from groupwise.config import Recipe
+    from tests.conftest import owned
     from groupwise.rollouts.native import NativeSampler
     from groupwise.training.collect import Collector
 
@@ -172,7 +173,7 @@ def test_scoring_beside_the_generation_or_within_it_gives_the_same(concurrent: b
 
     recipe = Recipe.model_validate({"rollouts": {"prompts_per_step": 6, "group_size": 4, "max_tokens": 8}})
     model, tokenizer = shipped
-    collector = Collector(NativeSampler(model, tokenizer), Watched(), tokenizer, recipe, named("grpo"))
+    collector = Collector(NativeSampler(owned(model), tokenizer), Watched(), tokenizer, recipe, named("grpo"))
     groups = collector.collect(0).groups
     assert threads == [not concurrent] * 6
     for group in groups:

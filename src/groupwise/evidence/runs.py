@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from groupwise.algorithms import NAMED, named
 from groupwise.errors import UserError
 
 TOKEN_COLUMNS = (
@@ -140,7 +141,7 @@ def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
         for run in runs:
             rungs.setdefault(run.path.resolve().parent.name.split("-", 1)[-1], []).append(run)
         return rungs
-    flat = [_flat(run.recipe) for run in runs]
+    flat = [_flat({**run.recipe, "algorithm": _own_settings(run)}) for run in runs]
     keys = [key for key in dict.fromkeys(key for tree in flat for key in tree) if key != "seed"]
     differing = [key for key in keys if len({str(tree.get(key)) for tree in flat}) > 1]
     groups: dict[str, list[Run]] = {}
@@ -148,6 +149,14 @@ def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
         details = [f"{key.split('.', 1)[-1]} {tree[key]}" for key in differing if key in tree and key != "algorithm.name"]
         groups.setdefault(", ".join([run.algorithm, *details]), []).append(run)
     return groups
+
+
+def _own_settings(run: Run) -> dict[str, Any]:
+    """What a run's algorithm has of its own, beside what its name says."""
+    settings: dict[str, Any] = run.recipe.get("algorithm", {})
+    usual = named(run.algorithm).settings() if run.algorithm in NAMED else {}
+    usual = {key: list(value) if isinstance(value, tuple) else "none" if value is None else value for key, value in usual.items()}
+    return {key: value for key, value in settings.items() if key not in usual or usual[key] != value}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -136,7 +136,7 @@ def setting_types(name: str, changes: dict[str, Any]) -> dict[str, Any]:
         ValueError: there is no such algorithm or part.
     """
     if not isinstance(name, str) or (name not in NAMED and name != "custom"):
-        raise ValueError(f"there is no algorithm {name!r}{nearest(str(name), NAMED)}")
+        raise ValueError(f"name: there is no algorithm {name!r}{nearest(str(name), NAMED)}")
     types = general_settings()
     for kind in PARTS:
         if isinstance(changes.get(kind, ""), str):
