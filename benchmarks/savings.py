@@ -5,96 +5,48 @@ python benchmarks/savings.py
 
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import torch
 from worker_groupwise import Step
 from workloads import WORKS, make
 
+from groupwise.models import BACKENDS, Backend
+
 PAIRS = 3
-
-
-def padded_sampler(step: Step) -> dict[str, float]:
-    with mock.patch("groupwise.rollouts.native.packs", return_value=False):
-        return step.run()
-
-
-@contextmanager
-def layer_by_layer() -> Iterator[None]:
-    with (
-        mock.patch("groupwise.attention.decoding.plan", return_value=None),
-        mock.patch("groupwise.rollouts.packed_weights.plan", return_value=None),
-    ):
-        yield
-
-
-def not_in_one_call(step: Step) -> dict[str, float]:
-    with layer_by_layer():
-        return step.run()
-
-
-def weights_as_they_are(step: Step) -> dict[str, float]:
-    with layer_by_layer(), mock.patch("groupwise.rollouts.native.PackedWeights", return_value=nullcontext()):
-        return step.run()
-
-
-def without_kernel(step: Step) -> dict[str, float]:
-    with layer_by_layer(), mock.patch("groupwise.attention.decoding.decode_kernel", return_value=None):
-        return step.run()
-
-
-def layers_as_they_are(step: Step) -> dict[str, float]:
-    with layer_by_layer(), mock.patch.object(step.model.base_model, "_groupwise_fused", []):
-        return step.run()
-
-
-def padded_attention(step: Step) -> dict[str, float]:
-    with mock.patch("groupwise.attention.packed.has_kernel", return_value=False):
-        return step.run()
-
-
-def padded_learner(step: Step) -> dict[str, float]:
-    with (
-        mock.patch("groupwise.learner.logprobs.packs", return_value=False),
-        mock.patch("groupwise.learner.local.packs", return_value=False),
-    ):
-        return step.run()
-
-
-def unshared_prompts(step: Step) -> dict[str, float]:
-    settings = step.learner.settings
-    step.learner.settings = settings.model_copy(update={"share_prompts": False})
-    report = step.run()
-    step.learner.settings = settings
-    return report
-
-
-VARIANTS: dict[str, Callable[[Step], dict[str, float]]] = {
-    "everything": Step.run,
-    "sampler: transformers' cache, padded": padded_sampler,
-    "sampler: a step not in one call, but layer by layer": not_in_one_call,
-    "sampler: layer by layer, weights not in panels": weights_as_they_are,
-    "sampler: layer by layer, attention in PyTorch": without_kernel,
-    "both: layer by layer, norms, rotations and gated products as transformers has them": layers_as_they_are,
-    "both: attention over prompts and completions in PyTorch, on padded rows": padded_attention,
-    "learner: prompts shared, but padded": padded_learner,
-    "learner: prompts run for every row, padded": unshared_prompts,
+AUTO = BACKENDS["auto"]
+LAYERWISE = replace(AUTO, one_call_step=False)
+VARIANTS: dict[str, tuple[Backend, Backend]] = {
+    "everything": (AUTO, AUTO),
+    "sampler: padded batches through transformers": (BACKENDS["transformers"], AUTO),
+    "sampler: a decoding step layer by layer, not in one call": (LAYERWISE, AUTO),
+    "sampler: layer by layer, weights not in blocked layout": (replace(LAYERWISE, blocked_weights=False), AUTO),
+    "sampler: layer by layer, attention in PyTorch": (replace(LAYERWISE, attention_kernels=False), AUTO),
+    "both: layer by layer, RMSNorm, RoPE and SwiGLU as transformers has them": (replace(LAYERWISE, layer_kernels=False),) * 2,
+    "learner: attention in PyTorch, on padded rows": (AUTO, replace(AUTO, attention_kernels=False)),
+    "learner: padded batches through transformers, prompts shared": (AUTO, BACKENDS["transformers"]),
 }
+"""Backends of the sampler and of the learner."""
+UNSHARED = "learner: prompts run for every row, padded"
 
 
 def main() -> None:
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as directory:
         make(WORKS["reasoning"], Path(directory))
-        step = Step(WORKS["reasoning"], Path(directory))
-        step.run()
-        reports: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
+        steps = {
+            name: Step(WORKS["reasoning"], Path(directory), sampling=sampling, learning=learning)
+            for name, (sampling, learning) in VARIANTS.items()
+        }
+        steps[UNSHARED] = Step(WORKS["reasoning"], Path(directory))
+        steps[UNSHARED].learner.settings = steps[UNSHARED].learner.settings.model_copy(update={"share_prompts": False})
+        for step in steps.values():
+            step.run()
+        reports: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
         for _ in range(PAIRS):
-            for name, variant in VARIANTS.items():
-                reports[name].append(variant(step))
+            for name, step in steps.items():
+                reports[name].append(step.run())
     print("| | generation, tok/s | training, s |")
     print("|---|---|---|")
     for name, found in reports.items():

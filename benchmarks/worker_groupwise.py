@@ -12,20 +12,27 @@ from workloads import WORKS, Work, peak_mib, reward
 from groupwise.algorithms import named
 from groupwise.config import LearnerSection
 from groupwise.learner.local import LocalLearner
-from groupwise.models import encode_prompt, load_model, load_tokenizer
-from groupwise.rollouts.base import Sampling
+from groupwise.models import Backend, LanguageModel, encode_prompt, load_tokenizer
+from groupwise.models.loading import load_module
+from groupwise.rollouts.base import Sampling, requests
+from groupwise.rollouts.driver import generate_all
 from groupwise.rollouts.native import NativeSampler
-from groupwise.training.batching import assign_credit, make_batch
+from groupwise.training.batching import make_batch
+from groupwise.training.credit import CreditAssigner, reward_parts
 from groupwise.types import Group, Problem, Score
 
 
 class Step:
     """The loop's own parts: sample, score, batch, credit, update."""
 
-    def __init__(self, work: Work, directory: Path) -> None:
+    def __init__(
+        self, work: Work, directory: Path, *, sampling: str | Backend = "auto", learning: str | Backend = "auto"
+    ) -> None:
+        """`sampling`, `learning`: the backends of the sampler and of the learner, on the same module."""
         self.work = work
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = load_model(str(directory), getattr(torch, work.dtype)).to(device)
+        module = load_module(str(directory), getattr(torch, work.dtype)).to(device)
+        self.model = LanguageModel(module, learning)
         self.tokenizer = load_tokenizer(str(directory))
         self.texts = json.loads((directory / "prompts.json").read_text())
         self.prompts = [encode_prompt(self.tokenizer, text, False) for text in self.texts]
@@ -36,14 +43,15 @@ class Step:
         self.learner = LocalLearner(
             self.model, self.algorithm, settings, updates=1000, temperature=1.0, max_tokens=work.max_tokens
         )
-        self.sampler = NativeSampler(self.model, self.tokenizer)
+        self.credit = CreditAssigner(self.algorithm, self.tokenizer, work.max_tokens)
+        self.sampler = NativeSampler(LanguageModel(module, sampling), self.tokenizer)
         self.count = 0
 
     def run(self) -> dict[str, float]:
         self.count += 1
         started = time.perf_counter()
         sampling = Sampling(max_tokens=self.work.max_tokens)
-        answers = dict(self.sampler.generate(self.prompts, self.work.group_size, sampling, seed=self.count))
+        answers = generate_all(self.sampler, requests(self.prompts, self.work.group_size, sampling, self.count))
         generated = time.perf_counter()
         groups = []
         for i, text in enumerate(self.texts):
@@ -56,9 +64,10 @@ class Step:
                     scores=tuple(Score(reward=r, correct=r > 0) for r in rewards),
                 )
             )
-        batch, _ = self.learner.annotate(make_batch(groups, self.algorithm))
-        batch, _ = assign_credit(batch, groups, self.algorithm, self.tokenizer, max_tokens=self.work.max_tokens, history={})
-        self.learner.update(batch)
+        batch, _ = self.learner.compute_logprobs(make_batch(groups, self.algorithm))
+        rewards = reward_parts(groups, self.algorithm, self.work.max_tokens)
+        training, _ = self.credit.assign(batch, groups, rewards, policy_moved=True)
+        self.learner.update(training)
         ended = time.perf_counter()
         return {
             "seconds": ended - started,

@@ -44,7 +44,10 @@ def test_check_finds_nothing_wrong_with_a_shipped_recipe(name: str) -> None:
         ("[learner]\nminibatches = 0", "learner.minibatches: input should be greater than or equal to 1, not 0"),
         ("[learner\n", "recipe.toml: "),
         ("[algorithm]\nname = 'dapoo'", "line 2, algorithm.name: there is no algorithm 'dapoo'; did you mean 'dapo'?"),
-        ("[algorithm]\nname = 'dapo'\nclip_hihg = 0.3", "line 3, algorithm.clip_hihg: no algorithm has this setting; did you mean 'clip_high'?"),
+        (
+            "[algorithm]\nname = 'dapo'\nclip_hihg = 0.3",
+            "line 3, algorithm.clip_hihg: no algorithm has this setting; did you mean 'clip_high'?",
+        ),
         ("[algorithm]\nname = 'dapo'\nclip_high = 'big'", "line 3, algorithm.clip_high: input should be a valid number"),
         ("[algorithm]\nname = 'dapo'\nratio = 'tokens'", "line 3, algorithm.ratio: there is no 'tokens'; did you mean 'token'?"),
         ("[algorithm]\nname = 'gspo'\nadvantage = 'process'", "algorithm.ratio: one ratio for the sequence cannot carry"),

@@ -190,7 +190,9 @@ def test_weights_that_change_on_the_way_are_told_by_spans(tokenizer: Any) -> Non
         assert (first.version, second.version) == (0, 3) and (first.start, second.end) == (0, T) and first.end == second.start
         assert completion.oldest_version == 0
         row = torch.cat([endless.prompt, completion.tokens])[None]
-        logprobs = torch.log_softmax(module(input_ids=row).logits[0].float(), -1)[1:-1].gather(1, completion.tokens[:, None])[:, 0]
+        logprobs = torch.log_softmax(module(input_ids=row).logits[0].float(), -1)[1:-1].gather(1, completion.tokens[:, None])[
+            :, 0
+        ]
         # The first token of the new weights reads keys of the old ones, so only the old weights' tokens can be told apart exactly.
         assert not torch.allclose(logprobs[: first.end], completion.logprobs[: first.end], atol=1e-2)
 
@@ -198,7 +200,11 @@ def test_weights_that_change_on_the_way_are_told_by_spans(tokenizer: Any) -> Non
 def test_bad_requests_are_refused(tokenizer: Any) -> None:
     sampler = NativeSampler(owned(tiny_model("qwen3", tokenizer)), tokenizer)
     good = Request(prompt=torch.tensor([7]), sampling=Sampling(max_tokens=3), seed=0)
-    for bad in (replace(good, prompt=torch.tensor([], dtype=torch.long)), replace(good, n=0), replace(good, sampling=Sampling(max_tokens=0))):
+    for bad in (
+        replace(good, prompt=torch.tensor([], dtype=torch.long)),
+        replace(good, n=0),
+        replace(good, sampling=Sampling(max_tokens=0)),
+    ):
         with pytest.raises(ValueError, match="at least one token"):
             generate_all(sampler, [bad])
 

@@ -21,7 +21,9 @@ def hooked(part: str) -> Any:
 
     def put(module: Any) -> None:
         target = module.get_submodule(part)
-        target.register_forward_hook(lambda _module, _inputs, output: (output[0] * 2, *output[1:]) if isinstance(output, tuple) else output * 2)
+        target.register_forward_hook(
+            lambda _module, _inputs, output: (output[0] * 2, *output[1:]) if isinstance(output, tuple) else output * 2
+        )
 
     return put
 
@@ -174,7 +176,9 @@ def test_every_backend_computes_the_same_and_says_what_it_runs(backend: str, tok
 
 
 def test_a_strict_backend_refuses_to_fall_back(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"model.backend = 'kernels': Gemma2ForCausalLM on cpu runs padded batches .* not all full"):
+    with pytest.raises(
+        UserError, match=r"model.backend = 'kernels': Gemma2ForCausalLM on cpu runs padded batches .* not all full"
+    ):
         owned(tiny_model("gemma2", tokenizer), "kernels")
     with pytest.raises(UserError, match="there is no backend 'kernel'; did you mean 'kernels'"):
         owned(tiny_model("qwen3", tokenizer), "kernel")

@@ -13,12 +13,20 @@ Result = TypeVar("Result")
 
 def wait_for(coroutine: Coroutine[Any, Any, Result]) -> Result:
     """Run a coroutine to its end; in a thread of its own where an event loop runs already, as in a notebook."""
+    found: list[Result] = []
+
+    async def keep_result() -> None:
+        # Not as the task's own result: asyncio.run formats the task as text, which takes a tenth of a second for many tensors.
+        found.append(await coroutine)
+
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(coroutine)
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(asyncio.run, coroutine).result()
+        asyncio.run(keep_result())
+    else:
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            thread.submit(asyncio.run, keep_result()).result()
+    return found[0]
 
 
 async def gather(*coroutines: Coroutine[Any, Any, Result]) -> list[Result]:

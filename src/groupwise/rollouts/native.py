@@ -64,6 +64,8 @@ class NativeSampler:
         self._waiting: list[_Job] = []
         self._running: dict[int, _Job] = {}
         """Slot -> the job of each row being generated."""
+        self._active: set[_Job] = set()
+        """The jobs of these rows."""
         self._engine: asyncio.Task[None] | None = None
         self._kept: OrderedDict[int, _Kept] = OrderedDict()
         self._handles = itertools.count(1)
@@ -101,7 +103,7 @@ class NativeSampler:
         self._blocked = None
         if self._cache is not None:
             self._cache.refresh()
-        for job in set(self._running.values()):
+        for job in self._active:
             job.versions.append((version, self._table.lengths_B[job.slots].clone()))
 
     def health(self) -> dict[str, float]:
@@ -121,7 +123,7 @@ class NativeSampler:
                 self._advance()
                 await asyncio.sleep(0)
         except BaseException as error:
-            for job in {*self._waiting, *self._running.values()}:
+            for job in {*self._waiting, *self._active}:
                 if not job.future.done():
                     job.future.set_exception(error) if isinstance(error, Exception) else job.future.cancel()
             if not isinstance(error, Exception):
@@ -133,6 +135,7 @@ class NativeSampler:
         """Forget all rows and give their memory back."""
         self._waiting.clear()
         self._running.clear()
+        self._active.clear()
         self._cache: Any = None
         self._blocked: Any = None
         self._table = RowTable(self.model.device)
@@ -161,9 +164,10 @@ class NativeSampler:
 
     def _drop_cancelled(self) -> None:
         self._waiting = [job for job in self._waiting if not job.future.cancelled()]
-        cancelled = {job for job in self._running.values() if job.future.cancelled()}
+        cancelled = {job for job in self._active if job.future.cancelled()}
         if not cancelled:
             return
+        self._active -= cancelled
         keep_R = torch.tensor([self._running[slot] not in cancelled for slot in self._slots_R.tolist()], device=self.model.device)
         order_R = self._cache.keep(keep_R)
         self._slots_R, self._hidden_RH = self._slots_R[order_R], self._hidden_RH[order_R]
@@ -180,7 +184,7 @@ class NativeSampler:
         tokens = max(job.request.sampling.max_tokens for job in self._waiting)
         most_rows = int(min(self.max_rows, self.model.affordable_rows(tokens)))
         most_prompts = max(1, most_rows // max(job.request.n for job in self._waiting))
-        rows, prompts = len(self._slots_R), len({id(job) for job in self._running.values()})
+        rows, prompts = len(self._slots_R), len(self._active)
         admitted: list[_Job] = []
         for job in self._waiting:
             fits = rows + job.request.n <= most_rows and prompts < most_prompts
@@ -195,8 +199,7 @@ class NativeSampler:
 
     def _make_room(self, admitted: list[_Job], rows: int, prompts: int, most_rows: int, most_prompts: int) -> None:
         """Buffers for these rows and prompts; at first for all that wait and may run at once, so that they seldom grow."""
-        running = set(self._running.values())
-        everyone = [*self._waiting, *running]
+        everyone = [*self._waiting, *self._active]
         longest = max(len(job.request.prompt) for job in everyone)
         tokens = max(job.request.sampling.max_tokens for job in everyone)
         all_rows = sum(job.request.n for job in self._waiting) + len(self._slots_R)
@@ -232,6 +235,7 @@ class NativeSampler:
         job.slots, job.left = self._table.take(job.uniforms), n
         job.versions = [(self.version, torch.zeros(n, dtype=torch.long))]
         self._running |= dict.fromkeys(job.slots, job)
+        self._active.add(job)
         self._slots_R = torch.cat([self._slots_R, torch.tensor(job.slots, device=self._slots_R.device)])
 
     def _draw(self) -> tuple[Tensor, Tensor]:
@@ -259,6 +263,7 @@ class NativeSampler:
                 job.handles[slot] = self._keep(job, row, slot)
             job.left -= 1
             if job.left == 0:
+                self._active.discard(job)
                 if not job.future.done():
                     job.future.set_result(self._completions(job))
                 self._table.give_back(job.slots)
