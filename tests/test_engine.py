@@ -193,7 +193,7 @@ def test_weights_that_change_on_the_way_are_told_by_spans(tokenizer: Any) -> Non
         logprobs = torch.log_softmax(module(input_ids=row).logits[0].float(), -1)[1:-1].gather(1, completion.tokens[:, None])[
             :, 0
         ]
-        # The first token of the new weights reads keys of the old ones, so only the old weights' tokens can be told apart exactly.
+        # The first token of the new weights reads keys of the old ones, so only the old ones are compared.
         assert not torch.allclose(logprobs[: first.end], completion.logprobs[: first.end], atol=1e-2)
 
 

@@ -1,4 +1,4 @@
-"""What a GPU runs, here on a CPU: decoding steps of fixed sizes, and flex attention. Their graphs and compiled kernels need a GPU."""
+"""What a GPU runs, here on a CPU: decoding steps of fixed sizes, and flex attention. Graphs and their kernels need a GPU."""
 
 import gc
 import shutil

@@ -153,9 +153,9 @@ def test_bad_data_is_named(tmp_path: Path, lines: list[str], settings: dict[str,
 def test_scoring_beside_the_generation_or_within_it_gives_the_same(concurrent: bool, tmp_path: Path, shipped: Any) -> None:
     from groupwise.algorithms import named
     from groupwise.config import Recipe
-    from tests.conftest import owned
     from groupwise.rollouts.native import NativeSampler
     from groupwise.training.collect import Collector
+    from tests.conftest import owned
 
     (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"prompt": f"{i}+2=", "answer": str(i + 2)}) for i in range(1, 9)))
     source = Source(tmp_path / "r.toml", "")

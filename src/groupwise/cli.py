@@ -337,15 +337,15 @@ def _one_algorithm(algorithm: Algorithm, other: Algorithm | None) -> Table:
     return table
 
 
-_UNUSED = "not used"
+_UNUSED: str = "not used"
 
 
 def _explained(key: str, value: Any) -> str:
-    if value is _UNUSED:
-        return _UNUSED
+    if isinstance(value, str) and value == _UNUSED:
+        return value
     if key in PARTS:
         return f"{value}\n{PARTS[key][value].formula}"
-    text = {None: "none", True: "yes", False: "no"}.get(value) if value is None or isinstance(value, bool) else str(value)
+    text = {None: "none", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)
     return f"{text}\n{FORMULAS[key]}" if key in FORMULAS and value else str(text)
 
 

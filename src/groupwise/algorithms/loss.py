@@ -29,7 +29,8 @@ def policy_loss(
 
     Args:
         algorithm: what to compute.
-        logprobs_BT: float [B, T], log pi_theta of the sampled tokens, in nats. The loss is differentiable in it and in `entropy_BT`.
+        logprobs_BT: float [B, T], log pi_theta of the sampled tokens, in nats. The loss is differentiable in it, and in
+            `entropy_BT`.
         old_logprobs_BT: float [B, T], the policy that the ratio is taken against.
         advantages: float [B] or [B, T].
         mask_BT: bool [B, T], True where a token is trained on. What the other tensors hold elsewhere is never read.

@@ -112,13 +112,14 @@ def named(name: str, **changes: Any) -> Algorithm:
     if name not in NAMED and name != "custom":
         raise ValueError(f"there is no algorithm {name!r}{nearest(name, NAMED)}")
     settings = merged(name, changes)
-    parts, read = {}, set(PARTS)
+    parts: dict[str, Any] = {}
+    read = set(PARTS)
     for kind in PARTS:
         target = target_of(kind, settings[kind])
         own = {key: settings[key] for key in part_settings(target) if key in settings}
         parts[kind] = target(**own) if isinstance(target, type) else target
         read |= own.keys()
-    general = {key: settings[key] for key in general_settings() if key in settings}
+    general: dict[str, Any] = {key: settings[key] for key in general_settings() if key in settings}
     for key in changes:
         if key not in read and key not in general:
             raise ValueError(f"{key}: {_why_unread(key, settings)}")
@@ -148,7 +149,8 @@ def target_of(kind: str, choice: Any) -> Callable[..., Any]:
     if isinstance(choice, OwnPart):
         return choice.target
     if callable(choice):
-        return choice
+        own: Callable[..., Any] = choice
+        return own
     if not isinstance(choice, str) or choice not in PARTS[kind]:
         raise ValueError(f"{kind}: there is no {choice!r}{nearest(choice, PARTS[kind])}")
     return PARTS[kind][choice].make

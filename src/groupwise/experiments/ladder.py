@@ -307,7 +307,8 @@ def as_markdown(ladder: Ladder, rows: Sequence[Row]) -> str:
             "|" + "---|" * len(COLUMNS),
             *("| " + " | ".join(cells(row)) + " |" for row in rows),
             "",
-            f"pass@1 is on held-out problems; ± is Student's 95 % interval over seeds; changes are seed by seed against {against}, * where the interval excludes zero.{paper}",
+            "pass@1 is on held-out problems; ± is Student's 95 % interval over seeds; changes are seed by seed against "
+            f"{against}, * where the interval excludes zero.{paper}",
             "",
         ]
     )

@@ -23,8 +23,8 @@ class Learner(Protocol):
         ...
 
     def compute_logprobs(self, batch: Batch) -> tuple[LogprobBatch, dict[str, float]]:
-        """The batch with the policy's log-probabilities before the first update, and the reference's and the critic's values where
-        the algorithm uses them; and metrics. At least one token must be trained on."""
+        """The batch with the policy's log-probabilities before the first update, and metrics; where the algorithm uses them, also
+        with the reference's log-probabilities and the critic's values. At least one token must be trained on."""
         ...
 
     def update(self, minibatch: TrainingBatch, record: Callable[[TokenRecord], None] | None = None) -> Update:

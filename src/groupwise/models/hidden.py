@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ def checkpointing(decoder: Decoder) -> Iterator[None]:
     Not through transformers' own switch, which asks for training mode and so would bring some models' dropout with it.
     """
     context = partial(recomputing, decoder.module, decoder.forwards())
-    settings = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": context}
+    settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": context}
     layers = [module for module in decoder.module.modules() if isinstance(module, GradientCheckpointingLayer)]
     token = _checkpointed.set(True)
     try:

@@ -105,7 +105,7 @@ class LanguageModel:
         return sum(parameter.numel() for parameter in self.parameters())
 
     def end_tokens(self, tokenizer: Any) -> set[int]:
-        """Tokens that end a completion: the tokenizer's, and those of the generation settings, since chat models may have more."""
+        """Tokens that end a completion: the tokenizer's, and those of the generation settings; chat models may have several."""
         configured = getattr(getattr(self.module, "generation_config", None), "eos_token_id", None)
         more = configured if isinstance(configured, list) else [configured]
         return {tokenizer.eos_token_id, *(token for token in more if token is not None)}
@@ -206,7 +206,7 @@ class LanguageModel:
 
     @torch.inference_mode()
     def decoding_trial(self, *, fixed: bool) -> str | None:
-        """Why two steps of two prompts with two rows each, one of which leaves after the first step, are not right; None if they are."""
+        """Why decoding steps are not right here; None if they are. Tried on two prompts of two rows, one of which leaves."""
         prompts = [torch.arange(n, device=self.device) % self.config.vocab_size for n in (3, 5)]
         tokens_R = prompts[1][:4]
         try:
@@ -225,7 +225,7 @@ class LanguageModel:
         return None
 
     def affordable_rows(self, tokens: int) -> float:
-        """Rows of so many tokens whose keys and values may be kept at once: on a GPU, what a share of its free memory can hold."""
+        """Rows of so many tokens whose keys and values may be kept at once; on a GPU, what a share of its free memory holds."""
         if self.device.type != "cuda":
             return math.inf
         config = self.decoder.config
@@ -283,7 +283,7 @@ class LanguageModel:
     # --- weights
 
     def copy(self, dtype: torch.dtype) -> "LanguageModel":
-        """A copy whose parameters have another dtype; buffers keep theirs, since rotary frequencies lose their meaning in bfloat16."""
+        """A copy whose parameters have another dtype. Buffers keep theirs: bfloat16 is too coarse for rotary frequencies."""
         module = copy.deepcopy(self.outer)
         for parameter in module.parameters():
             parameter.data = parameter.data.to(dtype)

@@ -23,7 +23,7 @@ class ValueModel:
         self.network = nn.ModuleDict({"decoder": model.decoder.module, "head": head})
 
     def values(self, batch: Batch, *, share_prompts: bool, precision: str = "float32", checkpointing: bool = False) -> Tensor:
-        """float32 [B, T]: the value of the state before each token; 0 after a row's end. Settings as in `LanguageModel.running`."""
+        """float32 [B, T]: the value of the state before each token; 0 after a row's end. See `LanguageModel.running`."""
         with self.model.running(precision=precision, checkpointing=checkpointing):
             hidden_NH = self.model.completion_hidden(batch, share_prompts)
             values_N = self.network["head"](hidden_NH)[:, 0].float()

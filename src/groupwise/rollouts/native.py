@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from groupwise.models import LanguageModel
+from groupwise.models.language_model import BlockedWeights
 from groupwise.rollouts.base import Request, Sampling
 from groupwise.rollouts.drawing import Drawing
 from groupwise.rollouts.rows import RandomNumbers, RowTable
@@ -71,6 +72,8 @@ class NativeSampler:
         self._handles = itertools.count(1)
         self._steps = itertools.count()
         self._step = 0
+        self._blocked: BlockedWeights | None = None
+        self._cache: Any = None
         self._reset()
 
     # --- the contract
@@ -100,7 +103,7 @@ class NativeSampler:
         if self.model is not weights:
             self.model.copy_weights_from(weights)
         self._kept.clear()
-        self._blocked = None
+        self._blocked = None  # copied anew from the new weights
         if self._cache is not None:
             self._cache.refresh()
         for job in self._active:
@@ -136,8 +139,7 @@ class NativeSampler:
         self._waiting.clear()
         self._running.clear()
         self._active.clear()
-        self._cache: Any = None
-        self._blocked: Any = None
+        self._cache = self._blocked = None
         self._table = RowTable(self.model.device)
         self._drawings: dict[Sampling, Drawing] = {}
         device = self.model.device

@@ -67,8 +67,8 @@ def run(session: Session, console: Console) -> Result:
     """Load what the recipe names, train, and show progress on the console.
 
     Raises:
-        UserError, RunError: as soon as something is wrong. Interrupted, KeyboardInterrupt: the user stopped it. What was reached is
-            saved, and the console says how to go on.
+        UserError, RunError: as soon as something is wrong.
+        Interrupted, KeyboardInterrupt: the user stopped it. What was reached is saved, and the console says how to go on.
     """
     ready = prepare(session.recipe, session.source)
     directory, tree = RunDirectory(session.path, ready.tokenizer), resolved(ready)

@@ -240,7 +240,7 @@ def try_parts(algorithm: Algorithm) -> None:
             raise ValueError("an advantage that differs between tokens says so: per_token = True")
         logprobs_BT = zeros_BT.clone().requires_grad_()
         weights_BT = algorithm.aggregation(mask_BT, group_ids_B=outcomes.group_ids_B, max_length=2)
-        others = {"ref_logprobs_BT": zeros_BT, "rollout_logprobs_BT": zeros_BT, "entropy_BT": zeros_BT}
+        others: dict[str, Any] = {"ref_logprobs_BT": zeros_BT, "rollout_logprobs_BT": zeros_BT, "entropy_BT": zeros_BT}
         loss, _ = policy_loss(algorithm, logprobs_BT, zeros_BT, credit.advantages, mask_BT, weights_BT=weights_BT, **others)
         loss.backward()  # type: ignore[no-untyped-call]
     except Exception as error:  # the user's functions may raise or return anything
@@ -259,8 +259,10 @@ def device_of(name: str, source: Source) -> torch.device:
 
 
 def resolved(ready: Ready) -> dict[str, Any]:
-    """The recipe for the run directory, complete: every default filled in, those of the algorithm and its parts included, files by
-    absolute paths. So a default that changes later changes nothing of an old run."""
+    """The complete recipe for the run directory: every default of every part filled in, files by absolute paths.
+
+    So a default that changes later changes nothing of an old run.
+    """
     tree = ready.recipe.model_dump()
     if Path(ready.recipe.model.path).is_dir():
         tree["model"]["path"] = str(Path(ready.recipe.model.path).resolve())

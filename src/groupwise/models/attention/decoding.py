@@ -1,4 +1,4 @@
-"""The KV cache of generation, and its attention: a prompt's keys kept once for its group, each row's own in a buffer of its own."""
+"""The KV cache of generation and its attention: a prompt's keys kept once for its group, each row's own beside them."""
 
 import itertools
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from groupwise.models.attention.training_padded import PaddedLayout, ragged
 from groupwise.models.decoder import Decoder
 
 ROWS_AT_ONCE = 16
-"""In other dtypes than float32 the batch of a step is filled up to a multiple of it: oneDNN makes and keeps kernels for each size."""
+"""In other dtypes than float32 a step's batch is filled up to a multiple of it, since oneDNN makes and keeps kernels per size."""
 SIZES, WINDOW = 8, 128
 """Steps of fixed size have at most so many batch sizes, and read a multiple of so many tokens of the rows' cache."""
 
@@ -45,7 +45,7 @@ class DecodingCache:
     ) -> None:
         """With capacity for so many prompts of up to `prompt_length` tokens, and so many rows of up to `tokens` tokens.
 
-        `fixed`: run steps of a few fixed sizes, which a GPU captures as graphs. Dtype and device are the decoder's as they are now.
+        `fixed`: run steps of a few fixed sizes, which a GPU captures as graphs. Dtype and device are the decoder's.
         """
         self._decoder = decoder
         self._fixed = fixed

@@ -149,7 +149,7 @@ def _is_sum_of_parts(decoder: Decoder) -> bool:
 
 
 class OneCallStep:
-    """The kernel with a blocked copy of the matrices of a plain decoder's layers as they are now; other weights are read in place."""
+    """The kernel with a blocked copy of a plain decoder's matrices as they are now; its other weights are read in place."""
 
     def __init__(self, module: Any, plan: Plan, positions: int, rows: int) -> None:
         """For sequences of up to `positions` tokens, prompt and completion together, and up to `rows` of them at once."""

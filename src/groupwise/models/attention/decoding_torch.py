@@ -62,7 +62,7 @@ def attend_newest(
     value_RKD: Tensor,
     scale: float,
 ) -> Tensor:
-    """The attention output of each row's newest token, [R, H, D]; its key and value are written to `row_cache` [2, rows, K, T, D].
+    """The attention output of each row's newest token, [R, H, D]. Writes its key and value to `row_cache` [2, rows, K, T, D].
 
     What the caches hold beyond a row's or a prompt's tokens must be finite, since 0 times NaN is NaN.
     """

@@ -1,4 +1,4 @@
-"""Our attention in transformers' attention registry: a decoder runs on packed sequences, and its attention layers call back here."""
+"""Our attention in transformers' attention registry: the attention layers of a decoder on packed sequences call back here."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -13,7 +13,7 @@ Visible = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def visible(prompt_lengths: Tensor, prompts_R: Tensor, lengths_R: Tensor, device: Any) -> Visible:
-    """Each token attends to its own row up to itself, and to all of its prompt. Arguments as of `kernels.packed_attention.PackedRows`."""
+    """Each token attends to its own row up to itself, and to all of its prompt. Arguments as of `PackedRows`."""
     rows = torch.arange(len(prompt_lengths) + len(lengths_R))
     lengths = torch.cat([prompt_lengths, lengths_R])
     row_N = rows.repeat_interleave(lengths).to(device)
