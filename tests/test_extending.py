@@ -1,4 +1,4 @@
-"""The worked example of CONTRIBUTING.md: to add something takes one file and one line. The code blocks there are what runs here."""
+"""The worked examples of CONTRIBUTING.md, whose code blocks run here: to add something takes one file and one line."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def test_a_loss_with_a_hyper_parameter(tmp_path: Path, monkeypatch: pytest.Monke
     assert gw.named("grpo", surrogate="tilted", tilt=0.25).surrogate == tilted(tilt=0.25)
     with pytest.raises(gw.UserError, match=r"tilt: surrogate = 'clip' does not use it; it belongs to surrogate tilted"):
         gw.train("quick", algorithm={"name": "grpo", "tilt": 0.25})
-    with pytest.raises(gw.UserError, match="tilt: -1.0 is not a number of at least 0"):
+    with pytest.raises(gw.UserError, match=r"tilt: -1\.0 is not a number of at least 0"):
         gw.train("quick", algorithm={"name": "grpo", "surrogate": "tilted", "tilt": -1.0})
 
 
@@ -55,7 +55,11 @@ def test_an_advantage_from_the_users_file(tmp_path: Path) -> None:
 
 def test_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TASKS, "doubles", code_of("doubles.py")["DoublesTask"])
-    run = gw.train({"task": {"name": "doubles", "largest": 9}, **{k: v for k, v in SHORT.items() if k != "quiet"}}, out=tmp_path / "run", quiet=True)
+    run = gw.train(
+        {"task": {"name": "doubles", "largest": 9}, **{k: v for k, v in SHORT.items() if k != "quiet"}},
+        out=tmp_path / "run",
+        quiet=True,
+    )
     assert len(run.steps) == 2 and run.recipe["task"]["largest"] == 9
 
 

@@ -24,8 +24,8 @@ def train(
         out: where to write; by default a new directory under runs/.
         resume: go on with the run in this directory instead.
         quiet: show no progress.
-        overrides: settings by table, as in learner={"learning_rate": 1e-5}, or by dotted key, as in
-            **{"learner.learning_rate": 1e-5}. Parts of the algorithm may be Python functions or dataclasses of yours.
+        overrides: settings by table, as in `learner={"learning_rate": 1e-5}`, or by dotted key, as in
+            `**{"learner.learning_rate": 1e-5}`. Parts of the algorithm may be Python functions or dataclasses of yours.
 
     Raises:
         UserError: the recipe is wrong; the message names the place.

@@ -95,7 +95,7 @@ class Algorithm:
     surrogate: Callable[[surrogates.Terms], tuple[Tensor, Tensor]] = surrogates.Clip()
     """Terms -> (token_loss_BT, clipped_BT)."""
     aggregation: Callable[..., Tensor] = aggregation.sequence_mean
-    """(mask_BT, *, group_ids_B, max_length) -> token weights [B, T]."""
+    """`(mask_BT, *, group_ids_B, max_length)` -> token weights [B, T]."""
     kl: Callable[[Tensor, Tensor], Tensor] = kl.k3
     """(logprobs_BT, ref_logprobs_BT) -> estimate of the KL [B, T]."""
     correction: Callable[[Tensor, Tensor, Tensor], Tensor] = correction.no_correction

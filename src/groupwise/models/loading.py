@@ -65,12 +65,18 @@ def load_module(path: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def load_config(path: str) -> Any:
+    """The transformers configuration of the model at `path`, without its weights."""
     resolved = resolve(path)
     with _explained(path):
         return AutoConfig.from_pretrained(resolved)
 
 
 def load_tokenizer(path: str) -> Any:
+    """The tokenizer at `path`: of a shipped model, a local directory, or a Hugging Face id.
+
+    Raises:
+        UserError: there is none, or it has no end-of-sequence token.
+    """
     resolved = resolve(path)
     with _explained(path):
         tokenizer = AutoTokenizer.from_pretrained(resolved)

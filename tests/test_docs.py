@@ -1,0 +1,112 @@
+"""What the documentation says is so: its code blocks run, every public name is on the site, and `help` shows it."""
+
+import pydoc
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import groupwise as gw
+from groupwise.cli import _check_rungs
+from groupwise.config import Recipe, load
+from groupwise.experiments.ladder import find_ladder, load_ladder, shipped_ladders
+from groupwise.training.setup import build_algorithm
+from tests.test_cli import run
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def blocks(*languages: str) -> list[Any]:
+    """(page, number, text) of each code block in these languages."""
+    return [
+        pytest.param(text, id=f"{page.name}-{number}")
+        for page in PAGES
+        for number, (language, text) in enumerate(BLOCK.findall(page.read_text()))
+        if language in languages
+    ]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files that the pages speak of: the README's recipe, on the shipped model, and data."""
+    readme = (ROOT / "README.md").read_text()
+    recipe = next(text for language, text in BLOCK.findall(readme) if language == "toml")
+    recipe = recipe.replace('"Qwen/Qwen3-0.6B"', '"arithmetic-base"').replace("max_tokens = 512", "max_tokens = 16")
+    recipe = recipe.replace('reward = "math" ', 'reward = "last_line" ').replace("steps = 100", "steps = 1\neval_problems = 4")
+    (tmp_path / "my.toml").write_text(recipe)
+    lines = "".join(f'{{"prompt": "{i}+2=", "answer": "{i + 2}"}}\n' for i in range(1, 19))
+    (tmp_path / "problems.jsonl").write_text(lines)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("text", blocks("python"))
+def test_python_blocks_run(text: str, project: Path) -> None:
+    exec(compile(text, "block", "exec", dont_inherit=True), {"__name__": "block"})
+
+
+@pytest.mark.parametrize("text", blocks("toml"))
+def test_toml_blocks_are_recipes_or_ladders(text: str, project: Path) -> None:
+    path = project / "block.toml"
+    path.write_text(text)
+    if "[[rungs]]" in text:
+        load_ladder(path)
+    else:
+        recipe, source = load(path, Recipe)
+        build_algorithm(recipe.algorithm, source)
+
+
+@pytest.mark.parametrize("text", blocks("bash"))
+def test_commands_run(text: str, project: Path) -> None:
+    """On tiny runs of the names that the pages use."""
+    if "runs/a" in text:
+        for name in "abc":
+            gw.train("quick", out=f"runs/{name}", training={"steps": 2, "eval_problems": 10}, quiet=True)
+    for line in text.splitlines():
+        command, *arguments = shlex.split(line, comments=True) or [""]
+        if (command, *arguments[:1]) == ("groupwise", "ablate"):  # hours of runs: what it would run is checked
+            ladder, recipe = load_ladder(find_ladder(arguments[1]))
+            _check_rungs(ladder, recipe)
+        elif command == "groupwise":
+            result = run(*arguments)
+            assert result.exit_code == 0, result.output
+        else:  # what sets the project up is run by whoever runs these tests
+            assert line in ("", "pip install ."), f"no test runs {line!r}"
+
+
+@pytest.mark.parametrize("text", blocks("console"))
+def test_ladders_that_a_page_names_are_shipped(text: str) -> None:
+    """Commands that take hours are not run; what they name is there."""
+    named = re.findall(r"for ladder in ([\w -]+);", text)
+    assert named and set(named[0].split()) <= set(shipped_ladders())
+
+
+def test_every_block_has_a_language() -> None:
+    """So that none escapes these tests; text is what is not to be run. The README opens with the two commands."""
+    known = {"python", "toml", "bash", "text", "console"}
+    for page in PAGES:
+        for number, (language, text) in enumerate(BLOCK.findall(page.read_text())):
+            directive = text.startswith(("{", ".. ")) or page.name in ("api.md", "index.md")
+            opening = page.name == "README.md" and number == 0
+            assert language in known or directive or opening, f"{page.name}, block {number}: {text[:60]!r}"
+    targets = {line.split(":")[0] for line in (ROOT / "Makefile").read_text().splitlines() if ":" in line}
+    opening_lines = BLOCK.findall((ROOT / "README.md").read_text())[0][1].splitlines()
+    assert [line.split()[:2] for line in opening_lines] == [["make", "train"], ["make", "test"]]
+    assert {"train", "test", "docs"} <= targets
+
+
+def test_every_public_name_is_on_the_site() -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    assert set(re.findall(r"groupwise\.(\w+)$", page, re.MULTILINE)) == set(gw.__all__)
+
+
+def test_help_shows_every_public_name_with_its_docstring() -> None:
+    text = pydoc.plain(pydoc.render_doc(gw))
+    for name in gw.__all__:
+        assert re.search(rf"\b{name}\b", text), name
+        if callable(getattr(gw, name)):
+            assert (getattr(gw, name).__doc__ or "").strip(), name
