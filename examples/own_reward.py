@@ -9,9 +9,7 @@ import groupwise as gw
 
 def reward(problem: gw.Problem, completions: list[str]) -> list[dict[str, float]]:
     """One mapping per completion: the reward is the sum, and each part is recorded by its name."""
-    return [
-        {"right": float(text.split("\n")[-1] == problem.answer), "short": -0.002 * len(text)} for text in completions
-    ]
+    return [{"right": float(text.split("\n")[-1] == problem.answer), "short": -0.002 * len(text)} for text in completions]
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def test_steps_are_tried_before_a_gpu_takes_them(any_model: Any, monkeypatch: py
     assert model.decoding_trial(fixed=True) is None
     with monkeypatch.context() as patch:
         patch.setattr(decoding, "attend_newest", lambda *arguments: arguments[4] * 0)
-        assert model.decoding_trial(fixed=True) == "decoding steps give other hidden states than whole rows"
+        assert model.decoding_trial(fixed=True) == "decoding steps and full forward passes give different hidden states"
 
     def failing(*_: Any) -> Tensor:
         raise RuntimeError("no graph for this")

@@ -195,7 +195,7 @@ def test_dynamic_sampling_gives_up_with_a_report(tmp_path: Path) -> None:
     result = run("train", recipe, "--out", tmp_path / "run")
     assert result.exit_code == 1
     assert "0 mixed groups after 3 rounds" in result.stderr
-    assert "0 were all right, 18 all wrong" in result.stderr
+    assert "0 were all correct, 18 all wrong" in result.stderr
     assert list((tmp_path / "run" / "checkpoints").glob("step-000000/state.pt"))
 
 

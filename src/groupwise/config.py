@@ -53,7 +53,7 @@ class RolloutsSection(Section):
     stop: list[Annotated[str, Field(min_length=1)]] = []
     """Strings that end a completion; they stay part of it."""
     stop_tokens: list[Annotated[int, Field(ge=0)]] = []
-    """Token ids that end a completion, beside the tokenizer's end-of-sequence token."""
+    """Token ids that end a completion, in addition to the tokenizer's end-of-sequence token."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Generate with a copy of the weights in this type, made anew at each step; left out: with the model itself."""
     max_rows: Count = 1024

@@ -220,7 +220,7 @@ Stage = TypeVar("Stage", bound=Batch)
 
 
 def pad_rows(rows: Sequence[Tensor], length: int | None = None) -> Tensor:
-    """Stack 1-d tensors into [B, T], zeros (False) after each row's end."""
+    """Stack 1-d tensors into [B, T], zeros (False) after each row's end. T is the longest row, or `length` if that is more."""
     padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
     if length is not None and padded.shape[1] < length:
         padded = torch.nn.functional.pad(padded, (0, length - padded.shape[1]))

@@ -16,7 +16,7 @@ def group_sums(values_B: Tensor, group_B: Tensor, groups: int) -> Tensor:
     return torch.zeros(groups, dtype=values_B.dtype, device=values_B.device).index_add(0, group_B, values_B)
 
 
-def _spread_B(values_B: Tensor, group_B: Tensor, groups: int) -> Tensor:
+def _has_variance_B(values_B: Tensor, group_B: Tensor, groups: int) -> Tensor:
     """bool [B]: whether the row's group holds two different values. Exact, where a computed deviation may round."""
     empty = torch.zeros(groups, dtype=values_B.dtype, device=values_B.device)
     high = empty.scatter_reduce(0, group_B, values_B, "amax", include_self=False)
@@ -45,7 +45,7 @@ def group_advantages(
         eps: added to a standard deviation.
 
     Returns:
-        float [B]. A group without spread gets exact zeros wherever its own mean or deviation is used.
+        float [B]. A zero-variance group gets exact zeros wherever its own mean or deviation is used.
 
     Raises:
         ValueError: an unknown center or scale.
@@ -68,8 +68,8 @@ def group_advantages(
         mean_B = means[group_B]
         advantages_B = torch.where(mean_B > 0, advantages_B / mean_B.clamp(min=torch.finfo(mean_B.dtype).tiny), 0)
     if center == "group" or scale == "group":
-        spread_B = _spread_B(rewards_B, group_B, len(ids))
-        advantages_B = torch.where(spread_B, advantages_B, 0)
+        varied_B = _has_variance_B(rewards_B, group_B, len(ids))
+        advantages_B = torch.where(varied_B, advantages_B, 0)
     if (center == "batch" or scale == "batch") and bool((rewards_B == rewards_B[0]).all()):
         advantages_B = torch.zeros_like(advantages_B)
     return advantages_B
@@ -79,13 +79,13 @@ def leave_one_out_advantages(rewards_B: Tensor, group_ids_B: Tensor) -> Tensor:
     """Reward minus the mean of the *other* completions' rewards (RLOO, arXiv 2402.14740, section 3.3).
 
     Returns:
-        float [B]; exact zeros for a group without spread, a group of one included.
+        float [B]; exact zeros for a zero-variance group, a group of one included.
     """
     ids, group_B = torch.unique(group_ids_B, return_inverse=True)
     counts_B = group_sums(torch.ones_like(rewards_B), group_B, len(ids))[group_B]
     sums_B = group_sums(rewards_B, group_B, len(ids))[group_B]
     advantages_B = rewards_B - (sums_B - rewards_B) / (counts_B - 1).clamp(min=1)
-    return torch.where(_spread_B(rewards_B, group_B, len(ids)), advantages_B, 0)
+    return torch.where(_has_variance_B(rewards_B, group_B, len(ids)), advantages_B, 0)
 
 
 def process_advantages(

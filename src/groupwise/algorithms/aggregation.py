@@ -1,6 +1,6 @@
 """What each token counts in the loss: token weights fixed for a whole optimiser step, before micro-batches are cut.
 
-Each function takes (mask_BT, *, group_ids_B, max_length) and returns float64 weights [B, T], 0 where masked, such that
+Each function takes (mask_BT, *, group_ids_B, max_length) and returns float64 token weights [B, T], 0 where masked, such that
 loss = (weights * token_loss).sum(). A row without a trained token does not count as a sequence. Below, n rows have a trained
 token, of |o_i| trained tokens each.
 """

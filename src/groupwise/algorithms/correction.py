@@ -30,7 +30,7 @@ def no_correction(old_logprobs_BT: Tensor, rollout_logprobs_BT: Tensor, mask_BT:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Correction(Part):
-    """Base of the corrections below: called with (old_logprobs_BT, rollout_logprobs_BT, mask_BT), gives weights [B, T]."""
+    """Base of the corrections below: (old_logprobs_BT, rollout_logprobs_BT, mask_BT) -> importance weights [B, T]."""
 
     correction_level: Literal["token", "sequence"] = "token"
     """Whether the ratio is each token's, or the product over the row's trained tokens."""
@@ -44,7 +44,7 @@ class Correction(Part):
         return self.weigh(mismatch_ratio(old_logprobs_BT, rollout_logprobs_BT, mask_BT, self.correction_level))
 
     def weigh(self, ratio_BT: Tensor) -> Tensor:
-        """The weight of each ratio."""
+        """The importance weight of each ratio."""
         raise NotImplementedError
 
 

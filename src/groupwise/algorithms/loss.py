@@ -55,7 +55,7 @@ def policy_loss(
         old_logprobs_BT=(old_logprobs_BT, "the loss"),
         advantages=(advantages if advantages.dim() == 2 else advantages[:, None], "the loss"),
         ref_logprobs_BT=(ref_logprobs_BT, "beta above 0" if algorithm.beta > 0 else None),
-        rollout_logprobs_BT=(rollout_logprobs_BT, "a correction" if algorithm.corrects_mismatch else None),
+        rollout_logprobs_BT=(rollout_logprobs_BT, "an importance-sampling correction" if algorithm.corrects_mismatch else None),
         entropy_BT=(entropy_BT, "an entropy bonus" if algorithm.entropy_bonus else None),
     )
     if weights_BT is None:

@@ -7,7 +7,7 @@ def steps_to_reach(start: float, target: float, clip_high: float) -> float:
     """Updates until a token's probability climbs from start to target when every one of them ends at the upper clip.
 
     log(target / start) / log(1 + clip_high): what the clip would allow, not what an optimiser does, since a clipped
-    gradient stops pushing but does not hold the weights back.
+    gradient stops pushing but does not hold the model weights back.
     """
     return math.log(target / start) / math.log1p(clip_high)
 

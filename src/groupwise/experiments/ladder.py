@@ -29,7 +29,7 @@ from groupwise.evidence.statistics import Interval, interval, paired
 
 
 class Rung(Section):
-    """One setting."""
+    """One setting of an ablation: changes to the recipe."""
 
     name: str
     set: dict[str, Any] = Field(default_factory=dict)
@@ -39,7 +39,7 @@ class Rung(Section):
 
 
 class Ladder(Section):
-    """What `groupwise ablate` reads."""
+    """An ablation: a base recipe, and the settings (rungs) to compare."""
 
     title: str
     recipe: str = "default"
@@ -100,7 +100,7 @@ def find_ladder(name: str) -> Path:
 
 
 def load_ladder(path: Path) -> tuple[Ladder, Path]:
-    """A ladder, every rung's recipe checked, and the path of the recipe.
+    """Read a ladder file and check the recipe of each of its rungs. Returns the ladder and the path of its base recipe.
 
     Raises:
         UserError: with file, line and key of what is wrong.
@@ -128,7 +128,7 @@ def load_ladder(path: Path) -> tuple[Ladder, Path]:
 
 
 def overrides(settings: dict[str, Any]) -> list[str]:
-    """Settings as `--set` takes them; JSON of numbers, texts, truth and lists of them is TOML too."""
+    """Settings as `--set key=value` takes them; numbers, strings, booleans and lists are written the same in JSON and TOML."""
     return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 
 
@@ -209,7 +209,7 @@ def run_all(
 
 
 def make_base(ladder: Ladder, out: Path, environment: dict[str, str]) -> Path:
-    """The model that every run starts from, made by `groupwise sft` unless it is there.
+    """The model that every run starts from; trained with `groupwise sft` first if it does not exist yet.
 
     Raises:
         UserError: it could not be made.

@@ -32,7 +32,7 @@ class Update:
 
 
 class TokenMetrics:
-    """Adds up the metrics of the parts of a batch: losses, token means by their tokens, largest values."""
+    """Accumulates metrics over micro-batches: losses are summed, means weighted by tokens, largest values kept."""
 
     def __init__(self) -> None:
         self.loss = 0.0

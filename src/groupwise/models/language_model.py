@@ -33,14 +33,14 @@ from groupwise.types import Batch
 
 Precision = Literal["float32", "bfloat16"]
 ROWS_SHARE = 0.6
-"""Of a GPU's free memory, for the rows' keys and values; the rest is for the prompts' and for the step itself."""
+"""Share of a GPU's free memory for the KV cache of completions; the rest is for that of prompts, and for activations."""
 
 
 class LanguageModel:
     """A Hugging Face causal language model, and how it runs here.
 
-    Nothing outside this package touches the module. Patches live in the contexts `running` and `decoding`, and in the packed
-    forward passes inside them; afterwards the module is as it was.
+    Nothing outside this package touches the module. It is patched only inside `running()`, inside `blocked_weights()` and during
+    packed forward passes, and restored afterwards.
     """
 
     def __init__(self, module: Any, backend: str | Backend = "auto") -> None:
@@ -51,7 +51,8 @@ class LanguageModel:
             backend: "auto", "kernels", "torch", "transformers", or a `Backend`; a recipe's `model.backend`.
 
         Raises:
-            UserError: what is on the module could not be honoured, or the backend is strict and cannot be used.
+            UserError: hooks, a replaced forward or torch.compile on the module would be bypassed, or the backend is strict and
+                cannot be used.
         """
         self.module = _causal_model(module)
         self.outer = module
@@ -97,7 +98,7 @@ class LanguageModel:
         return type(self.module).__name__
 
     def parameters(self) -> Iterable[Tensor]:
-        """All parameters; those that train require gradients."""
+        """All parameters; the trainable ones require gradients."""
         parameters: Iterable[Tensor] = self.module.parameters()
         return parameters
 
@@ -178,10 +179,10 @@ class LanguageModel:
         """A context, to be entered for each decoding step, in which linear layers run on blocked copies of today's weights."""
         if not (self.backend.blocked_weights and self.decoder.on_cpu):
             return BlockedWeights([])
-        alone = self.decoder.compiled or (self.decoder.packs() and self._plans.find() is not None)
+        only_head = self.decoder.compiled or (self.decoder.packs() and self._plans.find() is not None)
         head = [self.module.get_output_embeddings()]
-        # A compiler must see the layers, and a step in one call has blocked copies of its own.
-        return BlockedWeights(list(blocked_forwards(head if alone else list(self.module.modules()))))
+        # torch.compile must see the original forwards, and a step in one call has blocked copies of its own.
+        return BlockedWeights(list(blocked_forwards(head if only_head else list(self.module.modules()))))
 
     def decoding_cache(
         self, prompts: int, prompt_length: int, rows: int, tokens: int, *, fixed: bool | None = None
@@ -196,7 +197,7 @@ class LanguageModel:
         return DecodingCache(self.decoder, self._plans, prompts, prompt_length, rows, tokens, fixed=fixed)
 
     def why_not_decoding(self) -> str | None:
-        """Why a model that packs cannot decode with a `DecodingCache`; None if it can. On a GPU tried once."""
+        """Why this model cannot decode with a `DecodingCache` although it packs, or None; tried once on a GPU."""
         if self.decoder.on_cpu:
             return None
         key = (self.device, self.dtype)
@@ -206,7 +207,10 @@ class LanguageModel:
 
     @torch.inference_mode()
     def decoding_trial(self, *, fixed: bool) -> str | None:
-        """Why decoding steps are not right here; None if they are. Tried on two prompts of two rows, one of which leaves."""
+        """Check decoding against full forward passes: two prompts with two rows each, one of which leaves after the first step.
+
+        Returns the reason for a failure, or None.
+        """
         prompts = [torch.arange(n, device=self.device) % self.config.vocab_size for n in (3, 5)]
         tokens_R = prompts[1][:4]
         try:
@@ -221,11 +225,11 @@ class LanguageModel:
             tokens = torch.cat([prompts[row // 2], tokens_R[row].repeat(2)])
             theirs = self.decoder.module(input_ids=tokens[None], use_cache=False).last_hidden_state[0, -1]
             if not matches(hidden, theirs, tolerance_in(theirs.dtype)):
-                return "decoding steps give other hidden states than whole rows"
+                return "decoding steps and full forward passes give different hidden states"
         return None
 
     def affordable_rows(self, tokens: int) -> float:
-        """Rows of so many tokens whose keys and values may be kept at once; on a GPU, what a share of its free memory holds."""
+        """The most completions of so many tokens whose KV cache fits `ROWS_SHARE` of a GPU's free memory; else no limit."""
         if self.device.type != "cuda":
             return math.inf
         config = self.decoder.config
@@ -242,7 +246,10 @@ class LanguageModel:
     # --- backends, for people
 
     def fallback(self, decoding_dtype: torch.dtype | None = None) -> str | None:
-        """What keeps this model from its fastest path, and why; None if nothing does. `decoding_dtype`: if it is another."""
+        """The first fallback that slows this model down, with its reason; None if there is none.
+
+        `decoding_dtype`: the sampler's, if it differs from the model's.
+        """
         wanted = decoding_dtype or self.dtype
         where = f"{self.name} on {self.device}"
         if not self.decoder.packs():
@@ -359,7 +366,8 @@ def _causal_model(module: Any) -> Any:
     """The transformers model in what was given.
 
     Raises:
-        UserError: it is none, or hooks and the like on it would be bypassed, since only its decoder and output layer are called.
+        UserError: it is none, or forward hooks or a replaced forward on it would be bypassed, since only its decoder and output
+            layer are called.
     """
     if hasattr(module, "_orig_mod"):
         raise UserError("torch.compile(model) hides the model's layers; give the model itself and set model.compile = true")
@@ -369,8 +377,8 @@ def _causal_model(module: Any) -> Any:
     for outer in {id(module): module, id(inner): inner}.values():
         if is_observed(outer):
             raise UserError(
-                f"hooks or a forward on {type(outer).__name__} itself would be bypassed: groupwise calls its decoder "
-                f"(model.{inner.base_model_prefix}) and its output layer; put them there"
+                f"forward hooks or a replaced forward on {type(outer).__name__} would be bypassed: groupwise calls its decoder "
+                f"(model.{inner.base_model_prefix}) and its output layer; attach them there"
             )
         if outer._compiled_call_impl is not None:
             raise UserError("model.compile() would be bypassed; compile the decoder instead: set model.compile = true")

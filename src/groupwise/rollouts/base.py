@@ -26,7 +26,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     """Strings that end a completion; they stay part of it."""
     stop_tokens: tuple[int, ...] = ()
-    """Token ids that end a completion, beside the end-of-sequence token."""
+    """Token ids that end a completion, in addition to the end-of-sequence token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -67,5 +67,5 @@ class Sampler(Protocol):
 
 def requests(prompts: Sequence[Tensor], n: int, sampling: Sampling, seed: int) -> list[Request]:
     """A request for each prompt, with random numbers of its own from one seed."""
-    step = n * sampling.max_tokens
-    return [Request(prompt=p, n=n, sampling=sampling, seed=seed, offset=i * step) for i, p in enumerate(prompts)]
+    stride = n * sampling.max_tokens
+    return [Request(prompt=p, n=n, sampling=sampling, seed=seed, offset=i * stride) for i, p in enumerate(prompts)]

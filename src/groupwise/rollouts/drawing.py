@@ -18,7 +18,7 @@ CHUNK = 512
 
 
 class Drawing:
-    """How rows with the same `Sampling` go on."""
+    """Draws the next token of rows that share a `Sampling`, and says which of them it ends."""
 
     def __init__(self, model: LanguageModel, tokenizer: Any, sampling: Sampling) -> None:
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling

@@ -25,26 +25,26 @@ class _Job:
     request: Request
     future: "asyncio.Future[tuple[Completion, ...]]"
     arrived: int
-    """The engine's step at which it came."""
+    """The decoding step at which it came."""
     drawing: Drawing
     uniforms: Tensor
     """float64 [n, T], the random numbers of its tokens."""
     slots: list[int] = field(default_factory=list)
     """Its rows in the table, in order."""
     left: int = 0
-    """Rows that are not done."""
+    """Rows that are not finished."""
     versions: list[tuple[int, Tensor]] = field(default_factory=list)
-    """(version of the weights, tokens that each row had when they came)."""
+    """(version of the weights, length of each row when they were loaded)."""
     handles: dict[int, int] = field(default_factory=dict)
-    """Slot -> handle of what was kept of it."""
+    """Slot -> handle of the row's kept keys and values."""
 
 
 @dataclass(slots=True)
 class _Kept:
-    """A completion whose keys and values are there to be continued."""
+    """The KV cache of a finished completion, kept so that a later request can continue it."""
 
     tokens: list[int]
-    """Those that have keys and values, the prompt's included."""
+    """Those whose keys and values are cached: the prompt's, and all but the last sampled one."""
     prefix: Any
     """Their keys and values, as the cache returned them."""
 
@@ -52,8 +52,8 @@ class _Kept:
 class NativeSampler:
     """A `Sampler` for any Hugging Face causal language model, in this process.
 
-    Requests share a batch whatever their lengths and sampling parameters, and join it as rows finish. The engine computes in the
-    event loop of its requests, a decoding step at a time, so that other coroutines run between two steps.
+    Requests share a batch whatever their lengths and sampling parameters, and new ones are admitted as rows finish (continuous
+    batching). Decoding runs in the caller's asyncio event loop, and other coroutines run between two steps.
     """
 
     def __init__(self, model: LanguageModel, tokenizer: Any, *, dtype: torch.dtype | None = None, max_rows: int = 1024) -> None:
@@ -98,7 +98,11 @@ class NativeSampler:
 
     @torch.no_grad()
     def load(self, weights: LanguageModel, version: int) -> None:
-        """Sample from these weights from now on. Requests under way go on with them; what was kept is dropped."""
+        """Sample from these weights from now on.
+
+        Requests in flight go on with the new weights, on keys and values that the old ones computed. What was kept for
+        continuation is dropped.
+        """
         self.version = version
         if self.model is not weights:
             self.model.copy_weights_from(weights)
@@ -120,7 +124,7 @@ class NativeSampler:
     # --- the engine
 
     async def _run(self) -> None:
-        """Steps until nothing is left to do; a failure is that of every request."""
+        """Steps until nothing is left to do; an exception fails every pending request."""
         try:
             while self._waiting or self._running:
                 self._advance()
@@ -179,7 +183,10 @@ class NativeSampler:
             self._table.give_back(job.slots)
 
     def _admit(self) -> None:
-        """Prefill as many of the waiting requests as there is room for: earlier ones first, of one step the shortest."""
+        """Prefill as many waiting requests as fit, in order of arrival; of those that came at once, the shortest prompt first.
+
+        A request that is over the limit by itself runs alone.
+        """
         if not self._waiting or (len(self._slots_R) and not self._cache.joins):
             return
         self._waiting.sort(key=lambda job: (job.arrived, len(job.request.prompt)))
@@ -195,11 +202,11 @@ class NativeSampler:
             admitted.append(job)
             rows, prompts = rows + job.request.n, prompts + 1
         if admitted:
-            self._make_room(admitted, rows, prompts, most_rows, most_prompts)
+            self._reserve(admitted, rows, prompts, most_rows, most_prompts)
             self._waiting = self._waiting[len(admitted) :]
             self._prefill(admitted)
 
-    def _make_room(self, admitted: list[_Job], rows: int, prompts: int, most_rows: int, most_prompts: int) -> None:
+    def _reserve(self, admitted: list[_Job], rows: int, prompts: int, most_rows: int, most_prompts: int) -> None:
         """Buffers for these rows and prompts; at first for all that wait and may run at once, so that they seldom grow."""
         everyone = [*self._waiting, *self._active]
         longest = max(len(job.request.prompt) for job in everyone)
@@ -212,7 +219,7 @@ class NativeSampler:
         self._table.reserve(sum(job.request.n for job in admitted), tokens)
 
     def _prefill(self, admitted: list[_Job]) -> None:
-        """Run the prompts of new requests, of those that continue a kept completion only what is new."""
+        """Prefill new requests; of those that continue a kept completion, only the tokens after its cached prefix."""
         device = self.model.device
         kept = {job: found for job in admitted if (found := self._find_kept(job.request)) is not None}
         fresh, continued = [job for job in admitted if job not in kept], list(kept)
@@ -245,14 +252,15 @@ class NativeSampler:
         slots_R, table = self._slots_R, self._table
         drawings = [self._running[slot].drawing for slot in slots_R.tolist()] if len(self._drawings) > 1 else []
         if len(set(drawings)) <= 1:
-            return self._draw_alike(drawings[0] if drawings else next(iter(self._drawings.values())), slots_R, self._hidden_RH)
+            return self._draw_with(drawings[0] if drawings else next(iter(self._drawings.values())), slots_R, self._hidden_RH)
         tokens_R, done_R = torch.zeros_like(slots_R), torch.zeros(len(slots_R), dtype=torch.bool, device=table.tokens_BT.device)
         for drawing in dict.fromkeys(drawings):
             rows = torch.tensor([i for i, other in enumerate(drawings) if other is drawing], device=slots_R.device)
-            tokens_R[rows], done_R[rows] = self._draw_alike(drawing, slots_R[rows], self._hidden_RH[rows])
+            tokens_R[rows], done_R[rows] = self._draw_with(drawing, slots_R[rows], self._hidden_RH[rows])
         return tokens_R, done_R
 
-    def _draw_alike(self, drawing: Drawing, slots_R: Tensor, hidden_RH: Tensor) -> tuple[Tensor, Tensor]:
+    def _draw_with(self, drawing: Drawing, slots_R: Tensor, hidden_RH: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, for rows that share their sampling parameters."""
         tokens_R, logprobs_R = drawing.choose(hidden_RH, self._table.uniforms(slots_R))
         tails = functools.partial(self._table.tails, slots_R, drawing.tail)
         return tokens_R, self._table.write(slots_R, tokens_R, logprobs_R, functools.partial(drawing.ended, tokens_R, tails))

@@ -99,7 +99,7 @@ def working(expression: Expression) -> str:
 
 
 class Habits(BaseModel):
-    """How a base model is taught: which habit is shown how often, and how carelessly the quick one answers."""
+    """The mix of demonstrations: how often the working is shown, how often an immediate answer, and how often that is wrong."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -152,7 +152,7 @@ class ArithmeticTask(BaseModel):
         return [score_answer(problem, text) for text in texts]
 
     def demonstration(self, position: int, seed: int) -> Demonstration:
-        """A supervised example showing one of the two habits; see `Habits`."""
+        """A supervised example: the working (with or without a loss on its first token), or an immediate answer; see `Habits`."""
         rng = random.Random(f"demonstration/{seed}/{position}")
         _, expression = draw(rng, list(self.grades), held_out=False)
         prompt = f"{expression}="

@@ -12,7 +12,7 @@ from groupwise.types import Batch, Group, TrainingBatch, pad_rows
 def make_batch(groups: Sequence[Group], algorithm: Algorithm) -> Batch:
     """Every completion of the groups as a row.
 
-    Overlong filtering takes a truncated completion out of the mask, and so out of the loss.
+    With overlong filtering a truncated completion keeps its row, but its mask is all False, so it has no loss.
     """
     completions = [completion for group in groups for completion in group.completions]
     masks = [
@@ -31,7 +31,7 @@ def make_batch(groups: Sequence[Group], algorithm: Algorithm) -> Batch:
 
 
 def minibatches(batch: TrainingBatch, count: int, seed: int) -> Iterator[TrainingBatch]:
-    """The batch in `count` parts of whole groups, shuffled by `seed`; fewer parts when there are fewer groups."""
+    """The batch in `count` minibatches of complete groups, shuffled by `seed`; fewer when there are fewer groups."""
     order = list(range(len(batch.prompts)))
     random.Random(seed).shuffle(order)
     count = min(count, len(order))

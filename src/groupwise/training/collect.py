@@ -46,7 +46,7 @@ class Collected:
         outcomes = Counter(group.outcome for group in self.seen)
         return (
             f"{len(self.groups)} mixed groups after {self.rounds} rounds and {len(self.seen)} prompts: "
-            f"{outcomes['all_correct']} were all right, {outcomes['all_wrong']} all wrong"
+            f"{outcomes['all_correct']} were all correct, {outcomes['all_wrong']} all wrong"
         )
 
 
@@ -149,10 +149,9 @@ class Collector:
 
 
 def is_mixed(group: Group, algorithm: Algorithm) -> bool:
-    """DAPO's condition 0 < #correct < G, over the completions that count in the baseline (arXiv 2503.14476, equation 11).
+    """DAPO's condition 0 < #correct < G, over the completions that enter the baseline (arXiv 2503.14476, equation 11).
 
-    With overlong filtering a truncated completion has no gradient, so a group that is mixed only through it would fill the batch
-    with zero advantages.
+    Those are all with `overlong_in_baseline`, else those that overlong filtering leaves in the loss. False if none is trained on.
     """
     trained = [
         score

@@ -1,4 +1,4 @@
-"""The training loop. It holds no model, no optimiser and no weights: it asks a sampler and a learner for theirs."""
+"""The training loop. It holds no model, no optimiser and no weights: the sampler and the learner own them."""
 
 import time
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ class Trainer:
     """A run: its parts, and the state that a checkpoint carries."""
 
     def __init__(self, ready: Ready, run: RunDirectory, recorders: Sequence[Recorder] = ()) -> None:
-        """`recorders`: who is told of the run's events, beside its directory."""
+        """`recorders`: further recorders of the run's events; its directory always is one."""
         self.ready, self.recipe, self.algorithm = ready, ready.recipe, ready.algorithm
         self.run_directory = run
         self.recorders: list[Recorder] = [run, *recorders]
@@ -49,7 +49,7 @@ class Trainer:
         self.held_out = ready.task.held_out(self.recipe.training.eval_problems)
 
     def train(self) -> Result:
-        """Every step that is left.
+        """Run the remaining steps, with evaluations and checkpoints, then export the model.
 
         Raises:
             Interrupted: Ctrl-C came; a checkpoint was written after the step under way.
@@ -83,11 +83,13 @@ class Trainer:
         metrics: Metrics = {**rollout_metrics(collected, self.learner.version), **reward_metrics(groups, rewards)}
         tokens: list[TokenRecord] = []
         if batch.mask_BT.any():
-            batch, more = self.learn(batch, collected, rewards, tokens)
-            metrics |= more
+            batch, learner_metrics = self.learn(batch, collected, rewards, tokens)
+            metrics |= learner_metrics
             self.sampler.load(self.learner.weights(), self.learner.version)
         else:
-            self.warn("every completion was truncated and filtered; nothing to learn from")
+            self.warn(
+                "every completion was truncated and filtered; nothing to learn from; raise rollouts.max_tokens"
+            )
         seconds = time.perf_counter() - started
         metrics |= {
             "seconds/rollouts": collected.seconds,
@@ -101,27 +103,30 @@ class Trainer:
     def learn(
         self, batch: Batch, collected: Collected, rewards: Rewards, tokens: list[TokenRecord]
     ) -> tuple[TrainingBatch, Metrics]:
-        """Log-probabilities, credit, updates. Appends what the updates made of each token, on steps on which that is recorded."""
+        """Old and reference log-probabilities, advantages, optimiser updates.
+
+        Appends diagnostics of each token to `tokens` on steps on which they are recorded.
+        """
         started = time.perf_counter()
         with_logprobs, metrics = self.learner.compute_logprobs(batch)
         metrics["seconds/logprobs"] = time.perf_counter() - started
-        training, of_kl = self.credit.assign(with_logprobs, collected.groups, rewards, policy_moved=self.learner.version > 0)
+        training, kl_metrics = self.credit.assign(with_logprobs, collected.groups, rewards, policy_moved=self.learner.version > 0)
         self.remember_dropped(collected)
         parts = minibatches(training, self.recipe.learner.minibatches, derive(self.recipe.seed, "minibatches", self.step))
         record = tokens.append if self.tokens_are_due() else None
         updates = [self.learner.update(minibatch, record) for minibatch in parts]
         advantages = advantage_metrics(training.advantages_BT, training.mask_BT)
-        return training, {**metrics, **of_kl, **combine(updates), **advantages}
+        return training, {**metrics, **kl_metrics, **combine(updates), **advantages}
 
     def remember_dropped(self, collected: Collected) -> None:
-        """What the algorithm remembers of each prompt includes groups that are never trained on, each once."""
+        """Add groups that will never be trained on to the history of their prompts, for algorithms that keep one (DCPO)."""
         never_trained = [*collected.dropped, *collected.expired]
         if "history" in self.algorithm.needs and never_trained:
             rewards = reward_parts(never_trained, self.algorithm, self.recipe.rollouts.max_tokens)
             self.credit.remember(make_batch(never_trained, self.algorithm), never_trained, rewards)
 
     def collect(self) -> Collected:
-        """Groups for the next step. A failure here leaves the weights of the last step as they are, so they are saved."""
+        """Groups for the next step. If that fails, its problems are put back and a checkpoint is saved, to be resumed from."""
         position = self.collector.state_dict()
         try:
             collected = self.collector.collect(self.step)
@@ -135,13 +140,13 @@ class Trainer:
             self.save()
             raise
         if not collected.full:
-            self.warn(f"dynamic sampling gave up with {collected.describe()}", self.step + 1)
+            self.warn(f"dynamic sampling stopped at rollouts.max_rounds with {collected.describe()}", self.step + 1)
         return collected
 
     # --- when
 
     def is_due(self, every: int) -> bool:
-        """Whether something that is done every so many steps, and at the end, is due after this one."""
+        """Whether this step is a multiple of `every`, or the last."""
         return self.step % every == 0 or self.step == self.recipe.training.steps
 
     def tokens_are_due(self) -> bool:
@@ -157,7 +162,7 @@ class Trainer:
         return evaluation
 
     def evaluate_base(self) -> Evaluation:
-        """Held-out results of the weights that a resumed run began with."""
+        """Held-out results of the untrained base model, which a resumed run shows again as its starting point; not recorded."""
         return self.evaluation_of(self.ready.make_sampler(self.ready.load_base()))
 
     def evaluation_of(self, sampler: Sampler) -> Evaluation:

@@ -1,4 +1,4 @@
-"""What a step is recorded as, beside what the updates report."""
+"""Metrics of a training step other than those of its updates."""
 
 import math
 import resource
@@ -61,7 +61,7 @@ def reward_metrics(groups: Sequence[Group], rewards: Mapping[str, Tensor]) -> di
 
 
 def advantage_metrics(advantages_BT: Tensor, mask_BT: Tensor) -> dict[str, float]:
-    """How many completions have a gradient, how evenly, and how many were taken out of the loss."""
+    """Share of completions with a non-zero advantage, their effective share, and the number without a trained token."""
     advantages_B = torch.where(mask_BT, advantages_BT, 0).abs().amax(1)
     return {
         "utilisation": float((advantages_B != 0).float().mean()),

@@ -50,7 +50,7 @@ def plan(
         run = out or Path("runs") / f"{path.stem}-{datetime.now():%Y%m%d-%H%M%S}"
         return Session(recipe=settings, source=source, path=run, checkpoint=None)
     if recipe is not None or out is not None:
-        raise UserError("--resume takes the recipe and the place from the run; change settings with --set")
+        raise UserError("--resume takes the recipe and the directory from the run; change settings with --set")
     path = resume / "recipe.toml"
     if not path.is_file():
         raise UserError(f"--resume {resume}: no recipe.toml in it, so not a run")

@@ -183,11 +183,14 @@ def check_together(recipe: Recipe, algorithm: Algorithm, source: Source) -> None
             "which the learner does not compute, so the two cannot be compared",
         )
     if algorithm.corrects_mismatch and learner.old_logprobs == "sampler":
-        raise source.error("learner.old_logprobs", "a correction compares the learner with the sampler, so it needs 'recompute'")
+        raise source.error(
+            "learner.old_logprobs",
+            "algorithm.correction compares recomputed log-probabilities with the sampler's, so it needs 'recompute'",
+        )
 
 
 def check_lengths(recipe: Recipe, config: Any, tokenizer: Any, task: Task, source: Source) -> None:
-    """Prompts and token ids that the model has no place for, among the first problems and the held-out ones."""
+    """Refuse stop tokens outside the vocabulary, and prompts too long for the model's positions."""
     text_config = config.get_text_config()
     for token in recipe.rollouts.stop_tokens:
         if token >= text_config.vocab_size:

@@ -1,7 +1,7 @@
-"""A decoding step through all of a decoder's layers in one C++ call (`groupwise.kernels.decode_step`), for plain decoders.
+"""A decoding step through all of a decoder's layers in one C++ call (`groupwise.kernels.decode_step`), for pre-norm decoders.
 
-Plain: each layer adds to its input the attention output of its norm, and then the SwiGLU MLP of the norm of that, where all parts
-run on our kernels (`layers`). A decoder is tried once: whether its layers, and all of it, are such sums.
+Pre-norm: each layer adds to its input the attention output of its norm, and then the SwiGLU MLP of the norm of that, where all
+parts run on our kernels (`layers`). A decoder is tried once: whether its layers, and all of it, are such sums.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from groupwise.models.patches import is_observed
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the layers of a plain decoder have in common."""
+    """What the layers of a pre-norm decoder have in common."""
 
     norm: NormForm
     """Of all norms but QK-norms."""
@@ -31,7 +31,7 @@ class Plan:
 
 
 class PlanFinder:
-    """Finds out whether a decoder is plain: by trial when its modules change, and before each use whether the kernel may run."""
+    """Finds out whether a decoder is such: by trial when its modules change, and before each use whether the kernel may run."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
@@ -39,7 +39,7 @@ class PlanFinder:
         self._plan: Plan | None = None
 
     def find(self) -> Plan | None:
-        """None if the decoder is not plain, or if hooks, adapters or third-party forwards inside it would be bypassed."""
+        """None if the decoder is no such decoder, or if hooks, adapters or third-party forwards inside it would be bypassed."""
         decoder = self._decoder
         if not (decoder.backend.one_call_step and decoder.on_cpu) or decoder.compiled:
             return None
@@ -58,10 +58,14 @@ class PlanFinder:
         try:
             plan = _plan_of(self._decoder)
         except Exception as error:  # third-party modules may lack or raise anything
-            self._decoder.reasons["one-call step"] = f"its layers are no plain ones: {type(error).__name__}: {error}"
+            self._decoder.reasons["one-call step"] = (
+                f"it takes layers of the form x + attention(norm(x)), then x + SwiGLU(norm(x)): {type(error).__name__}: {error}"
+            )
             return None
         if plan is None:
-            self._decoder.reasons["one-call step"] = "its layers are no plain sums of attention and SwiGLU"
+            self._decoder.reasons["one-call step"] = (
+                "it takes layers of the form x + attention(norm(x)), then x + SwiGLU(norm(x)), with uniform norms and fixed RoPE"
+            )
         return plan
 
 
@@ -89,7 +93,7 @@ def _children(module: Any) -> set[str]:
 
 
 def _is_fixed(rotary: Any) -> bool:
-    """Whether a position's rotation is the same however long the sequence is."""
+    """Whether the rotary embedding of a position does not depend on the sequence's length."""
     return "dynamic" not in rotary.rope_type and rotary.rope_type != "longrope"
 
 
@@ -149,7 +153,7 @@ def _is_sum_of_parts(decoder: Decoder) -> bool:
 
 
 class OneCallStep:
-    """The kernel with a blocked copy of a plain decoder's matrices as they are now; its other weights are read in place."""
+    """The kernel with a blocked copy of a pre-norm decoder's matrices as they are now; its other weights are read in place."""
 
     def __init__(self, module: Any, plan: Plan, positions: int, rows: int) -> None:
         """For sequences of up to `positions` tokens, prompt and completion together, and up to `rows` of them at once."""
@@ -164,14 +168,14 @@ class OneCallStep:
         self.resize(positions, rows)
 
     def resize(self, positions: int, rows: int) -> None:
-        """Make room for longer sequences or more rows."""
+        """Grow the buffers for longer sequences or more rows."""
         weight, size, K = (
             self._module.embed_tokens.weight,
             head_size(self._module.config),
             self._module.config.num_key_value_heads,
         )
         cos, sin = self._module.rotary_emb(weight[:1, None], torch.arange(positions)[None])
-        self._rotations = cos[0].contiguous(), sin[0].contiguous()
+        self._cos_sin = cos[0].contiguous(), sin[0].contiguous()
         inner = self._layers[0]["down"].shape[1]
         widths = weight.shape[1], (self._heads + 2 * K) * size, self._heads * size, inner
         self._buffers = [weight.new_empty(rows, width) for width in widths]
@@ -183,7 +187,7 @@ class OneCallStep:
         """
         x_RH = self._module.embed_tokens(tokens_R)
         forms = *self._plan.norm[::-1], *self._plan.qk_norm[::-1]
-        tensors = x_RH, *self._buffers, self._pointers, self._norm, *self._rotations, *cache
+        tensors = x_RH, *self._buffers, self._pointers, self._norm, *self._cos_sin, *cache
         model = *x_RH.shape, self._buffers[-1].shape[1], self._heads, len(self._layers)
         self._kernel(*tensors, self._scale, *forms, *model, *sizes)
         hidden_RH: Tensor = self._buffers[0][: len(tokens_R)]

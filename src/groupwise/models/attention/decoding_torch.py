@@ -1,6 +1,6 @@
 """Attention of one decoding step in PyTorch: the fallback of `kernels.decode_attention` for other devices and without a compiler.
 
-S query heads share a key-value head. A row's cache has room for T tokens, a prompt's for L.
+S query heads share a key-value head. A row's cache has capacity for T tokens, a prompt's for L.
 """
 
 from dataclasses import dataclass
