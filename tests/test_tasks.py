@@ -161,6 +161,7 @@ def test_scoring_beside_the_generation_or_within_it_gives_the_same(concurrent: b
     source = Source(tmp_path / "r.toml", "")
     task = build_task({"name": "dataset", "path": "d.jsonl", "reward": "last_line", "concurrent": concurrent}, source)
     threads: list[bool] = []
+    engine: list[int] = []
     score = task.score
 
     class Watched:
@@ -168,12 +169,18 @@ def test_scoring_beside_the_generation_or_within_it_gives_the_same(concurrent: b
         problem = staticmethod(task.problem)
 
         def score(self, problem: Problem, texts: list[str]) -> list[Score]:
-            threads.append(threading.current_thread() is threading.main_thread())
+            threads.append(threading.get_ident() == engine[0])
             return score(problem, texts)
 
     recipe = Recipe.model_validate({"rollouts": {"prompts_per_step": 6, "group_size": 4, "max_tokens": 8}})
     model, tokenizer = shipped
-    collector = Collector(NativeSampler(owned(model), tokenizer), Watched(), tokenizer, recipe, named("grpo"))
+
+    class Engine(NativeSampler):
+        def _advance(self) -> None:
+            engine.append(threading.get_ident())
+            super()._advance()
+
+    collector = Collector(Engine(owned(model), tokenizer), Watched(), tokenizer, recipe, named("grpo"))
     groups = collector.collect(0).groups
     assert threads == [not concurrent] * 6
     for group in groups:

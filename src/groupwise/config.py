@@ -23,6 +23,8 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
+    """[model]: what is trained, and what runs it."""
+
     path: str = "arithmetic-base"
     """A shipped model, a Hugging Face id, or a local directory."""
     device: str = "auto"
@@ -39,6 +41,8 @@ class ModelSection(Section):
 
 
 class RolloutsSection(Section):
+    """[rollouts]: how completions are sampled."""
+
     sampler: str = "native"
     """The inference engine: "native", or a function of yours, "file.py:name", of ([rollouts], LanguageModel, tokenizer)."""
     group_size: Count = 16
@@ -66,6 +70,8 @@ class RolloutsSection(Section):
 
 
 class LearnerSection(Section):
+    """[learner]: how the policy is updated."""
+
     learning_rate: NotNegative = 1e-4
     minibatches: Count = 4
     """Optimiser updates per rollout batch."""
@@ -102,11 +108,15 @@ class CriticSection(Section):
 
 
 class TrackersSection(Section):
+    """[trackers]: who else records the run."""
+
     names: list[str] = []
     """Further recorders of the run, as "file.py:name": called with the run's directory and recipe, they are given every event."""
 
 
 class TrainingSection(Section):
+    """[training]: how long, and what is saved when."""
+
     steps: Count = 100
     eval_every: Count = 25
     eval_problems: Count = 500
