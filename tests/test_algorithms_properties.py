@@ -269,6 +269,23 @@ def test_large_groups_approach_reward_minus_expected_reward() -> None:
         assert float((advantages - (rewards - 0.3)).abs().max()) <= 5 * (0.3 * 0.7 / size) ** 0.5
 
 
+def test_k3_is_exact_for_small_differences_and_keeps_its_sign_for_large_ones() -> None:
+    """In float32 against the series d^2/2 + d^3/6 + ..., where e^d - d - 1 cancels; and its gradient is -(e^d - 1)."""
+    for d in (1e-6, -1e-4, 1e-3, 0.019, 0.021, -0.5, 3.0, 19.0):
+        logprobs = torch.tensor([[0.0]]).requires_grad_()
+        value = gw.k3(logprobs, torch.tensor([[d]]))
+        exact = sum(d**n / math.factorial(n) for n in range(2, 80))
+        assert float(value) == pytest.approx(exact, rel=3e-6)
+        assert float(torch.autograd.grad(value.sum(), logprobs)[0]) == pytest.approx(
+            -math.expm1(float(torch.tensor(d))), rel=1e-5
+        )
+    far = torch.tensor([[-45.0, -200.0, -21.0]]).requires_grad_()
+    values = gw.k3(far, torch.zeros(1, 3))
+    (gradient,) = torch.autograd.grad(values.sum(), far)
+    assert values.isfinite().all() and (values > 0).all() and (gradient < 0).all()
+    assert float(gradient[0, 0]) == float(gradient[0, 1]), "the tangent has one slope"
+
+
 # --- extreme input ----------------------------------------------------------------------------------------------------
 
 
@@ -371,6 +388,13 @@ def test_a_users_own_part() -> None:
         ("rloo", {"center": "none"}, "center: advantage = 'leave_one_out' does not use it"),
         ("dcpo", {"scale": "none"}, "scale: advantage = 'smoothed' does not use it"),
         ("ppo", {"center": "batch"}, "center: advantage = 'gae' does not use it"),
+        ("rloo", {"ratio": "sequence"}, "ratio: the surrogate policy_gradient uses no ratio"),
+        ("dapo", {"kl_ratio_weighted": True}, "kl_ratio_weighted: weighs the KL in the loss, so it needs beta"),
+        ("dapo", {"kl": "k1"}, "kl: is the estimate of the KL in the loss, so it needs beta"),
+        ("dr_grpo", {"ddof": 0}, "ddof: is of a standard deviation, and scale = 'none' has none"),
+        ("grpo", {"beta": "x"}, "beta: 'x' is not a number"),
+        ("grpo", {"clip_low": "a"}, "clip_low: 'a' is not a number"),
+        ("dapo", {"outcome_rewards": (1.0,)}, "outcome_rewards: expected three numbers"),
         ("grpo", {"gamma": 0.9}, "gamma: advantage = 'group' does not use it; it belongs to advantage gae"),
         ("gmpo", {"advantage": "process"}, "ratio: one ratio for the sequence cannot carry"),
         ("dapo", {"advantage": "process"}, "overlong_cache: changes the reward of a completion"),
@@ -388,7 +412,7 @@ def test_what_is_missing_is_named() -> None:
     one, mask = torch.zeros(1, 1), torch.ones(1, 1).bool()
     for changes, message in (
         ({"beta": 0.1}, "beta above 0 needs ref_logprobs_BT"),
-        ({"correction": "tis"}, "a correction needs rollout_logprobs_BT"),
+        ({"correction": "tis"}, "an importance-sampling correction needs rollout_logprobs_BT"),
         ({"entropy_bonus": 0.1}, "an entropy bonus needs entropy_BT"),
         ({"aggregation": "prompt_token_mean"}, "prompt_token_mean needs group_ids_B"),
     ):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,10 @@ def test_check_finds_nothing_wrong_with_a_shipped_recipe(name: str) -> None:
         ("[rollouts]\nstop_tokens = [999]", "line 2, rollouts.stop_tokens: 999 is no token: the vocabulary has 17"),
         ("[rollouts]\ntemperature = inf", "line 2, rollouts.temperature: input should be a finite number"),
         ("[rollouts]\nprompts_per_step = 2", "learner.minibatches: a minibatch holds whole groups"),
-        ("[algorithm]\ncorrection = 'tis'\n[learner]\nold_logprobs = 'sampler'", "line 4, learner.old_logprobs: a correction"),
+        (
+            "[algorithm]\ncorrection = 'tis'\n[learner]\nold_logprobs = 'sampler'",
+            "line 4, learner.old_logprobs: algorithm.correction compares",
+        ),
         ("[rollouts]\ngroup_size = 1", "rollouts.group_size: dapo compares the completions of a prompt"),
         ("[rollouts]\ntop_p = 0.5\n[learner]\nold_logprobs = 'sampler'", "learner.old_logprobs: the sampler's"),
     ],
@@ -190,3 +194,48 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(tmp_path: Path) -> Non
     assert f"groupwise train --resume {out}" in output
     assert "Traceback" not in output
     assert list((out / "checkpoints").glob("step-*/state.pt"))
+
+
+def test_a_runs_own_recipe_takes_another_algorithm_or_part(tmp_path: Path) -> None:
+    """It holds every setting; those of what is replaced go with it, and do not change the new algorithm in silence."""
+    small = ["--set", "training.steps=1", "--set", "training.eval_problems=4", "--set", "rollouts.prompts_per_step=4"]
+    assert run("train", "quick", "--out", tmp_path / "dapo", *small).exit_code == 0
+    recipe = tmp_path / "dapo" / "recipe.toml"
+    again = run("train", recipe, "--out", tmp_path / "grpo", "--set", "algorithm.name=grpo")
+    assert again.exit_code == 0, again.output
+    written = tomllib.loads((tmp_path / "grpo" / "recipe.toml").read_text())["algorithm"]
+    assert (written["clip_high"], written["aggregation"], written["beta"]) == (0.2, "sequence_mean", 0.04)
+    assert written["dynamic_sampling"] is False
+    more = ["--set", "training.steps=2", "--set", "algorithm.advantage=leave_one_out"]
+    resumed = run("train", "--resume", tmp_path / "grpo", *more)
+    assert resumed.exit_code == 0, resumed.output
+    assert tomllib.loads((tmp_path / "grpo" / "recipe.toml").read_text())["algorithm"]["advantage"] == "leave_one_out"
+
+
+@pytest.mark.parametrize(
+    ("code", "key", "message"),
+    [
+        ("def make(a):\n    return 1\n", "rollouts.sampler", "TypeError: make"),
+        ("def make(a, b, c):\n    return 1\n", "rollouts.sampler", "gives int, which has no generate() and load()"),
+        ("def make(a, b):\n    raise KeyError('x')\n", "trackers.names", "make: KeyError: 'x'"),
+        ("def make(a, b):\n    return 1\n", "trackers.names", "gives int, which has no record()"),
+        ("x = 1\n", "trackers.names", "there is no function 'make'"),
+        ("import torch\nfrom groupwise.algorithms import Credit\ndef make(o):\n    return Credit(advantages=o.rewards_B / 0)\n",
+         "algorithm.advantage", "not finite"),
+    ],
+)  # fmt: skip
+def test_a_users_own_piece_that_does_not_fit_gives_one_message(code: str, key: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(code)
+    reference = f"{tmp_path}/mine.py:make"
+    value = f'["{reference}"]' if key == "trackers.names" else reference
+    small = ["--set", "training.steps=1", "--set", "training.eval_problems=4", "--set", "rollouts.prompts_per_step=4"]
+    result = run("train", "grpo", "--out", tmp_path / "run", *small, "--set", f"{key}={value}")
+    assert result.exit_code in (1, 2) and not isinstance(result.exception, ValueError | TypeError)
+    assert message in result.stderr, result.stderr
+
+
+def test_what_python_gave_is_not_blamed_on_a_file() -> None:
+    import groupwise as gw
+
+    with pytest.raises(gw.UserError, match=r"^training\.steps, given from Python: input should be a valid integer"):
+        gw.train(training={"steps": "x"})

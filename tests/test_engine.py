@@ -234,3 +234,36 @@ def test_a_running_event_loop_is_no_obstacle(tokenizer: Any) -> None:
         return generate_all(sampler, asked)
 
     assert [c.text for c in asyncio.run(cell())[0]] == [c.text for c in generate_all(sampler, asked)[0]]
+
+
+def test_what_two_versions_of_the_weights_made_is_not_kept(tokenizer: Any) -> None:
+    """Its keys are not those of the new weights, so a continuation computes the whole prompt."""
+    module = tiny_model("qwen3", tokenizer)
+    sampler = NativeSampler(owned(module), tokenizer)
+    opening = Request(prompt=torch.tensor([7, 12]), sampling=Sampling(max_tokens=12), seed=0, keep=True, n=4)
+
+    async def run() -> tuple[Completion, ...]:
+        task = asyncio.ensure_future(sampler.generate(opening))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        sampler.load(owned(module), 1)
+        return await task
+
+    completions = wait_for(run())
+    assert [c.handle is None for c in completions if len(c.versions) == 2]
+    assert all(c.handle is None for c in completions if len(c.versions) == 2)
+
+
+def test_limits_alone_do_not_split_a_batch(tokenizer: Any) -> None:
+    sampler = NativeSampler(owned(tiny_model("qwen3", tokenizer)), tokenizer)
+    sizes: list[int] = []
+    original = sampler._draw_with
+
+    def counted(drawing: Any, slots_R: Tensor, hidden_RH: Tensor) -> Any:
+        sizes.append(len(slots_R))
+        return original(drawing, slots_R, hidden_RH)
+
+    sampler._draw_with = counted  # type: ignore[method-assign]
+    asked = [Request(prompt=torch.tensor([7, 12]), sampling=Sampling(max_tokens=3 + i), seed=i) for i in range(6)]
+    generate_all(sampler, asked)
+    assert sizes[0] == 6

@@ -37,9 +37,11 @@ def test_a_loss_with_a_hyper_parameter(tmp_path: Path, monkeypatch: pytest.Monke
     run = train(tmp_path, algorithm={"name": "grpo", "surrogate": "tilted", "tilt": 0.25})
     assert run.recipe["algorithm"]["tilt"] == 0.25
     assert gw.named("grpo", surrogate="tilted", tilt=0.25).surrogate == tilted(tilt=0.25)
-    with pytest.raises(gw.UserError, match=r"tilt: surrogate = 'clip' does not use it; it belongs to surrogate tilted"):
+    with pytest.raises(
+        gw.UserError, match=r"tilt, given from Python: surrogate = 'clip' does not use it; it belongs to surrogate tilted"
+    ):
         gw.train("quick", algorithm={"name": "grpo", "tilt": 0.25})
-    with pytest.raises(gw.UserError, match=r"tilt: -1\.0 is not a number of at least 0"):
+    with pytest.raises(gw.UserError, match=r"tilt, given from Python: -1\.0 is not a number of at least 0"):
         gw.train("quick", algorithm={"name": "grpo", "surrogate": "tilted", "tilt": -1.0})
 
 

@@ -149,6 +149,28 @@ def test_peft_adapters_train_and_are_switched_off_for_the_reference(tokenizer: A
     assert all(torch.equal(after[name], value) for name, value in base.items()), "the base's weights stay as they were"
 
 
+def test_switching_frozen_adapters_off_and_on_leaves_them_frozen(tokenizer: Any) -> None:
+    model = LanguageModel(with_lora(tiny_model("qwen3", tokenizer))).freeze()
+    with model.adapters_off():
+        pass
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_prompt_learning_is_refused(tokenizer: Any) -> None:
+    import peft
+
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(UserError, match="prompt learning"):
+        LanguageModel(peft.get_peft_model(tiny_model("qwen3", tokenizer), config))
+
+
+def test_a_trial_inside_inference_mode_finds_what_it_finds_outside(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("groupwise.models.decoder.Decoder.tries_gradient", lambda _: True)
+    model = owned(tiny_model("qwen3", tokenizer))
+    with torch.inference_mode():
+        assert model.decoder.packs()
+
+
 def sample_of(model: LanguageModel, tokenizer: Any) -> Any:
     from groupwise.rollouts.native import NativeSampler
     from tests.test_sampler import groups_of

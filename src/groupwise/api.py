@@ -20,7 +20,8 @@ def train(
     """Train a model, and return what the run recorded.
 
     Args:
-        recipe: a TOML file, the name of a shipped recipe, a mapping of the same form, or None for the embedded default.
+        recipe: a TOML file, the name of a shipped recipe, a mapping of the same form laid over the embedded default, or None for
+            that default as it is.
         out: where to write; by default a new directory under runs/.
         resume: go on with the run in this directory instead.
         quiet: show no progress.

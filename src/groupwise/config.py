@@ -36,8 +36,9 @@ class ModelSection(Section):
     chat: bool | None = None
     """Whether prompts go through the tokenizer's chat template; left out: whenever it has one."""
     backend: Literal["auto", "kernels", "torch", "transformers"] = "auto"
-    """What runs the model: "auto" takes the fastest that a trial finds exact, and says why it falls back; "kernels" refuses to
-    fall back; "torch" uses no C++; "transformers" runs padded batches through transformers' own attention."""
+    """What runs the model: "auto" takes the fastest that a trial finds exact, and says why it falls back; "kernels" refuses a
+    model whose attention cannot run on packed sequences in C++; "torch" uses no C++; "transformers" runs padded batches through
+    transformers' own attention."""
 
 
 class RolloutsSection(Section):
@@ -134,7 +135,7 @@ class Recipe(Section):
     task: dict[str, Any] = {"name": "arithmetic"}
     """`name`, then the task's own settings; see `groupwise.tasks`."""
     algorithm: dict[str, Any] = {"name": "dapo"}
-    """`name`, then any setting of `groupwise.Algorithm`."""
+    """`name`, then settings of the algorithm and of its parts; see `groupwise.named`."""
     rollouts: RolloutsSection = RolloutsSection()
     learner: LearnerSection = LearnerSection()
     critic: CriticSection = CriticSection()
@@ -180,14 +181,22 @@ class SftRecipe(Section):
 class Source:
     """Where a tree of settings came from, so that a message can name the file and the line."""
 
-    def __init__(self, path: Path, text: str, overrides: Sequence[str] = ()) -> None:
-        self.path, self.text, self.overrides = path, text, tuple(overrides)
+    def __init__(self, path: Path, text: str, overrides: Sequence[str] = (), given: Iterable[str] = ()) -> None:
+        """`overrides`: from --set; `given`: keys whose values came from Python."""
+        self.path, self.text, self.overrides, self.given = path, text, tuple(overrides), tuple(given)
+
+    def changed(self, table: str) -> set[str]:
+        """The keys of a table that did not come from the file."""
+        keys = [*(override.partition("=")[0].strip() for override in self.overrides), *self.given]
+        return {key.removeprefix(f"{table}.") for key in keys if key.startswith(f"{table}.")}
 
     def place(self, key: str) -> str:
         """ "recipe.toml, line 3, learner.minibatch", or the --set that the key came from."""
         for override in self.overrides:
             if override.partition("=")[0].strip() == key:
                 return f"--set {override}"
+        if key in self.given:
+            return f"{key}, given from Python"
         table = ""
         for number, line in enumerate(self.text.splitlines(), start=1):
             if header := re.match(r"\s*\[+\s*([^\]]+?)\s*\]", line):
@@ -238,21 +247,29 @@ def load(
 ) -> tuple[Tree, Source]:
     """Read a recipe file and what it extends, apply `--set key=value` overrides (values in TOML, or bare strings), check it.
 
-    `changes`: values by dotted key, applied last.
+    `changes`: values by dotted key from Python, applied last. With another algorithm.name the file's [algorithm] is dropped.
 
     Raises:
         UserError: one message with a line for each thing that is wrong.
     """
     tree, text = read_tree(path)
+    source = Source(path, text, overrides, changes or ())
+    name_before = _algorithm_name(tree)
     for override in overrides:
         apply_override(tree, override)
     for key, value in (changes or {}).items():
         set_key(tree, key, value, place=key)
-    source = Source(path, text, overrides)
+    if _algorithm_name(tree) != name_before:  # another algorithm starts from its own defaults
+        tree["algorithm"] = {key: value for key, value in tree["algorithm"].items() if key in source.changed("algorithm")}
     try:
         return kind.model_validate(tree), source
     except ValidationError as error:
         raise explain(error, kind, source) from error
+
+
+def _algorithm_name(tree: dict[str, Any]) -> Any:
+    section = tree.get("algorithm")
+    return section.get("name") if isinstance(section, dict) else None
 
 
 def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], str]:

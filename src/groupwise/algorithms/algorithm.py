@@ -3,6 +3,7 @@
 Nothing downstream asks for an algorithm's name, or which part it holds: parts are called, and say what they need.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -127,7 +128,7 @@ class Algorithm:
     """Of parts from the user's files: kind -> "file.py:name"."""
 
     def __post_init__(self) -> None:
-        refuse((*negative_numbers(self), *self._contradictions()))
+        refuse(itertools.chain(negative_numbers(self), self._contradictions()))
 
     def _contradictions(self) -> Iterable[tuple[str, bool, str]]:
         """(setting, whether it is wrong, what is wrong with it)."""
@@ -146,6 +147,20 @@ class Algorithm:
             "ratio",
             one_ratio and getattr(self.advantage, "per_token", False),
             "one ratio for the sequence cannot carry advantages that differ between tokens; use 'sequence_token'",
+        )
+        yield (
+            "kl_ratio_weighted",
+            self.kl_ratio_weighted and self.beta == 0,
+            "weighs the KL in the loss, so it needs beta above 0",
+        )
+        yield "kl", self.kl is not kl.k3 and self.beta == 0, "is the estimate of the KL in the loss, so it needs beta above 0"
+        rewards = self.outcome_rewards
+        three = rewards is None or (isinstance(rewards, tuple) and len(rewards) == 3)
+        yield "outcome_rewards", not three, f"expected three numbers (correct, wrong, unparsed), not {rewards!r}"
+        yield (
+            "ratio",
+            self.ratio is not ratios.token_log_ratio and not getattr(self.surrogate, "reads_ratio", True),
+            f"the surrogate {self.choice('surrogate')} uses no ratio; leave it at 'token'",
         )
         sequence = self.ratio in (ratios.sequence_log_ratio, ratios.sequence_token_log_ratio)
         yield (

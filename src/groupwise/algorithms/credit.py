@@ -79,6 +79,13 @@ class Group(Estimator):
         yield one_of(self, "center", ("group", "batch", "none"))
         yield one_of(self, "scale", ("group", "batch", "mean", "none"))
         yield one_of(self, "ddof", (0, 1))
+        undivided = self.scale in ("mean", "none")
+        yield "ddof", undivided and self.ddof != 1, f"is of a standard deviation, and scale = {self.scale!r} has none"
+        yield (
+            "advantage_eps",
+            undivided and self.advantage_eps != 1e-6,
+            f"is added to a standard deviation, and scale = {self.scale!r} has none",
+        )
         mean_only = self.scale == "mean" and self.center != "group"
         yield "scale", mean_only, "dividing by the group's mean asks for center = 'group'"
 

@@ -24,7 +24,7 @@ def k2(logprobs_BT: Tensor, ref_logprobs_BT: Tensor) -> Tensor:
 TANGENT_BEYOND = 20.0
 """Log ratio from which `k3` continues as its tangent: e^20 is far beyond any policy that trains, and far from overflow."""
 SERIES_BELOW = 0.02
-"""Log ratio up to which `k3` is its Taylor series, which does not cancel; six terms are exact to 1e-12 there."""
+"""Log ratio up to which `k3` is its Taylor series, which does not cancel; five terms are exact to 1e-12 there."""
 
 
 def k3(logprobs_BT: Tensor, ref_logprobs_BT: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What every part of an algorithm has in common: a small frozen value with its own settings, called like a function."""
 
 import difflib
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass
@@ -15,7 +16,7 @@ class Part:
     """
 
     def __post_init__(self) -> None:
-        refuse((*negative_numbers(self), *self.contradictions()))
+        refuse(itertools.chain(negative_numbers(self), self.contradictions()))
 
     def contradictions(self) -> Iterable[tuple[str, bool, str]]:
         """(setting, whether it is wrong, what is wrong with it), checked when the part is made."""
@@ -49,8 +50,10 @@ def settings_of(part: object) -> dict[str, Any]:
 
 
 def refuse(contradictions: Iterable[tuple[str, bool, str]]) -> None:
-    """Raises:
-    ValueError: "setting: reason" of the first contradiction that holds.
+    """Refuse what contradicts itself.
+
+    Raises:
+        ValueError: "setting: reason" of the first contradiction that holds.
     """
     for key, wrong, reason in contradictions:
         if wrong:
@@ -61,7 +64,11 @@ def negative_numbers(value: Any) -> Iterable[tuple[str, bool, str]]:
     """Contradictions for the numeric fields of a dataclass: none may be negative, infinite or NaN."""
     for field in fields(value):
         number = getattr(value, field.name)
-        if isinstance(number, float | int) and not isinstance(number, bool):
+        if field.type in (float, int, float | None) and number is not None and not isinstance(number, float | int):
+            yield field.name, True, f"{number!r} is not a number"
+        elif field.type is float and number is None:
+            yield field.name, True, "needs a number"
+        elif isinstance(number, float | int) and not isinstance(number, bool):
             yield field.name, not 0 <= number < math.inf, f"{number} is not a number of at least 0"
 
 

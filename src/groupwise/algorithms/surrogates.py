@@ -40,6 +40,8 @@ class Surrogate(Part):
 
     reads_bounds: ClassVar[bool] = False
     """Whether it uses Terms.low_BT and high_BT; otherwise the algorithm's bounds must be "none"."""
+    reads_ratio: ClassVar[bool] = True
+    """Whether it uses Terms.log_ratio_BT; otherwise the algorithm's ratio must be "token", the default."""
     one_ratio_per_sequence: ClassVar[bool] = False
     """Whether it reduces each row to one ratio, which cannot carry advantages that differ between tokens."""
     zero_advantage_is_idle: ClassVar[bool] = True
@@ -80,6 +82,8 @@ class Clip(Surrogate):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyGradient(Surrogate):
     """-A log pi_theta (REINFORCE): no ratio, nothing clipped."""
+
+    reads_ratio: ClassVar[bool] = False
 
     def __call__(self, terms: Terms) -> tuple[Tensor, Tensor]:
         return -terms.advantages_BT * terms.logprobs_BT, torch.zeros_like(terms.mask_BT)

@@ -10,7 +10,7 @@ class Backend:
     """What may be used; what cannot be on this machine or for this model falls back to the next simpler way, with a reason."""
 
     strict: bool = False
-    """Refuse a model that cannot use all of the following, instead of falling back."""
+    """Refuse a model whose attention cannot run on packed sequences in C++, instead of falling back."""
     packed: bool = True
     """Sequences are concatenated without padding, and each prompt is run once for its group. Otherwise padded batches go
     through transformers' own attention."""
@@ -43,8 +43,10 @@ BACKENDS = {
 
 
 def backend_of(choice: str | Backend) -> Backend:
-    """Raises:
-    UserError: there is no backend of that name.
+    """The backend that a name means, or the given one.
+
+    Raises:
+        UserError: there is no backend of that name.
     """
     if isinstance(choice, Backend):
         return choice

@@ -96,6 +96,7 @@ class Decoder:
             return f"its layers are not all full attention: {', '.join(sorted(map(str, types)))}"
         return self._trial()
 
+    @torch.inference_mode(False)  # tensors of inference mode have no gradients
     def _trial(self) -> str | None:
         """Why one prompt with one completion does not run packed as it does in one row; None if it does."""
         prompt, row = TRIAL_LENGTHS[self.device.type]

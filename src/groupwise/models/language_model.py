@@ -57,8 +57,7 @@ class LanguageModel:
         self.module = _causal_model(module)
         self.outer = module
         """What was given: the module, or a peft model around it."""
-        self.backend = backend_of(backend)
-        self.decoder = Decoder(self.module.base_model, self.config.vocab_size, self.backend)
+        self.decoder = Decoder(self.module.base_model, self.config.vocab_size, backend_of(backend))
         self._plans = PlanFinder(self.decoder)
         self._decoding: dict[tuple[torch.device, torch.dtype], str | None] = {}
         if self.backend.strict and (reason := self.fallback()):
@@ -78,6 +77,11 @@ class LanguageModel:
         return model
 
     # --- what it is
+
+    @property
+    def backend(self) -> Backend:
+        """What may run it; set when the model is made."""
+        return self.decoder.backend
 
     @property
     def device(self) -> torch.device:
@@ -319,7 +323,7 @@ class LanguageModel:
             layer for layer in self.module.modules() if hasattr(layer, "enable_adapters") and hasattr(layer, "disable_adapters")
         ]
         layers = [layer for layer in layers if layer is not self.module and not layer.disable_adapters]
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        trained = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
         try:
             for layer in layers:
                 layer.enable_adapters(False)
@@ -327,8 +331,8 @@ class LanguageModel:
         finally:
             for layer in layers:
                 layer.enable_adapters(True)
-            for parameter in trained:
-                parameter.requires_grad_(True)
+            for parameter, required in trained:
+                parameter.requires_grad_(required)  # which peft changes when it switches adapters
 
     def save_weights(self, path: Path) -> None:
         """Write the weights alone, as one safetensors file."""
@@ -372,6 +376,10 @@ def _causal_model(module: Any) -> Any:
     if hasattr(module, "_orig_mod"):
         raise UserError("torch.compile(model) hides the model's layers; give the model itself and set model.compile = true")
     inner = module.get_base_model() if hasattr(module, "get_base_model") else module
+    if getattr(getattr(module, "active_peft_config", None), "is_prompt_learning", False):
+        raise UserError(
+            "peft's prompt learning changes the model's inputs, which groupwise gives to its decoder itself; use LoRA"
+        )
     if not isinstance(inner, PreTrainedModel):
         raise UserError(f"{type(module).__name__} is not a transformers causal language model")
     for outer in {id(module): module, id(inner): inner}.values():

@@ -4,7 +4,7 @@ import asyncio
 import functools
 import itertools
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -88,6 +88,7 @@ class NativeSampler:
         if len(request.prompt) == 0 or request.n < 1 or request.sampling.max_tokens < 1:
             raise ValueError("a request needs a prompt of at least one token, n and max_tokens of at least 1")
         loop = asyncio.get_running_loop()
+        self._check_loop(loop)
         n, T = request.n, request.sampling.max_tokens
         uniforms = self._numbers.uniforms(request.seed, request.offset, n * T).view(n, T)
         job = _Job(request, loop.create_future(), self._step, self._drawing(request.sampling), uniforms)
@@ -122,6 +123,19 @@ class NativeSampler:
         }
 
     # --- the engine
+
+    def _check_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        """One event loop at a time; what an earlier one left behind when it was closed is forgotten.
+
+        Raises:
+            RuntimeError: requests of another event loop are under way.
+        """
+        if self._engine is None or self._engine.done() or self._engine.get_loop() is loop:
+            return
+        if not self._engine.get_loop().is_closed():
+            raise RuntimeError("this sampler generates in another event loop; use one sampler for each")
+        self._engine = None
+        self._reset()
 
     async def _run(self) -> None:
         """Steps until nothing is left to do; an exception fails every pending request."""
@@ -181,6 +195,8 @@ class NativeSampler:
             for slot in job.slots:
                 self._running.pop(slot, None)
             self._table.give_back(job.slots)
+            for handle in job.handles.values():
+                self._kept.pop(handle, None)
 
     def _admit(self) -> None:
         """Prefill as many waiting requests as fit, in order of arrival; of those that came at once, the shortest prompt first.
@@ -269,7 +285,7 @@ class NativeSampler:
         """Deliver the requests whose last row is done."""
         for row, slot in zip(done_R.nonzero()[:, 0].tolist(), self._slots_R[done_R].tolist(), strict=True):
             job = self._running.pop(slot)
-            if job.request.keep and self._cache.continues:
+            if job.request.keep and self._cache.continues and len(job.versions) == 1:  # all keys of the same weights
                 job.handles[slot] = self._keep(job, row, slot)
             job.left -= 1
             if job.left == 0:
@@ -279,9 +295,10 @@ class NativeSampler:
                 self._table.give_back(job.slots)
 
     def _drawing(self, sampling: Sampling) -> Drawing:
-        if sampling not in self._drawings:
-            self._drawings[sampling] = Drawing(self.model, self.tokenizer, sampling)
-        return self._drawings[sampling]
+        key = replace(sampling, max_tokens=1)  # rows with other limits are drawn together
+        if key not in self._drawings:
+            self._drawings[key] = Drawing(self.model, self.tokenizer, key)
+        return self._drawings[key]
 
     # --- conversations
 
@@ -298,10 +315,11 @@ class NativeSampler:
         """What was kept under the handle that the request continues, if its prompt really begins with it."""
         if request.continues is None or not self._cache.continues:
             return None
-        kept = self._kept.pop(request.continues, None)
+        kept = self._kept.get(request.continues)
         tokens = request.prompt.tolist()
-        begins = kept is not None and len(tokens) > len(kept.tokens) and tokens[: len(kept.tokens)] == kept.tokens
-        return kept if begins else None
+        if kept is None or len(tokens) <= len(kept.tokens) or tokens[: len(kept.tokens)] != kept.tokens:
+            return None
+        return self._kept.pop(request.continues)
 
     # --- results
 

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CHUNK = 2**20
+"""Numbers that are passed over at once."""
+
 
 class RandomNumbers:
     """Uniform numbers of seeded streams. Consecutive ranges of one seed cost no more than one pass over it."""
@@ -20,7 +23,8 @@ class RandomNumbers:
         if seed != self._seed or offset < self._position:
             self._generator.manual_seed(seed)
             self._seed, self._position = seed, 0
-        self._take(offset - self._position)
+        while self._position < offset:
+            self._take(min(CHUNK, offset - self._position))
         return self._take(count)
 
     def _take(self, count: int) -> Tensor:

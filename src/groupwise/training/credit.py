@@ -19,6 +19,7 @@ from groupwise.algorithms import (
     token_log_ratio,
 )
 from groupwise.algorithms.credit import per_token
+from groupwise.errors import RunError
 from groupwise.types import Batch, Group, LogprobBatch, Score, TrainingBatch, upgrade
 
 Rewards = Mapping[str, Tensor]
@@ -114,7 +115,12 @@ class CreditAssigner:
             values_BT=values_BT[rows].double() if values_BT is not None else None,
             history=self.history,
         )
-        return rows, self.algorithm.advantage(outcomes)
+        credit = self.algorithm.advantage(outcomes)
+        shapes = ((len(rows),), tuple(outcomes.mask_BT.shape))
+        if tuple(credit.advantages.shape) not in shapes or not torch.isfinite(credit.advantages).all():
+            name, shape = self.algorithm.choice("advantage"), tuple(credit.advantages.shape)
+            raise RunError(f"the advantage {name} gave values that are not finite, or of shape {shape} and not one of {shapes}")
+        return rows, credit
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history, "kl_coefficient": self.kl_coefficient}

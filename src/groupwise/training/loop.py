@@ -87,9 +87,7 @@ class Trainer:
             metrics |= learner_metrics
             self.sampler.load(self.learner.weights(), self.learner.version)
         else:
-            self.warn(
-                "every completion was truncated and filtered; nothing to learn from; raise rollouts.max_tokens"
-            )
+            self.warn("every completion was truncated and filtered; nothing to learn from; raise rollouts.max_tokens")
         seconds = time.perf_counter() - started
         metrics |= {
             "seconds/rollouts": collected.seconds,

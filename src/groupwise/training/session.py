@@ -16,7 +16,7 @@ from groupwise.training.interrupts import Interrupted
 from groupwise.training.loop import Result, Trainer
 from groupwise.training.records import RunDirectory
 from groupwise.training.setup import Ready, prepare, resolved
-from groupwise.training.trackers import build_trackers
+from groupwise.training.trackers import make_trackers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,7 @@ def run(session: Session, console: Console) -> Result:
         directory.create(tree)
     else:
         directory.write_recipe(tree)
-    trackers = build_trackers(session.recipe.trackers, session.source, session.path, tree)
+    trackers = make_trackers(ready.trackers, session.path, tree)
     _announce(ready, session, console)
     with Display(console, session.recipe.training.steps) as display:
         trainer = Trainer(ready, directory, [display, *trackers])

@@ -19,6 +19,7 @@ from groupwise.plugins import is_reference, load_function
 from groupwise.rollouts.base import Sampler
 from groupwise.rollouts.samplers import find_sampler
 from groupwise.tasks.base import Task, build_task
+from groupwise.training.trackers import MakeRecorder, find_trackers
 from groupwise.types import Problem
 
 LOOKED_AT = 256
@@ -38,14 +39,27 @@ class Ready:
     """The first of them, for a trial."""
     sampler: Callable[[RolloutsSection, LanguageModel, Any], Sampler]
     """Makes the recipe's sampler."""
+    trackers: list[MakeRecorder]
+    """Make the recipe's further recorders."""
 
     def make_learner(self) -> Learner:
         """The learner, which owns the model from now on."""
         return LocalLearner.build(self.recipe, self.algorithm, self.model)
 
     def make_sampler(self, weights: LanguageModel) -> Sampler:
-        """A sampler of these weights."""
-        return self.sampler(self.recipe.rollouts, weights, self.tokenizer)
+        """A sampler of these weights.
+
+        Raises:
+            UserError: the user's own cannot be made, or is no sampler.
+        """
+        name = self.recipe.rollouts.sampler
+        try:
+            sampler = self.sampler(self.recipe.rollouts, weights, self.tokenizer)
+        except Exception as error:  # the user's function may raise anything
+            raise UserError(f"rollouts.sampler, {name}: {type(error).__name__}: {error}") from error
+        if not (hasattr(sampler, "generate") and hasattr(sampler, "load")):
+            raise UserError(f"rollouts.sampler, {name}: gives {type(sampler).__name__}, which has no generate() and load()")
+        return sampler
 
     def fallback(self) -> str | None:
         """What keeps the model from its fastest path, and why; None if nothing does."""
@@ -67,6 +81,7 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
     algorithm = build_algorithm(recipe.algorithm, source)
     check_together(recipe, algorithm, source)
     sampler = find_sampler(recipe.rollouts, source)
+    trackers = find_trackers(recipe.trackers, source)
     task = build_task(recipe.task, source)
     try:
         tokenizer = load_tokenizer(recipe.model.path)
@@ -81,7 +96,14 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
     try_parts(algorithm)
     model = load_policy(recipe, source)
     return Ready(
-        recipe=recipe, algorithm=algorithm, task=task, tokenizer=tokenizer, model=model, problem=problem, sampler=sampler
+        recipe=recipe,
+        algorithm=algorithm,
+        task=task,
+        tokenizer=tokenizer,
+        model=model,
+        problem=problem,
+        sampler=sampler,
+        trackers=trackers,
     )
 
 
@@ -121,6 +143,9 @@ def build_algorithm(settings: dict[str, Any], source: Source) -> Algorithm:
             changes[key] = tuple(value)
     try:
         types = setting_types(name, changes)
+        given = source.changed("algorithm")
+        if given & PARTS.keys():  # a part that is replaced leaves settings in the file that only it read
+            changes = {key: value for key, value in changes.items() if key in types or key in given}
         changes = {key: None if value == "none" and _may_be_none(types.get(key)) else value for key, value in changes.items()}
         _check_types(changes, types, source)
         return named(name, **changes)
