@@ -165,7 +165,7 @@ def main() -> None:
         "truncated at the end": last("length/truncated"),
         "all right, start": first("groups/all_correct"),
         "all right, end": last("groups/all_correct"),
-        "dead, end": last("groups/dead"),
+        "dead, end": last("groups/zero_variance"),
         "utilisation": mean("utilisation"),
         "effective": mean("utilisation/effective"),
         "clip fraction": mean("clip_fraction"),

@@ -20,7 +20,7 @@ from groupwise.training.display import Display
 from groupwise.training.records import RunDirectory
 from groupwise.training.setup import prepare, resolved
 
-PARTS = ((local, "_examine"), *((loop, name) for name in ("averaged", "rollout_metrics", "reward_metrics", "advantage_metrics")))
+PARTS = ((local, "_examine"), *((loop, name) for name in ("combine", "rollout_metrics", "reward_metrics", "advantage_metrics")))
 
 
 def main() -> None:
@@ -39,9 +39,9 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as home:
         ready = prepare(recipe, source)
-        run = RunDirectory(Path(home) / "run")
+        run = RunDirectory(Path(home) / "run", ready.tokenizer)
         run.create(resolved(ready))
-        trainer = loop.Trainer(ready, run, Display(Console(quiet=True), recipe.training.steps))
+        trainer = loop.Trainer(ready, run, [Display(Console(quiet=True), recipe.training.steps)])
         patches = [mock.patch.object(module, name, timed(getattr(module, name))) for module, name in PARTS]
         patches.append(mock.patch.object(RunDirectory, "write_tokens", timed(RunDirectory.write_tokens)))
         for patch in patches:
