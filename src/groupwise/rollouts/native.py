@@ -158,6 +158,7 @@ class NativeSampler:
         self._running.clear()
         self._active.clear()
         self._cache = self._blocked = None
+        self._affordable_rows = 0.0
         self._table = RowTable(self.model.device)
         self._drawings: dict[Sampling, Drawing] = {}
         device = self.model.device
@@ -207,7 +208,9 @@ class NativeSampler:
             return
         self._waiting.sort(key=lambda job: (job.arrived, len(job.request.prompt)))
         tokens = max(job.request.sampling.max_tokens for job in self._waiting)
-        most_rows = int(min(self.max_rows, self.model.affordable_rows(tokens)))
+        if self._cache is None:  # asked before the cache takes its memory
+            self._affordable_rows = self.model.affordable_rows(tokens)
+        most_rows = int(min(self.max_rows, self._affordable_rows))
         most_prompts = max(1, most_rows // max(job.request.n for job in self._waiting))
         rows, prompts = len(self._slots_R), len(self._active)
         admitted: list[_Job] = []
