@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_model, save_model
@@ -31,7 +31,6 @@ from groupwise.models.padded import PaddedCache
 from groupwise.models.patches import is_observed, patched
 from groupwise.types import Batch
 
-Precision = Literal["float32", "bfloat16"]
 ROWS_SHARE = 0.6
 """Share of a GPU's free memory for the KV cache of completions; the rest is for that of prompts, and for activations."""
 
