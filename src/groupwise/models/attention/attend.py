@@ -1,16 +1,50 @@
-"""What attention layers call while a decoder runs on packed sequences."""
+"""What attention layers and recurrent layers call while a decoder runs on packed sequences."""
 
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor
 
 
-class Attend(Protocol):
-    """An attention over N packed tokens: H query heads share K key-value heads, of size D."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AttentionForm:
+    """What a layer's attention adds to plain causal attention."""
 
-    def __call__(self, layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scale: float) -> Tensor:
-        """The attention output of each token, [N, H, D]."""
+    window: int = 0
+    """Sliding window: a token sees the last `window` tokens of its sequence, itself included; 0: all."""
+    softcap: float = 0.0
+    """Soft cap c of the scores, c tanh(score / c), applied after scaling; 0: none."""
+    sinks_H: Tensor | None = None
+    """Attention sinks: for each query head a logit that takes part in the softmax and has no value."""
+
+    @property
+    def plain(self) -> bool:
+        return not (self.window or self.softcap) and self.sinks_H is None
+
+
+PLAIN = AttentionForm()
+
+
+class Attend(Protocol):
+    """A forward pass over N packed tokens, as far as tokens of a sequence depend on each other."""
+
+    def __call__(
+        self, layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scale: float, form: AttentionForm = PLAIN
+    ) -> Tensor:
+        """The attention output of each token, [N, H, D]: H query heads share K key-value heads, of size D."""
+        ...
+
+    def mix(self, layer: Any, forward: Callable[..., Tensor], hidden_NH: Tensor) -> Tensor:
+        """The output [N, H] of a recurrent layer (linear attention, state space model, convolution).
+
+        Args:
+            layer: what its states are kept under.
+            forward: (hidden states [R, T, H] of rows without padding on their left, states) -> output [R, T, H]; `states` has
+                the methods of transformers' `Cache` for such layers and holds the states after the tokens before these.
+            hidden_NH: the layer's input.
+        """
         ...
 
 
