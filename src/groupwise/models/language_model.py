@@ -17,18 +17,19 @@ from groupwise.kernels.compiled import unavailable
 from groupwise.kernels.decode_attention import decode_kernel
 from groupwise.kernels.sample import sample_kernel
 from groupwise.models.attention.decoding import DecodingCache
-from groupwise.models.attention.decoding_step import PlanFinder
-from groupwise.models.attention.layers import head_size, matches
+from groupwise.models.attention.layers import matches
 from groupwise.models.backend import Backend, backend_of
 from groupwise.models.blocked_weights import blocked_forwards
-from groupwise.models.decoder import Decoder, tolerance_in
+from groupwise.models.caches import Caches
+from groupwise.models.decoder import Decoder
 from groupwise.models.gradients import gradients_in_place
 from groupwise.models.head import logits, token_logprobs
 from groupwise.models.hidden import checkpointing as checkpointed
 from groupwise.models.hidden import completion_hidden, inside_rows
 from groupwise.models.loading import load_module
-from groupwise.models.padded import PaddedCache
+from groupwise.models.padded import NoCache, PaddedCache
 from groupwise.models.patches import is_observed, patched
+from groupwise.models.trials import first_line, tolerance_in
 from groupwise.types import Batch
 
 ROWS_SHARE = 0.6
@@ -56,9 +57,8 @@ class LanguageModel:
         self.module = _causal_model(module)
         self.outer = module
         """What was given: the module, or a peft model around it."""
-        self.decoder = Decoder(self.module.base_model, self.config.vocab_size, backend_of(backend))
-        self._plans = PlanFinder(self.decoder)
-        self._decoding: dict[tuple[torch.device, torch.dtype], str | None] = {}
+        self.decoder = Decoder(_decoder_of(self.module), self.config.vocab_size, backend_of(backend))
+        self.caches = Caches(self.decoder)
         if self.backend.strict and (reason := self.fallback()):
             raise UserError(f"model.backend = 'kernels': {reason}")
 
@@ -116,16 +116,23 @@ class LanguageModel:
 
     @torch.no_grad()
     def check_logits(self) -> None:
-        """Refuse a model whose logits are not made from its last hidden states in a way that `logits` knows.
+        """Refuse a model that cannot be run exactly here.
 
         Raises:
-            UserError: they are not.
+            UserError: it is no causal decoder, rows of a batch influence each other, or its logits are not made from its last
+                hidden states in a way that `logits` knows.
         """
         tokens = torch.arange(4, device=self.device)[None] % self.config.vocab_size
-        theirs = self.module(input_ids=tokens, use_cache=False).logits.float()
-        ours = logits(self.module, self.decoder.module(input_ids=tokens, use_cache=False).last_hidden_state)
-        if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2):
+        try:
+            theirs = self.module(input_ids=tokens, use_cache=False).logits.float()
+            ours = logits(self.module, self.decoder.module(input_ids=tokens, use_cache=False).last_hidden_state)
+            reason = self.decoder.why_not_causal()
+        except Exception as error:  # third-party forwards may raise anything
+            raise UserError(f"{self.name} does not run as a causal language model: {first_line(error)}") from error
+        if not matches(ours, theirs, 10 * tolerance_in(self.dtype)):
             raise UserError(f"{self.name} turns hidden states into logits in a way that groupwise does not know")
+        if reason is not None:
+            raise UserError(f"{self.name} cannot be trained exactly: {reason}")
 
     # --- forward passes
 
@@ -182,64 +189,32 @@ class LanguageModel:
         """A context, to be entered for each decoding step, in which linear layers run on blocked copies of today's weights."""
         if not (self.backend.blocked_weights and self.decoder.on_cpu):
             return BlockedWeights([])
-        only_head = self.decoder.compiled or (self.decoder.packs() and self._plans.find() is not None)
+        only_head = self.decoder.compiled or (self.decoder.packs() and self.caches.plans.find() is not None)
         head = [self.module.get_output_embeddings()]
         # torch.compile must see the original forwards, and a step in one call has blocked copies of its own.
         return BlockedWeights(list(blocked_forwards(head if only_head else list(self.module.modules()))))
 
     def decoding_cache(
         self, prompts: int, prompt_length: int, rows: int, tokens: int, *, fixed: bool | None = None
-    ) -> DecodingCache | PaddedCache:
-        """An empty KV cache for so many prompts of up to `prompt_length` tokens, and so many rows of up to `tokens` tokens.
+    ) -> DecodingCache | PaddedCache | NoCache:
+        """An empty cache for so many prompts of up to `prompt_length` tokens, and so many rows of up to `tokens` tokens.
 
-        `fixed`: run steps of a few fixed sizes, which a GPU captures as graphs; left out: on a GPU.
+        `fixed`: run steps of a few fixed sizes, which a GPU captures as graphs; left out: on a GPU, without recurrent layers.
         """
-        if not (self.decoder.packs() and self.why_not_decoding() is None):
-            return PaddedCache(self.decoder.module)
-        fixed = not self.decoder.on_cpu if fixed is None else fixed
-        return DecodingCache(self.decoder, self._plans, prompts, prompt_length, rows, tokens, fixed=fixed)
+        return self.caches.new(prompts, prompt_length, rows, tokens, fixed=fixed)
 
     def why_not_decoding(self) -> str | None:
-        """Why this model cannot decode with a `DecodingCache` although it packs, or None; tried once on a GPU."""
-        if self.decoder.on_cpu:
-            return None
-        key = (self.device, self.dtype)
-        if key not in self._decoding:
-            self._decoding[key] = self.decoding_trial(fixed=True)
-        return self._decoding[key]
-
-    @torch.inference_mode()
-    def decoding_trial(self, *, fixed: bool) -> str | None:
-        """Check decoding against full forward passes: two prompts with two rows each, one of which leaves after the first step.
-
-        Returns the reason for a failure, or None.
-        """
-        prompts = [torch.arange(n, device=self.device) % self.config.vocab_size for n in (3, 5)]
-        tokens_R = prompts[1][:4]
-        try:
-            cache = DecodingCache(self.decoder, self._plans, 2, 5, 4, 2, fixed=fixed)
-            cache.prefill(prompts, [2, 2])
-            cache.step(tokens_R)
-            order_R = cache.keep(torch.tensor([False, True, True, True], device=self.device))
-            ours = cache.step(tokens_R[order_R])
-        except Exception as error:  # third-party forwards and GPU drivers may raise anything
-            return f"decoding steps fail in it: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        for hidden, row in zip(ours, order_R.tolist(), strict=True):
-            tokens = torch.cat([prompts[row // 2], tokens_R[row].repeat(2)])
-            theirs = self.decoder.module(input_ids=tokens[None], use_cache=False).last_hidden_state[0, -1]
-            if not matches(hidden, theirs, tolerance_in(theirs.dtype)):
-                return "decoding steps and full forward passes give different hidden states"
-        return None
+        """Why this model generates on transformers' cache instead of ours, or None; tried once for each device and dtype."""
+        return self.caches.why_not_ours()
 
     def affordable_rows(self, tokens: int) -> float:
         """The most completions of so many tokens whose KV cache fits `ROWS_SHARE` of a GPU's free memory; else no limit."""
         if self.device.type != "cuda":
             return math.inf
-        config = self.decoder.config
         reserved = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         free = torch.cuda.mem_get_info(self.device)[0] + reserved
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        row_bytes = 2 * config.num_hidden_layers * heads * head_size(config) * tokens * self.dtype.itemsize
+        elements = sum(2 * shape.kv_heads * shape.size for shape in self.decoder.shapes.values())
+        row_bytes = max(1, elements) * tokens * self.dtype.itemsize
         return ROWS_SHARE * float(free / row_bytes)
 
     def sampling_kernel(self) -> Any:
@@ -262,7 +237,7 @@ class LanguageModel:
         if (
             self.decoder.on_cpu
             and self.backend.attention_kernels
-            and decode_kernel(head_size(self.decoder.config), wanted) is None
+            and not all(decode_kernel(shape.size, wanted) for shape in self.decoder.shapes.values())
         ):
             reason = unavailable("layers") or f"there are no C++ kernels for {wanted}"
             return f"attention runs in PyTorch instead of C++: {reason}"
@@ -273,14 +248,15 @@ class LanguageModel:
     def backends(self) -> dict[str, str]:
         """What runs training and decoding, in words, and what falls back to something slower."""
         packed, on_cpu = self.decoder.packs(), self.decoder.on_cpu
-        kernels = self.backend.attention_kernels and decode_kernel(head_size(self.decoder.config), torch.float32) is not None
+        sizes = {shape.size for shape in self.decoder.shapes.values()}
+        kernels = self.backend.attention_kernels and all(decode_kernel(size, torch.float32) for size in sizes)
         attention = "attention kernels in C++" if kernels else "PyTorch's attention"
         training = (
             f"packed sequences, {attention if on_cpu else 'flex attention'}"
             if packed
             else "padded batches, transformers' attention"
         )
-        one_call = packed and on_cpu and self._plans.find() is not None
+        one_call = packed and on_cpu and self.caches.plans.find() is not None
         if one_call:
             decoding = "one C++ call per step"
         elif packed and self.why_not_decoding() is None:
@@ -363,6 +339,12 @@ class BlockedWeights:
 
     def __exit__(self, *error: Any) -> None:
         self._patched.__exit__(*error)
+
+
+def _decoder_of(module: Any) -> Any:
+    """The model without its output layer."""
+    base = module.base_model
+    return base if base is not module else module.get_decoder()
 
 
 def _causal_model(module: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 from groupwise.kernels.blocked import BLOCK, to_blocked
 from groupwise.kernels.decode_attention import decode_kernel
 from groupwise.kernels.decode_step import LAYER_WEIGHTS, step_kernel
-from groupwise.models.attention.layers import NormForm, head_size, matches, qk_norms, trial_attention
+from groupwise.models.attention.layers import NormForm, TrialAttend, head_size, matches, qk_norms
 from groupwise.models.attention.registry import attending
 from groupwise.models.decoder import Decoder
 from groupwise.models.patches import is_observed
@@ -140,7 +140,7 @@ def _is_sum_of_parts(decoder: Decoder) -> bool:
     x = module.embed_tokens(tokens)
     position_embeddings = module.rotary_emb(x, positions)
     at = {"attention_mask": None, "position_embeddings": position_embeddings}
-    with attending(module, trial_attention, decoder.forwards()):
+    with attending(module, TrialAttend(), decoder.forwards()):
         for layer in module.layers:
             attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(x), **at)
             inner = layer.mlp(layer.post_attention_layernorm(x + attended))

@@ -5,6 +5,7 @@ compute what it computes: each is tried once against its own forward. All in flo
 own forward.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from groupwise.kernels.compiled import unavailable
 from groupwise.kernels.layers import layer_kernels, rms_norm, rope, swiglu
-from groupwise.models.attention.attend import current_attend
+from groupwise.models.attention.attend import PLAIN, AttentionForm, current_attend
 from groupwise.models.patches import has_own_forward, is_observed
 
 TOLERANCE = 1e-4
@@ -130,7 +131,7 @@ def _attention_forms(decoder: Any, module: Any) -> list[NormForm | None] | None:
     forms = [_norm_form(norm) if norm is not None else None for norm in norms]
     if any(form is None and norm is not None for form, norm in zip(forms, norms, strict=True)):
         return None
-    token = current_attend.set(trial_attention)
+    token = current_attend.set(TrialAttend())
     try:
         same = True
         for x_1NH in _trial_inputs(module.q_proj):
@@ -143,10 +144,27 @@ def _attention_forms(decoder: Any, module: Any) -> list[NormForm | None] | None:
     return forms if same else None
 
 
-def trial_attention(layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scale: float) -> Tensor:
-    """An `Attend` for trials: cheap, and dependent on queries, keys, values, the scale and the order of tokens."""
-    times = query_NHD.shape[1] // key_NKD.shape[1]
-    return query_NHD * scale + (key_NKD + 2 * value_NKD).cumsum(0).repeat_interleave(times, 1)
+class TrialAttend:
+    """An `Attend` for trials: cheap, and dependent on queries, keys, values, the scale, the form and the order of tokens."""
+
+    def __call__(
+        self, layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scale: float, form: AttentionForm = PLAIN
+    ) -> Tensor:
+        times = query_NHD.shape[1] // key_NKD.shape[1]
+        of_form = form.window + form.softcap + (0 if form.sinks_H is None else form.sinks_H[:, None])
+        return query_NHD * scale + (key_NKD + 2 * value_NKD).cumsum(0).repeat_interleave(times, 1) * (1 + of_form)
+
+    def mix(self, layer: Any, forward: Callable[..., Tensor], hidden_NH: Tensor) -> Tensor:
+        raise NotImplementedError("layers are tried one at a time, and recurrent ones have no kernel")
+
+
+def form_of(module: Any) -> AttentionForm:
+    """What an attention layer adds to plain attention, by the names that transformers' layers give it; tried with the layer."""
+    window = module.sliding_window if hasattr(module, "sliding_window") else getattr(module.config, "sliding_window", None)
+    softcap, sinks = getattr(module, "attn_logit_softcapping", None), getattr(module, "sinks", None)
+    if not (window or softcap) and sinks is None:
+        return PLAIN
+    return AttentionForm(window=window or 0, softcap=softcap or 0.0, sinks_H=sinks)
 
 
 def _attention(
@@ -167,5 +185,5 @@ def _attention(
     query_NHD = rope(query_NX.float(), cos_ND, sin_ND, *query_norm)
     key_NKD = rope(key_NX.float(), cos_ND, sin_ND, *key_norm)
     value_NKD = value_NX.view(key_NKD.shape)
-    attended_NHD = current_attend.get()(module.layer_idx, query_NHD, key_NKD, value_NKD, module.scaling)
+    attended_NHD = current_attend.get()(module.layer_idx, query_NHD, key_NKD, value_NKD, module.scaling, form_of(module))
     return module.o_proj(attended_NHD.flatten(1))[None], None

@@ -9,7 +9,9 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from groupwise.kernels.packed_attention import PackedRows, packed_attention, unsupported
 from groupwise.models.attention import training_flex
+from groupwise.models.attention.attend import PLAIN, AttentionForm
 from groupwise.models.attention.training_padded import PaddedBlockAttention, PaddedBlocks
+from groupwise.models.recurrent import Forward, RecurrentRows
 
 
 class PackedAttention:
@@ -32,6 +34,15 @@ class PackedAttention:
         """The position of each packed token in its own sequence."""
 
     @cached_property
+    def recurrent_rows(self) -> RecurrentRows:
+        """The layout as recurrent layers read it."""
+        return RecurrentRows(*self._lengths, self._device)
+
+    def mix(self, layer: Any, forward: Forward, hidden_NH: Tensor) -> Tensor:
+        """The output of a recurrent layer: a completion begins with the states that its prompt ends with."""
+        return self.recurrent_rows.run(forward, hidden_NH)[0]
+
+    @cached_property
     def rows(self) -> PackedRows:
         """The layout as the kernel reads it."""
         return PackedRows(*self._lengths)
@@ -47,7 +58,9 @@ class PackedAttention:
         """The layout as padded rows."""
         return PaddedBlocks(*self._lengths, self._device)
 
-    def __call__(self, layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scale: float) -> Tensor:
+    def __call__(
+        self, layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scale: float, form: AttentionForm = PLAIN
+    ) -> Tensor:
         # Under autocast queries and keys come in float32 (from RoPE), values do not.
         query, key, value = (x.contiguous().to(value_NKD.dtype) for x in (query_NHD, key_NKD, value_NKD))
         if query.device.type != "cpu":

@@ -33,7 +33,7 @@ class PaddedBlocks:
         self.prompt_tokens = int(prompt_lengths.sum())
         self.prompts = PaddedLayout(ragged(prompt_lengths, 0), device)
         rows_RT = ragged(lengths_R, self.prompt_tokens)
-        self.rows = [PaddedLayout(rows_RT[rows, : int(lengths_R[rows].max())], device) for rows in _by_length(lengths_R)]
+        self.rows = [PaddedLayout(rows_RT[rows, : int(lengths_R[rows].max())], device) for rows in by_length(lengths_R)]
         members = [rows_RT[prompts_R == p] for p in range(len(prompt_lengths))]
         tokens = [rows[rows >= 0] for rows in members]
         self.groups = PaddedLayout(torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=-1), device)
@@ -154,7 +154,7 @@ def _padding_bias(inside_PL: Tensor, device: Any) -> Tensor | None:
     return torch.zeros(inside_PL.shape, device=device).masked_fill(~inside_PL, -torch.inf)[:, None, None]
 
 
-def _by_length(lengths_R: Tensor) -> list[Tensor]:
+def by_length(lengths_R: Tensor) -> list[Tensor]:
     """Rows (int64 [r] each) in sets of similar length, so that little is padded; rows without a token are in none."""
     order = lengths_R.argsort(descending=True)
     sets: list[list[int]] = []
