@@ -2,7 +2,10 @@
 
 from collections.abc import Callable
 
+import torch
+
 from groupwise.kernels.compiled import function, library
+from groupwise.kernels.decode_attention import flags
 
 LAYER_WEIGHTS = (
     "norm",
@@ -19,10 +22,11 @@ LAYER_WEIGHTS = (
 """The weights of one layer, in the order of the pointers in struct LayerWeights of decode_step.cpp."""
 
 
-def step_kernel(head_size: int) -> Callable[..., None] | None:
-    """decode_step() of decode_step.cpp, compiled for one head size, float32 only; None if it cannot be compiled.
+def step_kernel(head_size: int, cache_dtype: torch.dtype = torch.float32) -> Callable[..., None] | None:
+    """decode_step() of decode_step.cpp, compiled for one head size; None if it cannot be compiled.
 
-    It takes the arguments of the C function in its order.
+    It takes the arguments of the C function in its order. Weights and activations are float32; `cache_dtype`, of the KV cache,
+    is float32, bfloat16 or float16.
     """
-    kernels = library("decode_step", f"-DHEAD_SIZE={head_size}")
-    return None if kernels is None else function(kernels, "decode_step", tensors=17, numbers=5, sizes=12)
+    kernels = library("decode_step", *flags(head_size, torch.float32, cache_dtype))
+    return None if kernels is None else function(kernels, "decode_step", tensors=16, numbers=6, sizes=11)
