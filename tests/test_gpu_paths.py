@@ -171,7 +171,7 @@ def test_flex_attention_is_the_packed_attention(heads: int, shared: int) -> None
     layout = PackedAttention(lengths, prompts, rows, "cpu")
     N = len(layout.positions_N)
     query, key, value = torch.randn(N, heads, 16), torch.randn(N, heads // shared, 16), torch.randn(N, heads // shared, 16)
-    found = training_flex.attention(query, key, value, layout.block_mask, 0.3)
+    found = training_flex.attention(query, key, value, layout.block_mask(), 0.3)
     torch.testing.assert_close(found, layout(0, query, key, value, 0.3), rtol=1e-4, atol=1e-5)
 
 
@@ -186,7 +186,7 @@ def test_compiled_flex_attention_is_compiled_once(monkeypatch: pytest.MonkeyPatc
         query, key, value = torch.randn(N, 4, 16), torch.randn(N, 2, 16), torch.randn(N, 2, 16)
         graphs = counters["stats"]["unique_graphs"]
         with torch.no_grad():
-            found = training_flex.attention(query, key, value, layout.block_mask, 0.3)
+            found = training_flex.attention(query, key, value, layout.block_mask(), 0.3)
         torch.testing.assert_close(found, layout(0, query, key, value, 0.3), rtol=1e-4, atol=1e-5)
         assert count == 4 or counters["stats"]["unique_graphs"] == graphs
 

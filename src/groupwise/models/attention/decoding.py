@@ -122,6 +122,9 @@ class DecodingCache:
             new = partial(like.new_zeros if kernel is None else like.new_empty, dtype=self._dtype)
             keys, values = (new((layers, prompts, shape.kv_heads, prompt_length, shape.size)) for _ in range(2))
             stacks.append(Stack(keys, values, new((layers, 2, rows, shape.kv_heads, tokens, shape.size))))
+        layers = [stacks[stack].layer(i) for stack, i in self._places.values()]
+        self._addresses = torch.tensor([[cache.data_ptr() for cache in layer] for layer in layers])
+        """Of each layer's caches, for a step in one call."""
         return stacks
 
     def reserve(self, prompts: int, prompt_length: int, rows: int, tokens: int) -> None:
@@ -221,7 +224,7 @@ class DecodingCache:
         """Run one more token of each row; returns hidden states [R, H], which the next step may overwrite."""
         self.written_R, self._longest = self.written_R + 1, self._longest + 1
         if self._one_call is not None:
-            return self._one_call(tokens_R, self.stacks[0], self._of_rows(), self._sizes(self.stacks[0]))
+            return self._one_call(tokens_R, self._addresses, self._of_rows(), self._sizes(self.stacks[0]))
         at, R, pad = self._layout(), len(tokens_R), torch.nn.functional.pad
         if self._steps is None:
             spare = 0 if self._decoder.dtype == torch.float32 else -R % ROWS_AT_ONCE

@@ -6,14 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+
+from groupwise.models.attention.attend import PLAIN, AttentionForm
 
 Visible = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(batch, head, query token, key token) -> bool: whether the query attends to the key."""
 
 
-def visible(prompt_lengths: Tensor, prompts_R: Tensor, lengths_R: Tensor, device: Any) -> Visible:
-    """Each token attends to its own row up to itself, and to all of its prompt. Arguments as of `PackedRows`."""
+def visible(prompt_lengths: Tensor, prompts_R: Tensor, lengths_R: Tensor, device: Any, window: int = 0) -> Visible:
+    """Each token attends to its own row up to itself, and to all of its prompt; within a sliding window if it is not 0.
+
+    Arguments as of `PackedRows`.
+    """
     rows = torch.arange(len(prompt_lengths) + len(lengths_R))
     lengths = torch.cat([prompt_lengths, lengths_R])
     row_N = rows.repeat_interleave(lengths).to(device)
@@ -23,7 +28,16 @@ def visible(prompt_lengths: Tensor, prompts_R: Tensor, lengths_R: Tensor, device
         own, of_prompt = row_N[other] == row_N[token], row_N[other] == prompt_N[token]
         return (own | of_prompt) & (other <= token)
 
-    return seen
+    if not window:
+        return seen
+    before_R = torch.cat([torch.zeros_like(prompt_lengths), prompt_lengths[prompts_R]])
+    first_N = (lengths.cumsum(0) - lengths - before_R).repeat_interleave(lengths)
+    position_N = (torch.arange(len(first_N)) - first_N).to(device)
+
+    def seen_in_window(batch: Tensor, head: Tensor, token: Tensor, other: Tensor) -> Tensor:
+        return seen(batch, head, token, other) & (position_N[token] - position_N[other] < window)
+
+    return seen_in_window
 
 
 def block_mask(visible: Visible, N: int, device: Any) -> BlockMask:
@@ -31,13 +45,30 @@ def block_mask(visible: Visible, N: int, device: Any) -> BlockMask:
     return mask
 
 
-def attention(query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, mask: BlockMask, scale: float) -> Tensor:
-    """The attention output of each token, [N, H, D]."""
+def attention(
+    query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, mask: BlockMask, scale: float, form: AttentionForm = PLAIN
+) -> Tensor:
+    """The attention output of each token, [N, H, D]. The window is that of the mask; that of `form` is not read."""
     query, key, value = (x.transpose(0, 1)[None] for x in (query_NHD, key_NKD, value_NKD))
-    shared = query_NHD.shape[1] != key_NKD.shape[1]
+    settings: dict[str, Any] = {"block_mask": mask, "scale": scale, "enable_gqa": query_NHD.shape[1] != key_NKD.shape[1]}
+    if form.softcap:
+        settings["score_mod"] = _capped(form.softcap)
     run = _compiled(flex_attention, query.device)
-    output: Tensor = run(query, key, value, block_mask=mask, scale=scale, enable_gqa=shared)
-    return output[0].transpose(0, 1)
+    if form.sinks_H is None:
+        output: Tensor = run(query, key, value, **settings)
+        return output[0].transpose(0, 1)
+    output, auxiliary = run(query, key, value, **settings, return_aux=AuxRequest(lse=True))
+    # The sink enlarges the softmax's denominator: e^lse / (e^lse + e^sink) of the weight is left for the keys.
+    share_HN = torch.sigmoid(auxiliary.lse[0] - form.sinks_H.to(auxiliary.lse.dtype)[:, None])
+    return (output[0] * share_HN[..., None].to(output.dtype)).transpose(0, 1)
+
+
+@functools.cache  # the same function each time, or it would be compiled again
+def _capped(softcap: float) -> Callable[..., Tensor]:
+    def capped(score: Tensor, _batch: Tensor, _head: Tensor, _token: Tensor, _other: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return capped
 
 
 def _compiled(function: Any, device: Any) -> Any:
