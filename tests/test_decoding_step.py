@@ -64,6 +64,14 @@ PLAIN: dict[str, dict[str, Any]] = {
     "a bias in attention": {"model_type": "llama", **SIZES, "attention_bias": True},
     "a bias of heads alone": {"model_type": "qwen2", **SIZES},
     "mistral without a window": {"model_type": "mistral", **SIZES, "sliding_window": None},
+    "a window": {"model_type": "mistral", **SIZES, "sliding_window": 4},
+    "a window in some layers": {
+        "model_type": "qwen2",
+        **SIZES,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
     "odd sizes": {"model_type": "llama", **ODD},
     "scaled rotations": {
         "model_type": "llama",
@@ -119,10 +127,9 @@ def test_others_run_module_by_module(name: str, tokenizer: Any) -> None:
         {"model_type": "granite", **SIZES, "residual_multiplier": 0.5},
         {"model_type": "llama", **SIZES, "mlp_bias": True},
         {"model_type": "llama", **SIZES, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}},
-        {"model_type": "mistral", **SIZES, "sliding_window": 4},
         {"model_type": "llama", **SIZES, "hidden_act": "gelu"},
     ],
-    ids=["a factor on what is added", "a bias of products", "rotations that change with length", "a window", "another gate"],
+    ids=["a factor on what is added", "a bias of products", "rotations that change with length", "another gate"],
 )
 def test_decoders_that_only_look_plain_are_not(architecture: dict[str, Any], tokenizer: Any) -> None:
     model = random_model(architecture, tokenizer)

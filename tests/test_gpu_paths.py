@@ -17,7 +17,7 @@ from groupwise.models.attention import decoding, training_flex
 from groupwise.models.attention.cuda_graphs import FixedSteps
 from groupwise.models.attention.decoding_torch import StepLayout
 from groupwise.models.attention.training import PackedAttention
-from groupwise.models.decoder import Decoder
+from groupwise.models.decoder import Decoder, HeadShape
 from tests.conftest import owned, packs, tiny_model
 from tests.test_sampler import sample, spoken
 
@@ -65,16 +65,18 @@ def test_steps_are_tried_before_a_gpu_takes_them(any_model: Any, monkeypatch: py
     if not packs(any_model):
         pytest.skip("its attention falls back to padded batches")
     model = owned(any_model)
-    assert model.decoding_trial(fixed=True) is None
+    assert model.decoder.packs()
+    why_not_exact = model.caches.why_not_exact
+    assert why_not_exact(fixed=True) is None
     with monkeypatch.context() as patch:
         patch.setattr(decoding, "attend_newest", lambda *arguments: arguments[4] * 0)
-        assert model.decoding_trial(fixed=True) == "decoding steps and full forward passes give different hidden states"
+        assert why_not_exact(fixed=True) == "steps of generation and full forward passes give different hidden states"
 
     def failing(*_: Any) -> Tensor:
         raise RuntimeError("no graph for this")
 
     monkeypatch.setattr(FixedSteps, "_capture", failing)
-    assert "RuntimeError: no graph for this" in str(model.decoding_trial(fixed=True))
+    assert "RuntimeError: no graph for this" in str(why_not_exact(fixed=True))
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "llama", "gemma"])
@@ -112,8 +114,8 @@ def test_a_rollouts_memory_goes_with_it(tokenizer: Any) -> None:
 
 
 def test_rows_are_as_many_as_a_gpu_has_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = SimpleNamespace(num_attention_heads=16, num_key_value_heads=8, head_dim=128, num_hidden_layers=28, hidden_size=2048)
-    decoder = SimpleNamespace(device=torch.device("cuda"), config=config, dtype=torch.bfloat16)
+    shapes = dict.fromkeys(range(28), HeadShape(kv_heads=8, size=128))
+    decoder = SimpleNamespace(device=torch.device("cuda"), shapes=shapes, dtype=torch.bfloat16)
     model = LanguageModel.__new__(LanguageModel)
     model.decoder = decoder
     for name, found in (("mem_get_info", (50e9, 80e9)), ("memory_reserved", 12e9), ("memory_allocated", 2e9)):
@@ -125,8 +127,7 @@ def test_rows_are_as_many_as_a_gpu_has_memory_for(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("frozen", ["nothing", "the embedding", "everything"])
-def test_the_trial_asks_for_a_gradient_where_there_is_one(frozen: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Decoder, "tries_gradient", lambda _: True)
+def test_the_trial_takes_a_gradient_where_there_is_one(frozen: str, tokenizer: Any) -> None:
     model = tiny_model("qwen3", tokenizer)
     if frozen != "nothing":
         (model if frozen == "everything" else model.get_input_embeddings()).requires_grad_(False)
@@ -135,7 +136,6 @@ def test_the_trial_asks_for_a_gradient_where_there_is_one(frozen: str, tokenizer
 
 
 def test_a_wrong_gradient_is_found_out(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Decoder, "tries_gradient", lambda _: True)
     run = Decoder.run_packed
 
     def halved(*arguments: Any) -> Tensor:

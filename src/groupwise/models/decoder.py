@@ -164,6 +164,7 @@ class Decoder:
                 self.reasons["packed"] = reason
         return self._packs
 
+    @torch.inference_mode(False)  # tensors of inference mode have no gradients
     def _why_not_packed(self) -> str | None:
         if not self.backend.packed:
             return "the backend is set to padded batches"
@@ -173,7 +174,6 @@ class Decoder:
         with small_windows(self.module), no_constants(self.module):
             return self._trial()
 
-    @torch.inference_mode(False)  # tensors of inference mode have no gradients
     def _trial(self) -> str | None:
         """Why two prompts with two completions each do not run packed as each row does alone; None if they do."""
         trial = self.trial_rows()
@@ -202,7 +202,7 @@ class Decoder:
 
     @staticmethod
     def _split(hidden_NH: Tensor, trial: TrialRows) -> tuple[list[Tensor], list[Tensor]]:
-        pieces = hidden_NH.split([len(tokens) for tokens in (*trial.prompts, *trial.completions)])
+        pieces = torch.split(hidden_NH, [len(tokens) for tokens in (*trial.prompts, *trial.completions)])
         return list(pieces[: len(trial.prompts)]), list(pieces[len(trial.prompts) :])
 
     def _rows_and_gradient(self, run: Any) -> list[Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -310,8 +310,8 @@ class LanguageModel:
                 parameter.requires_grad_(required)  # which peft changes when it switches adapters
 
     def save_weights(self, path: Path) -> None:
-        """Write the weights alone, as one safetensors file."""
-        save_model(self.module, str(path))
+        """Write the weights alone, as one safetensors file; tensors that share memory are written once."""
+        save_file(self._unique_weights(), str(path))
 
     def load_weights(self, path: Path) -> None:
         """Read weights that `save_weights` wrote.
@@ -319,7 +319,17 @@ class LanguageModel:
         Raises:
             Exception: whatever safetensors and torch say of a file that is damaged or of another model.
         """
-        load_model(self.module, str(path), device=str(self.device))
+        found, wanted = load_file(str(path), device=str(self.device)), self._unique_weights()
+        if found.keys() != wanted.keys():
+            raise ValueError(f"weights of another model: {sorted(found.keys() ^ wanted.keys())[:3]}")
+        self.module.load_state_dict(found, strict=False)
+
+    def _unique_weights(self) -> dict[str, Tensor]:
+        """The module's parameters and buffers, each memory under the first of its names."""
+        unique: dict[tuple[int, torch.Size], tuple[str, Tensor]] = {}
+        for name, tensor in self.module.state_dict().items():
+            unique.setdefault((tensor.data_ptr() or id(tensor), tensor.shape), (name, tensor.contiguous()))
+        return dict(unique.values())
 
     def export(self, directory: Path, tokenizer: Any) -> None:
         """Write a Hugging Face model directory, tokenizer included."""
@@ -343,8 +353,8 @@ class BlockedWeights:
 
 def _decoder_of(module: Any) -> Any:
     """The model without its output layer."""
-    base = module.base_model
-    return base if base is not module else module.get_decoder()
+    candidates = module.base_model, module.get_decoder(), getattr(module, "model", module)
+    return next((found for found in candidates if found is not module), module)
 
 
 def _causal_model(module: Any) -> Any:

@@ -113,7 +113,7 @@ class RecurrentRows:
         index_PL, index_RT = ragged(prompt_lengths, 0), ragged(lengths_R, int(prompt_lengths.sum()))
         tokens = []
         # A state runs on through padding, so prompts of one length are run together.
-        for length in prompt_lengths.unique().tolist():
+        for length in sorted(set(prompt_lengths.tolist())):
             self._of_prompts.append((prompt_lengths == length).nonzero()[:, 0].to(device))
             tokens.append(index_PL[prompt_lengths == length, :length])
         self._prompt_order = torch.cat(self._of_prompts).argsort()

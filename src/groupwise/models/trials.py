@@ -10,7 +10,7 @@ from torch import Tensor
 
 SMALL_WINDOW = 6
 """Windows are this small on trial, so that short sequences are longer than them."""
-WINDOWS = ("sliding_window", "attention_chunk_size", "sliding_window_size")
+WINDOWS = ("sliding_window", "attention_chunk_size", "sliding_window_size", "keep_window_size")
 """Settings and attributes that hold a window's size."""
 LENGTHS = {"cpu": ((5, 9), (11, 4, 7, 14)), "cuda": ((100, 60), (200, 3, 80, 130))}
 """Tokens of two prompts, and of the two completions of each: longer than a small window, ragged, and on a GPU enough for flex
@@ -34,12 +34,10 @@ class TrialRows:
 def trial_rows(vocab_size: int, device: torch.device, limit: int | None) -> TrialRows:
     """`limit`: the most tokens of a prompt and completion together; None: no limit."""
     prompts, rows = LENGTHS.get(device.type, LENGTHS["cpu"])
-    if limit is not None:
-        prompts, rows = ([max(1, min(n, limit // 2 - 1)) for n in lengths] for lengths in (prompts, rows))
-    counts = [*prompts, *rows]
+    counts = [n if limit is None else max(1, min(n, limit // 2 - 1)) for n in (*prompts, *rows)]
     random = torch.Generator().manual_seed(0)
-    tokens = list(torch.randint(vocab_size, (sum(counts),), generator=random).to(device).split(counts))
-    return TrialRows(tokens[:2], tokens[2:], torch.tensor([0, 0, 1, 1]))
+    tokens = torch.split(torch.randint(vocab_size, (sum(counts),), generator=random).to(device), counts)
+    return TrialRows(list(tokens[:2]), list(tokens[2:]), torch.tensor([0, 0, 1, 1]))
 
 
 @contextmanager
@@ -94,7 +92,7 @@ def first_trained(module: Any) -> Iterator[list[Tensor]]:
     owner, name = found
     parameter = owner._parameters[name]
     stand_in = torch.nn.Parameter(parameter.data)
-    stand_in.register_hook(lambda _: None)  # else the learner's embedding would add the gradient in place, unseen
+    stand_in.register_hook(lambda _: None)  # type: ignore[no-untyped-call] # else the learner's embedding would add the gradient in place, unseen
     owner._parameters[name] = stand_in
     try:
         yield [stand_in]

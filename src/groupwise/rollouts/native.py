@@ -83,10 +83,12 @@ class NativeSampler:
 
         Raises:
             ValueError: the prompt has no token, or n or max_tokens is below 1.
+            UserError: prompt and completion may be longer than the model is exact for.
             RunError: the model's logits are not finite.
         """
         if len(request.prompt) == 0 or request.n < 1 or request.sampling.max_tokens < 1:
             raise ValueError("a request needs a prompt of at least one token, n and max_tokens of at least 1")
+        self.model.decoder.check_length(len(request.prompt) + request.sampling.max_tokens)
         loop = asyncio.get_running_loop()
         self._check_loop(loop)
         n, T = request.n, request.sampling.max_tokens

@@ -122,8 +122,8 @@ class DecodingCache:
             new = partial(like.new_zeros if kernel is None else like.new_empty, dtype=self._dtype)
             keys, values = (new((layers, prompts, shape.kv_heads, prompt_length, shape.size)) for _ in range(2))
             stacks.append(Stack(keys, values, new((layers, 2, rows, shape.kv_heads, tokens, shape.size))))
-        layers = [stacks[stack].layer(i) for stack, i in self._places.values()]
-        self._addresses = torch.tensor([[cache.data_ptr() for cache in layer] for layer in layers])
+        of_layers = [stacks[stack].layer(i) for stack, i in self._places.values()]
+        self._addresses = torch.tensor([[cache.data_ptr() for cache in caches] for caches in of_layers])
         """Of each layer's caches, for a step in one call."""
         return stacks
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from groupwise.kernels.blocked import BLOCK, to_blocked
 from groupwise.kernels.decode_attention import decode_kernel
 from groupwise.kernels.decode_step import LAYER_WEIGHTS, step_kernel
-from groupwise.models.attention.layers import NormForm, TrialAttend, head_size, matches, qk_norms
+from groupwise.models.attention.layers import NormForm, TrialAttend, form_of, head_size, matches, qk_norms
 from groupwise.models.attention.registry import attending
 from groupwise.models.decoder import Decoder
 from groupwise.models.patches import is_observed
@@ -39,7 +39,10 @@ class PlanFinder:
         self._plan: Plan | None = None
 
     def find(self, cache_dtype: torch.dtype | None = None) -> Plan | None:
-        """The plan for a KV cache in a dtype (None: float32). None if the decoder is no such decoder, or if hooks, adapters or third-party forwards inside it would be bypassed."""
+        """The plan for a KV cache in a dtype (None: float32).
+
+        None if the decoder is no such decoder, or if hooks, adapters or third-party forwards inside it would be bypassed.
+        """
         decoder = self._decoder
         if not (decoder.backend.one_call_step and decoder.on_cpu) or decoder.compiled:
             return None
