@@ -8,6 +8,7 @@ from torch import Tensor
 
 from groupwise.models.attention import training_varlen
 from groupwise.models.attention.attend import AttentionForm
+from groupwise.models.attention.training import PackedAttention
 from groupwise.models.attention.training_varlen import VarlenLayout
 
 
@@ -103,6 +104,16 @@ def test_values_and_gradients_are_those_of_plain_attention(
         torch.autograd.grad(found, inputs, gradient), torch.autograd.grad(expected, inputs, gradient), strict=True
     ):
         torch.testing.assert_close(one, other)
+
+
+def test_packed_attention_takes_it_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = PackedAttention([5, 1, 3], torch.tensor([0, 0, 2, 1]), torch.tensor([4, 3, 5, 1]), "cpu")
+    query, key, value = torch.randn(22, 4, 16), torch.randn(22, 2, 16), torch.randn(22, 2, 16)
+    expected = layout(0, query, key, value, 0.3)
+    monkeypatch.setattr(training_varlen, "_flash", reference_flash)
+    monkeypatch.setattr(training_varlen, "unsupported", lambda *_: None)
+    torch.testing.assert_close(layout(0, query, key, value, 0.3), expected, rtol=1e-4, atol=1e-5)
+    assert "varlen" in vars(layout)
 
 
 def test_the_layout_by_hand() -> None:
