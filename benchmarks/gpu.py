@@ -23,8 +23,8 @@ from typing import Any
 import plain
 import torch
 import transformers
-from workloads import Work, new_model, parameters, prompts, tokenizer
 from worker_groupwise import Step
+from workloads import Work, new_model, parameters, prompts, tokenizer
 
 LOAD = Work(
     prompts=32,
@@ -41,9 +41,7 @@ LOAD = Work(
 )
 WORKS = {
     "0.6B": replace(LOAD, hidden=1024, mlp=3072, micro_batch_tokens=16_384, micro_batch_rows=16),
-    "1.7B": replace(
-        LOAD, hidden=2048, mlp=6144, prompts=16, max_tokens=384, micro_batch_tokens=8192, micro_batch_rows=8
-    ),
+    "1.7B": replace(LOAD, hidden=2048, mlp=6144, prompts=16, max_tokens=384, micro_batch_tokens=8192, micro_batch_rows=8),
     "tiny": Work(prompts=2, prompt_tokens=16, group_size=4, max_tokens=16, endless=True, kv_heads=1, micro_batch_rows=4),
 }
 ROUNDS = 3

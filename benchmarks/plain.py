@@ -1,4 +1,4 @@
-"""A whole step as it is usually written on transformers alone: `generate` for all completions at once, padded rows in training."""
+"""A step as it is usually written on transformers alone: `generate` for all completions at once, then training on padded rows."""
 
 import torch
 from torch import Tensor

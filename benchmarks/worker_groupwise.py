@@ -36,7 +36,7 @@ SETTINGS: dict[str, Any] = {
     "old_logprobs": "sampler",
     "max_bad_updates": 5,
 }
-"""What a `LearnerSection` has, spelled out since importing it needs pydantic, which the machines that gpu.sh is for do not have."""
+"""What a `LearnerSection` has; importing that needs pydantic, which the machines that gpu.sh is for do not have."""
 
 
 class Step:
