@@ -44,7 +44,7 @@ WORKS = {
     "1.7B": replace(LOAD, hidden=2048, mlp=6144, prompts=16, max_tokens=384, micro_batch_tokens=8192, micro_batch_rows=8),
     "tiny": Work(prompts=2, prompt_tokens=16, group_size=4, max_tokens=16, endless=True, kv_heads=1, micro_batch_rows=4),
 }
-ROUNDS = 3
+ROUNDS = 2
 Report = dict[str, Any]
 
 

@@ -13,7 +13,6 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 ends=$((SECONDS + ${SECONDS_IN_ALL:-525}))
 export PYTHONPATH=src PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-}
 
 # limited SECONDS LOG COMMAND...: runs it no longer than that, or than what is left in all; its output goes to LOG and here.
 limited() {
@@ -31,7 +30,7 @@ limited() {
 
 limited 20 environment.txt nvidia-smi
 limited 60 environment.txt "$python" -c 'import sys, torch, transformers; print(sys.version, torch.__version__, transformers.__version__)'
-limited 170 tests.log "$python" -m pytest -p no:cacheprovider -m gpu tests/test_gpu.py -v --tb=short
+limited 170 tests.log "$python" -m pytest -p no:cacheprovider -m gpu tests/test_gpu.py -v -s --tb=short
 if [[ $tiny == --tiny ]]; then
     limited 60 bench-tiny.log "$python" benchmarks/gpu.py --tiny --out "$out" --seconds 50
 else

@@ -1,6 +1,7 @@
-"""Attention over packed sequences on a GPU: PyTorch's flex attention with a mask of which tokens each token attends to."""
+"""Attention over packed sequences on a GPU where `training_varlen` cannot run: flex attention with a mask of who sees whom."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+RECOMPILE_LIMIT = 64
 Visible = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(batch, head, query token, key token) -> bool: whether the query attends to the key."""
 
@@ -47,6 +49,11 @@ def _compiled(function: Any, device: Any) -> Any:
 
 @functools.cache
 def _compile(function: Any) -> Any:
+    settings: dict[str, Any] = {"dynamic": True, "fullgraph": True}
     # Beyond the limit PyTorch would run it uncompiled. It recompiles for gradients or none, few tokens or many, and each dtype.
-    settings: dict[str, Any] = {"dynamic": True, "fullgraph": True, "recompile_limit": 64}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        settings["recompile_limit"] = RECOMPILE_LIMIT
+    else:  # older PyTorch has one limit for the whole process
+        config: Any = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
     return torch.compile(function, **settings)
