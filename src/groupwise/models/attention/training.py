@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from groupwise.kernels.packed_attention import PackedRows, packed_attention, unsupported
-from groupwise.models.attention import training_flex
+from groupwise.models.attention import training_flex, training_varlen
 from groupwise.models.attention.attend import PLAIN, AttentionForm
 from groupwise.models.attention.training_padded import PaddedBlockAttention, PaddedBlocks, QueryChunks, masked_attention
 from groupwise.models.recurrent import Forward, RecurrentRows
@@ -19,7 +19,8 @@ class PackedAttention:
     """An `Attend` in which a completion attends to its prompt and to itself, and a prompt to itself, all causally.
 
     On a CPU in float32 a C++ kernel runs it; in other dtypes and without a compiler PyTorch's attention over padded rows
-    (`training_padded`); on a GPU flex attention (`training_flex`). All of them take every `AttentionForm`.
+    (`training_padded`). On a GPU in bfloat16 and float16 FlashAttention runs it (`training_varlen`), else flex attention
+    (`training_flex`), which like those for a CPU takes every `AttentionForm`.
     """
 
     def __init__(
@@ -65,6 +66,11 @@ class PackedAttention:
         return self._query_chunks[window]
 
     @cached_property
+    def varlen(self) -> training_varlen.VarlenLayout:
+        """The layout as FlashAttention reads it."""
+        return training_varlen.VarlenLayout(*self._lengths, self._device)
+
+    @cached_property
     def blocks(self) -> PaddedBlocks:
         """The layout as padded rows."""
         return PaddedBlocks(*self._lengths, self._device)
@@ -76,6 +82,8 @@ class PackedAttention:
         query, key, value = (x.contiguous().to(value_NKD.dtype) for x in (query_NHD, key_NKD, value_NKD))
         if form.window >= self._longest:  # hides nothing
             form = replace(form, window=0)
+        if training_varlen.unsupported(query, key, value, form) is None:
+            return training_varlen.attention(query, key, value, self.varlen, scale, form.window)
         if query.device.type != "cpu":
             return training_flex.attention(query, key, value, self.block_mask(form.window), scale, form)
         if self._kernels and unsupported(query, key, value) is None:

@@ -1,6 +1,7 @@
-"""Attention over packed sequences on a GPU: PyTorch's flex attention with a mask of which tokens each token attends to."""
+"""Attention over packed sequences on a GPU where `training_varlen` cannot run: flex attention with a mask of who sees whom."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_bloc
 
 from groupwise.models.attention.attend import PLAIN, AttentionForm
 
+RECOMPILE_LIMIT = 64
 Visible = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(batch, head, query token, key token) -> bool: whether the query attends to the key."""
 
@@ -78,6 +80,11 @@ def _compiled(function: Any, device: Any) -> Any:
 
 @functools.cache
 def _compile(function: Any) -> Any:
+    settings: dict[str, Any] = {"dynamic": True, "fullgraph": True}
     # Beyond the limit PyTorch would run it uncompiled. It recompiles for gradients or none, few tokens or many, and each dtype.
-    settings: dict[str, Any] = {"dynamic": True, "fullgraph": True, "recompile_limit": 64}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        settings["recompile_limit"] = RECOMPILE_LIMIT
+    else:  # older PyTorch has one limit for the whole process
+        config: Any = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
     return torch.compile(function, **settings)

@@ -198,7 +198,8 @@ class QueryChunks:
 
     def __init__(self, prompt_lengths: Tensor, prompts_R: Tensor, lengths_R: Tensor, window: int, device: Any) -> None:
         """Arguments as of `kernels.packed_attention.PackedRows`, and the sliding window of attention or 0."""
-        own = torch.arange(int(prompt_lengths.sum() + lengths_R.sum())).split([*prompt_lengths.tolist(), *lengths_R.tolist()])
+        counts = [*prompt_lengths.tolist(), *lengths_R.tolist()]
+        own = torch.split(torch.arange(sum(counts)), counts)
         prompts, rows = own[: len(prompt_lengths)], own[len(prompt_lengths) :]
         # Each sequence and how many of its tokens are no queries of this row but of its prompt.
         sequences = [(prompt, 0) for prompt in prompts]
