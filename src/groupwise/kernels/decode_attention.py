@@ -35,5 +35,5 @@ def decode_kernel(head_size: int, dtype: torch.dtype, cache_dtype: torch.dtype |
 
 def flags(head_size: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> tuple[str, ...]:
     """Compiler flags of decode_attention.h."""
-    half = ["-DFLOAT16"] if cache_dtype == torch.float16 else []
-    return f"-DHEAD_SIZE={head_size}", f"-DELEMENT={_TYPES[dtype]}", f"-DCACHE_ELEMENT={_TYPES[cache_dtype]}", *half
+    narrow = ["-DSIXTEEN_BITS"] if cache_dtype != torch.float32 else []
+    return f"-DHEAD_SIZE={head_size}", f"-DELEMENT={_TYPES[dtype]}", f"-DCACHE_ELEMENT={_TYPES[cache_dtype]}", *narrow

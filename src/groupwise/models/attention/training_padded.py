@@ -198,19 +198,16 @@ class QueryChunks:
 
     def __init__(self, prompt_lengths: Tensor, prompts_R: Tensor, lengths_R: Tensor, window: int, device: Any) -> None:
         """Arguments as of `kernels.packed_attention.PackedRows`, and the sliding window of attention or 0."""
-        counts = [*prompt_lengths.tolist(), *lengths_R.tolist()]
-        own = torch.split(torch.arange(sum(counts)), counts)
+        lengths = [*prompt_lengths.tolist(), *lengths_R.tolist()]
+        own = torch.split(torch.arange(sum(lengths)), lengths)
         prompts, rows = own[: len(prompt_lengths)], own[len(prompt_lengths) :]
         # Each sequence and how many of its tokens are no queries of this row but of its prompt.
         sequences = [(prompt, 0) for prompt in prompts]
         sequences += [(torch.cat([prompts[p], row]), len(prompts[p])) for p, row in zip(prompts_R.tolist(), rows, strict=True)]
         blocks = [block for sequence, start in sequences for block in _query_blocks(sequence, start, window)]
-        blocks.sort(key=lambda block: (len(block[0]), len(block[1])))
         self.chunks: list[QueryChunk] = []
         order: list[Tensor] = []
-        while blocks:
-            count = max(1, CHUNK_SCORES // max(1, len(blocks[-1][0]) * len(blocks[-1][1])))
-            blocks, taken = blocks[:-count], blocks[-count:]
+        for taken in _together(blocks):
             queries_RT, keys_RS, query_positions_RT, key_positions_RS = (
                 torch.nn.utils.rnn.pad_sequence([block[i] for block in taken], batch_first=True, padding_value=-1)
                 for i in range(4)
@@ -228,8 +225,12 @@ class QueryChunks:
         """Of each packed token, its index among the padded queries of all chunks."""
 
 
-def _query_blocks(sequence: Tensor, start: int, window: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The queries from `start` on in blocks, with the keys that they see: the packed indices of both, and their positions."""
+Block = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Some queries of a row and the keys that they see: the packed indices of both, and their positions in the sequence."""
+
+
+def _query_blocks(sequence: Tensor, start: int, window: int) -> list[Block]:
+    """The queries of a sequence from the token `start` on, in blocks of at most CHUNK_SCORES scores."""
     size = max(1, CHUNK_SCORES // max(1, len(sequence)))
     position = torch.arange(len(sequence))
     blocks = []
@@ -238,6 +239,19 @@ def _query_blocks(sequence: Tensor, start: int, window: int) -> list[tuple[Tenso
         keys = slice(max(0, first - window + 1) if window else 0, queries.stop)
         blocks.append((sequence[queries], sequence[keys], position[queries], position[keys]))
     return blocks
+
+
+def _together(blocks: list[Block]) -> list[list[Block]]:
+    """Blocks of similar sizes, as many as have CHUNK_SCORES scores once they are padded."""
+    chunks: list[list[Block]] = []
+    queries = keys = 0
+    for block in sorted(blocks, key=lambda block: (len(block[1]), len(block[0])), reverse=True):
+        queries, keys = max(queries, len(block[0])), max(keys, len(block[1]))
+        if not chunks or (len(chunks[-1]) + 1) * queries * keys > CHUNK_SCORES:
+            chunks.append([])
+            queries, keys = len(block[0]), len(block[1])
+        chunks[-1].append(block)
+    return chunks
 
 
 def masked_attention(
