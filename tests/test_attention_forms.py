@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -74,15 +74,18 @@ def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(training, "masked_attention", None)
         monkeypatch.setattr(training, "PaddedBlockAttention", None)
 
-    if request.param == "flex":  # PyTorch refuses its backward pass on a CPU, where it is slow but right
+    device = "cuda" if request.param == "flex" and torch.cuda.is_available() else "cpu"
+    if request.param == "flex" and device == "cpu":  # where PyTorch refuses the backward pass; uncompiled it is right
         torch._dynamo.reset()
         monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
 
     def attend(rows: Any, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm) -> Tensor:
         prompts, group_ids, lengths = rows[0], *(torch.tensor(x, dtype=torch.long) for x in rows[1:])
-        layout = PackedAttention(prompts, group_ids, lengths, "cpu", kernels=request.param == "kernel")
+        layout = PackedAttention(prompts, group_ids, lengths, device, kernels=request.param == "kernel")
         if request.param == "flex":
-            return training_flex.attention(query, key, value, layout.block_mask(form.window), SCALE, form)
+            query, key, value = (x.to(device) for x in (query, key, value))
+            form = replace(form, sinks_H=None if form.sinks_H is None else form.sinks_H.to(device))
+            return training_flex.attention(query, key, value, layout.block_mask(form.window), SCALE, form).cpu()
         return layout(3, query, key, value, SCALE, form)
 
     return attend
@@ -94,7 +97,9 @@ def random_form(window: int, softcap: float, sinks: bool, heads: int) -> Attenti
 
 @pytest.mark.parametrize(
     ("attention", "shape", "window", "softcap", "sinks"),
-    [("kernel", *case) for case in CASES] + [(name, *case) for name in ("padded", "flex") for case in CASES[: len(FORMS)]],
+    [("kernel", *case) for case in CASES]
+    + [("padded", *case) for case in CASES[: len(FORMS)]]
+    + [("flex", (6, 2, 32), *form) for form in FORMS],
     indirect=["attention"],
 )
 def test_training_is_the_formula(

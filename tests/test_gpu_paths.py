@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from groupwise.models import LanguageModel
 from groupwise.models.attention import decoding, training_flex
+from groupwise.models.attention.attend import PLAIN, AttentionForm
 from groupwise.models.attention.cuda_graphs import FixedSteps
 from groupwise.models.attention.decoding_torch import StepLayout
 from groupwise.models.attention.training import PackedAttention
@@ -176,7 +177,8 @@ def test_flex_attention_is_the_packed_attention(heads: int, shared: int) -> None
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
-def test_compiled_flex_attention_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", [PLAIN, AttentionForm(window=30, softcap=2.0)], ids=["plain", "window and soft cap"])
+def test_compiled_flex_attention_is_compiled_once(form: AttentionForm, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the lengths; at its limit of compilations PyTorch would give up, and take memory of the square of N."""
     monkeypatch.setattr(training_flex, "_compiled", lambda function, _: training_flex._compile(function))
     for count in range(4, 8):
@@ -186,8 +188,8 @@ def test_compiled_flex_attention_is_compiled_once(monkeypatch: pytest.MonkeyPatc
         query, key, value = torch.randn(N, 4, 16), torch.randn(N, 2, 16), torch.randn(N, 2, 16)
         graphs = counters["stats"]["unique_graphs"]
         with torch.no_grad():
-            found = training_flex.attention(query, key, value, layout.block_mask(), 0.3)
-        torch.testing.assert_close(found, layout(0, query, key, value, 0.3), rtol=1e-4, atol=1e-5)
+            found = training_flex.attention(query, key, value, layout.block_mask(form.window), 0.3, form)
+        torch.testing.assert_close(found, layout(0, query, key, value, 0.3, form), rtol=1e-4, atol=1e-5)
         assert count == 4 or counters["stats"]["unique_graphs"] == graphs
 
 

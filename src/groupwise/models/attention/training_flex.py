@@ -35,9 +35,11 @@ def visible(prompt_lengths: Tensor, prompts_R: Tensor, lengths_R: Tensor, device
     before_R = torch.cat([torch.zeros_like(prompt_lengths), prompt_lengths[prompts_R]])
     first_N = (lengths.cumsum(0) - lengths - before_R).repeat_interleave(lengths)
     position_N = (torch.arange(len(first_N)) - first_N).to(device)
+    hidden_N = position_N - window  # a tensor, since a number that the mask captures would be compiled as a dynamic one
+    """The last position before each token's window."""
 
     def seen_in_window(batch: Tensor, head: Tensor, token: Tensor, other: Tensor) -> Tensor:
-        return seen(batch, head, token, other) & (position_N[token] - position_N[other] < window)
+        return seen(batch, head, token, other) & (position_N[other] > hidden_N[token])
 
     return seen_in_window
 
@@ -54,7 +56,7 @@ def attention(
     query, key, value = (x.transpose(0, 1)[None] for x in (query_NHD, key_NKD, value_NKD))
     settings: dict[str, Any] = {"block_mask": mask, "scale": scale, "enable_gqa": query_NHD.shape[1] != key_NKD.shape[1]}
     if form.softcap:
-        settings["score_mod"] = _capped(form.softcap)
+        settings["score_mod"] = _capped(form.softcap, query_NHD.shape[1], query.device)
     run = _compiled(flex_attention, query.device)
     if form.sinks_H is None:
         output: Tensor = run(query, key, value, **settings)
@@ -65,10 +67,12 @@ def attention(
     return (output[0] * share_HN[..., None].to(output.dtype)).transpose(0, 1)
 
 
-@functools.cache  # the same function each time, or it would be compiled again
-def _capped(softcap: float) -> Callable[..., Tensor]:
-    def capped(score: Tensor, _batch: Tensor, _head: Tensor, _token: Tensor, _other: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
+@functools.cache
+def _capped(softcap: float, heads: int, device: torch.device) -> Callable[..., Tensor]:
+    softcap_H = torch.full((heads,), softcap, device=device)  # a number here would be compiled as a dynamic one, which fails
+
+    def capped(score: Tensor, _batch: Tensor, head: Tensor, _token: Tensor, _other: Tensor) -> Tensor:
+        return softcap_H[head] * torch.tanh(score / softcap_H[head])
 
     return capped
 
