@@ -118,12 +118,9 @@ def test_steps_are_the_decoders_own_forward_in_float64(name: str, tokenizer: Any
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_sliding_window_in_one_layer_and_caches_in_other_dtypes(dtype: torch.dtype, tokenizer: Any) -> None:
     """Three rows of two prompts, whose tokens are in the cache; the reference has the same weights and the window."""
-    model = random_model(PLAIN["a bias of heads alone"], tokenizer)
     sliding = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
-    windowed = new_module({**PLAIN["a bias of heads alone"], **sliding}, tokenizer, seed=2)
-    windowed.load_state_dict(model.state_dict())
-    windowed = windowed.base_model.double()
-    module, found = model.base_model, plan(model.base_model)
+    module = random_model({**PLAIN["a bias of heads alone"], **sliding}, tokenizer).base_model
+    windowed, found = copy.deepcopy(module).double(), plan(module)
     assert found is not None and windowed.config.layer_types == ["full_attention", "sliding_attention"]
     K, size = module.config.num_key_value_heads, head_size(module.config)
     step = OneCallStep(module, found, 20, 4, cache_dtype=dtype)
@@ -133,7 +130,7 @@ def test_a_sliding_window_in_one_layer_and_caches_in_other_dtypes(dtype: torch.d
     caches = torch.tensor(
         [[row.data_ptr(), *(x.data_ptr() for x in prompt)] for row, prompt in zip(row_caches, prompt_caches, strict=True)]
     )
-    windows, tokens_RT = torch.tensor([0, 3]), torch.randint(3, 17, (3, 10))
+    tokens_RT = torch.randint(3, 17, (3, 10))
     tokens_RT[1, :4] = tokens_RT[0, :4]
     lengths_P = torch.tensor([0, 0])
     prompts_R, order_R, starts_P = torch.tensor([0, 0, 1]), torch.arange(3), torch.tensor([0, 2, 3])
@@ -146,7 +143,7 @@ def test_a_sliding_window_in_one_layer_and_caches_in_other_dtypes(dtype: torch.d
                 lengths_P, written_R = lengths_P + 4, written_R - 4
             written_R = written_R + 1
             layout = written_R, lengths_P, prompts_R, order_R, starts_P
-            hidden_RH = step(tokens_RT[:, t], caches, windows, layout, (4, 2, K, 9, 7, 2))
+            hidden_RH = step(tokens_RT[:, t], caches, layout, (4, 2, K, 9, 7, 2))
             expected = windowed(input_ids=tokens_RT[:, : t + 1], use_cache=False).last_hidden_state[:, -1]
             tolerance = {torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}[dtype]
             torch.testing.assert_close(hidden_RH.double(), expected, rtol=0, atol=tolerance * float(expected.abs().max()))

@@ -55,6 +55,8 @@ def attention(
     """The attention output of each token, [N, H, D]. The window is that of the mask; that of `form` is not read."""
     query, key, value = (x.transpose(0, 1)[None] for x in (query_NHD, key_NKD, value_NKD))
     settings: dict[str, Any] = {"block_mask": mask, "scale": scale, "enable_gqa": query_NHD.shape[1] != key_NKD.shape[1]}
+    if query.device.type != "cpu":  # its other kernel, for few queries, does not compile for some shapes
+        settings["kernel_options"] = {"FORCE_USE_FLEX_ATTENTION": True}
     if form.softcap:
         settings["score_mod"] = _capped(form.softcap, query_NHD.shape[1], query.device)
     run = _compiled(flex_attention, query.device)
