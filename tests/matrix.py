@@ -11,6 +11,7 @@ import argparse
 import copy
 import fnmatch
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -41,6 +42,8 @@ from tests.zoo import VOCABULARY, ZOO, build, perturb, tokenizer
 TOLERANCE = 1e-4
 """Of log-probabilities and entropies, in nats; of gradients relative to max(1, the largest element of the parameter's)."""
 TEMPERATURE = 0.7
+PATIENCE, IMPATIENCE = 20.0, 5.0
+"""Seconds that one check of a model may take before it counts as hanging; and after another check of the model has hung."""
 PROMPT_LENGTHS = (3, 11, 19)
 ROW_LENGTHS = ((1, 24, 9), (13, 2), (17, 21))
 """Completion tokens of each prompt's rows."""
@@ -68,8 +71,10 @@ class Outcome:
     """Two steps by command line."""
     refusal: str = ""
     """Why it was refused."""
-    wrong: list[str] = field(default_factory=list)
-    crashes: list[str] = field(default_factory=list)
+    wrong: list[tuple[str, str]] = field(default_factory=list)
+    """(what is wrong, in which check)."""
+    crashes: list[tuple[str, str]] = field(default_factory=list)
+    """(what was raised, in which check)."""
     seconds: float = 0.0
 
     @property
@@ -102,7 +107,11 @@ class Outcome:
         return self.sound and order.index(self.path) >= order.index(self.expected)
 
     def details(self) -> list[str]:
-        found = [*(f"WRONG: {line}" for line in self.wrong), *(f"CRASH: {line}" for line in self.crashes)]
+        """What is not as it should be, each kind of it once."""
+        found = []
+        for kind, events in (("WRONG", self.wrong), ("CRASH", self.crashes)):
+            for what in dict.fromkeys(what for what, _ in events):
+                found.append(f"{kind}: {what} ({'; '.join(dict.fromkeys(check for other, check in events if other == what))})")
         if self.sound and not self.as_expected:
             found.append(f"expected {self.expected}, is {self.path}")
         return found
@@ -114,6 +123,9 @@ class Examination:
     def __init__(self, name: str) -> None:
         self.outcome = Outcome(name)
         self.tokenizer = tokenizer()
+        self.errors: dict[tuple[str, str], float] = {}
+        """By column and check, where the error is too large."""
+        self.patience = PATIENCE
 
     def run(self, directory: Path) -> Outcome:
         started = time.perf_counter()
@@ -138,6 +150,9 @@ class Examination:
             with self.check("backends"):
                 self.outcome.training, self.outcome.generation = paths(self.model)
         self.of_the_command_line(directory, exported)
+        for column in ("logprobs", "gradients", "sampler"):
+            checks = [check for other, check in self.errors if other == column]
+            self.outcome.wrong += [(f"{column} off by up to {getattr(self.outcome, column):.2g}", check) for check in checks]
         self.outcome.seconds = time.perf_counter() - started
         return self.outcome
 
@@ -145,17 +160,23 @@ class Examination:
     def check(self, what: str) -> Iterator[None]:
         """Within: a UserError means that the model is refused, and any other exception that something crashed."""
         try:
-            yield
+            with time_limit(self.patience):
+                yield
         except UserError as error:
             self.outcome.refusal = self.outcome.refusal or (str(error) if what == "taking it over" else f"{what}: {error}")
         except Exception as error:  # whatever a model's forward raises; the other checks, and the other models, go on
-            self.outcome.crashes.append(f"{what}: {_one_line(error)}")
+            self.crash(what, error)
+
+    def crash(self, what: str, error: BaseException | None) -> None:
+        self.outcome.crashes.append((_one_line(error), what))
+        if isinstance(error, TimeoutError):
+            self.patience = IMPATIENCE
 
     def compare(self, column: str, what: str, error: float) -> None:
         """Keep the largest error of a column, and say where it is too large."""
         setattr(self.outcome, column, max(error, getattr(self.outcome, column) or 0.0))
-        if error > TOLERANCE:
-            self.outcome.wrong.append(f"{what}: {column} off by {error:.2g}")
+        if not error <= TOLERANCE:
+            self.errors[column, what] = error
 
     def compare_rows(self, what: str, expected: "Expected", found: tuple[Tensor, Tensor]) -> None:
         for kind, ours, theirs in zip(("", ", entropies"), found, (expected.logprobs_BT, expected.entropy_BT), strict=True):
@@ -167,7 +188,11 @@ class Examination:
         """Log-probabilities, entropies and gradients, however prompts are shared, layers checkpointed and batches cut."""
         model, batch = self.model, random_batch()
         assert model is not None
-        expected = self.reference.expected(batch)
+        expected: Expected | None = None
+        with self.check("its own forward and backward pass; what fails there must be refused"):
+            expected = self.reference.expected(batch)
+        if expected is None:
+            return
         for shared in (True, False):
             with self.check(f"share_prompts = {shared}, without gradient"), torch.no_grad():
                 found = model.completion_logprobs(batch, temperature=TEMPERATURE, share_prompts=shared)
@@ -255,7 +280,7 @@ class Examination:
                 theirs = Reference(AutoModelForCausalLM.from_pretrained(directory).eval()).expected(batch).logprobs_BT
                 upstream = difference(theirs, self.reference.expected(batch).logprobs_BT)
                 more = f" (transformers' own save and load: {upstream:.2g})" if upstream > TOLERANCE else ""
-                self.outcome.wrong.append(f"export and load: logprobs off by {error:.2g}{more}")
+                self.outcome.wrong.append((f"logprobs off by {error:.2g}{more}", "export and load"))
             else:
                 self.outcome.reload = "same"
 
@@ -264,24 +289,41 @@ class Examination:
         if not (model / "config.json").is_file():
             return
         recipe, out = write_recipe(directory, model), directory / "run"
-        result = CliRunner().invoke(app, ["train", str(recipe), "--out", str(out)], env={"COLUMNS": "200"})
+        with time_limit(self.patience):
+            result = CliRunner().invoke(app, ["train", str(recipe), "--out", str(out)], env={"COLUMNS": "200"})
         self.outcome.command = f"exit {result.exit_code}"
         unexpected = result.exception is not None and not isinstance(result.exception, SystemExit)
         if unexpected or "Traceback" in result.output:
             self.outcome.command = "traceback"
-            self.outcome.crashes.append(f"groupwise train: {_one_line(result.exception)}")
+            self.crash("groupwise train", result.exception)
         elif result.exit_code == 0:
             lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
             gaps = [float(line["sampler_gap_max"]) for line in lines if line.get("sampler_gap_max") is not None]
             self.outcome.command = f"gap {max(gaps):.0e}" if gaps else "no gap measured"
             if len(gaps) != 2 or max(gaps) > TOLERANCE:
-                self.outcome.wrong.append(f"groupwise train: exit 0, sampler_gap_max {gaps}")
+                self.outcome.wrong.append((f"sampler_gap_max {', '.join(f'{gap:.2g}' for gap in gaps)}", "groupwise train"))
         elif result.exit_code == 2 and result.stderr.count("error: ") == 1:
             self.outcome.refusal = self.outcome.refusal or f"groupwise train: {result.stderr.strip()}"
         else:
-            self.outcome.wrong.append(f"groupwise train: exit {result.exit_code}: {result.stderr.strip()[-200:]}")
+            self.outcome.wrong.append((f"exit {result.exit_code}: {result.stderr.strip()[-200:]}", "groupwise train"))
         if self.model is None and self.outcome.refusal and result.exit_code == 0:
-            self.outcome.wrong.append("groupwise train takes a model that LanguageModel refuses")
+            self.outcome.wrong.append(("takes a model that LanguageModel refuses", "groupwise train"))
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Within: TimeoutError in the main thread after so many seconds."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError("hangs")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @dataclass(slots=True)
@@ -371,9 +413,7 @@ def random_batch() -> Batch:
     )
 
 
-def sampled(
-    sampler: NativeSampler, wanted: Sequence[tuple[int, int, int]]
-) -> tuple[list[Tensor], list[tuple[Completion, ...]]]:
+def sampled(sampler: NativeSampler, wanted: Sequence[tuple[int, int, int]]) -> tuple[list[Tensor], list[tuple[Completion, ...]]]:
     """Prompts and their completions."""
     generator = torch.Generator().manual_seed(4)
     prompts = [torch.randint(2, VOCABULARY, (length,), generator=generator) for length, _, _ in wanted]
@@ -385,7 +425,7 @@ def sampled(
 
 
 def paths(model: LanguageModel) -> tuple[str, str]:
-    """"fast" or "general", for training and for generation, as `LanguageModel.backends` tells people."""
+    """ "fast" or "general", for training and for generation, as `LanguageModel.backends` tells people."""
     found = model.backends()
     return tuple("general" if "padded" in found[what] else "fast" for what in ("training", "decoding"))  # type: ignore[return-value]
 
@@ -504,9 +544,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             outcome = examine(name)
         except Exception as error:  # one model must not stop the others
-            outcome = Outcome(name, crashes=[_one_line(error)])
+            outcome = Outcome(name, crashes=[(_one_line(error), "building it")])
         outcomes.append(outcome)
-        console.print(f"{name}: {outcome.verdict} ({outcome.seconds:.1f} s)", *outcome.details(), sep="\n  ", markup=False)
+        console.print(
+            f"{name}: {outcome.verdict}, {outcome.path} path ({outcome.seconds:.1f} s)",
+            *outcome.details(),
+            sep="\n  ",
+            markup=False,
+        )
         if given.out is not None:
             given.out.write_text(as_markdown(outcomes))
     console.print(as_table(outcomes))
