@@ -110,8 +110,10 @@ class Outcome:
         """What is not as it should be, each kind of it once."""
         found = []
         for kind, events in (("WRONG", self.wrong), ("CRASH", self.crashes)):
-            for what in dict.fromkeys(what for what, _ in events):
-                found.append(f"{kind}: {what} ({'; '.join(dict.fromkeys(check for other, check in events if other == what))})")
+            checks: dict[str, dict[str, None]] = {}
+            for what, check in events:
+                checks.setdefault(what, {})[check] = None
+            found += [f"{kind}: {what} ({'; '.join(where)})" for what, where in checks.items()]
         if self.sound and not self.as_expected:
             found.append(f"expected {self.expected}, is {self.path}")
         return found
