@@ -429,7 +429,8 @@ def sampled(sampler: NativeSampler, wanted: Sequence[tuple[int, int, int]]) -> t
 def paths(model: LanguageModel) -> tuple[str, str]:
     """ "fast" or "general", for training and for generation, as `LanguageModel.backends` tells people."""
     found = model.backends()
-    return tuple("general" if "padded" in found[what] else "fast" for what in ("training", "decoding"))  # type: ignore[return-value]
+    fast = {"training": ("packed sequences",), "decoding": ("one C++ call", "layer by layer")}
+    return tuple("fast" if found[what].startswith(begins) else "general" for what, begins in fast.items())  # type: ignore[return-value]
 
 
 RECIPE = """

@@ -28,8 +28,8 @@ def fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding as on a GPU: steps of fixed sizes, no C++ kernels."""
     original = LanguageModel.decoding_cache
 
-    def with_fixed_steps(model: LanguageModel, *sizes: int) -> Any:
-        return original(model, *sizes, fixed=True)
+    def with_fixed_steps(model: LanguageModel, *sizes: int, dtype: Any) -> Any:
+        return original(model, *sizes, dtype=dtype, fixed=True)
 
     monkeypatch.setattr(LanguageModel, "decoding_cache", with_fixed_steps)
 

@@ -20,17 +20,23 @@ class Caches:
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self.plans = PlanFinder(decoder)
-        self.dtype: torch.dtype | None = None
-        """Of keys and values on a CPU; None: the decoder's."""
         self._reasons: dict[tuple[torch.device, torch.dtype, torch.dtype | None], str | None] = {}
         self._fallback: Callable[[], PaddedCache | NoCache] | None = None
 
     def new(
-        self, prompts: int, prompt_length: int, rows: int, tokens: int, *, fixed: bool | None = None
+        self,
+        prompts: int,
+        prompt_length: int,
+        rows: int,
+        tokens: int,
+        *,
+        dtype: torch.dtype | None = None,
+        fixed: bool | None = None,
     ) -> DecodingCache | PaddedCache | NoCache:
         """See `LanguageModel.decoding_cache`."""
-        if self.why_not_ours() is None:
-            return self._ours(prompts, prompt_length, rows, tokens, fixed=self._fixed if fixed is None else fixed)
+        if self.why_not_ours(dtype) is None:
+            fixed = self._fixed if fixed is None else fixed
+            return self._ours(prompts, prompt_length, rows, tokens, dtype=dtype, fixed=fixed)
         return self.fallback()
 
     @property
@@ -38,26 +44,31 @@ class Caches:
         """Whether steps have fixed sizes. States of recurrent layers are new tensors in each step, which graphs cannot be."""
         return not self._decoder.on_cpu and not self._decoder.recurrent
 
-    def _ours(self, prompts: int, prompt_length: int, rows: int, tokens: int, *, fixed: bool) -> DecodingCache:
-        return DecodingCache(self._decoder, self.plans, prompts, prompt_length, rows, tokens, fixed=fixed, dtype=self.dtype)
+    def _ours(
+        self, prompts: int, prompt_length: int, rows: int, tokens: int, *, dtype: torch.dtype | None, fixed: bool
+    ) -> DecodingCache:
+        return DecodingCache(self._decoder, self.plans, prompts, prompt_length, rows, tokens, fixed=fixed, dtype=dtype)
 
-    def why_not_ours(self) -> str | None:
-        """Why the decoder cannot generate with a `DecodingCache`, or None; tried once for each device and dtype."""
+    def why_not_ours(self, dtype: torch.dtype | None = None) -> str | None:
+        """Why the decoder cannot generate with a `DecodingCache` of keys and values in `dtype` (None: the decoder's), or None.
+
+        Tried once for each device and dtype.
+        """
         if not self._decoder.packs():
             return self._decoder.reasons["packed"]
-        key = self._decoder.device, self._decoder.dtype, self.dtype
+        key = self._decoder.device, self._decoder.dtype, dtype
         if key not in self._reasons:
-            self._reasons[key] = self.why_not_exact(fixed=self._fixed)
+            self._reasons[key] = self.why_not_exact(dtype, fixed=self._fixed)
         if (reason := self._reasons[key]) is not None:
             self._decoder.reasons["generation"] = reason
         return self._reasons[key]
 
-    def why_not_exact(self, *, fixed: bool) -> str | None:
+    def why_not_exact(self, dtype: torch.dtype | None = None, *, fixed: bool) -> str | None:
         """Why a `DecodingCache` does not give what full forward passes give; None if it does."""
         if self._decoder.repeated:
             return "attention layers run several times in a forward pass, so their keys have no one place in the cache"
         prompts, rows = LENGTHS[self._decoder.device.type]
-        return self._try(lambda: self._ours(1, max(prompts), 2, max(rows), fixed=fixed))
+        return self._try(lambda: self._ours(1, max(prompts), 2, max(rows), dtype=dtype, fixed=fixed), dtype)
 
     def fallback(self) -> PaddedCache | NoCache:
         """The decoder's own cache in the fastest way that is exact, tried once; else none."""
@@ -77,11 +88,10 @@ class Caches:
         return partial(NoCache, module)
 
     @torch.inference_mode()
-    def _try(self, new_cache: Callable[[], Any]) -> str | None:
-        """Why a cache does not give what each row gives alone; None if it does."""
+    def _try(self, new_cache: Callable[[], Any], dtype: torch.dtype | None = None) -> str | None:
+        """Why a cache, with keys and values in `dtype`, does not give what each row gives alone; None if it does."""
         trial = self._decoder.trial_rows()
-        # Rounding the keys is what a cache of another dtype is for; its own trial only looks for mistakes.
-        tolerance = max(tolerance_in(self._decoder.dtype), tolerance_in(self.dtype or self._decoder.dtype))
+        tolerance = max(tolerance_in(self._decoder.dtype), tolerance_in(dtype or self._decoder.dtype))
         with small_windows(self._decoder.module), no_constants(self._decoder.module):
             theirs = [self._decoder.alone(trial.row(i)) for i in range(len(trial.completions))]
             try:

@@ -195,17 +195,26 @@ class LanguageModel:
         return BlockedWeights(list(blocked_forwards(head if only_head else list(self.module.modules()))))
 
     def decoding_cache(
-        self, prompts: int, prompt_length: int, rows: int, tokens: int, *, fixed: bool | None = None
+        self,
+        prompts: int,
+        prompt_length: int,
+        rows: int,
+        tokens: int,
+        *,
+        dtype: torch.dtype | None = None,
+        fixed: bool | None = None,
     ) -> DecodingCache | PaddedCache | NoCache:
         """An empty cache for so many prompts of up to `prompt_length` tokens, and so many rows of up to `tokens` tokens.
 
-        `fixed`: run steps of a few fixed sizes, which a GPU captures as graphs; left out: on a GPU, without recurrent layers.
+        Args:
+            dtype: of keys and values; None: the model's. Transformers' own cache, the fallback, has the model's.
+            fixed: run steps of a few fixed sizes, which a GPU captures as graphs; None: on a GPU, without recurrent layers.
         """
-        return self.caches.new(prompts, prompt_length, rows, tokens, fixed=fixed)
+        return self.caches.new(prompts, prompt_length, rows, tokens, dtype=dtype, fixed=fixed)
 
-    def why_not_decoding(self) -> str | None:
+    def why_not_decoding(self, cache_dtype: torch.dtype | None = None) -> str | None:
         """Why this model generates on transformers' cache instead of ours, or None; tried once for each device and dtype."""
-        return self.caches.why_not_ours()
+        return self.caches.why_not_ours(cache_dtype)
 
     def affordable_rows(self, tokens: int) -> float:
         """The most completions of so many tokens whose KV cache fits `ROWS_SHARE` of a GPU's free memory; else no limit."""
@@ -223,46 +232,44 @@ class LanguageModel:
 
     # --- backends, for people
 
-    def fallback(self, decoding_dtype: torch.dtype | None = None) -> str | None:
+    def fallback(self, decoding_dtype: torch.dtype | None = None, cache_dtype: torch.dtype | None = None) -> str | None:
         """The first fallback that slows this model down, with its reason; None if there is none.
 
-        `decoding_dtype`: the sampler's, if it differs from the model's.
+        `decoding_dtype`: the sampler's, and `cache_dtype`: of its keys and values, if they differ from the model's.
         """
-        wanted = decoding_dtype or self.dtype
         where = f"{self.name} on {self.device}"
         if not self.decoder.packs():
             return f"{where} runs padded batches through transformers' attention: {self.decoder.reasons['packed']}"
-        if reason := self.why_not_decoding():
-            return f"{where} generates in padded batches through transformers' attention: {reason}"
-        if (
-            self.decoder.on_cpu
-            and self.backend.attention_kernels
-            and not all(decode_kernel(shape.size, wanted) for shape in self.decoder.shapes.values())
-        ):
-            reason = unavailable("layers") or f"there are no C++ kernels for {wanted}"
+        if reason := self.why_not_decoding(cache_dtype):
+            return f"{where} generates {self.caches.fallback().described}: {reason}"
+        wanted = decoding_dtype or self.dtype
+        if self.backend.attention_kernels and not self._has_kernels(wanted, cache_dtype):
+            reason = unavailable("layers") or f"there are no C++ kernels for {wanted} and keys in {cache_dtype or wanted}"
             return f"attention runs in PyTorch instead of C++: {reason}"
         if self.backend.strict and not self.decoder.on_cpu:
             return f"C++ kernels run on a CPU, and the model is on {self.device}"
         return None
 
+    def _has_kernels(self, dtype: torch.dtype, cache_dtype: torch.dtype | None = None) -> bool:
+        """Whether attention in generation runs in C++, or on a GPU, where it does not have to."""
+        sizes = {shape.size for shape in self.decoder.shapes.values()}
+        return not self.decoder.on_cpu or all(decode_kernel(size, dtype, cache_dtype) for size in sizes)
+
     def backends(self) -> dict[str, str]:
         """What runs training and decoding, in words, and what falls back to something slower."""
         packed, on_cpu = self.decoder.packs(), self.decoder.on_cpu
-        sizes = {shape.size for shape in self.decoder.shapes.values()}
-        kernels = self.backend.attention_kernels and all(decode_kernel(size, torch.float32) for size in sizes)
+        kernels = self.backend.attention_kernels and self._has_kernels(torch.float32)
         attention = "attention kernels in C++" if kernels else "PyTorch's attention"
-        training = (
-            f"packed sequences, {attention if on_cpu else 'flex attention'}"
-            if packed
-            else "padded batches, transformers' attention"
-        )
-        one_call = packed and on_cpu and self.caches.plans.find() is not None
-        if one_call:
+        training = f"packed sequences, {attention if on_cpu else 'FlashAttention or flex attention'}"
+        if not packed:
+            training = "padded batches, transformers' attention: a prompt is run once for each of its completions"
+        if self.why_not_decoding() is not None:
+            decoding = self.caches.fallback().described
+        elif on_cpu and self.caches.plans.find() is not None:
             decoding = "one C++ call per step"
-        elif packed and self.why_not_decoding() is None:
-            decoding = f"layer by layer, {attention if on_cpu else 'captured CUDA graphs'}"
         else:
-            decoding = "padded batches, transformers' attention"
+            graphs = "PyTorch's attention" if self.decoder.recurrent else "captured CUDA graphs"
+            decoding = f"layer by layer, {attention if on_cpu else graphs}"
         found = {"training": training, "decoding": decoding}
         return found | {f"fallback, {what}": reason for what, reason in self.decoder.reasons.items()}
 

@@ -63,6 +63,9 @@ class PaddedCache:
     def __init__(self, decoder: Any, *, left_padding: bool) -> None:
         """`left_padding`: run prompts of all lengths in one batch; otherwise those of each length in one of their own."""
         self._decoder, self._left_padding = decoder, left_padding
+        self.described = "in padded batches" if left_padding else "in batches of prompts of one length"
+        self.described += ", transformers' attention and cache"
+        """In words."""
         self._batches: list[_Batch] = []
 
     def reserve(self, prompts: int, prompt_length: int, rows: int, tokens: int) -> None:
@@ -172,6 +175,7 @@ class NoCache:
 
     joins = True
     continues = False
+    described = "without a cache, every step runs all tokens again"
 
     def __init__(self, decoder: Any) -> None:
         self._decoder = decoder
