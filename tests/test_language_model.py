@@ -212,11 +212,11 @@ def test_the_reason_of_a_fallback_is_kept(tokenizer: Any) -> None:
 
     class Failing(type(module.base_model.layers[0].mlp)):  # type: ignore[misc]
         def forward(self, x: Tensor) -> Tensor:
-            if x.shape[1] in (6, 50):  # in the layer's trial and the decoder's
-                raise RuntimeError("no fifty tokens here")
+            if x.shape[1] in (6, 82):  # in the layer's trial and the decoder's
+                raise RuntimeError("no 82 tokens here")
             return super().forward(x)
 
     for layer in module.base_model.layers:
         layer.mlp.__class__ = Failing
     model = owned(module)
-    assert "RuntimeError: no fifty tokens here" in str(model.fallback())
+    assert "RuntimeError: no 82 tokens here" in str(model.fallback())

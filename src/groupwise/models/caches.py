@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from groupwise.errors import UserError
 from groupwise.models.attention.decoding import DecodingCache
 from groupwise.models.attention.decoding_step import PlanFinder
 from groupwise.models.attention.layers import matches
@@ -71,7 +72,11 @@ class Caches:
         return self._try(lambda: self._ours(1, max(prompts), 2, max(rows), dtype=dtype, fixed=fixed), dtype)
 
     def fallback(self) -> PaddedCache | NoCache:
-        """The decoder's own cache in the fastest way that is exact, tried once; else none."""
+        """The decoder's own cache in the fastest way that is exact, tried once; else none.
+
+        Raises:
+            UserError: even without a cache, a token's hidden state is not what it is in the whole sequence.
+        """
         if self._fallback is None:
             self._fallback = self._find_fallback()
         return self._fallback()
@@ -84,6 +89,8 @@ class Caches:
         if (reason := self._try(apart)) is None:
             reasons["batches"] = "padding on the left is not exact, so prompts of each length are a batch of their own"
             return apart
+        if (without := self._try(partial(NoCache, module))) is not None:
+            raise UserError(f"{type(module).__name__} cannot generate exactly: without a cache, {without}")
         reasons["cache"] = f"every step runs all tokens again: with the model's own cache, {reason}"
         return partial(NoCache, module)
 

@@ -150,6 +150,21 @@ class Decoder:
                     return "a token's hidden state depends on later tokens or on other rows of its batch"
         return None
 
+    @torch.inference_mode(False)
+    def why_not_trainable(self) -> str | None:
+        """Why its own backward pass cannot be taken, which the fallback would take; None if it can, or nothing is trained."""
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        if not trained:
+            return None
+        with torch.enable_grad():
+            hidden = self.module(input_ids=self.trial_rows().row(0)[None], use_cache=False).last_hidden_state
+            try:
+                gradients = torch.autograd.grad(hidden.float().square().sum(), trained, allow_unused=True)
+            except RuntimeError as error:  # third-party forwards may write in place what the backward pass needs
+                return f"its backward pass fails: {first_line(error)}"
+        finite = all(torch.isfinite(gradient).all() for gradient in gradients if gradient is not None)
+        return None if finite else "its gradients are not finite"
+
     def packs(self) -> bool:
         """Whether packed sequences can run, tried against the decoder's own forward once per device and dtype."""
         if self._tried != (self.device, self.dtype):

@@ -38,7 +38,8 @@ class LogitShape:
         """As the model's configuration says; `LanguageModel` checks it against the model's own logits."""
         config = module.config.get_text_config()
         multiplier = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-        return cls(multiplier, getattr(config, "final_logit_softcapping", None), temperature)
+        cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+        return cls(multiplier, cap, temperature)
 
     def __call__(self, scores: Tensor) -> Tensor:
         if self.cap:

@@ -119,8 +119,8 @@ class LanguageModel:
         """Refuse a model that cannot be run exactly here.
 
         Raises:
-            UserError: it is no causal decoder, rows of a batch influence each other, or its logits are not made from its last
-                hidden states in a way that `logits` knows.
+            UserError: it is no causal decoder, rows of a batch influence each other, steps of generation are not what the whole
+                sequence gives, or its logits are not made from its last hidden states in a way that `logits` knows.
         """
         tokens = torch.arange(4, device=self.device)[None] % self.config.vocab_size
         try:
@@ -131,8 +131,12 @@ class LanguageModel:
             raise UserError(f"{self.name} does not run as a causal language model: {first_line(error)}") from error
         if not matches(ours, theirs, 10 * tolerance_in(self.dtype)):
             raise UserError(f"{self.name} turns hidden states into logits in a way that groupwise does not know")
+        if reason is None and not self.decoder.packs():
+            reason = self.decoder.why_not_trainable()
         if reason is not None:
             raise UserError(f"{self.name} cannot be trained exactly: {reason}")
+        if self.why_not_decoding() is not None:
+            self.caches.fallback()
 
     # --- forward passes
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 SMALL_WINDOW = 6
 """Windows are this small on trial, so that short sequences are longer than them."""
-WINDOWS = ("sliding_window", "attention_chunk_size", "sliding_window_size", "keep_window_size")
+WINDOWS = ("sliding_window", "attention_chunk_size", "sliding_window_size", "keep_window_size", "index_topk")
 """Settings and attributes that hold a window's size."""
-LENGTHS = {"cpu": ((5, 9), (11, 4, 7, 14)), "cuda": ((100, 60), (200, 3, 80, 130))}
+LENGTHS = {"cpu": ((5, 19), (21, 4, 7, 26)), "cuda": ((100, 60), (200, 3, 80, 130))}
 """Tokens of two prompts, and of the two completions of each: longer than a small window, ragged, and on a GPU enough for flex
 attention to take its training kernels."""
 
