@@ -733,6 +733,7 @@ def build(name: str, *, constants: bool = False, seed: int = 0) -> Any:
     """
     member = ZOO[name]
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     torch.manual_seed(seed)
     if "text_config" in member.settings:
         settings = {**member.settings, "text_config": _complete(member.settings["text_config"])}
