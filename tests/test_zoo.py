@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import need_kernels
 from tests.matrix import Examination, difference, gradient_difference, random_batch
 from tests.zoo import ZOO, build, perturb
 
@@ -17,8 +16,6 @@ CHOSEN = [name for name, member in ZOO.items() if member.ci]
 
 @pytest.mark.parametrize("name", CHOSEN)
 def test_is_exact_or_refused_with_the_reason(name: str, tmp_path: Path) -> None:
-    if ZOO[name].expected == "fast":
-        need_kernels()
     outcome = Examination(name).run(tmp_path)
     assert outcome.sound, "\n".join(outcome.details())
     assert outcome.as_expected, f"{outcome.path}, expected {outcome.expected}"

@@ -103,8 +103,9 @@ LATENT: dict[str, Any] = {
     "head_dim": 4,
 }
 """Multi-head latent attention whose keys and values have heads of different sizes."""
-INDEXED: dict[str, Any] = {"index_topk": 12, "index_head_dim": 8, "index_n_heads": 2}
-"""Sparse attention: fewer tokens than a row has, chosen by an indexer."""
+INDEXED: dict[str, Any] = {"index_topk": 12, "index_head_dim": 8, "index_n_heads": 16}
+"""Sparse attention: fewer tokens than a row has, chosen by an indexer. With few heads many scores are exactly 0, and which of
+these tokens are among the best would depend on the length of the row."""
 EQUAL_LATENT = {**LATENT, "v_head_dim": 12}
 SSM: dict[str, Any] = {
     "mamba_n_heads": 4,
@@ -222,7 +223,10 @@ ZOO: dict[str, Member] = {
     "nanochat": general("nanochat"),
     "jais2": general("jais2", **HEADS),
     "diffllama": general("diffllama", ci=True),
-    "doge": general("doge", ci=True, keep_window_size=12),
+    # In its first layer equal tokens have equal scores, so beyond `keep_window_size` tokens it depends on the length of the row
+    # which of them are kept. It is exact within that length, where it need not be refused.
+    "doge": refused("doge", ci=True, keep_window_size=256),
+    "doge-window": refused("doge", keep_window_size=12),
     "hrm_text": general("hrm_text", ci=True, gain=1.0, head_dim=8, num_hidden_layers=4, prefix_lm=False),
     "persimmon": general("persimmon"),
     # --- sliding windows, chunks, soft caps, sinks
@@ -542,7 +546,7 @@ ZOO: dict[str, Member] = {
         q_lora_rank=16,
         o_groups=2,
         o_lora_rank=8,
-        index_n_heads=2,
+        index_n_heads=16,
         index_head_dim=8,
         index_topk=4,
         hc_mult=2,
@@ -730,6 +734,7 @@ def build(name: str, *, constants: bool = False, seed: int = 0) -> Any:
     """
     member = ZOO[name]
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     torch.manual_seed(seed)
     if "text_config" in member.settings:
         settings = {**member.settings, "text_config": _complete(member.settings["text_config"])}
