@@ -347,7 +347,7 @@ class Reference:
         """Log-probabilities and entropies [T], and the module: a fresh copy, since some keep state between calls (RoPE)."""
         module = copy.deepcopy(self.module)
         module.config.get_text_config().use_cache = False  # RWKV and xLSTM write their states in place, which autograd refuses
-        logits = module(input_ids=torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1].float()
+        logits = module(input_ids=torch.cat([prompt, tokens])[None], use_cache=False).logits[0, len(prompt) - 1 : -1].float()
         logprobs_TV = torch.log_softmax(logits / TEMPERATURE, -1)
         return logprobs_TV.gather(1, tokens[:, None])[:, 0], -(logprobs_TV.exp() * logprobs_TV).sum(-1), module
 

@@ -87,7 +87,7 @@ class Decoder:
 
     def layers(self) -> list[LayerForward]:
         """Layers that run on our kernels, found by trial once."""
-        if not (self.backend.layer_kernels and self.on_cpu) or self.compiled:
+        if not self.backend.layer_kernels or self.compiled:
             return []
         if self._layers is None:
             with attending(self.module, TrialAttend()):

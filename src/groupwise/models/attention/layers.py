@@ -53,7 +53,12 @@ def matches(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> bool:
 @torch.no_grad()
 @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def layer_forwards(decoder: Any) -> tuple[list[LayerForward], list[str]]:
-    """The forwards that fit this decoder, found by trial while it is `attending`; and for the others, why they do not."""
+    """The forwards that fit this decoder, found by trial while it is `attending`; and for the others, why they do not.
+
+    On a GPU, RMSNorms alone run otherwise: through PyTorch's fused kernel, where transformers has six.
+    """
+    if decoder.device.type != "cpu":
+        return fused_norms(decoder), []
     if layer_kernels() is None:
         return [], [f"layers run as transformers has them: {unavailable('layers')}"]
     found, reasons = [], []
@@ -72,12 +77,39 @@ def layer_forwards(decoder: Any) -> tuple[list[LayerForward], list[str]]:
     return found, reasons
 
 
+def _is_norm(module: Any) -> bool:
+    return type(module).__name__.endswith("RMSNorm")
+
+
 def _looks_alike(module: Any) -> bool:
-    return type(module).__name__.endswith("RMSNorm") or hasattr(module, "gate_proj") or hasattr(module, "q_proj")
+    return _is_norm(module) or hasattr(module, "gate_proj") or hasattr(module, "q_proj")
+
+
+def fused_norms(decoder: Any) -> list[LayerForward]:
+    """PyTorch's fused RMSNorm for the decoder's norms that compute the same, tried on the CPU."""
+    found = []
+    for module in decoder.modules():
+        if not _is_norm(module) or has_own_forward(module):
+            continue
+        try:
+            form = _norm_form(module, _rms_norm)
+        except Exception:  # third-party code, called with our inputs, may raise anything: it stays as it is
+            form = None
+        if form is not None:
+            found.append(LayerForward(module, partial(_fused_norm, module, *form)))
+    return found
+
+
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float) -> Tensor:
+    return torch.nn.functional.rms_norm(x, weight.shape, (weight + offset if offset else weight).to(x.dtype), epsilon)
+
+
+def _fused_norm(module: Any, epsilon: float, offset: float, x: Tensor) -> Tensor:
+    return _rms_norm(x, module.weight, epsilon, offset)
 
 
 def _forward_for(decoder: Any, module: Any) -> LayerForward | None:
-    if type(module).__name__.endswith("RMSNorm"):
+    if _is_norm(module):
         form = _norm_form(module)
         return form and LayerForward(module, partial(_norm, module, *form))
     if hasattr(module, "gate_proj"):
@@ -96,14 +128,14 @@ def _trial_inputs(layer: Any) -> list[Tensor]:
     return [x_1NH * size for size in (1, 30, 1000)]
 
 
-def _norm_form(module: Any) -> NormForm | None:
-    """None if it is not such a norm."""
+def _norm_form(module: Any, norm: Callable[[Tensor, Tensor, float, float], Tensor] = rms_norm) -> NormForm | None:
+    """None if it is not such a norm, which `norm` computes."""
     epsilon = float(getattr(module, "variance_epsilon", None) or module.eps)
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(module.weight.shape, generator=random)
     x = torch.randn(8, len(weight), generator=random) * torch.logspace(-4, 3, 8)[:, None]  # so small that epsilon counts
     theirs = torch.func.functional_call(module, {"weight": weight}, (x,))
-    return next(((epsilon, offset) for offset in (0.0, 1.0) if matches(rms_norm(x, weight, epsilon, offset), theirs)), None)
+    return next(((epsilon, offset) for offset in (0.0, 1.0) if matches(norm(x, weight, epsilon, offset), theirs)), None)
 
 
 def _norm(module: Any, epsilon: float, offset: float, x: Tensor) -> Tensor:
