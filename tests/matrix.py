@@ -347,7 +347,7 @@ class Reference:
         """Log-probabilities and entropies [T], and the module: a fresh copy, since some keep state between calls (RoPE)."""
         module = copy.deepcopy(self.module)
         module.config.get_text_config().use_cache = False  # RWKV and xLSTM write their states in place, which autograd refuses
-        logits = module(input_ids=torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1].float()
+        logits = module(input_ids=torch.cat([prompt, tokens])[None], use_cache=False).logits[0, len(prompt) - 1 : -1].float()
         logprobs_TV = torch.log_softmax(logits / TEMPERATURE, -1)
         return logprobs_TV.gather(1, tokens[:, None])[:, 0], -(logprobs_TV.exp() * logprobs_TV).sum(-1), module
 
@@ -428,7 +428,8 @@ def sampled(sampler: NativeSampler, wanted: Sequence[tuple[int, int, int]]) -> t
 def paths(model: LanguageModel) -> tuple[str, str]:
     """ "fast" or "general", for training and for generation, as `LanguageModel.backends` tells people."""
     found = model.backends()
-    return tuple("general" if "padded" in found[what] else "fast" for what in ("training", "decoding"))  # type: ignore[return-value]
+    fast = {"training": ("packed sequences",), "decoding": ("one C++ call", "layer by layer")}
+    return tuple("fast" if found[what].startswith(begins) else "general" for what, begins in fast.items())  # type: ignore[return-value]
 
 
 RECIPE = """
