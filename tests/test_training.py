@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from groupwise.algorithms import NAMED, named
 from groupwise.config import Recipe
+from groupwise.models import LanguageModel
 from groupwise.tasks.arithmetic import score_answer
 from groupwise.training.batching import make_batch, minibatches
 from groupwise.training.collect import Collector, is_mixed
@@ -182,6 +183,19 @@ def test_weights_that_diverge_stop_the_run_with_a_message(tmp_path: Path) -> Non
     assert result.exit_code == 1
     assert "not finite" in result.stderr
     assert "a lower learning rate" in result.stderr.lower()
+
+
+@pytest.mark.parametrize("extra", [[], ["--set", "rollouts.cache_dtype=bfloat16"]], ids=["float32", "bfloat16 keys"])
+def test_a_sampler_of_another_distribution_stops_a_run_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: list[str]
+) -> None:
+    """Logits a tenth too large, as a wrong step of generation might give; with keys in 16 bits a gap is to be expected."""
+    right = LanguageModel.logits
+    monkeypatch.setattr(LanguageModel, "logits", lambda *arguments: 1.1 * right(*arguments))
+    sets = ["--set", "training.eval_problems=4", "--set", "training.steps=1", *extra]
+    result = run("train", "quick", "--out", tmp_path / "run", *sets)
+    assert result.exit_code == (0 if extra else 1), result.output
+    assert extra or "though both run in float32 on the same weights" in " ".join(result.stderr.split())
 
 
 def test_dynamic_sampling_gives_up_with_a_report(tmp_path: Path) -> None:

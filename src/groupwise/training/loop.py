@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from groupwise.config import Recipe
 from groupwise.errors import RunError, UserError
 from groupwise.learner.base import Learner, TokenRecord
 from groupwise.learner.updates import combine
@@ -31,6 +32,19 @@ class Result:
     before: Evaluation
     after: Evaluation
     seconds: float
+
+
+LARGEST_GAP = 0.01
+"""Nats, the mean over tokens. In float32 the two are usually within 1e-5, and a token near a tie of a router may be far off."""
+
+
+def in_float32(recipe: Recipe) -> bool:
+    """Whether the recipe's sampler and learner compute the same distribution, but for float32's rounding."""
+    rollouts = recipe.rollouts
+    dtypes = recipe.model.dtype, recipe.learner.precision, rollouts.dtype, rollouts.cache_dtype
+    limited = rollouts.top_p < 1 or rollouts.top_k > 0 or rollouts.min_p > 0
+    same_weights = rollouts.max_age == 0 and rollouts.sampler == "native"
+    return set(dtypes) <= {"float32", None} and same_weights and not limited
 
 
 class Trainer:
@@ -108,6 +122,7 @@ class Trainer:
         started = time.perf_counter()
         with_logprobs, metrics = self.learner.compute_logprobs(batch)
         metrics["seconds/logprobs"] = time.perf_counter() - started
+        self.check_gap(metrics.get("sampler_gap_mean", 0.0))
         training, kl_metrics = self.credit.assign(with_logprobs, collected.groups, rewards, policy_moved=self.learner.version > 0)
         self.remember_dropped(collected)
         parts = minibatches(training, self.recipe.learner.minibatches, derive(self.recipe.seed, "minibatches", self.step))
@@ -115,6 +130,19 @@ class Trainer:
         updates = [self.learner.update(minibatch, record) for minibatch in parts]
         advantages = advantage_metrics(training.advantages_BT, training.mask_BT)
         return training, {**metrics, **kl_metrics, **combine(updates), **advantages}
+
+    def check_gap(self, gap: float) -> None:
+        """Stop where sampler and learner compute different models, which rounding cannot explain.
+
+        Raises:
+            RunError: both run in float32 on the same weights, and their log-probabilities differ.
+        """
+        if gap > LARGEST_GAP and in_float32(self.recipe):
+            raise RunError(
+                f"step {self.step}: the sampler's log-probabilities are {gap:.2g} nats from the learner's on average, though "
+                "both run in float32 on the same weights, so one of the two does not compute this model. Set "
+                "model.backend = 'transformers', and please report the model's type"
+            )
 
     def remember_dropped(self, collected: Collected) -> None:
         """Add groups that will never be trained on to the history of their prompts, for algorithms that keep one (DCPO)."""
