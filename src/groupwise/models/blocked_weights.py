@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from groupwise.kernels.blocked import blocked_matmul_kernel, to_blocked
-from groupwise.models.patches import Forwards, has_own_forward
+from groupwise.models.patches import Forwards, has_own_forward, is_hooked
 
 
 def blocked_forwards(modules: list[Any]) -> Forwards:
@@ -18,6 +18,11 @@ def blocked_forwards(modules: list[Any]) -> Forwards:
     kernel = blocked_matmul_kernel()
     layers = [module for module in modules if kernel is not None and _is_plain(module)]
     return [(layer, partial(_linear, layer, kernel, to_blocked(layer.weight))) for layer in layers]
+
+
+def is_blocked(module: Any) -> bool:
+    """Whether a linear layer runs on a blocked copy of its weight now, and no hook observes it."""
+    return isinstance(vars(module).get("forward"), partial) and module.forward.func is _linear and not is_hooked(module)
 
 
 def _is_plain(module: Any) -> bool:

@@ -9,6 +9,7 @@ import torch
 from groupwise.errors import UserError
 from groupwise.models.attention.decoding import DecodingCache
 from groupwise.models.attention.decoding_step import PlanFinder
+from groupwise.models.attention.latent import latent_forwards
 from groupwise.models.attention.layers import matches
 from groupwise.models.decoder import Decoder
 from groupwise.models.padded import NoCache, PaddedCache
@@ -21,7 +22,7 @@ class Caches:
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self.plans = PlanFinder(decoder)
-        self._reasons: dict[tuple[torch.device, torch.dtype, torch.dtype | None], str | None] = {}
+        self._reasons: dict[tuple[Any, ...], str | None] = {}
         self._fallback: Callable[[], PaddedCache | NoCache] | None = None
 
     def new(
@@ -57,7 +58,8 @@ class Caches:
         """
         if not self._decoder.packs():
             return self._decoder.reasons["packed"]
-        key = self._decoder.device, self._decoder.dtype, dtype
+        compressed = len(latent_forwards(self._decoder.latent))  # a hook that came since changes what the cache holds
+        key = self._decoder.device, self._decoder.dtype, dtype, compressed
         if key not in self._reasons:
             self._reasons[key] = self.why_not_exact(dtype, fixed=self._fixed)
         if (reason := self._reasons[key]) is not None:
@@ -66,10 +68,19 @@ class Caches:
 
     def why_not_exact(self, dtype: torch.dtype | None = None, *, fixed: bool) -> str | None:
         """Why a `DecodingCache` does not give what full forward passes give; None if it does."""
-        if self._decoder.repeated:
+        decoder = self._decoder
+        decoder.find_shapes()
+        if decoder.repeated:
             return "attention layers run several times in a forward pass, so their keys have no one place in the cache"
-        prompts, rows = LENGTHS[self._decoder.device.type]
-        return self._try(lambda: self._ours(1, max(prompts), 2, max(rows), dtype=dtype, fixed=fixed), dtype)
+        prompts, rows = LENGTHS[decoder.device.type]
+        new = partial(self._ours, 1, max(prompts), 2, max(rows), dtype=dtype, fixed=fixed)
+        reason = self._try(new, dtype)
+        if reason is not None and decoder.compresses and decoder.latent:
+            decoder.compresses = False
+            decoder.reasons["compressed cache"] = f"with latents in the cache, {reason}"
+            decoder.find_shapes()
+            reason = self._try(new, dtype)
+        return reason
 
     def fallback(self) -> PaddedCache | NoCache:
         """The decoder's own cache in the fastest way that is exact, tried once; else none.

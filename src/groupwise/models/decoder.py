@@ -9,6 +9,7 @@ from torch import Tensor
 
 from groupwise.errors import UserError
 from groupwise.models.attention.attend import PLAIN, Attend, AttentionForm
+from groupwise.models.attention.latent import latent_forwards, latent_layers
 from groupwise.models.attention.layers import LayerForward, TrialAttend, layer_forwards, matches
 from groupwise.models.attention.registry import attending, run_packed
 from groupwise.models.attention.training import PackedAttention
@@ -46,9 +47,11 @@ class Decoder:
         self.reasons: dict[str, str] = {}
         """What does not run in the fastest way, and why."""
         self.shapes: dict[int, HeadShape] = {}
-        """What each attention layer keeps of a token, by its index; known once packed sequences have been tried."""
+        """What each attention layer keeps of a token in generation, by its index; see `find_shapes`."""
         self.repeated = False
         """Whether attention layers run more than once in a forward pass, so that their keys have no one place in a cache."""
+        self.compresses = True
+        """Whether layers of latent attention have a compressed KV cache in generation."""
         self._layers: list[LayerForward] | None = None
         self._tried: tuple[torch.device, torch.dtype] | None = None
         self._packs = False
@@ -77,6 +80,11 @@ class Decoder:
         return recurrent_layers(self.module)
 
     @cached_property
+    def latent(self) -> list[Any]:
+        """Its layers of latent attention."""
+        return latent_layers(self.module)
+
+    @cached_property
     def position_limit(self) -> int | None:
         """The most tokens of a sequence where RoPE changes with the longest sequence of a batch; None: it does not.
 
@@ -97,9 +105,10 @@ class Decoder:
                 self.reasons["layers"] = reasons[0] + more
         return self._layers
 
-    def forwards(self) -> Forwards:
-        """The forwards to patch in while packed sequences run."""
-        return [*self.recurrent, *((layer.module, layer.forward) for layer in self.layers() if layer.usable)]
+    def forwards(self, *, generating: bool = False) -> Forwards:
+        """The forwards to patch in while packed sequences run, in training or in generation."""
+        latent = latent_forwards(self.latent) if generating and self.compresses else ()
+        return [*latent, *self.recurrent, *((layer.module, layer.forward) for layer in self.layers() if layer.usable)]
 
     def check_length(self, tokens: int) -> None:
         """Refuse sequences whose RoPE would depend on the rest of their batch.
@@ -113,14 +122,26 @@ class Decoder:
                 "LongRoPE) depends on the longest sequence of a batch, and so would log-probabilities"
             )
 
-    def run_packed(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
-        """The last hidden states [N, H] of packed tokens (int64 [N]) at their positions in their sequences (int64 [N])."""
-        return run_packed(self.module, tokens_N, positions_N, attend, self.forwards())
+    def run_packed(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend, *, generating: bool = False) -> Tensor:
+        """The last hidden states [N, H] of packed tokens (int64 [N]) at their positions in their sequences (int64 [N]).
+
+        `generating`: attention layers with a compressed KV cache give `attend` its entries instead of keys and values.
+        """
+        return run_packed(self.module, tokens_N, positions_N, attend, self.forwards(generating=generating))
 
     def packed_attention(self, prompt_lengths: list[int], group_ids_R: Tensor, lengths_R: Tensor) -> PackedAttention:
         """An `Attend` over prompts and completions; see there."""
         kernels = self.backend.attention_kernels
         return PackedAttention(prompt_lengths, group_ids_R, lengths_R, self.device, kernels=kernels)
+
+    @torch.no_grad()
+    def find_shapes(self) -> None:
+        """Note what each attention layer keeps of a token in generation."""
+        prompt = self.trial_rows().prompts[0]
+        nothing = torch.zeros(0, dtype=torch.long)
+        recorder = _Recorder(self.packed_attention([len(prompt)], nothing, nothing))
+        self.run_packed(prompt, torch.arange(len(prompt), device=self.device), recorder, generating=True)
+        self.shapes, self.repeated = recorder.shapes, recorder.repeated
 
     # --- trials
 
@@ -197,10 +218,9 @@ class Decoder:
         lengths = [len(prompt) for prompt in trial.prompts]
         attention = self.packed_attention(lengths, trial.prompt_R, torch.tensor([len(row) for row in trial.completions]))
         tokens_N = torch.cat([*trial.prompts, *trial.completions])
-        recorder = _Recorder(attention)
 
         def packed() -> list[Tensor]:
-            prompts, completions = self._split(self.run_packed(tokens_N, attention.positions_N, recorder), trial)
+            prompts, completions = self._split(self.run_packed(tokens_N, attention.positions_N, attention), trial)
             return [torch.cat([prompts[int(p)], row]) for p, row in zip(trial.prompt_R, completions, strict=True)]
 
         def apart() -> list[Tensor]:
@@ -211,7 +231,6 @@ class Decoder:
             ours = self._rows_and_gradient(packed)
         except Exception as error:  # third-party forwards and GPU compilers may raise anything
             return f"packed sequences fail in it: {first_line(error)}"
-        self.shapes, self.repeated = recorder.shapes, recorder.repeated
         theirs = self._rows_and_gradient(apart)
         if all(matches(one, other, tolerance_in(other.dtype)) for one, other in zip(ours, theirs, strict=True)):
             return None

@@ -33,11 +33,16 @@ def has_own_forward(module: Any) -> bool:
     return "forward" in vars(module)
 
 
-def is_observed(module: Any) -> bool:
-    """Whether hooks or a forward of its own want this module to be called, so that its weights must not be used around it."""
+def is_hooked(module: Any) -> bool:
+    """Whether hooks want this module to be called."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     everywhere = torch.nn.modules.module
-    return has_own_forward(module) or any(hooks) or bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
+    return any(hooks) or bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
+
+
+def is_observed(module: Any) -> bool:
+    """Whether hooks or a forward of its own want this module to be called, so that its weights must not be used around it."""
+    return has_own_forward(module) or is_hooked(module)
 
 
 def is_compiled(module: Any) -> bool:

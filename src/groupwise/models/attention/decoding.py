@@ -164,7 +164,9 @@ class DecodingCache:
         lengths = [len(prompt) for prompt in prompts]
         nothing = torch.zeros(0, dtype=torch.long)
         packed = self._decoder.packed_attention(lengths, nothing, nothing)
-        hidden_NH = self._decoder.run_packed(torch.cat(prompts), packed.positions_N, _Prefill(self, packed, lengths, counts))
+        hidden_NH = self._decoder.run_packed(
+            torch.cat(prompts), packed.positions_N, _Prefill(self, packed, lengths, counts), generating=True
+        )
         self._add(lengths, counts)
         return hidden_NH[self.lengths_P[-len(prompts) :].cumsum(0) - 1]
 
@@ -191,7 +193,9 @@ class DecodingCache:
                 stack.prompt_keys[:, slot, :, : len(prefix)], stack.prompt_values[:, slot, :, : len(prefix)] = keys, values
         positions = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
         attend = _Extension(self, starts, lengths)
-        hidden_NH = self._decoder.run_packed(torch.cat(suffixes), torch.cat(positions).to(suffixes[0].device), attend)
+        hidden_NH = self._decoder.run_packed(
+            torch.cat(suffixes), torch.cat(positions).to(suffixes[0].device), attend, generating=True
+        )
         self._add([start + length for start, length in zip(starts, lengths, strict=True)], counts)
         return hidden_NH[torch.tensor(attend.ends, device=hidden_NH.device) - 1]
 
@@ -241,7 +245,7 @@ class DecodingCache:
         self._at = replace(at, masks={})  # in a captured graph the masks are computed again from the tensors
         positions_R = at.lengths_P[at.prompt_R] + at.written_R - 1
         positions_R = torch.nn.functional.pad(positions_R, (0, len(tokens_R) - len(positions_R)))
-        return self._decoder.run_packed(tokens_R, positions_R, self)
+        return self._decoder.run_packed(tokens_R, positions_R, self, generating=True)
 
     def __call__(
         self, layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scale: float, form: AttentionForm = PLAIN

@@ -19,6 +19,8 @@ from groupwise.models.attention.registry import attending
 from groupwise.models.decoder import Decoder
 from groupwise.models.patches import is_observed
 
+TAKES = "it takes layers of the form x + attention(norm(x)), then x + SwiGLU(norm(x))"
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -61,14 +63,10 @@ class PlanFinder:
         try:
             plan = _plan_of(self._decoder)
         except Exception as error:  # third-party modules may lack or raise anything
-            self._decoder.reasons["one-call step"] = (
-                f"it takes layers of the form x + attention(norm(x)), then x + SwiGLU(norm(x)): {type(error).__name__}: {error}"
-            )
+            self._decoder.reasons["one-call step"] = f"{TAKES}: {type(error).__name__}"
             return None
         if plan is None:
-            self._decoder.reasons["one-call step"] = (
-                "it takes layers of the form x + attention(norm(x)), then x + SwiGLU(norm(x)), with uniform norms and fixed RoPE"
-            )
+            self._decoder.reasons["one-call step"] = f"{TAKES}, with uniform norms and fixed RoPE"
         return plan
 
 

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface
 
 from groupwise.models.attention.attend import PLAIN, Attend, AttentionForm, current_attend
+from groupwise.models.attention.latent import absorbed
 from groupwise.models.patches import Forwards, patched
 
 NAME = "groupwise"
@@ -39,11 +40,12 @@ def _attention(
     if extra.get("is_causal", getattr(module, "is_causal", True)) is False:
         raise NotImplementedError("attention that is not causal")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    arguments = module.layer_idx, query, key, value, scale, sliding_window or 0, softcap or 0.0, s_aux
+    settings = scale, sliding_window or 0, softcap or 0.0, s_aux
     if not torch.compiler.is_compiling():
-        return _run(*arguments), None
+        output = absorbed(module, lambda q, k, v: _run(module.layer_idx, q, k, v, *settings), query, key)
+        return _run(module.layer_idx, query, key, value, *settings) if output is None else output, None
     run = _outside_graph if torch.is_grad_enabled() else _in_graph
-    return run(*arguments), None
+    return run(module.layer_idx, query, key, value, *settings), None
 
 
 def _run(
