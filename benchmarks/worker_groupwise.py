@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 from workloads import WORKS, Work, peak_mib, reward
@@ -26,9 +27,16 @@ class Step:
     """The loop's own parts: sample, score, batch, credit, update."""
 
     def __init__(
-        self, work: Work, directory: Path, *, sampling: str | Backend = "auto", learning: str | Backend = "auto"
+        self,
+        work: Work,
+        directory: Path,
+        *,
+        sampling: str | Backend = "auto",
+        learning: str | Backend = "auto",
+        precision: Literal["float32", "bfloat16"] = "float32",
+        old_logprobs: Literal["sampler", "recompute"] = "sampler",
     ) -> None:
-        """`sampling`, `learning`: the backends of the sampler and of the learner, on the same module."""
+        """`sampling`, `learning`: the backends of the sampler and of the learner, on the same module. `precision`: of both."""
         self.work = work
         device = "cuda" if torch.cuda.is_available() else "cpu"
         module = load_module(str(directory), getattr(torch, work.dtype)).to(device)
@@ -38,13 +46,17 @@ class Step:
         self.prompts = [encode_prompt(self.tokenizer, text, False) for text in self.texts]
         self.algorithm = named("dapo", overlong_cache=0.0)
         settings = LearnerSection(
-            learning_rate=1e-6, minibatches=1, old_logprobs="sampler", micro_batch_tokens=work.micro_batch_tokens
+            learning_rate=1e-6,
+            minibatches=1,
+            old_logprobs=old_logprobs,
+            micro_batch_tokens=work.micro_batch_tokens,
+            precision=precision,
         )
         self.learner = LocalLearner(
             self.model, self.algorithm, settings, updates=1000, temperature=1.0, max_tokens=work.max_tokens
         )
         self.credit = CreditAssigner(self.algorithm, self.tokenizer, work.max_tokens)
-        self.sampler = NativeSampler(LanguageModel(module, sampling), self.tokenizer)
+        self.sampler = NativeSampler(LanguageModel(module, sampling), self.tokenizer, dtype=getattr(torch, precision))
         self.count = 0
 
     def run(self) -> dict[str, float]:

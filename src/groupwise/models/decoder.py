@@ -25,6 +25,10 @@ class Decoder:
         """Whether torch.compile must see its layers as they are, so that no kernel of ours replaces them."""
         self.reasons: dict[str, str] = {}
         """What does not run in the fastest way, and why."""
+        self.linears: Forwards = ()
+        """Forwards of linear layers that are patched in as well, while they run in bfloat16."""
+        self.bf16_step = False
+        """Whether a decoding step runs its matmuls in bfloat16."""
         self._layers: list[LayerForward] | None = None
         self._tried: tuple[torch.device, torch.dtype] | None = None
         self._packs = False
@@ -61,7 +65,7 @@ class Decoder:
 
     def forwards(self) -> Forwards:
         """The forwards to patch in while packed sequences run."""
-        return [(layer.module, layer.forward) for layer in self.layers() if layer.usable]
+        return [*((layer.module, layer.forward) for layer in self.layers() if layer.usable), *self.linears]
 
     def run_packed(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
         """The last hidden states [N, H] of packed tokens (int64 [N]) at their positions in their sequences (int64 [N])."""

@@ -27,7 +27,7 @@ def checkpointing(decoder: Decoder) -> Iterator[None]:
 
     Not through transformers' own switch, which asks for training mode and so would bring some models' dropout with it.
     """
-    context = partial(recomputing, decoder.module, decoder.forwards())
+    context = partial(recomputing, decoder.module, decoder.forwards(), decoder.linears)
     settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": context}
     layers = [module for module in decoder.module.modules() if isinstance(module, GradientCheckpointingLayer)]
     token = _checkpointed.set(True)

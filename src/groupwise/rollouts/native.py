@@ -57,10 +57,8 @@ class NativeSampler:
     """
 
     def __init__(self, model: LanguageModel, tokenizer: Any, *, dtype: torch.dtype | None = None, max_rows: int = 1024) -> None:
-        """`dtype`: generate with a copy of the model in it; None: with the model itself. `max_rows`: rows generated at once."""
-        self.model, self.tokenizer, self.max_rows, self.version = model, tokenizer, max_rows, 0
-        if dtype not in (None, model.dtype):
-            self.model = model.copy(dtype)
+        """`dtype`: generate in it, see `LanguageModel.in_dtype`; None: in the model's. `max_rows`: rows generated at once."""
+        self.model, self.tokenizer, self.max_rows, self.version = model.in_dtype(dtype), tokenizer, max_rows, 0
         self._numbers = RandomNumbers()
         self._waiting: list[_Job] = []
         self._running: dict[int, _Job] = {}

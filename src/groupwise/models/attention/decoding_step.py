@@ -4,7 +4,7 @@ Pre-norm: each layer adds to its input the attention output of its norm, and the
 parts run on our kernels (`layers`). A decoder is tried once: whether its layers, and all of it, are such sums.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from groupwise.kernels.blocked import BLOCK, to_blocked
+from groupwise.kernels.blocked_bf16 import to_blocked_bf16
 from groupwise.kernels.decode_attention import decode_kernel
 from groupwise.kernels.decode_step import LAYER_WEIGHTS, step_kernel
 from groupwise.models.attention.layers import NormForm, head_size, matches, qk_norms, trial_attention
@@ -155,12 +156,15 @@ def _is_sum_of_parts(decoder: Decoder) -> bool:
 class OneCallStep:
     """The kernel with a blocked copy of a pre-norm decoder's matrices as they are now; its other weights are read in place."""
 
-    def __init__(self, module: Any, plan: Plan, positions: int, rows: int) -> None:
-        """For sequences of up to `positions` tokens, prompt and completion together, and up to `rows` of them at once."""
-        kernel = step_kernel(head_size(module.config))
+    def __init__(self, module: Any, plan: Plan, positions: int, rows: int, *, bf16_weights: bool = False) -> None:
+        """For sequences of up to `positions` tokens, prompt and completion together, and up to `rows` of them at once.
+
+        `bf16_weights`: the copies are in bfloat16, and so are the inputs of their matmuls; everything else is in float32.
+        """
+        kernel = step_kernel(head_size(module.config), bf16_weights=bf16_weights)
         assert kernel is not None
         self._kernel, self._plan, self._module = kernel, plan, module
-        self._layers = [_blocked_weights(layer) for layer in module.layers]
+        self._layers = [_blocked_weights(layer, to_blocked_bf16 if bf16_weights else to_blocked) for layer in module.layers]
         pointers = [[0 if w is None else w.data_ptr() for w in (layer[name] for name in LAYER_WEIGHTS)] for layer in self._layers]
         self._pointers = torch.tensor(pointers)
         self._norm = module.norm.weight.detach().contiguous()
@@ -176,7 +180,7 @@ class OneCallStep:
         )
         cos, sin = self._module.rotary_emb(weight[:1, None], torch.arange(positions)[None])
         self._cos_sin = cos[0].contiguous(), sin[0].contiguous()
-        inner = self._layers[0]["down"].shape[1]
+        inner = _inner_size(self._module.layers[0].mlp)
         widths = weight.shape[1], (self._heads + 2 * K) * size, self._heads * size, inner
         self._buffers = [weight.new_empty(rows, width) for width in widths]
 
@@ -194,7 +198,7 @@ class OneCallStep:
         return hidden_RH
 
 
-def _blocked_weights(layer: Any) -> dict[str, Any]:
+def _blocked_weights(layer: Any, to_blocked: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """A layer's weights by the names of `LAYER_WEIGHTS`."""
     attention, mlp = layer.self_attn, layer.mlp
     qkv = attention.q_proj, attention.k_proj, attention.v_proj
@@ -206,7 +210,7 @@ def _blocked_weights(layer: Any) -> dict[str, Any]:
     weights = {name: None if vector is None else vector.detach().contiguous() for name, vector in vectors.items()}
     weights["qkv"] = to_blocked(torch.cat([x.weight for x in qkv]))
     weights["out"] = to_blocked(attention.o_proj.weight)
-    half, pad = BLOCK // 2, -mlp.gate_proj.out_features % (BLOCK // 2)
+    half, pad = BLOCK // 2, _inner_size(mlp) - mlp.gate_proj.out_features
     gate, up = (torch.nn.functional.pad(x.weight, (0, 0, 0, pad)) for x in (mlp.gate_proj, mlp.up_proj))
     # Each block has half a block of gate next to half a block of up, so that SwiGLU needs no second pass.
     weights["gate_up"] = to_blocked(
@@ -214,3 +218,8 @@ def _blocked_weights(layer: Any) -> dict[str, Any]:
     )
     weights["down"] = to_blocked(torch.nn.functional.pad(mlp.down_proj.weight, (0, pad)))
     return weights
+
+
+def _inner_size(mlp: Any) -> int:
+    """The width between an MLP's matrices, filled up with zeros to a multiple of half a block."""
+    return -(-int(mlp.gate_proj.out_features) // (BLOCK // 2)) * (BLOCK // 2)

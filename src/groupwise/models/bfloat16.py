@@ -1,0 +1,83 @@
+"""Linear layers in bfloat16 on a CPU: weights and inputs are rounded to it, sums, outputs and everything between are float32.
+
+What torch.autocast would also do in bfloat16 (norms, RoPE, SwiGLU, attention) stays on the float32 kernels, which are faster than
+PyTorch's in bfloat16. Sampler and learner round at the same places, so their log-probabilities hardly differ. The bfloat16 copies
+take half the memory of the weights.
+"""
+
+import weakref
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from groupwise.kernels.blocked_bf16 import blocked_matmul_bf16, to_blocked_bf16
+from groupwise.models.patches import Forwards, is_observed
+
+
+class RoundedWeights:
+    """bfloat16 copies of weight matrices in the blocked layout, made when first needed; while it is used, no weight may change."""
+
+    def __init__(self) -> None:
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+        self._latest: tuple[weakref.ref[Tensor], int, Tensor] | None = None
+
+    def weight(self, weight_NK: Tensor) -> Tensor:
+        """The copy of a matrix, as `to_blocked_bf16` makes it."""
+        if id(weight_NK) not in self._copies:
+            with torch.no_grad():
+                self._copies[id(weight_NK)] = weight_NK, to_blocked_bf16(weight_NK)  # kept alive, so that its id stays its own
+        return self._copies[id(weight_NK)][1]
+
+    def input(self, x: Tensor) -> Tensor:
+        """An input in bfloat16, rounded once for layers that follow each other on the same tensor (Q, K and V; gate and up)."""
+        version = 0 if x.is_inference() else x._version
+        if self._latest is not None and self._latest[0]() is x and self._latest[1] == version:
+            return self._latest[2]
+        rounded = x.detach().to(torch.bfloat16).contiguous()
+        self._latest = weakref.ref(x), version, rounded
+        return rounded
+
+
+def rounded_forwards(modules: list[Any], rounded: RoundedWeights) -> Forwards:
+    """Forwards on bfloat16 copies of their weights for those of the modules that are plain float32 Linear layers."""
+    return [(module, partial(_linear, module, rounded)) for module in modules if is_plain_linear(module)]
+
+
+def is_plain_linear(module: Any) -> bool:
+    """Whether it is a Linear layer in float32 that nobody observes, with an even number of input features."""
+    plain = type(module) is torch.nn.Linear and not is_observed(module)
+    return plain and module.weight.dtype == torch.float32 and module.in_features % 2 == 0
+
+
+def _linear(layer: torch.nn.Linear, rounded: RoundedWeights, x: Tensor) -> Tensor:
+    if x.dtype != torch.float32:
+        return torch.nn.functional.linear(x, layer.weight, layer.bias)
+    if not torch.is_grad_enabled():
+        return blocked_matmul_bf16(rounded.input(x), rounded.weight(layer.weight), layer.bias, layer.out_features)
+    output: Tensor = _Linear.apply(x, layer.weight, layer.bias, rounded)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, rounded: RoundedWeights) -> Tensor:
+        x16 = rounded.input(x)
+        ctx.save_for_backward(x16, weight_NK)
+        return blocked_matmul_bf16(x16, rounded.weight(weight_NK), bias_N, len(weight_NK))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x16, weight_NK = ctx.saved_tensors
+        d_x = d_weight = d_bias = None
+        gradient16 = gradient.to(torch.bfloat16).flatten(0, -2)
+        if ctx.needs_input_grad[0]:
+            d_x = (gradient16 @ weight_NK.to(torch.bfloat16)).float().view(x16.shape)
+        if ctx.needs_input_grad[1]:
+            d_weight = (gradient16.t() @ x16.flatten(0, -2)).float()
+        if ctx.needs_input_grad[2]:
+            d_bias = gradient.flatten(0, -2).sum(0)
+        return d_x, d_weight, d_bias, None
