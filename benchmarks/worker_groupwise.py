@@ -33,10 +33,9 @@ class Step:
         *,
         sampling: str | Backend = "auto",
         learning: str | Backend = "auto",
-        precision: Literal["float32", "bfloat16"] = "float32",
         old_logprobs: Literal["sampler", "recompute"] = "sampler",
     ) -> None:
-        """`sampling`, `learning`: the backends of the sampler and of the learner, on the same module. `precision`: of both."""
+        """`sampling`, `learning`: the backends of the sampler and of the learner, on the same module."""
         self.work = work
         device = "cuda" if torch.cuda.is_available() else "cpu"
         module = load_module(str(directory), getattr(torch, work.dtype)).to(device)
@@ -50,13 +49,14 @@ class Step:
             minibatches=1,
             old_logprobs=old_logprobs,
             micro_batch_tokens=work.micro_batch_tokens,
-            precision=precision,
+            precision=work.precision,
         )
         self.learner = LocalLearner(
             self.model, self.algorithm, settings, updates=1000, temperature=1.0, max_tokens=work.max_tokens
         )
         self.credit = CreditAssigner(self.algorithm, self.tokenizer, work.max_tokens)
-        self.sampler = NativeSampler(LanguageModel(module, sampling), self.tokenizer, dtype=getattr(torch, precision))
+        dtype = None if work.precision == "float32" else getattr(torch, work.precision)
+        self.sampler = NativeSampler(LanguageModel(module, sampling), self.tokenizer, dtype=dtype)
         self.count = 0
 
     def run(self) -> dict[str, float]:
@@ -76,7 +76,7 @@ class Step:
                     scores=tuple(Score(reward=r, correct=r > 0) for r in rewards),
                 )
             )
-        batch, _ = self.learner.compute_logprobs(make_batch(groups, self.algorithm))
+        batch, metrics = self.learner.compute_logprobs(make_batch(groups, self.algorithm))
         rewards = reward_parts(groups, self.algorithm, self.work.max_tokens)
         training, _ = self.credit.assign(batch, groups, rewards, policy_moved=True)
         self.learner.update(training)
@@ -87,12 +87,13 @@ class Step:
             "training": ended - generated,
             "tokens": int(batch.lengths_B.sum()),
             "peak_mib": peak_mib(),
+            **{name: value for name, value in metrics.items() if name.startswith("sampler_gap")},
         }
 
 
 def main() -> None:
-    torch.set_num_threads(2)
     work = dataclasses.replace(WORKS["reasoning"], **json.loads(sys.argv[1]))
+    torch.set_num_threads(work.threads)
     step = Step(work, Path(sys.argv[2]))
     for _ in sys.stdin:
         print(json.dumps(step.run()), flush=True)

@@ -6,6 +6,8 @@ take half the memory of the weights.
 """
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from groupwise.kernels.blocked_bf16 import blocked_matmul_bf16, to_blocked_bf16
-from groupwise.models.patches import Forwards, is_observed
+from groupwise.kernels.blocked_bf16 import blocked_matmul_bf16, to_blocked_bf16, why_not_bf16
+from groupwise.models.patches import Forwards, is_observed, patched
 
 
 class RoundedWeights:
-    """bfloat16 copies of weight matrices in the blocked layout, made when first needed; while it is used, no weight may change."""
+    """bfloat16 copies of weight matrices in the blocked layout, made when first needed. Meanwhile no weight may change."""
 
     def __init__(self) -> None:
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
@@ -39,6 +41,57 @@ class RoundedWeights:
         rounded = x.detach().to(torch.bfloat16).contiguous()
         self._latest = weakref.ref(x), version, rounded
         return rounded
+
+
+class Bfloat16:
+    """The forward and backward passes of one model in bfloat16."""
+
+    def __init__(self, decoder: Any) -> None:
+        self._decoder = decoder
+        self.copies: RoundedWeights | None = None
+        """Inside `running`: the copies of the weights."""
+        self._held: RoundedWeights | None = None
+        """Inside `held`: the copies that all forward passes share."""
+
+    def why_not(self) -> str | None:
+        """Why the kernels cannot run this model; None if they can."""
+        decoder = self._decoder
+        if not decoder.on_cpu:
+            return f"C++ kernels run on a CPU, and the model is on {decoder.device}"
+        if decoder.dtype != torch.float32:
+            return f"the kernels round float32 weights, and the model's are {decoder.dtype}"
+        if decoder.compiled:
+            return "torch.compile generates its own code"
+        if not decoder.backend.layer_kernels:
+            return "the backend is set to run layers without C++"
+        return "the model runs in padded batches" if not decoder.packs() else why_not_bf16()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within: no weight changes, so that copies are made once for all forward passes."""
+        self._held = RoundedWeights()
+        try:
+            yield
+        finally:
+            self._held = None
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within: the decoder's linear layers run in bfloat16; for its output layer there is a copy among `copies`."""
+        decoder = self._decoder
+        self.copies = RoundedWeights() if self._held is None else self._held
+        decoder.linears = rounded_forwards(list(decoder.module.modules()), self.copies)
+        try:
+            with patched(decoder.linears):  # here for padded batches; in packed ones they are patched in anyway
+                yield
+        finally:
+            self.copies, decoder.linears = None, ()
+
+
+def rounded_weights(decoder: Any, head: Any) -> tuple[Forwards, Any, Forwards]:
+    """The arguments of `BlockedWeights` for a rollout in bfloat16: forwards of the output layer, the decoder, those inside it."""
+    copies = RoundedWeights()
+    return rounded_forwards([head], copies), decoder, rounded_forwards(list(decoder.module.modules()), copies)
 
 
 def rounded_forwards(modules: list[Any], rounded: RoundedWeights) -> Forwards:

@@ -1,5 +1,7 @@
 """A Hugging Face decoder (a causal model without its output layer), and how its forward pass runs here."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,6 +69,15 @@ class Decoder:
         """The forwards to patch in while packed sequences run."""
         return [*((layer.module, layer.forward) for layer in self.layers() if layer.usable), *self.linears]
 
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Within: nothing is rounded to bfloat16, as trials need it, which may be held while a sampler decodes."""
+        linears, self.linears = self.linears, ()
+        try:
+            yield
+        finally:
+            self.linears = linears
+
     def run_packed(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
         """The last hidden states [N, H] of packed tokens (int64 [N]) at their positions in their sequences (int64 [N])."""
         return run_packed(self.module, tokens_N, positions_N, attend, self.forwards())
@@ -80,11 +91,12 @@ class Decoder:
         """Whether packed sequences can run, tried against the decoder's own forward once per device and dtype."""
         if self._tried != (self.device, self.dtype):
             self._tried = (self.device, self.dtype)
-            reason = self._why_not_packed()
-            if reason is not None and self._layers:
-                # Each layer is right by itself, but the decoder may call it in another way than its trial did.
-                self._layers, self.reasons["layers"] = [], f"with our kernels, {reason}"
+            with self.exact():
                 reason = self._why_not_packed()
+                if reason is not None and self._layers:
+                    # Each layer is right by itself, but the decoder may call it in another way than its trial did.
+                    self._layers, self.reasons["layers"] = [], f"with our kernels, {reason}"
+                    reason = self._why_not_packed()
             self._packs = reason is None
             if reason is not None:
                 self.reasons["packed"] = reason

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from groupwise.errors import UserError
-from groupwise.kernels.blocked_bf16 import why_not_bf16
 from groupwise.kernels.compiled import unavailable
 from groupwise.kernels.decode_attention import decode_kernel
 from groupwise.kernels.sample import sample_kernel
@@ -21,8 +20,8 @@ from groupwise.models.attention.decoding import DecodingCache
 from groupwise.models.attention.decoding_step import PlanFinder
 from groupwise.models.attention.layers import head_size, matches
 from groupwise.models.backend import Backend, backend_of
-from groupwise.models.bfloat16 import RoundedWeights, rounded_forwards
-from groupwise.models.blocked_weights import blocked_forwards
+from groupwise.models.bfloat16 import Bfloat16, rounded_weights
+from groupwise.models.blocked_weights import BlockedWeights, blocked_forwards
 from groupwise.models.decoder import Decoder, tolerance_in
 from groupwise.models.gradients import gradients_in_place
 from groupwise.models.head import logits, token_logprobs
@@ -30,7 +29,7 @@ from groupwise.models.hidden import checkpointing as checkpointed
 from groupwise.models.hidden import completion_hidden, inside_rows
 from groupwise.models.loading import load_module
 from groupwise.models.padded import PaddedCache
-from groupwise.models.patches import Forwards, is_observed, patched
+from groupwise.models.patches import is_observed
 from groupwise.types import Batch
 
 ROWS_SHARE = 0.6
@@ -61,10 +60,7 @@ class LanguageModel:
         self.decoder = Decoder(self.module.base_model, self.config.vocab_size, backend_of(backend))
         self._plans = PlanFinder(self.decoder)
         self._decoding: dict[tuple[torch.device, torch.dtype], str | None] = {}
-        self._rounded: RoundedWeights | None = None
-        """Inside `running()`, if linear layers run in bfloat16: the copies of their weights."""
-        self._held: RoundedWeights | None = None
-        """Inside `weights_held()`: the copies that all forward passes share."""
+        self._bfloat16 = Bfloat16(self.decoder)
         if self.backend.strict and (reason := self.fallback()):
             raise UserError(f"model.backend = 'kernels': {reason}")
 
@@ -156,9 +152,7 @@ class LanguageModel:
         hidden_NH = self.completion_hidden(batch, share_prompts)
         inside_BT = inside_rows(batch)
         targets_N = batch.tokens_BT[inside_BT]
-        logprobs_N, entropy_N = token_logprobs(
-            self.module, hidden_NH, targets_N, temperature, entropy_gradient, self._rounded
-        )
+        logprobs_N, entropy_N = token_logprobs(self.module, hidden_NH, targets_N, temperature, entropy_gradient, self._rounded)
         zeros_BT = torch.zeros(batch.tokens_BT.shape, device=logprobs_N.device)
         return zeros_BT.masked_scatter(inside_BT, logprobs_N), zeros_BT.masked_scatter(inside_BT, entropy_N)
 
@@ -181,48 +175,19 @@ class LanguageModel:
         ours = bf16 and self.why_not_bf16() is None
         with (
             torch.autocast(self.device.type, torch.bfloat16, enabled=bf16 and not ours),
-            self._rounding() if ours else nullcontext(),
+            self._bfloat16.running() if ours else nullcontext(),
             gradients_in_place(self.module) if training else nullcontext(),
             checkpointed(self.decoder) if training and checkpointing else nullcontext(),
         ):
             yield
 
-    @contextmanager
-    def _rounding(self) -> Iterator[None]:
-        self._rounded = RoundedWeights() if self._held is None else self._held
-        self.decoder.linears = rounded_forwards(list(self.decoder.module.modules()), self._rounded)
-        try:
-            with patched(self.decoder.linears):  # packed or not
-                yield
-        finally:
-            self._rounded, self.decoder.linears = None, ()
-
-    @contextmanager
-    def weights_held(self) -> Iterator[None]:
+    def weights_held(self) -> AbstractContextManager[None]:
         """Within: no weight changes, so that bfloat16 copies are made once for all forward passes."""
-        self._held = RoundedWeights()
-        try:
-            yield
-        finally:
-            self._held = None
+        return self._bfloat16.held()
 
     def why_not_bf16(self) -> str | None:
         """Why linear layers cannot run in bfloat16 on our kernels, with float32 between them; None if they can."""
-        if not self.decoder.on_cpu:
-            reason: str | None = f"C++ kernels run on a CPU, and the model is on {self.device}"
-        elif self.dtype != torch.float32:
-            reason = f"the model's weights are {self.dtype}, and the kernels round float32 weights"
-        elif self.decoder.compiled:
-            reason = "torch.compile generates its own code"
-        elif not self.backend.layer_kernels:
-            reason = "the backend is set to run without C++ layers"
-        elif not self.decoder.packs():
-            reason = "the model runs in padded batches"
-        else:
-            reason = why_not_bf16()
-        if reason is not None and self.decoder.on_cpu:
-            self.decoder.reasons["bfloat16"] = f"linear layers run in bfloat16 as PyTorch has them, which is slower: {reason}"
-        return reason
+        return self._bfloat16.why_not()
 
     # --- decoding
 
@@ -240,14 +205,12 @@ class LanguageModel:
         view.decoder.bf16_step = True
         return view
 
-    def blocked_weights(self) -> "BlockedWeights":
+    def blocked_weights(self) -> BlockedWeights:
         """A context, to be entered for each decoding step, in which linear layers run on blocked copies of today's weights."""
         if not (self.backend.blocked_weights and self.decoder.on_cpu):
             return BlockedWeights([])
         if self.decoder.bf16_step:
-            rounded, head = RoundedWeights(), [self.module.get_output_embeddings()]
-            linears = rounded_forwards(list(self.decoder.module.modules()), rounded)
-            return BlockedWeights(list(rounded_forwards(head, rounded)), self.decoder, linears)
+            return BlockedWeights(*rounded_weights(self.decoder, self.module.get_output_embeddings()))
         only_head = self.decoder.compiled or (self.decoder.packs() and self._plans.find() is not None)
         head = [self.module.get_output_embeddings()]
         # torch.compile must see the original forwards, and a step in one call has blocked copies of its own.
@@ -336,8 +299,11 @@ class LanguageModel:
             return f"C++ kernels run on a CPU, and the model is on {self.device}"
         return None
 
-    def backends(self) -> dict[str, str]:
-        """What runs training and decoding, in words, and what falls back to something slower."""
+    def backends(self, *, bfloat16: bool = False) -> dict[str, str]:
+        """What runs training and decoding, in words, and what falls back to something slower.
+
+        `bfloat16`: also what runs matmuls in it.
+        """
         packed, on_cpu = self.decoder.packs(), self.decoder.on_cpu
         kernels = self.backend.attention_kernels and decode_kernel(head_size(self.decoder.config), torch.float32) is not None
         attention = "attention kernels in C++" if kernels else "PyTorch's attention"
@@ -354,6 +320,11 @@ class LanguageModel:
         else:
             decoding = "padded batches, transformers' attention"
         found = {"training": training, "decoding": decoding}
+        if bfloat16 and on_cpu:
+            reason = self.why_not_bf16()
+            found["bfloat16"] = (
+                "linear layers in C++, sums in float32" if reason is None else f"PyTorch's matmuls and attention: {reason}"
+            )
         return found | {f"fallback, {what}": reason for what, reason in self.decoder.reasons.items()}
 
     # --- weights
@@ -416,25 +387,6 @@ class LanguageModel:
         """Write a Hugging Face model directory, tokenizer included."""
         self.outer.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-
-
-class BlockedWeights:
-    """A context in which linear layers run on blocked copies of their weights; see `LanguageModel.blocked_weights`."""
-
-    def __init__(self, forwards: list[tuple[Any, Any]], decoder: Decoder | None = None, linears: Forwards = ()) -> None:
-        """`linears`: forwards of layers inside the decoder, which are patched in only while it runs packed sequences."""
-        self._forwards, self._decoder, self._linears = forwards, decoder, linears
-
-    def __enter__(self) -> None:
-        self._patched = patched(self._forwards)
-        self._patched.__enter__()
-        if self._decoder is not None:
-            self._decoder.linears = self._linears
-
-    def __exit__(self, *error: Any) -> None:
-        if self._decoder is not None:
-            self._decoder.linears = ()
-        self._patched.__exit__(*error)
 
 
 def _causal_model(module: Any) -> Any:

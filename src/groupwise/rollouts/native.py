@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from groupwise.models import LanguageModel
-from groupwise.models.language_model import BlockedWeights
+from groupwise.models.blocked_weights import BlockedWeights
 from groupwise.rollouts.base import Request, Sampling
 from groupwise.rollouts.drawing import Drawing
 from groupwise.rollouts.rows import RandomNumbers, RowTable

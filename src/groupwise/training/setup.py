@@ -64,7 +64,16 @@ class Ready:
     def fallback(self) -> str | None:
         """What keeps the model from its fastest path, and why; None if nothing does."""
         dtype = self.recipe.rollouts.dtype
-        return self.model.fallback(getattr(torch, dtype) if dtype else None)
+        found = self.model.fallback(getattr(torch, dtype) if dtype else None)
+        if found is None and self.in_bfloat16 and self.model.device.type == "cpu" and (reason := self.model.why_not_bf16()):
+            return f"bfloat16 runs on PyTorch's matmuls and attention, which may be slower than float32: {reason}"
+        return found
+
+    @property
+    def in_bfloat16(self) -> bool:
+        """Whether the recipe asks for bfloat16 anywhere."""
+        recipe = self.recipe
+        return "bfloat16" in (recipe.model.dtype, recipe.rollouts.dtype, recipe.learner.precision)
 
     def load_base(self) -> LanguageModel:
         """The model as training began with it."""

@@ -57,7 +57,8 @@ class PlanFinder:
 
     def _try(self) -> Plan | None:
         try:
-            plan = _plan_of(self._decoder)
+            with self._decoder.exact():
+                plan = _plan_of(self._decoder)
         except Exception as error:  # third-party modules may lack or raise anything
             self._decoder.reasons["one-call step"] = (
                 f"it takes layers of the form x + attention(norm(x)), then x + SwiGLU(norm(x)): {type(error).__name__}: {error}"
