@@ -100,7 +100,7 @@ def test_the_output_layer_takes_the_softmax_of_float32_logits(monkeypatch: pytes
 @pytest.mark.parametrize("architecture", ["qwen3", "llama", "qwen3_moe"])
 def test_gradients_in_bfloat16_are_near_those_in_float32(tokenizer: Any, architecture: str, settings: dict[str, Any]) -> None:
     model = tiny_model(architecture, tokenizer)
-    assert owned(model).why_not_bf16() is None
+    assert owned(model).bfloat16.why_not() is None
     batch = random_batch(model)
     exact, rough = (
         torch.cat([g.flatten() for g in gradients_of(model, batch, precision=p, **settings)]) for p in ("float32", "bfloat16")
@@ -162,7 +162,7 @@ def test_a_completion_does_not_depend_on_what_else_is_in_the_batch(tokenizer: An
 
 @needs_bf16
 def test_copies_are_made_anew_when_weights_change(tokenizer: Any) -> None:
-    """Within `weights_held` they are not: that is its promise."""
+    """Within `held` they are not: that is its promise."""
     module = tiny_model("qwen3", tokenizer)
     model, batch = owned(module), random_batch(module)
 
@@ -171,7 +171,7 @@ def test_copies_are_made_anew_when_weights_change(tokenizer: Any) -> None:
             return model.completion_logprobs(batch)[0]
 
     before = logprobs()
-    with model.weights_held():
+    with model.bfloat16.held():
         assert torch.equal(logprobs(), before)
         with torch.no_grad():
             module.lm_head.weight.mul_(-1)
@@ -187,8 +187,7 @@ def test_without_the_instructions_pytorch_runs_and_the_reason_is_given(tokenizer
         assert library("blocked_bf16") is None and "no AVX-512 BF16" in str(unavailable("blocked_bf16"))
         module = tiny_model("qwen3", tokenizer)
         model = owned(module)
-        assert "no AVX-512 BF16" in str(model.why_not_bf16())
-        assert "no AVX-512 BF16" in model.backends(bfloat16=True)["bfloat16"]
+        assert "no AVX-512 BF16" in str(model.bfloat16.why_not())
         sampler = NativeSampler(model, tokenizer, dtype=torch.bfloat16)
         assert sampler.model.dtype == torch.bfloat16 and len(groups_of(sampler, 2)[0]) == 2
         batch = random_batch(module)
@@ -202,5 +201,5 @@ def test_without_the_instructions_pytorch_runs_and_the_reason_is_given(tokenizer
 @needs_bf16
 def test_other_models_are_told_why_not(tokenizer: Any) -> None:
     module = tiny_model("qwen3", tokenizer)
-    assert "torch.bfloat16" in str(owned(copy.deepcopy(module).to(torch.bfloat16)).why_not_bf16())
-    assert "without C++" in str(LanguageModel(module, "torch").why_not_bf16())
+    assert "torch.bfloat16" in str(owned(copy.deepcopy(module).to(torch.bfloat16)).bfloat16.why_not())
+    assert "without C++" in str(LanguageModel(module, "torch").bfloat16.why_not())

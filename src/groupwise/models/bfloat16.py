@@ -54,7 +54,7 @@ class Bfloat16:
         """Inside `held`: the copies that all forward passes share."""
 
     def why_not(self) -> str | None:
-        """Why the kernels cannot run this model; None if they can."""
+        """Why the kernels cannot run this model's linear layers in bfloat16, with float32 between them; None if they can."""
         decoder = self._decoder
         if not decoder.on_cpu:
             return f"C++ kernels run on a CPU, and the model is on {decoder.device}"

@@ -16,7 +16,7 @@ from groupwise.models.patches import Forwards, has_own_forward, patched
 class BlockedWeights:
     """A context in which linear layers run on blocked copies of their weights; see `LanguageModel.blocked_weights`."""
 
-    def __init__(self, forwards: list[tuple[Any, Any]], decoder: Any = None, linears: Forwards = ()) -> None:
+    def __init__(self, forwards: Forwards, decoder: Any = None, linears: Forwards = ()) -> None:
         """`linears`: forwards of layers inside the decoder, which are patched in only while it runs packed sequences."""
         self._forwards, self._decoder, self._linears = forwards, decoder, linears
 

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class LanguageModel:
         self.decoder = Decoder(self.module.base_model, self.config.vocab_size, backend_of(backend))
         self._plans = PlanFinder(self.decoder)
         self._decoding: dict[tuple[torch.device, torch.dtype], str | None] = {}
-        self._bfloat16 = Bfloat16(self.decoder)
+        self.bfloat16 = Bfloat16(self.decoder)
         if self.backend.strict and (reason := self.fallback()):
             raise UserError(f"model.backend = 'kernels': {reason}")
 
@@ -152,7 +152,8 @@ class LanguageModel:
         hidden_NH = self.completion_hidden(batch, share_prompts)
         inside_BT = inside_rows(batch)
         targets_N = batch.tokens_BT[inside_BT]
-        logprobs_N, entropy_N = token_logprobs(self.module, hidden_NH, targets_N, temperature, entropy_gradient, self._rounded)
+        copies = self.bfloat16.copies
+        logprobs_N, entropy_N = token_logprobs(self.module, hidden_NH, targets_N, temperature, entropy_gradient, copies)
         zeros_BT = torch.zeros(batch.tokens_BT.shape, device=logprobs_N.device)
         return zeros_BT.masked_scatter(inside_BT, logprobs_N), zeros_BT.masked_scatter(inside_BT, entropy_N)
 
@@ -165,41 +166,30 @@ class LanguageModel:
         """Within: forward passes as the learner runs them.
 
         Args:
-            precision: "bfloat16" runs matmuls in it, with float32 sums; weights and gradients keep their dtype. Where our kernels
-                cannot (`why_not_bf16`), through torch.autocast, which also runs attention in it.
+            precision: "bfloat16" runs matmuls in it; weights and gradients keep their dtype. Without our kernels
+                (`bfloat16.why_not`), through torch.autocast, which runs attention in it too.
             checkpointing: keep only each layer's input for the backward pass and compute the rest again.
 
         With gradients enabled, those of the vocabulary's matrices are added to `parameter.grad` in place.
         """
         training, bf16 = torch.is_grad_enabled(), precision == "bfloat16"
-        ours = bf16 and self.why_not_bf16() is None
+        ours = bf16 and self.bfloat16.why_not() is None
         with (
             torch.autocast(self.device.type, torch.bfloat16, enabled=bf16 and not ours),
-            self._bfloat16.running() if ours else nullcontext(),
+            self.bfloat16.running() if ours else nullcontext(),
             gradients_in_place(self.module) if training else nullcontext(),
             checkpointed(self.decoder) if training and checkpointing else nullcontext(),
         ):
             yield
 
-    def weights_held(self) -> AbstractContextManager[None]:
-        """Within: no weight changes, so that bfloat16 copies are made once for all forward passes."""
-        return self._bfloat16.held()
-
-    def why_not_bf16(self) -> str | None:
-        """Why linear layers cannot run in bfloat16 on our kernels, with float32 between them; None if they can."""
-        return self._bfloat16.why_not()
-
     # --- decoding
 
     def in_dtype(self, dtype: torch.dtype | None) -> "LanguageModel":
-        """This model for generating in another dtype.
-
-        In bfloat16, where our kernels can run it: on the same float32 weights, of which a rollout keeps rounded copies. Else a
-        copy, whose weights have that dtype.
-        """
+        """For generating in another dtype: in bfloat16, where our kernels can, a view of the same float32 weights, of which
+        each rollout makes rounded copies; else a copy of the model."""
         if dtype in (None, self.dtype):
             return self
-        if dtype != torch.bfloat16 or self.why_not_bf16() is not None:
+        if dtype != torch.bfloat16 or self.bfloat16.why_not() is not None:
             return self.copy(dtype)
         view = LanguageModel(self.outer, self.backend)
         view.decoder.bf16_step = True
@@ -299,11 +289,8 @@ class LanguageModel:
             return f"C++ kernels run on a CPU, and the model is on {self.device}"
         return None
 
-    def backends(self, *, bfloat16: bool = False) -> dict[str, str]:
-        """What runs training and decoding, in words, and what falls back to something slower.
-
-        `bfloat16`: also what runs matmuls in it.
-        """
+    def backends(self) -> dict[str, str]:
+        """What runs training and decoding, in words, and what falls back to something slower."""
         packed, on_cpu = self.decoder.packs(), self.decoder.on_cpu
         kernels = self.backend.attention_kernels and decode_kernel(head_size(self.decoder.config), torch.float32) is not None
         attention = "attention kernels in C++" if kernels else "PyTorch's attention"
@@ -320,11 +307,6 @@ class LanguageModel:
         else:
             decoding = "padded batches, transformers' attention"
         found = {"training": training, "decoding": decoding}
-        if bfloat16 and on_cpu:
-            reason = self.why_not_bf16()
-            found["bfloat16"] = (
-                "linear layers in C++, sums in float32" if reason is None else f"PyTorch's matmuls and attention: {reason}"
-            )
         return found | {f"fallback, {what}": reason for what, reason in self.decoder.reasons.items()}
 
     # --- weights

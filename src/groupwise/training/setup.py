@@ -65,15 +65,18 @@ class Ready:
         """What keeps the model from its fastest path, and why; None if nothing does."""
         dtype = self.recipe.rollouts.dtype
         found = self.model.fallback(getattr(torch, dtype) if dtype else None)
-        if found is None and self.in_bfloat16 and self.model.device.type == "cpu" and (reason := self.model.why_not_bf16()):
-            return f"bfloat16 runs on PyTorch's matmuls and attention, which may be slower than float32: {reason}"
-        return found
+        return found or (self.bfloat16() if self.model.bfloat16.why_not() else None)
 
-    @property
-    def in_bfloat16(self) -> bool:
-        """Whether the recipe asks for bfloat16 anywhere."""
+    def bfloat16(self) -> str | None:
+        """What runs bfloat16 on a CPU; None on a GPU, or if the recipe asks for none."""
         recipe = self.recipe
-        return "bfloat16" in (recipe.model.dtype, recipe.rollouts.dtype, recipe.learner.precision)
+        asked = "bfloat16" in (recipe.model.dtype, recipe.rollouts.dtype, recipe.learner.precision)
+        if not (asked and self.model.device.type == "cpu"):
+            return None
+        reason = self.model.bfloat16.why_not()
+        if reason is None:
+            return "linear layers run in bfloat16 in C++, with sums in float32"
+        return f"bfloat16 runs on PyTorch's matmuls and attention, which may be slower than float32: {reason}"
 
     def load_base(self) -> LanguageModel:
         """The model as training began with it."""
