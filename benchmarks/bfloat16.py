@@ -40,7 +40,7 @@ def measure(work: Work, pairs: int, directory: Path) -> dict[str, list[Report]]:
 
 
 def gap(work: Work, directory: Path) -> Report:
-    return Step(work, directory, old_logprobs="recompute").run()
+    return Step.load(work, directory, old_logprobs="recompute").run()
 
 
 def ratios(results: dict[str, list[Report]], key: str) -> list[float]:

@@ -36,11 +36,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         make(WORKS["reasoning"], Path(directory))
         steps = {
-            name: Step(WORKS["reasoning"], Path(directory), sampling=sampling, learning=learning)
+            name: Step.load(WORKS["reasoning"], Path(directory), sampling=sampling, learning=learning)
             for name, (sampling, learning) in VARIANTS.items()
         }
-        steps[UNSHARED] = Step(WORKS["reasoning"], Path(directory))
-        steps[UNSHARED].learner.settings = steps[UNSHARED].learner.settings.model_copy(update={"share_prompts": False})
+        steps[UNSHARED] = Step.load(WORKS["reasoning"], Path(directory))
+        steps[UNSHARED].learner.settings.share_prompts = False
         for step in steps.values():
             step.run()
         reports: dict[str, list[dict[str, float]]] = {name: [] for name in steps}

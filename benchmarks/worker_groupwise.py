@@ -5,13 +5,13 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from workloads import WORKS, Work, peak_mib, reward
 
 from groupwise.algorithms import named
-from groupwise.config import LearnerSection
 from groupwise.learner.local import LocalLearner
 from groupwise.models import Backend, LanguageModel, encode_prompt, load_tokenizer
 from groupwise.models.loading import load_module
@@ -20,7 +20,21 @@ from groupwise.rollouts.driver import generate_all
 from groupwise.rollouts.native import NativeSampler
 from groupwise.training.batching import make_batch
 from groupwise.training.credit import CreditAssigner, reward_parts
-from groupwise.types import Group, Problem, Score
+from groupwise.types import Completion, Group, Problem, Score, TrainingBatch
+
+SETTINGS: dict[str, Any] = {
+    "learning_rate": 1e-6,
+    "minibatches": 1,
+    "warmup_steps": 0,
+    "schedule": "constant",
+    "betas": [0.9, 0.999],
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "checkpointing": False,
+    "share_prompts": True,
+    "max_bad_updates": 5,
+}
+"""What a `LearnerSection` has; importing that needs pydantic, which the machines that gpu.sh is for do not have."""
 
 
 class Step:
@@ -29,57 +43,69 @@ class Step:
     def __init__(
         self,
         work: Work,
-        directory: Path,
+        module: Any,
+        tokenizer: Any,
+        texts: list[str],
         *,
         sampling: str | Backend = "auto",
         learning: str | Backend = "auto",
-        old_logprobs: Literal["sampler", "recompute"] = "sampler",
+        old_logprobs: str = "sampler",
     ) -> None:
-        """`sampling`, `learning`: the backends of the sampler and of the learner, on the same module."""
-        self.work = work
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        module = load_module(str(directory), getattr(torch, work.dtype)).to(device)
+        """`sampling`, `learning`: the backends of the sampler and of the learner, on the same module. `old_logprobs`: as in a
+        `LearnerSection`."""
+        self.work, self.module, self.tokenizer, self.texts = work, module, tokenizer, texts
         self.model = LanguageModel(module, learning)
-        self.tokenizer = load_tokenizer(str(directory))
-        self.texts = json.loads((directory / "prompts.json").read_text())
-        self.prompts = [encode_prompt(self.tokenizer, text, False) for text in self.texts]
+        self.prompts = [encode_prompt(tokenizer, text, False) for text in texts]
         self.algorithm = named("dapo", overlong_cache=0.0)
-        settings = LearnerSection(
-            learning_rate=1e-6,
-            minibatches=1,
-            old_logprobs=old_logprobs,
-            micro_batch_tokens=work.micro_batch_tokens,
-            precision=work.precision,
+        settings = SimpleNamespace(
+            **SETTINGS, old_logprobs=old_logprobs, micro_batch_tokens=work.micro_batch_tokens, precision=work.precision
         )
         self.learner = LocalLearner(
             self.model, self.algorithm, settings, updates=1000, temperature=1.0, max_tokens=work.max_tokens
         )
-        self.credit = CreditAssigner(self.algorithm, self.tokenizer, work.max_tokens)
+        self.credit = CreditAssigner(self.algorithm, tokenizer, work.max_tokens)
         dtype = None if work.precision == "float32" else getattr(torch, work.precision)
-        self.sampler = NativeSampler(LanguageModel(module, sampling), self.tokenizer, dtype=dtype)
+        self.sampler = NativeSampler(LanguageModel(module, sampling), tokenizer, dtype=dtype)
+        self.metrics: dict[str, float] = {}
+        """Of the last `batch`."""
         self.count = 0
 
-    def run(self) -> dict[str, float]:
+    @classmethod
+    def load(cls, work: Work, directory: Path, **options: Any) -> "Step":
+        """On what `workloads.make` wrote, with further arguments of a `Step`."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        module = load_module(str(directory), getattr(torch, work.dtype)).to(device)
+        texts = json.loads((directory / "prompts.json").read_text())
+        return cls(work, module, load_tokenizer(str(directory)), texts, **options)
+
+    def sample(self) -> list[tuple[Completion, ...]]:
         self.count += 1
-        started = time.perf_counter()
         sampling = Sampling(max_tokens=self.work.max_tokens)
-        answers = generate_all(self.sampler, requests(self.prompts, self.work.group_size, sampling, self.count))
-        generated = time.perf_counter()
+        return generate_all(self.sampler, requests(self.prompts, self.work.group_size, sampling, self.count))
+
+    def batch(self, answers: list[tuple[Completion, ...]]) -> TrainingBatch:
+        """The completions of each prompt as rows with their advantages."""
         groups = []
-        for i, text in enumerate(self.texts):
-            rewards = [reward(completion.tokens.tolist()) for completion in answers[i]]
+        for text, prompt, completions in zip(self.texts, self.prompts, answers, strict=True):
+            rewards = [reward(completion.tokens.tolist()) for completion in completions]
             groups.append(
                 Group(
                     problem=Problem(id=text, prompt=text),
-                    prompt_tokens=self.prompts[i],
-                    completions=answers[i],
+                    prompt_tokens=prompt,
+                    completions=completions,
                     scores=tuple(Score(reward=r, correct=r > 0) for r in rewards),
                 )
             )
-        batch, metrics = self.learner.compute_logprobs(make_batch(groups, self.algorithm))
+        batch, self.metrics = self.learner.compute_logprobs(make_batch(groups, self.algorithm))
         rewards = reward_parts(groups, self.algorithm, self.work.max_tokens)
-        training, _ = self.credit.assign(batch, groups, rewards, policy_moved=True)
-        self.learner.update(training)
+        return self.credit.assign(batch, groups, rewards, policy_moved=True)[0]
+
+    def run(self) -> dict[str, float]:
+        started = time.perf_counter()
+        answers = self.sample()
+        generated = time.perf_counter()
+        batch = self.batch(answers)
+        self.learner.update(batch)
         ended = time.perf_counter()
         return {
             "seconds": ended - started,
@@ -87,14 +113,14 @@ class Step:
             "training": ended - generated,
             "tokens": int(batch.lengths_B.sum()),
             "peak_mib": peak_mib(),
-            **{name: value for name, value in metrics.items() if name.startswith("sampler_gap")},
+            **{name: value for name, value in self.metrics.items() if name.startswith("sampler_gap")},
         }
 
 
 def main() -> None:
     work = dataclasses.replace(WORKS["reasoning"], **json.loads(sys.argv[1]))
     torch.set_num_threads(work.threads)
-    step = Step(work, Path(sys.argv[2]))
+    step = Step.load(work, Path(sys.argv[2]))
     for _ in sys.stdin:
         print(json.dumps(step.run()), flush=True)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 CHARACTERS = string.ascii_letters + string.digits
 
@@ -61,15 +61,23 @@ WORKS = {
 }
 
 
-def make(work: Work, directory: Path) -> None:
-    """Write the model (random weights), its tokenizer (one token a character) and prompts.json into a directory."""
-    end = work.vocabulary if work.endless else 1  # an id that the model has no logit for is never drawn
+def end_token(work: Work) -> int:
+    """The end-of-sequence token; where no completion may end, an id that the model has no logit for."""
+    return work.vocabulary if work.endless else 1
+
+
+def tokenizer(work: Work) -> PreTrainedTokenizerFast:
+    """One token per character."""
     vocabulary = {"<pad>": 0, "<spare>" if work.endless else "<end>": 1}
-    vocabulary |= {character: 2 + i for i, character in enumerate(CHARACTERS)} | {"<end>": end}
+    vocabulary |= {character: 2 + i for i, character in enumerate(CHARACTERS)} | {"<end>": end_token(work)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     core.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<pad>")
+
+
+def new_model(work: Work, device: str = "cpu") -> Qwen3ForCausalLM:
+    """Random weights, always the same on a device."""
     config = Qwen3Config(
         vocab_size=work.vocabulary,
         hidden_size=work.hidden,
@@ -80,20 +88,29 @@ def make(work: Work, directory: Path) -> None:
         intermediate_size=work.mlp,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
-        eos_token_id=end,
+        eos_token_id=end_token(work),
         pad_token_id=0,
         bos_token_id=None,
     )
     torch.manual_seed(0)
-    Qwen3ForCausalLM(config).to(getattr(torch, work.dtype)).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, work.dtype)).eval()
+
+
+def prompts(work: Work) -> list[str]:
     rng = random.Random(0)
-    prompts = ["".join(rng.choices(CHARACTERS, k=work.prompt_tokens)) for _ in range(work.prompts)]
-    (directory / "prompts.json").write_text(json.dumps(prompts))
+    return ["".join(rng.choices(CHARACTERS, k=work.prompt_tokens)) for _ in range(work.prompts)]
+
+
+def make(work: Work, directory: Path) -> None:
+    """Write the model, its tokenizer and prompts.json into a directory."""
+    new_model(work).save_pretrained(directory)
+    tokenizer(work).save_pretrained(directory)
+    (directory / "prompts.json").write_text(json.dumps(prompts(work)))
 
 
 def parameters(work: Work) -> int:
-    """Weights that multiply each token."""
+    """Model weights that a completion token is multiplied with, those of the output layer included."""
     heads = work.heads * work.head_dim
     key_values = 2 * (work.kv_heads or work.heads) * work.head_dim
     return work.layers * work.hidden * (2 * heads + key_values + 3 * work.mlp) + work.hidden * work.vocabulary

@@ -8,7 +8,6 @@ import torch
 from groupwise.kernels import blocked_bf16, layers, packed_attention
 from groupwise.kernels.compiled import library
 from groupwise.models import LanguageModel, character_tokenizer, load_module, load_tokenizer, new_module
-from groupwise.tasks.arithmetic import CHARACTERS
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -34,6 +33,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(
+                    pytest.mark.skip(reason="no CUDA device here; benchmarks/gpu.sh runs these tests where there is one")
+                )
+
+
 def need_kernels() -> None:
     if library("sample") is None:
         pytest.skip("no C++ compiler here that makes the kernels; PyTorch does their work, and is tested beside them")
@@ -52,6 +60,8 @@ def _quiet_threads() -> None:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
+    from groupwise.tasks.arithmetic import CHARACTERS  # needs pydantic, which a machine lent for tests/test_gpu.py lacks
+
     return character_tokenizer(CHARACTERS)
 
 

@@ -11,6 +11,7 @@ from groupwise.kernels import blocked_bf16, compiled
 from groupwise.kernels.blocked_bf16 import blocked_matmul_bf16, to_blocked_bf16, why_not_bf16
 from groupwise.kernels.compiled import library, unavailable
 from groupwise.models import Backend, LanguageModel, head
+from groupwise.models.attention.decoding import DecodingCache
 from groupwise.models.bfloat16 import RoundedWeights, rounded_forwards
 from groupwise.models.head import token_logprobs
 from groupwise.models.patches import patched
@@ -18,7 +19,9 @@ from groupwise.rollouts.native import NativeSampler
 from tests.conftest import forget_kernels, need_kernels, owned, tiny_model
 from tests.test_head import model_of
 from tests.test_learner import gradients_of, random_batch
-from tests.test_sampler import PROMPTS, groups_of
+from tests.test_sampler import PROMPTS, as_batch, groups_of
+from tests.zoo import build
+from tests.zoo import tokenizer as zoo_tokenizer
 
 needs_bf16 = pytest.mark.skipif(why_not_bf16() is not None, reason=why_not_bf16() or "")
 
@@ -132,7 +135,7 @@ def test_sampler_and_learner_in_bfloat16_hardly_differ(tokenizer: Any, architect
     assert sampler.model.decoder.bf16_step and sampler.model.dtype == torch.float32
     completion = groups_of(sampler, 4)[0][0]
     assert ("one C++ call" in sampler.model.backends()["decoding"]) == one_call
-    assert sampler.model.decoder.packs(), "the trial, held while the sampler decodes, is in float32"
+    assert sampler.model.decoder.packs() and sampler.model.why_not_decoding() is None, "trials while it decodes are in float32"
     tokens = torch.cat([PROMPTS[0], completion.tokens])
 
     def logprobs(model: Any) -> Tensor:
@@ -147,6 +150,66 @@ def test_sampler_and_learner_in_bfloat16_hardly_differ(tokenizer: Any, architect
     assert 0 < gaps[1] < 0.1
     assert gaps[0] < 0.02
     assert not any("forward" in vars(inner) for inner in module.modules())
+
+
+@needs_bf16
+@pytest.mark.parametrize("name", ["falcon_h1", "qwen3_next", "zamba2"])
+def test_recurrent_models_agree_too(name: str) -> None:
+    """Their Linear layers run in bfloat16; zamba2 trains in packed sequences and generates without a cache of ours."""
+    model = LanguageModel(build(name))
+    assert model.bfloat16.why_not() is None
+    sampler = NativeSampler(model, zoo_tokenizer(), dtype=torch.bfloat16)
+    batch = as_batch(groups_of(sampler, 4))
+    assert ("layer by layer" in sampler.model.backends()["decoding"]) == (name != "zamba2")
+
+    def gap(precision: str, share_prompts: bool = True) -> float:
+        with torch.no_grad(), model.running(precision=precision):
+            logprobs_BT, _ = model.completion_logprobs(batch, share_prompts=share_prompts)
+        return float((logprobs_BT - batch.rollout_logprobs_BT)[batch.mask_BT].abs().mean())
+
+    assert 1e-3 < gap("float32") < 0.1
+    assert max(gap("bfloat16"), gap("bfloat16", share_prompts=False)) < 0.1 * gap("float32")
+
+
+@needs_bf16
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_step_in_one_call_is_that_of_the_layers_with_any_cache_dtype(tokenizer: Any, cache_dtype: torch.dtype) -> None:
+    module, found = tiny_model("qwen3", tokenizer), []
+    tokens_R = torch.tensor([3, 4, 5, 3])
+    for one_call in (True, False):
+        model = LanguageModel(module, Backend(one_call_step=one_call)).in_dtype(torch.bfloat16)
+        with torch.inference_mode(), model.blocked_weights():
+            cache = model.decoding_cache(2, 7, 4, 9, dtype=cache_dtype)
+            assert isinstance(cache, DecodingCache) and (cache._one_call is not None) == one_call
+            assert all(stack.row_cache.dtype == stack.prompt_keys.dtype == cache_dtype for stack in cache.stacks)
+            cache.prefill(PROMPTS[:2], [2, 2])
+            found.append(torch.stack([cache.step(tokens_R + step).clone() for step in range(8)]))
+    # Where float32 sums differ in their last bit, now and then a number rounds the other way.
+    differences = (found[0] - found[1]).abs()
+    assert float(differences.mean()) < 2e-3 * float(found[1].abs().mean())
+    assert float(differences.max()) < 0.05 * float(found[1].abs().max())
+
+
+@needs_bf16
+def test_trials_inside_a_learner_or_a_sampler_are_exact(tokenizer: Any) -> None:
+    module = tiny_model("qwen3", tokenizer)
+    for training in (True, False):
+        model = owned(module) if training else owned(module).in_dtype(torch.bfloat16)
+        decoder = model.decoder
+        with model.running(precision="bfloat16") if training else model.blocked_weights():
+            assert decoder.linears
+            assert decoder.why_not_causal() is None and decoder.why_not_trainable() is None
+            assert model.caches.why_not_exact(fixed=False) is None and model.caches.why_not_exact(fixed=True) is None
+            decoder._tried = None
+            assert decoder.packs() and decoder.linears
+
+
+@needs_bf16
+def test_keys_in_16_bits_beside_rounded_weights_are_no_fallback(tokenizer: Any) -> None:
+    """The queries are float32, and for these there are kernels; for a model in bfloat16 there are none with float16 keys."""
+    module = tiny_model("qwen3", tokenizer)
+    assert owned(module).fallback(torch.bfloat16, torch.float16) is None
+    assert "no C++ kernels" in str(owned(module.to(torch.bfloat16)).fallback(torch.bfloat16, torch.float16))
 
 
 @needs_bf16
@@ -202,4 +265,5 @@ def test_without_the_instructions_pytorch_runs_and_the_reason_is_given(tokenizer
 def test_other_models_are_told_why_not(tokenizer: Any) -> None:
     module = tiny_model("qwen3", tokenizer)
     assert "torch.bfloat16" in str(owned(copy.deepcopy(module).to(torch.bfloat16)).bfloat16.why_not())
-    assert "without C++" in str(LanguageModel(module, "torch").bfloat16.why_not())
+    for backend in ("torch", Backend(blocked_weights=False)):
+        assert "without C++" in str(LanguageModel(module, backend).bfloat16.why_not())

@@ -14,7 +14,7 @@ from groupwise.kernels.decode_attention import decode_kernel
 from groupwise.models.attention.decoding import DecodingCache
 from groupwise.models.attention.decoding_step import PlanFinder
 from groupwise.models.backend import BACKENDS
-from groupwise.models.decoder import Decoder
+from groupwise.models.decoder import Decoder, HeadShape
 from groupwise.rollouts.base import Sampling, requests
 from groupwise.rollouts.driver import wait_for
 from groupwise.rollouts.native import NativeSampler
@@ -35,16 +35,18 @@ def filled(kernel: str, dtype: torch.dtype, heads: int, shared: int, size: int) 
         need_kernels()
         assert decode_kernel(size, dtype) is not None
     torch.manual_seed(size)
-    config = SimpleNamespace(num_key_value_heads=heads // shared, head_dim=size, num_hidden_layers=2)
+    config = SimpleNamespace()
     module = torch.nn.ParameterList([torch.empty(0, dtype=dtype)])
     module.config, module.device, module.dtype = config, torch.device("cpu"), dtype
     backend = replace(BACKENDS["torch"], attention_kernels=kernel == "compiled")
     decoder = Decoder(module, 10, backend)
+    decoder.shapes = dict.fromkeys((0, 1), HeadShape(heads // shared, size))
     state = DecodingCache(decoder, PlanFinder(decoder), 4, 64, 30, 9, fixed=False)
     state.lengths_P = torch.tensor([1, 40, 64])
     state.prompt_R = torch.tensor([0] * 21 + [1] + [2] * 6)[torch.randperm(28)]
     state.written_R = torch.randint(1, 10, (28,))
-    for cache in (state.prompt_keys, state.prompt_values, state.row_cache):
+    stack = state.stacks[0]
+    for cache in (stack.prompt_keys, stack.prompt_values, stack.row_cache):
         cache.copy_(torch.randn(cache.shape))
     state._assign_slots()
     state._at = state._layout()
@@ -56,7 +58,8 @@ def filled(kernel: str, dtype: torch.dtype, heads: int, shared: int, size: int) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_step_is_attention_over_prompt_and_row(kernel: str, heads: int, shared: int, size: int, dtype: torch.dtype) -> None:
     state = filled(kernel, dtype, heads, shared, size)
-    before = state.row_cache.clone()
+    stack = state.stacks[0]
+    before = stack.row_cache.clone()
     query = torch.randn(28, heads, size).to(dtype)
     key, value = (torch.randn(28, heads // shared, size).to(dtype) for _ in range(2))
     output_RHD = state(1, query, key, value, scale=0.3)
@@ -66,8 +69,8 @@ def test_one_step_is_attention_over_prompt_and_row(kernel: str, heads: int, shar
         for head in range(heads):
             of = head // shared
             own_keys, own_values = before[1, :, row, of, : written - 1].double()
-            keys = torch.cat([state.prompt_keys[1, prompt, of, :length].double(), own_keys, key[row, of][None].double()])
-            values = torch.cat([state.prompt_values[1, prompt, of, :length].double(), own_values, value[row, of][None].double()])
+            keys = torch.cat([stack.prompt_keys[1, prompt, of, :length].double(), own_keys, key[row, of][None].double()])
+            values = torch.cat([stack.prompt_values[1, prompt, of, :length].double(), own_values, value[row, of][None].double()])
             expected = attention(query[row, head].double(), keys, values, 0.3)
             tolerance = 1e-5 if dtype == torch.float32 else 0.05
             torch.testing.assert_close(output_RHD[row, head].double(), expected, rtol=tolerance, atol=tolerance)
@@ -77,7 +80,7 @@ def test_one_step_is_attention_over_prompt_and_row(kernel: str, heads: int, shar
     rows = torch.arange(28)
     before[1, 0, rows, :, state.written_R - 1] = key
     before[1, 1, rows, :, state.written_R - 1] = value
-    assert torch.equal(state.row_cache, before), "the newest keys and values are written, and nothing else"
+    assert torch.equal(stack.row_cache, before), "the newest keys and values are written, and nothing else"
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -14,10 +14,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from groupwise.models import LanguageModel
 from groupwise.models.attention import decoding, training_flex
+from groupwise.models.attention.attend import PLAIN, AttentionForm
 from groupwise.models.attention.cuda_graphs import FixedSteps
 from groupwise.models.attention.decoding_torch import StepLayout
 from groupwise.models.attention.training import PackedAttention
-from groupwise.models.decoder import Decoder
+from groupwise.models.decoder import Decoder, HeadShape
 from tests.conftest import owned, packs, tiny_model
 from tests.test_sampler import sample, spoken
 
@@ -27,8 +28,8 @@ def fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding as on a GPU: steps of fixed sizes, no C++ kernels."""
     original = LanguageModel.decoding_cache
 
-    def with_fixed_steps(model: LanguageModel, *sizes: int) -> Any:
-        return original(model, *sizes, fixed=True)
+    def with_fixed_steps(model: LanguageModel, *sizes: int, dtype: Any) -> Any:
+        return original(model, *sizes, dtype=dtype, fixed=True)
 
     monkeypatch.setattr(LanguageModel, "decoding_cache", with_fixed_steps)
 
@@ -65,16 +66,18 @@ def test_steps_are_tried_before_a_gpu_takes_them(any_model: Any, monkeypatch: py
     if not packs(any_model):
         pytest.skip("its attention falls back to padded batches")
     model = owned(any_model)
-    assert model.decoding_trial(fixed=True) is None
+    assert model.decoder.packs()
+    why_not_exact = model.caches.why_not_exact
+    assert why_not_exact(fixed=True) is None
     with monkeypatch.context() as patch:
         patch.setattr(decoding, "attend_newest", lambda *arguments: arguments[4] * 0)
-        assert model.decoding_trial(fixed=True) == "decoding steps and full forward passes give different hidden states"
+        assert why_not_exact(fixed=True) == "steps of generation and full forward passes give different hidden states"
 
     def failing(*_: Any) -> Tensor:
         raise RuntimeError("no graph for this")
 
     monkeypatch.setattr(FixedSteps, "_capture", failing)
-    assert "RuntimeError: no graph for this" in str(model.decoding_trial(fixed=True))
+    assert "RuntimeError: no graph for this" in str(why_not_exact(fixed=True))
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "llama", "gemma"])
@@ -112,8 +115,8 @@ def test_a_rollouts_memory_goes_with_it(tokenizer: Any) -> None:
 
 
 def test_rows_are_as_many_as_a_gpu_has_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = SimpleNamespace(num_attention_heads=16, num_key_value_heads=8, head_dim=128, num_hidden_layers=28, hidden_size=2048)
-    decoder = SimpleNamespace(device=torch.device("cuda"), config=config, dtype=torch.bfloat16)
+    shapes = dict.fromkeys(range(28), HeadShape(kv_heads=8, size=128))
+    decoder = SimpleNamespace(device=torch.device("cuda"), shapes=shapes, dtype=torch.bfloat16)
     model = LanguageModel.__new__(LanguageModel)
     model.decoder = decoder
     for name, found in (("mem_get_info", (50e9, 80e9)), ("memory_reserved", 12e9), ("memory_allocated", 2e9)):
@@ -125,8 +128,7 @@ def test_rows_are_as_many_as_a_gpu_has_memory_for(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("frozen", ["nothing", "the embedding", "everything"])
-def test_the_trial_asks_for_a_gradient_where_there_is_one(frozen: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Decoder, "tries_gradient", lambda _: True)
+def test_the_trial_takes_a_gradient_where_there_is_one(frozen: str, tokenizer: Any) -> None:
     model = tiny_model("qwen3", tokenizer)
     if frozen != "nothing":
         (model if frozen == "everything" else model.get_input_embeddings()).requires_grad_(False)
@@ -135,7 +137,6 @@ def test_the_trial_asks_for_a_gradient_where_there_is_one(frozen: str, tokenizer
 
 
 def test_a_wrong_gradient_is_found_out(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Decoder, "tries_gradient", lambda _: True)
     run = Decoder.run_packed
 
     def halved(*arguments: Any) -> Tensor:
@@ -171,12 +172,13 @@ def test_flex_attention_is_the_packed_attention(heads: int, shared: int) -> None
     layout = PackedAttention(lengths, prompts, rows, "cpu")
     N = len(layout.positions_N)
     query, key, value = torch.randn(N, heads, 16), torch.randn(N, heads // shared, 16), torch.randn(N, heads // shared, 16)
-    found = training_flex.attention(query, key, value, layout.block_mask, 0.3)
+    found = training_flex.attention(query, key, value, layout.block_mask(), 0.3)
     torch.testing.assert_close(found, layout(0, query, key, value, 0.3), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile needs a C++ compiler")
-def test_compiled_flex_attention_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", [PLAIN, AttentionForm(window=30, softcap=2.0)], ids=["plain", "window and soft cap"])
+def test_compiled_flex_attention_is_compiled_once(form: AttentionForm, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the lengths; at its limit of compilations PyTorch would give up, and take memory of the square of N."""
     monkeypatch.setattr(training_flex, "_compiled", lambda function, _: training_flex._compile(function))
     for count in range(4, 8):
@@ -186,8 +188,8 @@ def test_compiled_flex_attention_is_compiled_once(monkeypatch: pytest.MonkeyPatc
         query, key, value = torch.randn(N, 4, 16), torch.randn(N, 2, 16), torch.randn(N, 2, 16)
         graphs = counters["stats"]["unique_graphs"]
         with torch.no_grad():
-            found = training_flex.attention(query, key, value, layout.block_mask, 0.3)
-        torch.testing.assert_close(found, layout(0, query, key, value, 0.3), rtol=1e-4, atol=1e-5)
+            found = training_flex.attention(query, key, value, layout.block_mask(form.window), 0.3, form)
+        torch.testing.assert_close(found, layout(0, query, key, value, 0.3, form), rtol=1e-4, atol=1e-5)
         assert count == 4 or counters["stats"]["unique_graphs"] == graphs
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoModel, CohereConfig, Olmo2Config, OlmoConfig
 
 from groupwise.kernels import layers
+from groupwise.models.attention.layers import fused_norms
 from groupwise.models.backend import BACKENDS
 from groupwise.models.decoder import Decoder
 from tests.conftest import need_kernels, owned, packs, tiny_model
@@ -234,3 +235,27 @@ def test_other_precisions_go_the_layers_own_way(tokenizer: Any) -> None:
         found, _ = wide.completion_logprobs(batch)
     # Two roundings of the same log-probabilities to bfloat16's 8 bits.
     torch.testing.assert_close(found, rough, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma"])
+def test_pytorchs_fused_norm_is_each_norm_of_a_decoder(architecture: str, tokenizer: Any) -> None:
+    """As on a GPU. Gemma adds 1 to the weight. In bfloat16 the fused kernel rounds once, transformers' norm twice."""
+    decoder = tiny_model(architecture, tokenizer).base_model
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    found = {layer.module: layer.forward for layer in fused_norms(decoder)}
+    norms = [module for module in decoder.modules() if type(module).__name__.endswith("RMSNorm")]
+    assert norms and found.keys() == set(norms)
+    for norm in norms:
+        x = torch.randn(5, 3, len(norm.weight), requires_grad=True)
+        ours, theirs = found[norm](x), norm(x)
+        torch.testing.assert_close(ours, theirs)
+        inputs = x, norm.weight
+        for mine, expected in zip(
+            torch.autograd.grad(ours.sin().sum(), inputs), torch.autograd.grad(theirs.sin().sum(), inputs), strict=True
+        ):
+            torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+        low = x.detach().bfloat16()
+        torch.testing.assert_close(found[norm](low), norm.bfloat16()(low), rtol=2e-2, atol=2e-2)
+        norm.float()

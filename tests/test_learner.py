@@ -1,5 +1,6 @@
 """The learner's promises: its log-probabilities are the model's, and a step's gradient does not depend on how it is cut."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -168,14 +169,6 @@ def test_check_logits_knows_every_architecture(any_model: Any) -> None:
     owned(any_model).check_logits()
 
 
-def test_which_models_run_packed(tokenizer: Any) -> None:
-    """Full, plain attention does; Gemma 2 has soft caps and sliding windows, and falls back to padded batches."""
-    from tests.conftest import ARCHITECTURES, packs, tiny_model
-
-    found = {name: packs(tiny_model(name, tokenizer)) for name in ARCHITECTURES}
-    assert found == {"qwen3": True, "llama": True, "gemma": True, "qwen3_moe": True, "gemma2": False}
-
-
 def test_rows_that_teach_nothing_are_not_run_and_change_nothing(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.conftest import tiny_model
 
@@ -200,6 +193,11 @@ def test_rows_that_teach_nothing_are_not_run_and_change_nothing(tokenizer: Any, 
 
 def gradients_of(model: Any, batch: Batch, **settings: Any) -> list[Tensor]:
     """The gradient that one update of DAPO takes, by parameter."""
+    return update_for_gradients(model, **settings)(batch)
+
+
+def update_for_gradients(model: Any, **settings: Any) -> Callable[[Batch], list[Tensor]]:
+    """Such an update, after the trials of what runs the model."""
     learner = LocalLearner(
         owned(model),
         named("dapo", overlong_cache=0.0),
@@ -214,10 +212,14 @@ def gradients_of(model: Any, batch: Batch, **settings: Any) -> list[Tensor]:
         found.extend(parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None)
         return Step(0.0, 0.0, 0)
 
+    def update(batch: Batch) -> list[Tensor]:
+        learner.update(batch)
+        model.zero_grad(set_to_none=True)
+        return found
+
     learner.optimiser.step = take  # type: ignore[method-assign]
-    learner.update(batch)
-    model.zero_grad(set_to_none=True)
-    return found
+    learner.model.decoder.packs()
+    return update
 
 
 def test_checkpointing_gives_the_same_gradient_and_keeps_less(any_model: Any) -> None:
@@ -230,8 +232,9 @@ def test_checkpointing_gives_the_same_gradient_and_keeps_less(any_model: Any) ->
             sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
+        update = update_for_gradients(any_model, checkpointing=checkpointed)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            return gradients_of(any_model, batch, checkpointing=checkpointed), sum(sizes.values())
+            return update(batch), sum(sizes.values())
 
     (plain, plain_bytes), (ours, our_bytes) = kept(False), kept(True)
     for mine, theirs in zip(ours, plain, strict=True):

@@ -5,18 +5,19 @@ functions it is made of), a model (`LanguageModel`), a sampler (`NativeSampler`)
 """
 
 from importlib import import_module
-from importlib.metadata import version as _version
-from typing import Any
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from groupwise.algorithms import *  # noqa: F403
 from groupwise.algorithms import __all__ as _of_algorithms
-from groupwise.api import train as train
 from groupwise.errors import RunError as RunError
 from groupwise.errors import UserError as UserError
 
-__version__ = _version("groupwise")
+if TYPE_CHECKING:
+    from groupwise.api import train as train
 
 _LAZY = {
+    "train": "groupwise.api",
     "LanguageModel": "groupwise.models",
     "encode_prompt": "groupwise.models",
     "load_tokenizer": "groupwise.models",
@@ -37,12 +38,15 @@ _LAZY = {
     "CreditAssigner": "groupwise.training.credit",
     "reward_parts": "groupwise.training.credit",
 }
-"""The pieces of a loop, imported when they are first used: transformers takes seconds to import."""
+"""Imported when they are first used: transformers takes seconds to import, and a loop of one's own needs no more than it and
+PyTorch, while recipes and runs need all dependencies."""
 
-__all__ = [*_of_algorithms, *_LAZY, "RunError", "UserError", "train"]
+__all__ = [*_of_algorithms, *_LAZY, "RunError", "UserError"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # the metadata is there only once groupwise is installed
+        return version("groupwise")
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'groupwise' has no attribute {name!r}")

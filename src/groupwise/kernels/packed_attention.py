@@ -23,7 +23,7 @@ def attention_kernels(head_size: int) -> Any:
     loaded = library(*_source(head_size))
     if loaded is None:
         return None
-    counts = {"attend": (10, 1, 4), "attend_backward": (16, 1, 5)}
+    counts = {"attend": (11, 2, 5), "attend_backward": (16, 2, 6), "sink_gradient": (5, 0, 2)}
     return SimpleNamespace(**{name: function(loaded, name, *count) for name, count in counts.items()})
 
 
@@ -45,19 +45,33 @@ def unsupported(query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor) -> str | 
     return None if reason is None else f"the kernel could not be compiled: {reason}"
 
 
-def packed_attention(query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, rows: "PackedRows", scale: float) -> Tensor:
-    """Causal attention of each token to its own sequence and to all of its prompt; differentiable.
+def packed_attention(
+    query_NHD: Tensor,
+    key_NKD: Tensor,
+    value_NKD: Tensor,
+    rows: "PackedRows",
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of each token to its own sequence and to all of its prompt; differentiable, also in the sinks.
 
     Args:
         query_NHD: H query heads of N tokens; H / K of them share a key-value head. All three tensors must be contiguous, and
             `unsupported` must return None for them.
         rows: where the sequences lie among the N tokens.
         scale: factor of the scores before the softmax.
+        window: a token sees the last so many tokens of its sequence (prompt and completion), itself included; 0: all.
+        softcap: soft cap c of the scaled scores, c tanh(score / c); 0: none.
+        sinks_H: for each query head a logit that takes part in the softmax and has no value.
 
     Returns:
         The attention output, [N, H, D].
     """
-    output: Tensor = _Attention.apply(query_NHD, key_NKD, value_NKD, rows, scale)  # type: ignore[no-untyped-call]
+    sinks = None if sinks_H is None else sinks_H.to(query_NHD.dtype).contiguous()
+    form = window, softcap
+    output: Tensor = _Attention.apply(query_NHD, key_NKD, value_NKD, sinks, rows, scale, *form)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -117,26 +131,38 @@ class PackedRows:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: PackedRows, scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        rows: PackedRows,
+        scale: float,
+        window: int,
+        softcap: float,
+    ) -> Tensor:
         output, log_sum_exp = torch.empty_like(query), query.new_empty(query.shape[:2])
         layout = rows.starts, rows.lengths, rows.prompts, rows.order, rows.sets
-        sizes = len(rows.sets) - 1, query.shape[1], key.shape[1], rows.max_keys
-        attention_kernels(query.shape[2]).attend(query, key, value, output, log_sum_exp, *layout, scale, *sizes)
-        ctx.save_for_backward(query, key, value, output, log_sum_exp)
-        ctx.rows, ctx.scale = rows, scale
+        sizes = len(rows.sets) - 1, query.shape[1], key.shape[1], rows.max_keys, window
+        tensors = query, key, value, sinks, output, log_sum_exp
+        attention_kernels(query.shape[2]).attend(*tensors, *layout, scale, softcap, *sizes)
+        ctx.save_for_backward(query, key, value, sinks, output, log_sum_exp)
+        ctx.rows, ctx.scale, ctx.window, ctx.softcap = rows, scale, window, softcap
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, log_sum_exp = ctx.saved_tensors
-        rows: PackedRows = ctx.rows
+        query, key, value, sinks, output, log_sum_exp = ctx.saved_tensors
+        gradient, rows, kernels = gradient.contiguous(), ctx.rows, attention_kernels(query.shape[2])
         d_query, d_key, d_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         d_prompts = key.new_zeros(2, rows.prompt_tokens, *key.shape[1:])
+        d_sinks = None if sinks is None else torch.empty_like(sinks)
         layout = rows.starts, rows.lengths, rows.prompts, rows.order, rows.sets, rows.prompt_offsets
-        sizes = len(rows.sets) - 1, query.shape[1], key.shape[1], rows.max_keys, rows.prompt_tokens
-        attention_kernels(query.shape[2]).attend_backward(
-            gradient.contiguous(),
+        sizes = len(rows.sets) - 1, query.shape[1], key.shape[1], rows.max_keys, ctx.window, rows.prompt_tokens
+        kernels.attend_backward(
+            gradient,
             output,
             query,
             key,
@@ -148,6 +174,9 @@ class _Attention(torch.autograd.Function):
             d_prompts,
             *layout,
             ctx.scale,
+            ctx.softcap,
             *sizes,
         )
-        return d_query, d_key, d_value, None, None
+        if d_sinks is not None:
+            kernels.sink_gradient(gradient, output, log_sum_exp, sinks, d_sinks, *query.shape[:2])
+        return d_query, d_key, d_value, d_sinks, None, None, None, None

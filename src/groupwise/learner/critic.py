@@ -1,22 +1,24 @@
 """PPO's critic: values of states, trained on their returns."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from groupwise.config import CriticSection, LearnerSection
 from groupwise.learner.optimiser import Optimiser
 from groupwise.models import LanguageModel
 from groupwise.models.value import ValueModel
 from groupwise.types import Batch, TrainingBatch
 
+if TYPE_CHECKING:
+    from groupwise.config import CriticSection, LearnerSection
+
 
 class Critic:
     """A value model with an optimiser of its own."""
 
-    def __init__(self, model: LanguageModel, settings: CriticSection, learner: LearnerSection, *, updates: int) -> None:
+    def __init__(self, model: LanguageModel, settings: "CriticSection", learner: "LearnerSection", *, updates: int) -> None:
         """`model`: a language model of its own. `learner`: how it is run. `updates`: how many the schedule spans."""
         self.values_of = ValueModel(model)
         self.settings, self.learner = settings, learner

@@ -3,14 +3,13 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from groupwise.algorithms import Algorithm, Terms, policy_loss
 from groupwise.algorithms.diagnostics import diagnose
-from groupwise.config import LearnerSection, Recipe
 from groupwise.errors import DIVERGED, RunError
 from groupwise.learner.base import TokenRecord
 from groupwise.learner.critic import Critic
@@ -19,6 +18,9 @@ from groupwise.learner.optimiser import Optimiser
 from groupwise.learner.updates import TokenMetrics, Update
 from groupwise.models import LanguageModel
 from groupwise.types import Batch, LogprobBatch, TrainingBatch, WeightedBatch, upgrade
+
+if TYPE_CHECKING:
+    from groupwise.config import LearnerSection, Recipe
 
 Rows = TypeVar("Rows", bound=Batch)
 
@@ -30,7 +32,7 @@ class LocalLearner:
         self,
         model: LanguageModel,
         algorithm: Algorithm,
-        settings: LearnerSection,
+        settings: "LearnerSection",
         *,
         updates: int,
         temperature: float,
@@ -38,7 +40,9 @@ class LocalLearner:
         reference: LanguageModel | None = None,
         critic: Critic | None = None,
     ) -> None:
-        """`updates`: how many the schedule spans. `reference` (a frozen model) and `critic`: where the algorithm needs one."""
+        """`settings`: a `LearnerSection`, or anything with its attributes. `updates`: how many the schedule spans.
+
+        `reference` (a frozen model) and `critic`: where the algorithm needs one."""
         self.model, self.reference, self.critic = model, reference, critic
         self.algorithm, self.settings = algorithm, settings
         self.temperature, self.max_tokens = temperature, max_tokens
@@ -55,7 +59,7 @@ class LocalLearner:
         )
 
     @classmethod
-    def build(cls, recipe: Recipe, algorithm: Algorithm, model: LanguageModel) -> "LocalLearner":
+    def build(cls, recipe: "Recipe", algorithm: Algorithm, model: LanguageModel) -> "LocalLearner":
         """The learner of a recipe, with a frozen copy of the base model as reference, and another with a value head as critic,
         where the algorithm needs them."""
         updates = recipe.training.steps * recipe.learner.minibatches

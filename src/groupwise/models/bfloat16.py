@@ -2,7 +2,8 @@
 
 What torch.autocast would also do in bfloat16 (norms, RoPE, SwiGLU, attention) stays on the float32 kernels, which are faster than
 PyTorch's in bfloat16. Sampler and learner round at the same places, so their log-probabilities hardly differ. The bfloat16 copies
-take half the memory of the weights.
+take half the memory of the weights. Only Linear layers run in bfloat16: the experts of a mixture, and the convolutions and
+recurrences of recurrent layers, stay in float32.
 """
 
 import weakref
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from groupwise.kernels.blocked_bf16 import blocked_matmul_bf16, to_blocked_bf16, why_not_bf16
-from groupwise.models.patches import Forwards, is_observed, patched
+from groupwise.models.patches import Forwards, is_observed
 
 
 class RoundedWeights:
@@ -62,9 +63,13 @@ class Bfloat16:
             return f"the kernels round float32 weights, and the model's are {decoder.dtype}"
         if decoder.compiled:
             return "torch.compile generates its own code"
-        if not decoder.backend.layer_kernels:
+        if not (decoder.backend.layer_kernels and decoder.backend.blocked_weights):
             return "the backend is set to run layers without C++"
         return "the model runs in padded batches" if not decoder.packs() else why_not_bf16()
+
+    def rounds_to(self, dtype: torch.dtype | None) -> bool:
+        """Whether generating in this dtype is rounding weights and inputs of float32 matmuls."""
+        return dtype == torch.bfloat16 and self.why_not() is None
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -82,16 +87,19 @@ class Bfloat16:
         self.copies = RoundedWeights() if self._held is None else self._held
         decoder.linears = rounded_forwards(list(decoder.module.modules()), self.copies)
         try:
-            with patched(decoder.linears):  # here for padded batches; in packed ones they are patched in anyway
-                yield
+            yield
         finally:
             self.copies, decoder.linears = None, ()
 
 
-def rounded_weights(decoder: Any, head: Any) -> tuple[Forwards, Any, Forwards]:
-    """The arguments of `BlockedWeights` for a rollout in bfloat16: forwards of the output layer, the decoder, those inside it."""
+def rounded_weights(decoder: Any, head: list[Any], *, packed: bool) -> tuple[Forwards, Any, Forwards]:
+    """The arguments of `BlockedWeights` for a rollout in bfloat16: forwards of the output layer, the decoder, those inside it.
+
+    `packed`: it runs packed sequences; otherwise the decoder is called as it is, and forwards inside it are among the first.
+    """
     copies = RoundedWeights()
-    return rounded_forwards([head], copies), decoder, rounded_forwards(list(decoder.module.modules()), copies)
+    of_head, inside = rounded_forwards(head, copies), rounded_forwards(list(decoder.module.modules()), copies)
+    return (of_head, decoder, inside) if packed else ([*of_head, *inside], None, [])
 
 
 def rounded_forwards(modules: list[Any], rounded: RoundedWeights) -> Forwards:

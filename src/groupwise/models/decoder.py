@@ -2,20 +2,40 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from groupwise.models.attention.attend import Attend
-from groupwise.models.attention.layers import LayerForward, layer_forwards, matches, trial_attention
+from groupwise.errors import UserError
+from groupwise.models.attention.attend import PLAIN, Attend, AttentionForm
+from groupwise.models.attention.layers import LayerForward, TrialAttend, layer_forwards, matches
 from groupwise.models.attention.registry import attending, run_packed
 from groupwise.models.attention.training import PackedAttention
 from groupwise.models.backend import Backend
 from groupwise.models.patches import Forwards, is_compiled
+from groupwise.models.recurrent import recurrent_layers
+from groupwise.models.trials import (
+    LENGTHS,
+    TrialRows,
+    first_line,
+    first_trained,
+    no_constants,
+    small_windows,
+    tolerance_in,
+    trial_rows,
+)
 
-TRIAL_LENGTHS = {"cpu": (2, 4), "cuda": (100, 200)}
-"""Tokens of a prompt and of a completion on trial: few, but on a GPU enough for flex attention to take its training kernels."""
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """What an attention layer keeps of each token."""
+
+    kv_heads: int
+    size: int
+    """Of a head of keys, and of values."""
 
 
 class Decoder:
@@ -27,6 +47,10 @@ class Decoder:
         """Whether torch.compile must see its layers as they are, so that no kernel of ours replaces them."""
         self.reasons: dict[str, str] = {}
         """What does not run in the fastest way, and why."""
+        self.shapes: dict[int, HeadShape] = {}
+        """What each attention layer keeps of a token, by its index; known once packed sequences have been tried."""
+        self.repeated = False
+        """Whether attention layers run more than once in a forward pass, so that their keys have no one place in a cache."""
         self.linears: Forwards = ()
         """Forwards of linear layers that are patched in as well, while they run in bfloat16."""
         self.bf16_step = False
@@ -53,12 +77,26 @@ class Decoder:
     def on_cpu(self) -> bool:
         return self.device.type == "cpu"
 
+    @cached_property
+    def recurrent(self) -> Forwards:
+        """Its recurrent layers, with the forwards that run them over packed sequences."""
+        return recurrent_layers(self.module)
+
+    @cached_property
+    def position_limit(self) -> int | None:
+        """The most tokens of a sequence where RoPE changes with the longest sequence of a batch; None: it does not.
+
+        Beyond it (dynamic NTK, LongRoPE) a token's frequencies depend on the other rows, and on tokens that follow it.
+        """
+        limits = [limit for module in self.module.modules() if (limit := _fixed_until(module)) is not None]
+        return min(limits, default=None)
+
     def layers(self) -> list[LayerForward]:
         """Layers that run on our kernels, found by trial once."""
-        if not (self.backend.layer_kernels and self.on_cpu) or self.compiled:
+        if not self.backend.layer_kernels or self.compiled:
             return []
         if self._layers is None:
-            with attending(self.module, trial_attention):
+            with self.exact(), attending(self.module, TrialAttend()):
                 self._layers, reasons = layer_forwards(self.module)
             if reasons:
                 more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
@@ -67,16 +105,30 @@ class Decoder:
 
     def forwards(self) -> Forwards:
         """The forwards to patch in while packed sequences run."""
-        return [*((layer.module, layer.forward) for layer in self.layers() if layer.usable), *self.linears]
+        layers = [(layer.module, layer.forward) for layer in self.layers() if layer.usable]
+        return [*self.recurrent, *layers, *self.linears]
 
     @contextmanager
     def exact(self) -> Iterator[None]:
-        """Within: nothing is rounded to bfloat16, as trials need it, which may be held while a sampler decodes."""
-        linears, self.linears = self.linears, ()
+        """Within: nothing is rounded to bfloat16. For trials, which may run while a sampler decodes or a learner trains."""
+        before = self.linears, self.bf16_step
+        self.linears, self.bf16_step = (), False
         try:
             yield
         finally:
-            self.linears = linears
+            self.linears, self.bf16_step = before
+
+    def check_length(self, tokens: int) -> None:
+        """Refuse sequences whose RoPE would depend on the rest of their batch.
+
+        Raises:
+            UserError: a sequence of so many tokens is one.
+        """
+        if self.position_limit is not None and tokens > self.position_limit:
+            raise UserError(
+                f"a sequence of {tokens} tokens exceeds {self.position_limit}: beyond it this model's RoPE (dynamic NTK or "
+                "LongRoPE) depends on the longest sequence of a batch, and so would log-probabilities"
+            )
 
     def run_packed(self, tokens_N: Tensor, positions_N: Tensor, attend: Attend) -> Tensor:
         """The last hidden states [N, H] of packed tokens (int64 [N]) at their positions in their sequences (int64 [N])."""
@@ -86,6 +138,49 @@ class Decoder:
         """An `Attend` over prompts and completions; see there."""
         kernels = self.backend.attention_kernels
         return PackedAttention(prompt_lengths, group_ids_R, lengths_R, self.device, kernels=kernels)
+
+    # --- trials
+
+    def trial_rows(self) -> TrialRows:
+        """Prompts and completions to try the decoder on."""
+        return trial_rows(self.vocab_size, self.device, self.position_limit)
+
+    @torch.no_grad()
+    def alone(self, tokens: Tensor) -> Tensor:
+        """The hidden states [N, H] of one sequence in a forward pass of its own."""
+        hidden_1NH: Tensor = self.module(input_ids=tokens[None], use_cache=False).last_hidden_state
+        return hidden_1NH[0]
+
+    @torch.no_grad()
+    def why_not_causal(self) -> str | None:
+        """Why a row of a batch, padded on its right, is not what it is alone, so that no batch is exact; None if it is."""
+        trial = self.trial_rows()
+        rows = [trial.row(i) for i in range(len(trial.completions))]
+        width = max(map(len, rows))
+        # Padding differs from row to row and is no special token, so that whatever reads it shows.
+        tokens_RL = torch.stack([torch.cat([row, row.flip(0).repeat(width)])[:width] for row in rows])
+        with self.exact(), small_windows(self.module), no_constants(self.module):
+            together = self.module(input_ids=tokens_RL, use_cache=False).last_hidden_state
+            for row, ours in zip(rows, together, strict=True):
+                theirs = self.alone(row)
+                if not matches(ours[: len(row)], theirs, tolerance_in(theirs.dtype)):
+                    return "a token's hidden state depends on later tokens or on other rows of its batch"
+        return None
+
+    @torch.inference_mode(False)
+    def why_not_trainable(self) -> str | None:
+        """Why its own backward pass cannot be taken, which the fallback would take; None if it can, or nothing is trained."""
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        if not trained:
+            return None
+        with self.exact(), torch.enable_grad():
+            hidden = self.module(input_ids=self.trial_rows().row(0)[None], use_cache=False).last_hidden_state
+            try:
+                gradients = torch.autograd.grad(hidden.float().square().sum(), trained, allow_unused=True)
+            except RuntimeError as error:  # third-party forwards may write in place what the backward pass needs
+                return f"its backward pass fails: {first_line(error)}"
+        finite = all(torch.isfinite(gradient).all() for gradient in gradients if gradient is not None)
+        return None if finite else "its gradients are not finite"
 
     def packs(self) -> bool:
         """Whether packed sequences can run, tried against the decoder's own forward once per device and dtype."""
@@ -102,44 +197,91 @@ class Decoder:
                 self.reasons["packed"] = reason
         return self._packs
 
+    @torch.inference_mode(False)  # tensors of inference mode have no gradients
     def _why_not_packed(self) -> str | None:
         if not self.backend.packed:
             return "the backend is set to padded batches"
-        if self.device.type not in TRIAL_LENGTHS:
+        if self.device.type not in LENGTHS:
             return f"there is no packed attention for the device {self.device.type!r}"
-        types = set(getattr(self.config.get_text_config(), "layer_types", None) or ["full_attention"])
-        if types != {"full_attention"}:
-            return f"its layers are not all full attention: {', '.join(sorted(map(str, types)))}"
-        return self._trial()
+        self.layers()  # tried with windows as they are
+        with small_windows(self.module), no_constants(self.module):
+            return self._trial()
 
-    @torch.inference_mode(False)  # tensors of inference mode have no gradients
     def _trial(self) -> str | None:
-        """Why one prompt with one completion does not run packed as it does in one row; None if it does."""
-        prompt, row = TRIAL_LENGTHS[self.device.type]
-        tokens = torch.arange(prompt + row, device=self.device) % self.vocab_size
-        attention = self.packed_attention([prompt], torch.tensor([0]), torch.tensor([row]))
+        """Why two prompts with two completions each do not run packed as each row does alone; None if they do."""
+        trial = self.trial_rows()
+        lengths = [len(prompt) for prompt in trial.prompts]
+        attention = self.packed_attention(lengths, trial.prompt_R, torch.tensor([len(row) for row in trial.completions]))
+        tokens_N = torch.cat([*trial.prompts, *trial.completions])
+        recorder = _Recorder(attention)
+
+        def packed() -> list[Tensor]:
+            prompts, completions = self._split(self.run_packed(tokens_N, attention.positions_N, recorder), trial)
+            return [torch.cat([prompts[int(p)], row]) for p, row in zip(trial.prompt_R, completions, strict=True)]
+
+        def apart() -> list[Tensor]:
+            rows = [trial.row(i) for i in range(len(trial.completions))]
+            return [self.module(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows]
+
         try:
-            ours = self._output_and_gradient(lambda: self.run_packed(tokens, attention.positions_N, attention))
+            ours = self._rows_and_gradient(packed)
         except Exception as error:  # third-party forwards and GPU compilers may raise anything
-            return f"packed sequences fail in it: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        theirs = self._output_and_gradient(lambda: self.module(input_ids=tokens[None], use_cache=False).last_hidden_state[0])
+            return f"packed sequences fail in it: {first_line(error)}"
+        self.shapes, self.repeated = recorder.shapes, recorder.repeated
+        theirs = self._rows_and_gradient(apart)
         if all(matches(one, other, tolerance_in(other.dtype)) for one, other in zip(ours, theirs, strict=True)):
             return None
-        return "packed sequences give other hidden states than rows of their own"
+        return "packed sequences give other hidden states or gradients than rows of their own"
 
-    def _output_and_gradient(self, run: Any) -> list[Tensor]:
-        """The output, and on a GPU the gradient of one parameter too: flex attention has a kernel of its own for it."""
-        trained = [p for p in self.module.parameters() if p.requires_grad and self.tries_gradient()][:1]
-        with torch.inference_mode(False), torch.set_grad_enabled(bool(trained)), torch.autocast(self.device.type, enabled=False):
-            output = run()
-            weighted = output.float() * torch.linspace(-1, 1, output.numel(), device=output.device).view(output.shape)
-            return [output.detach(), *(torch.autograd.grad(weighted.sum(), trained) if trained else ())]
+    @staticmethod
+    def _split(hidden_NH: Tensor, trial: TrialRows) -> tuple[list[Tensor], list[Tensor]]:
+        pieces = torch.split(hidden_NH, [len(tokens) for tokens in (*trial.prompts, *trial.completions)])
+        return list(pieces[: len(trial.prompts)]), list(pieces[len(trial.prompts) :])
 
-    def tries_gradient(self) -> bool:
-        """Whether a trial includes the backward pass."""
-        return not self.on_cpu
+    def _rows_and_gradient(self, run: Any) -> list[Tensor]:
+        """The hidden states of each row, and the gradient of the first trained parameter, most often the embedding."""
+        with (
+            torch.inference_mode(False),
+            first_trained(self.module) as trained,
+            torch.set_grad_enabled(bool(trained)),
+            torch.autocast(self.device.type, enabled=False),
+        ):
+            rows = run()
+            # Weights that differ between tokens and between elements: the sum over a normalised state would be constant.
+            sums = [(row.float() * torch.linspace(-1, 1, row.numel(), device=row.device).view(row.shape)).sum() for row in rows]
+            gradients = torch.autograd.grad(torch.stack(sums).sum(), trained) if trained else ()
+            return [*(row.detach() for row in rows), *gradients]
 
 
-def tolerance_in(dtype: torch.dtype) -> float:
-    """How near two ways of computing the same hidden states come in a dtype, relative to the largest."""
-    return max(1e-3, 10 * torch.finfo(dtype).eps)
+class _Recorder:
+    """An `Attend` that notes what it is called with."""
+
+    def __init__(self, attend: Attend) -> None:
+        self._attend = attend
+        self.shapes: dict[int, HeadShape] = {}
+        self.repeated = False
+
+    def __call__(
+        self, layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scale: float, form: AttentionForm = PLAIN
+    ) -> Tensor:
+        self.repeated = self.repeated or layer in self.shapes
+        self.shapes[layer] = HeadShape(key_NKD.shape[1], key_NKD.shape[2])
+        return self._attend(layer, query_NHD, key_NKD, value_NKD, scale, form)
+
+    def mix(self, layer: Any, forward: Any, hidden_NH: Tensor) -> Tensor:
+        return self._attend.mix(layer, forward, hidden_NH)
+
+
+def _fixed_until(rotary: Any) -> int | None:
+    """The length up to which a rotary embedding's frequencies are fixed; None: always, or the module is none."""
+    kinds = getattr(rotary, "rope_type", None)
+    if kinds is None:
+        return None
+    if not {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
+        return None
+    config = rotary.config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for holder in (parameters, vars(config)):
+        if limit := holder.get("original_max_position_embeddings"):
+            return int(limit)
+    return int(getattr(rotary, "original_max_seq_len", None) or config.max_position_embeddings)

@@ -41,7 +41,8 @@ class LogitShape:
         """As the model's configuration says; `LanguageModel` checks it against the model's own logits."""
         config = module.config.get_text_config()
         multiplier = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-        return cls(multiplier, getattr(config, "final_logit_softcapping", None), temperature)
+        cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+        return cls(multiplier, cap, temperature)
 
     def __call__(self, scores: Tensor) -> Tensor:
         if self.cap:
@@ -110,8 +111,8 @@ class _Head(torch.autograd.Function):
         total_N = hidden_NH.new_zeros(len(hidden_NH), dtype=torch.promote_types(hidden_NH.dtype, torch.float32))
         moment_N, of_target_N = torch.zeros_like(total_N), torch.zeros_like(total_N)
         top_N = torch.full_like(total_N, -1e30)
-        for _, z_NV, rows, columns in _blocks(hidden_NH, weight_VH, bias_V, targets_N, shape, copy):
-            of_target_N[rows] = z_NV[rows, columns]
+        for _, z_NV, inside_N, column_N1 in _blocks(hidden_NH, weight_VH, bias_V, targets_N, shape, copy):
+            of_target_N = torch.where(inside_N, z_NV.gather(1, column_N1)[:, 0], of_target_N)
             higher_N = torch.maximum(top_N, z_NV.amax(1))
             shrink_N = (top_N - higher_N).exp()
             moment_N = shrink_N * (moment_N + total_N * (top_N - higher_N))
@@ -138,13 +139,13 @@ class _Head(torch.autograd.Function):
             d_weight_VH = torch.zeros_like(weight_VH) if ctx.parameter is None else gradient_of(ctx.parameter)
         d_bias_V = torch.empty_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
         mean_N = logs_N - entropy_N  # E[z] under the distribution
-        for block, z_NV, rows, columns in _blocks(hidden_NH, weight_VH, bias_V, targets_N, ctx.shape, ctx.copy):
+        for block, z_NV, inside_N, column_N1 in _blocks(hidden_NH, weight_VH, bias_V, targets_N, ctx.shape, ctx.copy):
             d_NV = (z_NV - logs_N[:, None]).exp_()  # probabilities p, then the gradient with respect to z
             if ctx.entropy_gradient:
                 d_NV *= -(d_logprobs_N[:, None] + d_entropy_N[:, None] * (z_NV - mean_N[:, None]))
             else:
                 d_NV *= -d_logprobs_N[:, None]
-            d_NV[rows, columns] += d_logprobs_N[rows]
+            d_NV.scatter_add_(1, column_N1, torch.where(inside_N, d_logprobs_N, 0)[:, None])
             d_NV = ctx.shape.backward(d_NV, z_NV).to(hidden_NH.dtype)
             _add_matmul(d_hidden_NH, d_NV, weight_VH[block].to(d_NV.dtype))
             if d_weight_VH is not None:
@@ -170,7 +171,10 @@ def _blocks(
     shape: LogitShape,
     copy: Tensor | None,
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """(block of the vocabulary, z of all tokens there [N, block], tokens whose target lies there, its column for each)."""
+    """(block of the vocabulary, z of all tokens there [N, block], whether their targets lie there [N], and where [N, 1]).
+
+    The column is any for a target elsewhere. A list of those inside would have to be counted, which makes the CPU wait for a GPU.
+    """
     size = _at_once(hidden_NH) // max(1, len(hidden_NH))
     size = max(1, size if size < WIDTH else size // WIDTH * WIDTH)
     if copy is not None:
@@ -186,8 +190,9 @@ def _blocks(
             bias = None if bias is None else bias.to(dtype)
             scores_NV = torch.nn.functional.linear(hidden_NH, weight_VH[block].to(dtype), bias)
         z_NV = shape(scores_NV.to(torch.promote_types(scores_NV.dtype, torch.float32)))
-        rows = ((targets_N >= start) & (targets_N < start + size)).nonzero()[:, 0]
-        yield block, z_NV, rows, targets_N[rows] - start
+        column_N = targets_N - start
+        inside_N = (column_N >= 0) & (column_N < z_NV.shape[1])
+        yield block, z_NV, inside_N, column_N.clamp(0, z_NV.shape[1] - 1)[:, None]
 
 
 def _at_once(hidden_NH: Tensor) -> int:

@@ -3,22 +3,19 @@
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, GradientCheckpointingLayer
+from transformers import GradientCheckpointingLayer
 
 from groupwise.models.attention.registry import recomputing
 from groupwise.models.decoder import Decoder
-from groupwise.models.padded import left_pad, positions
+from groupwise.models.padded import right_pad
 from groupwise.models.patches import patched
 from groupwise.types import Batch
-
-_checkpointed: ContextVar[bool] = ContextVar("groupwise_checkpointed", default=False)
 
 
 @contextmanager
@@ -30,12 +27,10 @@ def checkpointing(decoder: Decoder) -> Iterator[None]:
     context = partial(recomputing, decoder.module, decoder.forwards(), decoder.linears)
     settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": context}
     layers = [module for module in decoder.module.modules() if isinstance(module, GradientCheckpointingLayer)]
-    token = _checkpointed.set(True)
-    try:
-        with patched((layer, partial(checkpoint, layer.forward, **settings)) for layer in layers):
-            yield
-    finally:
-        _checkpointed.reset(token)
+    # Only the outermost: an inner one would be run again without its own checkpoint, after this context has ended.
+    inside = {inner for layer in layers for inner in layer.modules() if inner is not layer}
+    with patched((layer, partial(checkpoint, layer.forward, **settings)) for layer in layers if layer not in inside):
+        yield
 
 
 def inside_rows(batch: Batch) -> Tensor:
@@ -48,12 +43,11 @@ def completion_hidden(decoder: Decoder, batch: Batch, share_prompts: bool) -> Te
 
     `share_prompts`: run each prompt once, its gradient flowing from every completion, instead of once per row.
     """
+    prompt_lengths_P = torch.tensor([len(prompt) for prompt in batch.prompts])
+    decoder.check_length(int((prompt_lengths_P[batch.group_ids_B.cpu()] + batch.lengths_B.cpu()).max()))
     if share_prompts and decoder.packs():
         return _packed(decoder, batch)
-    if _checkpointed.get():  # a cache that keeps its graph cannot be written twice
-        share_prompts = False
-    hidden_BTH = (_shared_prompts if share_prompts else _whole_rows)(decoder, batch)
-    return hidden_BTH[inside_rows(batch)]
+    return _whole_rows(decoder, batch)[inside_rows(batch)]
 
 
 def _packed(decoder: Decoder, batch: Batch) -> Tensor:
@@ -73,34 +67,17 @@ def _packed(decoder: Decoder, batch: Batch) -> Tensor:
 
 
 def _whole_rows(decoder: Decoder, batch: Batch) -> Tensor:
-    """Hidden states [B, T, H] that predict the completion tokens; every row with its own copy of the prompt."""
-    prompt_PL, mask_PL = left_pad(batch.prompts)
-    L = prompt_PL.shape[1]
-    tokens_BL = torch.cat([prompt_PL[batch.group_ids_B], batch.tokens_BT[:, :-1]], dim=1)
-    mask_BL = torch.cat([mask_PL[batch.group_ids_B], torch.ones_like(batch.tokens_BT[:, :-1])], dim=1)
-    output = decoder.module(input_ids=tokens_BL, attention_mask=mask_BL, position_ids=positions(mask_BL), use_cache=False)
-    hidden_BTH: Tensor = output.last_hidden_state[:, L - 1 :]
+    """Hidden states [B, T, H] that predict the completion tokens; every row alone with its own copy of the prompt.
+
+    Padding is on the right, where a causal decoder never sees it, whatever its layers keep of earlier tokens.
+    """
+    prompts = batch.group_ids_B.tolist()
+    completions = [batch.tokens_BT[row, : length - 1] for row, length in enumerate(batch.lengths_B.tolist())]
+    rows = [torch.cat([batch.prompts[prompt], completion]) for prompt, completion in zip(prompts, completions, strict=True)]
+    with patched(decoder.linears):
+        hidden_BLH = decoder.module(input_ids=right_pad(rows), use_cache=False).last_hidden_state
+    starts_B = torch.tensor([len(batch.prompts[prompt]) - 1 for prompt in prompts], device=hidden_BLH.device)
+    position_T = torch.arange(batch.tokens_BT.shape[1], device=hidden_BLH.device)
+    index_BT = (starts_B[:, None] + position_T).clamp(max=hidden_BLH.shape[1] - 1)
+    hidden_BTH: Tensor = hidden_BLH.gather(1, index_BT[..., None].expand(-1, -1, hidden_BLH.shape[2]))
     return hidden_BTH
-
-
-def _shared_prompts(decoder: Decoder, batch: Batch) -> Tensor:
-    """The same, each prompt once: its keys and values keep their graph, and all its completions read them."""
-    prompt_PL, mask_PL = left_pad(batch.prompts)
-    cache = DynamicCache(config=decoder.config)
-    output = decoder.module(
-        input_ids=prompt_PL, attention_mask=mask_PL, position_ids=positions(mask_PL), past_key_values=cache, use_cache=True
-    )
-    last_BH = output.last_hidden_state[batch.group_ids_B, -1:]
-    inputs_BT = batch.tokens_BT[:, :-1]
-    if inputs_BT.shape[1] == 0:
-        return cast(Tensor, last_BH)
-    cache.batch_select_indices(batch.group_ids_B)
-    mask_BL = torch.cat([mask_PL[batch.group_ids_B], torch.ones_like(inputs_BT)], dim=1)
-    output = decoder.module(
-        input_ids=inputs_BT,
-        attention_mask=mask_BL,
-        position_ids=positions(mask_BL)[:, -inputs_BT.shape[1] :],
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return torch.cat([last_BH, output.last_hidden_state], dim=1)

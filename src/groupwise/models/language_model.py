@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,19 +17,20 @@ from groupwise.kernels.compiled import unavailable
 from groupwise.kernels.decode_attention import decode_kernel
 from groupwise.kernels.sample import sample_kernel
 from groupwise.models.attention.decoding import DecodingCache
-from groupwise.models.attention.decoding_step import PlanFinder
-from groupwise.models.attention.layers import head_size, matches
+from groupwise.models.attention.layers import matches
 from groupwise.models.backend import Backend, backend_of
-from groupwise.models.bfloat16 import Bfloat16, rounded_weights
-from groupwise.models.blocked_weights import BlockedWeights, blocked_forwards
-from groupwise.models.decoder import Decoder, tolerance_in
+from groupwise.models.bfloat16 import Bfloat16
+from groupwise.models.blocked_weights import BlockedWeights
+from groupwise.models.caches import Caches
+from groupwise.models.decoder import Decoder
 from groupwise.models.gradients import gradients_in_place
 from groupwise.models.head import logits, token_logprobs
 from groupwise.models.hidden import checkpointing as checkpointed
 from groupwise.models.hidden import completion_hidden, inside_rows
 from groupwise.models.loading import load_module
-from groupwise.models.padded import PaddedCache
+from groupwise.models.padded import NoCache, PaddedCache
 from groupwise.models.patches import is_observed
+from groupwise.models.trials import first_line, tolerance_in
 from groupwise.types import Batch
 
 ROWS_SHARE = 0.6
@@ -57,9 +58,8 @@ class LanguageModel:
         self.module = _causal_model(module)
         self.outer = module
         """What was given: the module, or a peft model around it."""
-        self.decoder = Decoder(self.module.base_model, self.config.vocab_size, backend_of(backend))
-        self._plans = PlanFinder(self.decoder)
-        self._decoding: dict[tuple[torch.device, torch.dtype], str | None] = {}
+        self.decoder = Decoder(_decoder_of(self.module), self.config.vocab_size, backend_of(backend))
+        self.caches = Caches(self.decoder)
         self.bfloat16 = Bfloat16(self.decoder)
         if self.backend.strict and (reason := self.fallback()):
             raise UserError(f"model.backend = 'kernels': {reason}")
@@ -118,16 +118,27 @@ class LanguageModel:
 
     @torch.no_grad()
     def check_logits(self) -> None:
-        """Refuse a model whose logits are not made from its last hidden states in a way that `logits` knows.
+        """Refuse a model that cannot be run exactly here.
 
         Raises:
-            UserError: they are not.
+            UserError: it is no causal decoder, rows of a batch influence each other, steps of generation are not what the whole
+                sequence gives, or its logits are not made from its last hidden states in a way that `logits` knows.
         """
         tokens = torch.arange(4, device=self.device)[None] % self.config.vocab_size
-        theirs = self.module(input_ids=tokens, use_cache=False).logits.float()
-        ours = logits(self.module, self.decoder.module(input_ids=tokens, use_cache=False).last_hidden_state)
-        if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2):
+        try:
+            theirs = self.module(input_ids=tokens, use_cache=False).logits.float()
+            ours = logits(self.module, self.decoder.module(input_ids=tokens, use_cache=False).last_hidden_state)
+            reason = self.decoder.why_not_causal()
+        except Exception as error:  # third-party forwards may raise anything
+            raise UserError(f"{self.name} does not run as a causal language model: {first_line(error)}") from error
+        if not matches(ours, theirs, 10 * tolerance_in(self.dtype)):
             raise UserError(f"{self.name} turns hidden states into logits in a way that groupwise does not know")
+        if reason is None and not self.decoder.packs():
+            reason = self.decoder.why_not_trainable()
+        if reason is not None:
+            raise UserError(f"{self.name} cannot be trained exactly: {reason}")
+        if self.why_not_decoding() is not None:
+            self.caches.fallback()
 
     # --- forward passes
 
@@ -187,9 +198,9 @@ class LanguageModel:
     def in_dtype(self, dtype: torch.dtype | None) -> "LanguageModel":
         """For generating in another dtype: in bfloat16, where our kernels can, a view of the same float32 weights, of which
         each rollout makes rounded copies; else a copy of the model."""
-        if dtype in (None, self.dtype):
+        if dtype is None or dtype == self.dtype:
             return self
-        if dtype != torch.bfloat16 or self.bfloat16.why_not() is not None:
+        if not self.bfloat16.rounds_to(dtype):
             return self.copy(dtype)
         view = LanguageModel(self.outer, self.backend)
         view.decoder.bf16_step = True
@@ -197,68 +208,38 @@ class LanguageModel:
 
     def blocked_weights(self) -> BlockedWeights:
         """A context, to be entered for each decoding step, in which linear layers run on blocked copies of today's weights."""
-        if not (self.backend.blocked_weights and self.decoder.on_cpu):
-            return BlockedWeights([])
-        if self.decoder.bf16_step:
-            return BlockedWeights(*rounded_weights(self.decoder, self.module.get_output_embeddings()))
-        only_head = self.decoder.compiled or (self.decoder.packs() and self._plans.find() is not None)
-        head = [self.module.get_output_embeddings()]
-        # torch.compile must see the original forwards, and a step in one call has blocked copies of its own.
-        return BlockedWeights(list(blocked_forwards(head if only_head else list(self.module.modules()))))
+        return self.caches.blocked_weights(self.module)
 
     def decoding_cache(
-        self, prompts: int, prompt_length: int, rows: int, tokens: int, *, fixed: bool | None = None
-    ) -> DecodingCache | PaddedCache:
-        """An empty KV cache for so many prompts of up to `prompt_length` tokens, and so many rows of up to `tokens` tokens.
+        self,
+        prompts: int,
+        prompt_length: int,
+        rows: int,
+        tokens: int,
+        *,
+        dtype: torch.dtype | None = None,
+        fixed: bool | None = None,
+    ) -> DecodingCache | PaddedCache | NoCache:
+        """An empty cache for so many prompts of up to `prompt_length` tokens, and so many rows of up to `tokens` tokens.
 
-        `fixed`: run steps of a few fixed sizes, which a GPU captures as graphs; left out: on a GPU.
+        Args:
+            dtype: of keys and values; None: the model's. Transformers' own cache, the fallback, has the model's.
+            fixed: run steps of a few fixed sizes, which a GPU captures as graphs; None: on a GPU, without recurrent layers.
         """
-        if not (self.decoder.packs() and self.why_not_decoding() is None):
-            return PaddedCache(self.decoder.module)
-        fixed = not self.decoder.on_cpu if fixed is None else fixed
-        return DecodingCache(self.decoder, self._plans, prompts, prompt_length, rows, tokens, fixed=fixed)
+        return self.caches.new(prompts, prompt_length, rows, tokens, dtype=dtype, fixed=fixed)
 
-    def why_not_decoding(self) -> str | None:
-        """Why this model cannot decode with a `DecodingCache` although it packs, or None; tried once on a GPU."""
-        if self.decoder.on_cpu:
-            return None
-        key = (self.device, self.dtype)
-        if key not in self._decoding:
-            self._decoding[key] = self.decoding_trial(fixed=True)
-        return self._decoding[key]
-
-    @torch.inference_mode()
-    def decoding_trial(self, *, fixed: bool) -> str | None:
-        """Check decoding against full forward passes: two prompts with two rows each, one of which leaves after the first step.
-
-        Returns the reason for a failure, or None.
-        """
-        prompts = [torch.arange(n, device=self.device) % self.config.vocab_size for n in (3, 5)]
-        tokens_R = prompts[1][:4]
-        try:
-            cache = DecodingCache(self.decoder, self._plans, 2, 5, 4, 2, fixed=fixed)
-            cache.prefill(prompts, [2, 2])
-            cache.step(tokens_R)
-            order_R = cache.keep(torch.tensor([False, True, True, True], device=self.device))
-            ours = cache.step(tokens_R[order_R])
-        except Exception as error:  # third-party forwards and GPU drivers may raise anything
-            return f"decoding steps fail in it: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        for hidden, row in zip(ours, order_R.tolist(), strict=True):
-            tokens = torch.cat([prompts[row // 2], tokens_R[row].repeat(2)])
-            theirs = self.decoder.module(input_ids=tokens[None], use_cache=False).last_hidden_state[0, -1]
-            if not matches(hidden, theirs, tolerance_in(theirs.dtype)):
-                return "decoding steps and full forward passes give different hidden states"
-        return None
+    def why_not_decoding(self, cache_dtype: torch.dtype | None = None) -> str | None:
+        """Why this model generates on transformers' cache instead of ours, or None; tried once for each device and dtype."""
+        return self.caches.why_not_ours(cache_dtype)
 
     def affordable_rows(self, tokens: int) -> float:
         """The most completions of so many tokens whose KV cache fits `ROWS_SHARE` of a GPU's free memory; else no limit."""
         if self.device.type != "cuda":
             return math.inf
-        config = self.decoder.config
         reserved = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         free = torch.cuda.mem_get_info(self.device)[0] + reserved
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        row_bytes = 2 * config.num_hidden_layers * heads * head_size(config) * tokens * self.dtype.itemsize
+        elements = sum(2 * shape.kv_heads * shape.size for shape in self.decoder.shapes.values())
+        row_bytes = max(1, elements) * tokens * self.dtype.itemsize
         return ROWS_SHARE * float(free / row_bytes)
 
     def sampling_kernel(self) -> Any:
@@ -267,45 +248,44 @@ class LanguageModel:
 
     # --- backends, for people
 
-    def fallback(self, decoding_dtype: torch.dtype | None = None) -> str | None:
+    def fallback(self, decoding_dtype: torch.dtype | None = None, cache_dtype: torch.dtype | None = None) -> str | None:
         """The first fallback that slows this model down, with its reason; None if there is none.
 
-        `decoding_dtype`: the sampler's, if it differs from the model's.
+        `decoding_dtype`: the sampler's, and `cache_dtype`: of its keys and values, if they differ from the model's.
         """
-        wanted = decoding_dtype or self.dtype
         where = f"{self.name} on {self.device}"
         if not self.decoder.packs():
             return f"{where} runs padded batches through transformers' attention: {self.decoder.reasons['packed']}"
-        if reason := self.why_not_decoding():
-            return f"{where} generates in padded batches through transformers' attention: {reason}"
-        if (
-            self.decoder.on_cpu
-            and self.backend.attention_kernels
-            and decode_kernel(head_size(self.decoder.config), wanted) is None
-        ):
-            reason = unavailable("layers") or f"there are no C++ kernels for {wanted}"
+        if reason := self.why_not_decoding(cache_dtype):
+            return f"{where} generates {self.caches.fallback().described}: {reason}"
+        wanted = self.dtype if decoding_dtype is None or self.bfloat16.rounds_to(decoding_dtype) else decoding_dtype
+        if self.backend.attention_kernels and not self._has_kernels(wanted, cache_dtype):
+            reason = unavailable("layers") or f"there are no C++ kernels for {wanted} and keys in {cache_dtype or wanted}"
             return f"attention runs in PyTorch instead of C++: {reason}"
         if self.backend.strict and not self.decoder.on_cpu:
             return f"C++ kernels run on a CPU, and the model is on {self.device}"
         return None
 
+    def _has_kernels(self, dtype: torch.dtype, cache_dtype: torch.dtype | None = None) -> bool:
+        """Whether attention in generation runs in C++, or on a GPU, where it does not have to."""
+        sizes = {shape.size for shape in self.decoder.shapes.values()}
+        return not self.decoder.on_cpu or all(decode_kernel(size, dtype, cache_dtype) for size in sizes)
+
     def backends(self) -> dict[str, str]:
         """What runs training and decoding, in words, and what falls back to something slower."""
         packed, on_cpu = self.decoder.packs(), self.decoder.on_cpu
-        kernels = self.backend.attention_kernels and decode_kernel(head_size(self.decoder.config), torch.float32) is not None
+        kernels = self.backend.attention_kernels and self._has_kernels(torch.float32)
         attention = "attention kernels in C++" if kernels else "PyTorch's attention"
-        training = (
-            f"packed sequences, {attention if on_cpu else 'flex attention'}"
-            if packed
-            else "padded batches, transformers' attention"
-        )
-        one_call = packed and on_cpu and self._plans.find() is not None
-        if one_call:
+        training = f"packed sequences, {attention if on_cpu else 'FlashAttention or flex attention'}"
+        if not packed:
+            training = "padded batches, transformers' attention: a prompt is run once for each of its completions"
+        if self.why_not_decoding() is not None:
+            decoding = self.caches.fallback().described
+        elif on_cpu and self.caches.plans.find() is not None:
             decoding = "one C++ call per step"
-        elif packed and self.why_not_decoding() is None:
-            decoding = f"layer by layer, {attention if on_cpu else 'captured CUDA graphs'}"
         else:
-            decoding = "padded batches, transformers' attention"
+            graphs = "PyTorch's attention" if self.decoder.recurrent else "captured CUDA graphs"
+            decoding = f"layer by layer, {attention if on_cpu else graphs}"
         found = {"training": training, "decoding": decoding}
         return found | {f"fallback, {what}": reason for what, reason in self.decoder.reasons.items()}
 
@@ -354,8 +334,8 @@ class LanguageModel:
                 parameter.requires_grad_(required)  # which peft changes when it switches adapters
 
     def save_weights(self, path: Path) -> None:
-        """Write the weights alone, as one safetensors file."""
-        save_model(self.module, str(path))
+        """Write the weights alone, as one safetensors file; tensors that share memory are written once."""
+        save_file(self._unique_weights(), str(path))
 
     def load_weights(self, path: Path) -> None:
         """Read weights that `save_weights` wrote.
@@ -363,12 +343,28 @@ class LanguageModel:
         Raises:
             Exception: whatever safetensors and torch say of a file that is damaged or of another model.
         """
-        load_model(self.module, str(path), device=str(self.device))
+        found, wanted = load_file(str(path), device=str(self.device)), self._unique_weights()
+        if found.keys() != wanted.keys():
+            raise ValueError(f"weights of another model: {sorted(found.keys() ^ wanted.keys())[:3]}")
+        self.module.load_state_dict(found, strict=False)
+
+    def _unique_weights(self) -> dict[str, Tensor]:
+        """The module's parameters and buffers, each memory under the first of its names."""
+        unique: dict[tuple[int, torch.Size], tuple[str, Tensor]] = {}
+        for name, tensor in self.module.state_dict().items():
+            unique.setdefault((tensor.data_ptr() or id(tensor), tensor.shape), (name, tensor.contiguous()))
+        return dict(unique.values())
 
     def export(self, directory: Path, tokenizer: Any) -> None:
         """Write a Hugging Face model directory, tokenizer included."""
         self.outer.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+
+
+def _decoder_of(module: Any) -> Any:
+    """The model without its output layer."""
+    candidates = module.base_model, module.get_decoder(), getattr(module, "model", module)
+    return next((found for found in candidates if found is not module), module)
 
 
 def _causal_model(module: Any) -> Any:

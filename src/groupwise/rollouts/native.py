@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from groupwise.errors import UserError
 from groupwise.models import LanguageModel
 from groupwise.models.blocked_weights import BlockedWeights
 from groupwise.rollouts.base import Request, Sampling
@@ -56,9 +57,30 @@ class NativeSampler:
     batching). Decoding runs in the caller's asyncio event loop, and other coroutines run between two steps.
     """
 
-    def __init__(self, model: LanguageModel, tokenizer: Any, *, dtype: torch.dtype | None = None, max_rows: int = 1024) -> None:
-        """`dtype`: generate in it, see `LanguageModel.in_dtype`; None: in the model's. `max_rows`: rows generated at once."""
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Any,
+        *,
+        dtype: torch.dtype | None = None,
+        cache_dtype: torch.dtype | None = None,
+        max_rows: int = 1024,
+    ) -> None:
+        """
+        Args:
+            dtype: generate in it, see `LanguageModel.in_dtype`; None: in the model's.
+            cache_dtype: of keys and values; None: the dtype of what generates.
+            max_rows: rows generated at once.
+
+        Raises:
+            UserError: the model generates on a cache of transformers, which has no dtype of its own.
+        """
         self.model, self.tokenizer, self.max_rows, self.version = model.in_dtype(dtype), tokenizer, max_rows, 0
+        self._cache_dtype = cache_dtype
+        if cache_dtype is not None and (reason := self.model.why_not_decoding(cache_dtype)):
+            raise UserError(
+                f"keys and values cannot be kept in {cache_dtype}, since the model generates on another cache: {reason}"
+            )
         self._numbers = RandomNumbers()
         self._waiting: list[_Job] = []
         self._running: dict[int, _Job] = {}
@@ -81,10 +103,12 @@ class NativeSampler:
 
         Raises:
             ValueError: the prompt has no token, or n or max_tokens is below 1.
+            UserError: prompt and completion may be longer than the model is exact for.
             RunError: the model's logits are not finite.
         """
         if len(request.prompt) == 0 or request.n < 1 or request.sampling.max_tokens < 1:
             raise ValueError("a request needs a prompt of at least one token, n and max_tokens of at least 1")
+        self.model.decoder.check_length(len(request.prompt) + request.sampling.max_tokens)
         loop = asyncio.get_running_loop()
         self._check_loop(loop)
         n, T = request.n, request.sampling.max_tokens
@@ -231,7 +255,7 @@ class NativeSampler:
         all_rows = sum(job.request.n for job in self._waiting) + len(self._slots_R)
         rows, prompts = max(rows, min(all_rows, most_rows)), max(prompts, min(len(everyone), most_prompts))
         if self._cache is None:
-            self._cache = self.model.decoding_cache(prompts, longest, rows, tokens)
+            self._cache = self.model.decoding_cache(prompts, longest, rows, tokens, dtype=self._cache_dtype)
         self._cache.reserve(prompts, longest, rows, tokens)
         self._table.reserve(sum(job.request.n for job in admitted), tokens)
 

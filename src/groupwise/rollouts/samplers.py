@@ -16,8 +16,8 @@ from groupwise.rollouts.native import NativeSampler
 
 def native(settings: RolloutsSection, model: LanguageModel, tokenizer: Any) -> Sampler:
     """The engine in this process."""
-    dtype = getattr(torch, settings.dtype) if settings.dtype else None
-    return NativeSampler(model, tokenizer, dtype=dtype, max_rows=settings.max_rows)
+    dtype, cache_dtype = (getattr(torch, name) if name else None for name in (settings.dtype, settings.cache_dtype))
+    return NativeSampler(model, tokenizer, dtype=dtype, cache_dtype=cache_dtype, max_rows=settings.max_rows)
 
 
 SAMPLERS: dict[str, Callable[[RolloutsSection, LanguageModel, Any], Sampler]] = {"native": native}

@@ -63,9 +63,11 @@ class Ready:
 
     def fallback(self) -> str | None:
         """What keeps the model from its fastest path, and why; None if nothing does."""
-        dtype = self.recipe.rollouts.dtype
-        found = self.model.fallback(getattr(torch, dtype) if dtype else None)
-        return found or (self.bfloat16() if self.model.bfloat16.why_not() else None)
+        rollouts = self.recipe.rollouts
+        found = self.model.fallback(*(getattr(torch, name) if name else None for name in (rollouts.dtype, rollouts.cache_dtype)))
+        if found is None and (text := self.bfloat16()) and self.model.bfloat16.why_not():
+            return text
+        return found
 
     def bfloat16(self) -> str | None:
         """What runs bfloat16 on a CPU; None on a GPU, or if the recipe asks for none."""
@@ -103,10 +105,14 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
     if recipe.model.chat and not tokenizer.chat_template:
         raise source.error("model.chat", f"the tokenizer of {recipe.model.path!r} has no chat template")
     problem = task.problem(0, recipe.seed)
-    check_lengths(recipe, config, tokenizer, task, source)
+    longest = check_lengths(recipe, config, tokenizer, task, source)
     try_scoring(task, problem, algorithm, recipe.rollouts.group_size, source)
     try_parts(algorithm)
     model = load_policy(recipe, source)
+    try:
+        model.decoder.check_length(longest)
+    except UserError as error:
+        raise source.error("rollouts.max_tokens", str(error)) from error
     return Ready(
         recipe=recipe,
         algorithm=algorithm,
@@ -226,24 +232,26 @@ def check_together(recipe: Recipe, algorithm: Algorithm, source: Source) -> None
         )
 
 
-def check_lengths(recipe: Recipe, config: Any, tokenizer: Any, task: Task, source: Source) -> None:
-    """Refuse stop tokens outside the vocabulary, and prompts too long for the model's positions."""
+def check_lengths(recipe: Recipe, config: Any, tokenizer: Any, task: Task, source: Source) -> int:
+    """Refuse stop tokens outside the vocabulary, and prompts too long for the model's positions.
+
+    Returns the tokens of the longest prompt that was looked at and of a completion.
+    """
     text_config = config.get_text_config()
     for token in recipe.rollouts.stop_tokens:
         if token >= text_config.vocab_size:
             raise source.error("rollouts.stop_tokens", f"{token} is no token: the vocabulary has {text_config.vocab_size}")
     limit = getattr(text_config, "max_position_embeddings", None)
-    if limit is None:
-        return
     problems = [task.problem(i, recipe.seed) for i in range(LOOKED_AT)] + task.held_out(recipe.training.eval_problems)
     longest = max(problems, key=lambda problem: len(problem.prompt))
     length = len(encode_prompt(tokenizer, longest.prompt, recipe.model.chat))
-    if length + recipe.rollouts.max_tokens > limit:
+    if limit is not None and length + recipe.rollouts.max_tokens > limit:
         raise source.error(
             "rollouts.max_tokens",
             f"a prompt of {length} tokens and {recipe.rollouts.max_tokens} more exceed the model's {limit} positions: "
             f"{longest.prompt[:60]!r}",
         )
+    return length + recipe.rollouts.max_tokens
 
 
 def try_scoring(task: Task, problem: Problem, algorithm: Algorithm, group_size: int, source: Source) -> None:

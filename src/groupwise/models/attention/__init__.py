@@ -5,7 +5,8 @@ A Hugging Face decoder runs on one packed sequence of tokens, [1, N], with expli
 
     training.py          prompts and completions in one pass, in training and prefill
       training_padded.py   ... in PyTorch on a CPU
-      training_flex.py     ... through flex attention on a GPU
+      training_varlen.py   ... through FlashAttention on a GPU, in bfloat16 and float16
+      training_flex.py     ... through flex attention on a GPU, in float32
     decoding.py          the KV cache of generation and its steps
       decoding_step.py     ... a step through all layers in one C++ call
       decoding_torch.py    ... in PyTorch

@@ -1,19 +1,23 @@
 """The KV cache of generation and its attention: a prompt's keys kept once for its group, each row's own beside them."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from groupwise.kernels.decode_attention import decode_kernel
+from groupwise.models.attention.attend import PLAIN, AttentionForm
 from groupwise.models.attention.cuda_graphs import FixedSteps
 from groupwise.models.attention.decoding_step import OneCallStep, PlanFinder
 from groupwise.models.attention.decoding_torch import StepLayout, attend_newest
-from groupwise.models.attention.layers import head_size
+from groupwise.models.attention.training import PackedAttention
 from groupwise.models.attention.training_padded import PaddedLayout, ragged
-from groupwise.models.decoder import Decoder
+from groupwise.models.decoder import Decoder, HeadShape
+from groupwise.models.recurrent import Forward, States
 
 ROWS_AT_ONCE = 16
 """In other dtypes than float32 a step's batch is filled up to a multiple of it, since oneDNN makes and keeps kernels per size."""
@@ -23,13 +27,28 @@ SIZES, WINDOW = 8, 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prefix:
-    """Keys and values [layers, K, T, D] of the first T tokens of a sequence, copied out of a cache."""
+    """Keys and values of the first T tokens of a sequence, copied out of a cache: [layers, K, T, D] for each stack."""
 
-    keys: Tensor
-    values: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
 
     def __len__(self) -> int:
-        return self.keys.shape[2]
+        return self.keys[0].shape[2]
+
+
+@dataclass(slots=True)
+class Stack:
+    """The KV cache of the layers whose keys have the same shape."""
+
+    prompt_keys: Tensor
+    """[layers, prompts, K, L, D]"""
+    prompt_values: Tensor
+    row_cache: Tensor
+    """[layers, 2 (keys, values), rows, K, T, D]"""
+
+    def layer(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The tensors of the C++ struct Cache."""
+        return self.row_cache[i], self.prompt_keys[i], self.prompt_values[i]
 
 
 class DecodingCache:
@@ -37,24 +56,44 @@ class DecodingCache:
 
     joins = True
     """New prompts may join while rows are being generated."""
-    continues = True
-    """Keys and values of a row can be copied out (`prefix`) and continued (`extend`)."""
 
     def __init__(
-        self, decoder: Decoder, plans: PlanFinder, prompts: int, prompt_length: int, rows: int, tokens: int, *, fixed: bool
+        self,
+        decoder: Decoder,
+        plans: PlanFinder,
+        prompts: int,
+        prompt_length: int,
+        rows: int,
+        tokens: int,
+        *,
+        fixed: bool,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """With capacity for so many prompts of up to `prompt_length` tokens, and so many rows of up to `tokens` tokens.
 
-        `fixed`: run steps of a few fixed sizes, which a GPU captures as graphs. Dtype and device are the decoder's.
+        `fixed`: run steps of a few fixed sizes, which a GPU captures as graphs. `dtype`: of keys and values; None: the decoder's.
         """
         self._decoder = decoder
         self._fixed = fixed
         self._steps = FixedSteps() if fixed else None
-        dtype = decoder.dtype
-        kernels = decoder.backend.attention_kernels and not fixed and decoder.on_cpu
-        self._kernel = decode_kernel(head_size(decoder.config), dtype) if kernels else None
+        self._dtype = dtype or decoder.dtype
+        self._in_kernel = decoder.backend.attention_kernels and not fixed and decoder.on_cpu
+        shapes = dict.fromkeys(decoder.shapes.values())
+        self._places = {
+            layer: (list(shapes).index(shape), [other for other in decoder.shapes if decoder.shapes[other] == shape].index(layer))
+            for layer, shape in decoder.shapes.items()
+        }
+        """Layer -> its stack, and its index there."""
+        self._shapes = [(shape, sum(other == shape for other in decoder.shapes.values())) for shape in shapes]
+        self._kernels = [self._kernel_of(shape) for shape in shapes]
+        self.continues = not decoder.recurrent
+        """Whether keys and values of a row can be copied out (`prefix`) and continued (`extend`)."""
         self._plans = plans
-        self.prompt_keys, self.prompt_values, self.row_cache = self._allocate(prompts, prompt_length, rows, tokens)
+        self._states: dict[Any, States] = {}
+        """The states of the rows, by recurrent layer."""
+        self.capacity = prompts, prompt_length, rows, tokens
+        """Prompts, tokens of a prompt, rows, tokens of a row."""
+        self.stacks = self._allocate()
         self.refresh()
         device = decoder.device
         self.lengths_P = torch.zeros(0, dtype=torch.long, device=device)
@@ -68,21 +107,25 @@ class DecodingCache:
         self._width = 0
         """The most rows that a prompt has ever had."""
 
-    def _allocate(self, prompts: int, prompt_length: int, rows: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        config, like = self._decoder.config, next(self._decoder.module.parameters())
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size, layers = head_size(config), config.num_hidden_layers
+    def _kernel_of(self, shape: HeadShape) -> Callable[..., None] | None:
+        return decode_kernel(shape.size, self._decoder.dtype, self._dtype) if self._in_kernel else None
+
+    def _allocate(self) -> list[Stack]:
+        like = next(self._decoder.module.parameters())
+        prompts, prompt_length, rows, tokens = self.capacity
         self._unit = _multiple(max(1, rows // SIZES), ROWS_AT_ONCE)
         rows = _multiple(rows, self._unit) if self._fixed else rows
-        # Without the kernel padding is read and masked, and 0 times NaN from uninitialised memory would be NaN.
-        new = like.new_zeros if self._kernel is None else like.new_empty
-        keys, values = (new(layers, prompts, heads, prompt_length, size) for _ in range(2))
-        return keys, values, new(layers, 2, rows, heads, tokens, size)
-
-    @property
-    def capacity(self) -> tuple[int, int, int, int]:
-        """Prompts, tokens of a prompt, rows, tokens of a row."""
-        return self.prompt_keys.shape[1], self.prompt_keys.shape[3], self.row_cache.shape[2], self.row_cache.shape[4]
+        self.capacity = prompts, prompt_length, rows, tokens
+        stacks = []
+        for (shape, layers), kernel in zip(self._shapes, self._kernels, strict=True):
+            # Without the kernel padding is read and masked, and 0 times NaN from uninitialised memory would be NaN.
+            new = partial(like.new_zeros if kernel is None else like.new_empty, dtype=self._dtype)
+            keys, values = (new((layers, prompts, shape.kv_heads, prompt_length, shape.size)) for _ in range(2))
+            stacks.append(Stack(keys, values, new((layers, 2, rows, shape.kv_heads, tokens, shape.size))))
+        of_layers = [stacks[stack].layer(i) for stack, i in self._places.values()]
+        self._addresses = torch.tensor([[cache.data_ptr() for cache in caches] for caches in of_layers])
+        """Of each layer's caches, for a step in one call."""
+        return stacks
 
     def reserve(self, prompts: int, prompt_length: int, rows: int, tokens: int) -> None:
         """Grow to at least this capacity, copying what is there."""
@@ -93,16 +136,16 @@ class DecodingCache:
         for dimension in (0, 2):  # doubled, so that many small requests copy little; on a CPU what is not written costs nothing
             if wanted[dimension] > had[dimension] and self._decoder.on_cpu:
                 wanted[dimension] = max(wanted[dimension], 2 * had[dimension])
-        P, L, R, T = (
-            len(self.lengths_P),
-            int(self.lengths_P.max()) if len(self.lengths_P) else 0,
-            len(self.prompt_R),
-            self._longest,
-        )
-        keys, values, row_cache = self._allocate(*wanted)
-        keys[:, :P, :, :L], values[:, :P, :, :L] = self.prompt_keys[:, :P, :, :L], self.prompt_values[:, :P, :, :L]
-        row_cache[:, :, :R, :, :T] = self.row_cache[:, :, :R, :, :T]
-        self.prompt_keys, self.prompt_values, self.row_cache = keys, values, row_cache
+        P, R, T = len(self.lengths_P), len(self.prompt_R), self._longest
+        L = int(self.lengths_P.max()) if P else 0
+        self.capacity = wanted[0], wanted[1], wanted[2], wanted[3]
+        before, self.stacks = self.stacks, self._allocate()
+        for old, new in zip(before, self.stacks, strict=True):
+            new.prompt_keys[:, :P, :, :L], new.prompt_values[:, :P, :, :L] = (
+                old.prompt_keys[:, :P, :, :L],
+                old.prompt_values[:, :P, :, :L],
+            )
+            new.row_cache[:, :, :R, :, :T] = old.row_cache[:, :, :R, :, :T]
         if self._steps is not None:
             self._steps = FixedSteps()  # captured graphs hold the old buffers
         if self._one_call is not None:
@@ -110,28 +153,31 @@ class DecodingCache:
 
     def refresh(self) -> None:
         """Take the decoder's weights as they are now; keys and values stay those of the weights that made them."""
-        plan = self._plans.find() if self._kernel is not None else None
+        plan = self._plans.find(self._dtype) if self._in_kernel else None
         _, prompt_length, rows, tokens = self.capacity
         size, bf16 = (prompt_length + tokens, rows), self._decoder.bf16_step
-        self._one_call = None if plan is None else OneCallStep(self._decoder.module, plan, *size, bf16_weights=bf16)
+        self._one_call = None if plan is None else OneCallStep(self._decoder.module, plan, *size, self._dtype, bf16_weights=bf16)
 
     def prefill(self, prompts: list[Tensor], counts: list[int]) -> Tensor:
         """Run new prompts, each for `counts` rows; returns the last hidden state of each prompt [p, H]."""
         lengths = [len(prompt) for prompt in prompts]
         nothing = torch.zeros(0, dtype=torch.long)
-        attention = self._decoder.packed_attention(lengths, nothing, nothing)
-        layout = PaddedLayout(ragged(torch.tensor(lengths), 0), prompts[0].device)
-        first, longest = len(self.lengths_P), max(lengths)
-        new = slice(first, first + len(prompts))
-
-        def attend(layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scale: float) -> Tensor:
-            self.prompt_keys[layer, new, :, :longest] = layout.rows(key_NKD)
-            self.prompt_values[layer, new, :, :longest] = layout.rows(value_NKD)
-            return attention(layer, query_NHD, key_NKD, value_NKD, scale)
-
-        hidden_NH = self._decoder.run_packed(torch.cat(prompts), attention.positions_N, attend)
+        packed = self._decoder.packed_attention(lengths, nothing, nothing)
+        hidden_NH = self._decoder.run_packed(torch.cat(prompts), packed.positions_N, _Prefill(self, packed, lengths, counts))
         self._add(lengths, counts)
-        return hidden_NH[self.lengths_P[first:].cumsum(0) - 1]
+        return hidden_NH[self.lengths_P[-len(prompts) :].cumsum(0) - 1]
+
+    def write_prompts(self, layer: int, layout: PaddedLayout, key_NKD: Tensor, value_NKD: Tensor) -> None:
+        """Write the keys and values of new prompts, laid out as rows, behind those of the prompts that are there."""
+        stack, i = self._places[layer]
+        count, longest = layout.shape
+        new = slice(len(self.lengths_P), len(self.lengths_P) + count)
+        self.stacks[stack].prompt_keys[i, new, :, :longest] = layout.rows(key_NKD)
+        self.stacks[stack].prompt_values[i, new, :, :longest] = layout.rows(value_NKD)
+
+    def add_states(self, layer: Any, states: States) -> None:
+        """The states of new rows of a recurrent layer."""
+        self._states[layer] = States.cat([self._states[layer], states]) if layer in self._states else states
 
     def extend(self, prefixes: list[Prefix], suffixes: list[Tensor], counts: list[int]) -> Tensor:
         """Add prompts whose first tokens are known as prefixes, and run only the rest of them (at least one token each).
@@ -139,23 +185,19 @@ class DecodingCache:
         Returns the last hidden state of each [p, H].
         """
         starts, lengths = [len(prefix) for prefix in prefixes], [len(suffix) for suffix in suffixes]
-        first, ends = len(self.lengths_P), list(itertools.accumulate(lengths))
-        for slot, (prefix, start) in enumerate(zip(prefixes, starts, strict=True), first):
-            self.prompt_keys[:, slot, :, :start], self.prompt_values[:, slot, :, :start] = prefix.keys, prefix.values
-
-        def attend(layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scale: float) -> Tensor:
-            parts = []
-            for slot, (start, length, end) in enumerate(zip(starts, lengths, ends, strict=True), first):
-                new, whole = slice(end - length, end), slice(0, start + length)
-                keys, values = self.prompt_keys[layer, slot, :, whole], self.prompt_values[layer, slot, :, whole]
-                keys[:, start:], values[:, start:] = key_NKD[new].transpose(0, 1), value_NKD[new].transpose(0, 1)
-                parts.append(_attend_suffix(query_NHD[new], keys, values, start, scale))
-            return torch.cat(parts)
-
+        for slot, prefix in enumerate(prefixes, len(self.lengths_P)):
+            for stack, keys, values in zip(self.stacks, prefix.keys, prefix.values, strict=True):
+                stack.prompt_keys[:, slot, :, : len(prefix)], stack.prompt_values[:, slot, :, : len(prefix)] = keys, values
         positions = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+        attend = _Extension(self, starts, lengths)
         hidden_NH = self._decoder.run_packed(torch.cat(suffixes), torch.cat(positions).to(suffixes[0].device), attend)
         self._add([start + length for start, length in zip(starts, lengths, strict=True)], counts)
-        return hidden_NH[torch.tensor(ends, device=hidden_NH.device) - 1]
+        return hidden_NH[torch.tensor(attend.ends, device=hidden_NH.device) - 1]
+
+    def prompt_of(self, layer: int, slot: int, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [K, length, D] of a prompt in a layer's cache."""
+        stack, i = self._places[layer]
+        return self.stacks[stack].prompt_keys[i, slot, :, :length], self.stacks[stack].prompt_values[i, slot, :, :length]
 
     def _add(self, lengths: list[int], counts: list[int]) -> None:
         first, device = len(self.lengths_P), self.lengths_P.device
@@ -170,23 +212,24 @@ class DecodingCache:
     def prefix(self, row: int) -> Prefix:
         """A copy of a row's keys and values, those of its prompt included."""
         prompt, length, written = int(self.prompt_R[row]), int(self.lengths_P[self.prompt_R[row]]), int(self.written_R[row])
-        keys, values = self.row_cache[:, :, row, :, :written].unbind(1)
-        return Prefix(
-            keys=torch.cat([self.prompt_keys[:, prompt, :, :length], keys], 2),
-            values=torch.cat([self.prompt_values[:, prompt, :, :length], values], 2),
-        )
+        found = Prefix(keys=[], values=[])
+        for stack in self.stacks:
+            keys, values = stack.row_cache[:, :, row, :, :written].unbind(1)
+            found.keys.append(torch.cat([stack.prompt_keys[:, prompt, :, :length], keys], 2))
+            found.values.append(torch.cat([stack.prompt_values[:, prompt, :, :length], values], 2))
+        return found
 
     def step(self, tokens_R: Tensor) -> Tensor:
         """Run one more token of each row; returns hidden states [R, H], which the next step may overwrite."""
         self.written_R, self._longest = self.written_R + 1, self._longest + 1
         if self._one_call is not None:
-            return self._one_call(tokens_R, *self._cache())
+            return self._one_call(tokens_R, self._addresses, self._of_rows(), self._sizes(self.stacks[0]))
         at, R, pad = self._layout(), len(tokens_R), torch.nn.functional.pad
         if self._steps is None:
-            spare = 0 if self.row_cache.dtype == torch.float32 else -R % ROWS_AT_ONCE
+            spare = 0 if self._decoder.dtype == torch.float32 else -R % ROWS_AT_ONCE
             return self.run_step(pad(tokens_R, (0, spare)), at)[:R]
-        rows, window = _multiple(R, self._unit), min(_multiple(at.window, WINDOW), self.row_cache.shape[4])
-        at = at.padded(rows, self.prompt_keys.shape[1], self._width, window)
+        rows, window = _multiple(R, self._unit), min(_multiple(at.window, WINDOW), self.capacity[3])
+        at = at.padded(rows, self.capacity[0], self._width, window)
         return self._steps(partial(DecodingCache.run_step, self), pad(tokens_R, (0, rows - R)), at)[:R]
 
     def _layout(self) -> StepLayout:
@@ -199,37 +242,51 @@ class DecodingCache:
         positions_R = torch.nn.functional.pad(positions_R, (0, len(tokens_R) - len(positions_R)))
         return self._decoder.run_packed(tokens_R, positions_R, self)
 
-    def __call__(self, layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scale: float) -> Tensor:
+    def __call__(
+        self, layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scale: float, form: AttentionForm = PLAIN
+    ) -> Tensor:
         """The `Attend` of a step."""
-        dtype = self.row_cache.dtype
-        new = tuple(x.to(dtype).contiguous() for x in (query_NHD, key_NKD, value_NKD))
-        assert new[1].shape[1:] == new[2].shape[1:] == self.row_cache.shape[3::2], "the kernel reads and writes without checking"
+        stack, i = self._places[layer]
+        new = tuple(x.to(self._decoder.dtype).contiguous() for x in (query_NHD, key_NKD, value_NKD))
+        row_cache, prompt_keys, prompt_values = self.stacks[stack].layer(i)
+        assert new[1].shape[1:] == new[2].shape[1:] == row_cache.shape[2::2], "the kernel reads and writes without checking"
         output_NHD = torch.zeros_like(new[0])
-        if self._kernel is None:
+        kernel = self._kernels[stack]
+        if kernel is None:
             R = len(self._at.prompt_R)
             query_RHD, key_RKD, value_RKD = (x[:R] for x in new)
-            prompts = self.prompt_keys[layer], self.prompt_values[layer]
-            output_NHD[:R] = attend_newest(self._at, self.row_cache[layer], *prompts, query_RHD, key_RKD, value_RKD, scale)
+            output_NHD[:R] = attend_newest(
+                self._at, row_cache, prompt_keys, prompt_values, query_RHD, key_RKD, value_RKD, scale, form
+            )
         else:
-            cache, sizes = self._cache()
-            self._kernel(*new, output_NHD, *cache, scale, query_NHD.shape[1], layer, *sizes)
+            sinks_H = None if form.sinks_H is None else form.sinks_H.float().contiguous()
+            cache, sizes = (row_cache, prompt_keys, prompt_values, *self._of_rows()), self._sizes(self.stacks[stack])
+            kernel(*new, output_NHD, sinks_H, *cache, scale, form.softcap, query_NHD.shape[1], *sizes, form.window)
         return output_NHD.to(query_NHD.dtype)
 
-    def _cache(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        """The tensors and the numbers of the C++ struct Cache, without the layer."""
-        of_rows = self.written_R, self.lengths_P, self.prompt_R, self._order_R, self._starts_P
-        _, _, rows, K, T, _ = self.row_cache.shape
-        prompts, L = self.prompt_keys.shape[1], self.prompt_keys.shape[3]
-        sizes = rows, prompts, len(self.lengths_P), K, T, L, self._most_rows
-        return (self.row_cache, self.prompt_keys, self.prompt_values, *of_rows), sizes
+    def mix(self, layer: Any, forward: Forward, hidden_NH: Tensor) -> Tensor:
+        """A recurrent layer in a step: one token of each row, whose states it replaces."""
+        R = len(self.prompt_R)
+        output_RH = forward(hidden_NH[:R, None], self._states[layer])[:, 0]
+        return torch.nn.functional.pad(output_RH, (0, 0, 0, len(hidden_NH) - R))
+
+    def _of_rows(self) -> tuple[Tensor, ...]:
+        """The tensors of the C++ struct Cache that all layers share."""
+        return self.written_R, self.lengths_P, self.prompt_R, self._order_R, self._starts_P
+
+    def _sizes(self, stack: Stack) -> tuple[int, ...]:
+        """The numbers of the C++ struct Cache."""
+        _, _, rows, K, T, _ = stack.row_cache.shape
+        return rows, len(self.lengths_P), K, T, stack.prompt_keys.shape[3], self._most_rows
 
     def keep(self, keep_R: Tensor) -> Tensor:
         """Drop the other rows, and prompts that lose their last. Returns which row now has each slot, int64 [r]."""
-        order_R = self._fill(keep_R, self.row_cache[:, :, :, :, : self._longest].transpose(1, 2))
+        order_R = self._fill(keep_R, *(stack.row_cache[:, :, :, :, : self._longest].transpose(1, 2) for stack in self.stacks))
         self.written_R, self.prompt_R = self.written_R[order_R], self.prompt_R[order_R]
+        self._states = {layer: states.select(order_R) for layer, states in self._states.items()}
         used_P = torch.zeros(len(self.lengths_P), dtype=torch.bool, device=keep_R.device)
         used_P[self.prompt_R] = True
-        order_P = self._fill(used_P, self.prompt_keys, self.prompt_values)
+        order_P = self._fill(used_P, *(cache for stack in self.stacks for cache in (stack.prompt_keys, stack.prompt_values)))
         slot_P = torch.empty_like(self.lengths_P)
         slot_P[order_P] = torch.arange(len(order_P), device=keep_R.device)
         self.lengths_P, self.prompt_R = self.lengths_P[order_P], slot_P[self.prompt_R]
@@ -260,16 +317,69 @@ class DecodingCache:
         self._slot_R[self._order_R] = self.prompt_R[self._order_R] * self._most_rows + slot
 
 
-def _attend_suffix(query_NHD: Tensor, keys_KTD: Tensor, values_KTD: Tensor, start: int, scale: float) -> Tensor:
+class _Prefill:
+    """The `Attend` of new prompts: what a later step needs of them is written to the cache."""
+
+    def __init__(self, cache: DecodingCache, attention: PackedAttention, lengths: list[int], counts: list[int]) -> None:
+        self._cache, self._attention = cache, attention
+        device = cache.lengths_P.device
+        self._layout = PaddedLayout(ragged(torch.tensor(lengths), 0), device)
+        self._rows = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(counts, device=device))
+
+    def __call__(
+        self, layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scale: float, form: AttentionForm = PLAIN
+    ) -> Tensor:
+        self._cache.write_prompts(layer, self._layout, key_NKD, value_NKD)
+        return self._attention(layer, query_NHD, key_NKD, value_NKD, scale, form)
+
+    def mix(self, layer: Any, forward: Forward, hidden_NH: Tensor) -> Tensor:
+        output_NH, states = self._attention.recurrent_rows.run(forward, hidden_NH)
+        self._cache.add_states(layer, states.select(self._rows))
+        return output_NH
+
+
+class _Extension:
+    """The `Attend` of the tokens after known prefixes."""
+
+    def __init__(self, cache: DecodingCache, starts: list[int], lengths: list[int]) -> None:
+        self._cache, self._starts, self._lengths = cache, starts, lengths
+        self._first = len(cache.lengths_P)
+        self.ends = list(itertools.accumulate(lengths))
+
+    def __call__(
+        self, layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scale: float, form: AttentionForm = PLAIN
+    ) -> Tensor:
+        parts = []
+        for slot, (start, length, end) in enumerate(zip(self._starts, self._lengths, self.ends, strict=True), self._first):
+            new = slice(end - length, end)
+            keys, values = self._cache.prompt_of(layer, slot, start + length)
+            keys[:, start:], values[:, start:] = key_NKD[new].transpose(0, 1), value_NKD[new].transpose(0, 1)
+            parts.append(attend_suffix(query_NHD[new], keys, values, start, scale, form))
+        return torch.cat(parts)
+
+    def mix(self, layer: Any, forward: Forward, hidden_NH: Tensor) -> Tensor:
+        raise NotImplementedError("a cache with recurrent states does not continue")
+
+
+def attend_suffix(
+    query_NHD: Tensor, keys_KTD: Tensor, values_KTD: Tensor, start: int, scale: float, form: AttentionForm
+) -> Tensor:
     """Attention of the tokens from `start` on to all T tokens up to themselves, [N, H, D]."""
-    device, N, T = query_NHD.device, len(query_NHD), keys_KTD.shape[1]
-    visible_NT = torch.arange(T, device=device) <= torch.arange(start, start + N, device=device)[:, None]
-    query_1HND = query_NHD.transpose(0, 1)[None].to(keys_KTD.dtype)
-    shared = query_NHD.shape[1] != keys_KTD.shape[0]
-    output_1HND = torch.nn.functional.scaled_dot_product_attention(
-        query_1HND, keys_KTD[None], values_KTD[None], attn_mask=visible_NT, scale=scale, enable_gqa=shared
-    )
-    return output_1HND[0].transpose(0, 1).to(query_NHD.dtype)
+    device, N, (K, T, _) = query_NHD.device, len(query_NHD), keys_KTD.shape
+    last_N1, position_T = torch.arange(start, start + N, device=device)[:, None], torch.arange(T, device=device)
+    visible_NT = position_T <= last_N1
+    if form.window:
+        visible_NT &= position_T > last_N1 - form.window
+    query_KSND = torch.unflatten(query_NHD, 1, (K, -1)).permute(1, 2, 0, 3)
+    scores_KSNT = query_KSND.float() @ keys_KTD.float().transpose(1, 2)[:, None] * scale
+    if form.softcap:
+        scores_KSNT = form.softcap * torch.tanh(scores_KSNT / form.softcap)
+    scores_KSNT.masked_fill_(~visible_NT, -torch.inf)
+    if form.sinks_H is not None:
+        sinks_KSN1 = form.sinks_H.float().view(K, -1, 1, 1).expand(-1, -1, N, 1)
+        scores_KSNT = torch.cat([scores_KSNT, sinks_KSN1], -1)
+    output_KSND = scores_KSNT.softmax(-1)[..., :T] @ values_KTD.float()[:, None]
+    return output_KSND.permute(2, 0, 1, 3).flatten(1, 2).to(query_NHD.dtype)
 
 
 def _multiple(n: int, of: int) -> int:

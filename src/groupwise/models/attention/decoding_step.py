@@ -15,7 +15,7 @@ from groupwise.kernels.blocked import BLOCK, to_blocked
 from groupwise.kernels.blocked_bf16 import to_blocked_bf16
 from groupwise.kernels.decode_attention import decode_kernel
 from groupwise.kernels.decode_step import LAYER_WEIGHTS, step_kernel
-from groupwise.models.attention.layers import NormForm, head_size, matches, qk_norms, trial_attention
+from groupwise.models.attention.layers import NormForm, TrialAttend, form_of, head_size, matches, qk_norms
 from groupwise.models.attention.registry import attending
 from groupwise.models.decoder import Decoder
 from groupwise.models.patches import is_observed
@@ -39,8 +39,11 @@ class PlanFinder:
         self._modules: list[Any] = []
         self._plan: Plan | None = None
 
-    def find(self) -> Plan | None:
-        """None if the decoder is no such decoder, or if hooks, adapters or third-party forwards inside it would be bypassed."""
+    def find(self, cache_dtype: torch.dtype | None = None) -> Plan | None:
+        """The plan for a KV cache in a dtype (None: float32).
+
+        None if the decoder is no such decoder, or if hooks, adapters or third-party forwards inside it would be bypassed.
+        """
         decoder = self._decoder
         if not (decoder.backend.one_call_step and decoder.on_cpu) or decoder.compiled:
             return None
@@ -48,7 +51,11 @@ class PlanFinder:
         if [id(module) for module in modules] != [id(module) for module in self._modules]:
             self._modules, self._plan = modules, self._try()
         # Other dtypes, parametrisations, hooks and forwards may have come since the trial.
-        usable = self._plan is not None and not any(map(is_observed, modules)) and fits_the_kernel(decoder.module)
+        usable = (
+            self._plan is not None
+            and not any(map(is_observed, modules))
+            and fits_the_kernel(decoder.module, cache_dtype, bf16_weights=decoder.bf16_step)
+        )
         if self._plan is not None and not usable:
             decoder.reasons["one-call step"] = "hooks, forwards or weights inside the decoder would be bypassed"
         elif usable:
@@ -84,7 +91,11 @@ def _plan_of(decoder: Decoder) -> Plan | None:
         qk_forms |= {*forms[layer.self_attn][0]}
         if layer.mlp not in forms:
             return None
-    uniform = len(norms) == len(qk_forms) == len({layer.self_attn.scaling for layer in module.layers}) == 1
+    attention = [form_of(layer.self_attn) for layer in module.layers]
+    if any(form.sinks_H is not None for form in attention):
+        return None
+    scales = {(layer.self_attn.scaling, form.softcap) for layer, form in zip(module.layers, attention, strict=True)}
+    uniform = len(norms) == len(qk_forms) == len(scales) == 1
     if not (uniform and fits_the_kernel(module) and _is_sum_of_parts(decoder)):
         return None
     return Plan(norm=norms.pop(), qk_norm=qk_forms.pop() or (0.0, 0.0))
@@ -99,8 +110,11 @@ def _is_fixed(rotary: Any) -> bool:
     return "dynamic" not in rotary.rope_type and rotary.rope_type != "longrope"
 
 
-def fits_the_kernel(module: Any) -> bool:
-    """Whether the decoder's weights are those that the kernel reads, and no others, in the shapes and the dtype that it reads."""
+def fits_the_kernel(module: Any, cache_dtype: torch.dtype | None = None, *, bf16_weights: bool = False) -> bool:
+    """Whether the decoder's weights are those that the kernel reads, and no others, in the shapes and the dtype that it reads.
+
+    `cache_dtype`: of the KV cache (None: float32). `bf16_weights`: matrices are rounded to bfloat16 when they are copied.
+    """
     config, size = module.config, head_size(module.config)
     query_width, key_width = config.num_attention_heads * size, config.num_key_value_heads * size
     every = {id(parameter): parameter for parameter in module.parameters()}
@@ -113,8 +127,9 @@ def fits_the_kernel(module: Any) -> bool:
         and all(parameter.dtype == torch.float32 for parameter in every.values())
         and len({layer.mlp.gate_proj.out_features for layer in module.layers}) == 1
         and all(_linears_fit(*parts[:7], widths=widths) for parts in layers)
-        and step_kernel(size) is not None
-        and decode_kernel(size, torch.float32) is not None
+        and not (bf16_weights and config.hidden_size % 2)
+        and step_kernel(size, cache_dtype or torch.float32, bf16_weights=bf16_weights) is not None
+        and decode_kernel(size, torch.float32, cache_dtype) is not None
     )
 
 
@@ -142,7 +157,7 @@ def _is_sum_of_parts(decoder: Decoder) -> bool:
     x = module.embed_tokens(tokens)
     position_embeddings = module.rotary_emb(x, positions)
     at = {"attention_mask": None, "position_embeddings": position_embeddings}
-    with attending(module, trial_attention, decoder.forwards()):
+    with attending(module, TrialAttend(), decoder.forwards()):
         for layer in module.layers:
             attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(x), **at)
             inner = layer.mlp(layer.post_attention_layernorm(x + attended))
@@ -157,18 +172,31 @@ def _is_sum_of_parts(decoder: Decoder) -> bool:
 class OneCallStep:
     """The kernel with a blocked copy of a pre-norm decoder's matrices as they are now; its other weights are read in place."""
 
-    def __init__(self, module: Any, plan: Plan, positions: int, rows: int, *, bf16_weights: bool = False) -> None:
+    def __init__(
+        self,
+        module: Any,
+        plan: Plan,
+        positions: int,
+        rows: int,
+        cache_dtype: torch.dtype,
+        *,
+        bf16_weights: bool = False,
+    ) -> None:
         """For sequences of up to `positions` tokens, prompt and completion together, and up to `rows` of them at once.
 
-        `bf16_weights`: the copies are in bfloat16, and so are the inputs of their matmuls; everything else is in float32.
+        Args:
+            cache_dtype: of the KV cache, one for which `step_kernel` compiles.
+            bf16_weights: the copies are in bfloat16, and so are the inputs of their matmuls.
         """
-        kernel = step_kernel(head_size(module.config), bf16_weights=bf16_weights)
+        kernel = step_kernel(head_size(module.config), cache_dtype, bf16_weights=bf16_weights)
         assert kernel is not None
         self._kernel, self._plan, self._module = kernel, plan, module
         self._layers = [_blocked_weights(layer, to_blocked_bf16 if bf16_weights else to_blocked) for layer in module.layers]
         pointers = [[0 if w is None else w.data_ptr() for w in (layer[name] for name in LAYER_WEIGHTS)] for layer in self._layers]
         self._pointers = torch.tensor(pointers)
         self._norm = module.norm.weight.detach().contiguous()
+        forms = [form_of(layer.self_attn) for layer in module.layers]
+        self._softcap, self._windows = forms[0].softcap, torch.tensor([form.window for form in forms])
         self._scale, self._heads = module.layers[0].self_attn.scaling, module.config.num_attention_heads
         self.resize(positions, rows)
 
@@ -185,16 +213,21 @@ class OneCallStep:
         widths = weight.shape[1], (self._heads + 2 * K) * size, self._heads * size, inner
         self._buffers = [weight.new_empty(rows, width) for width in widths]
 
-    def __call__(self, tokens_R: Tensor, cache: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    def __call__(self, tokens_R: Tensor, caches: Tensor, layout: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         """Run one more token of each row; returns hidden states [R, H], which the next call overwrites.
 
-        `cache` and `sizes`: the tensors and the numbers of the C++ struct Cache, without the layer.
+        Args:
+            tokens_R: the tokens, int64.
+            caches: int64 [layers, 3] on the CPU: of each layer the addresses (`data_ptr()`) of its row_cache, prompt_keys and
+                prompt_values, contiguous tensors of `cache_dtype`.
+            layout: the other tensors of the C++ struct Cache, all int64: written, prompt_lengths, prompts, order, starts.
+            sizes: its numbers: row_capacity, P, K, T, L, max_rows.
         """
         x_RH = self._module.embed_tokens(tokens_R)
         forms = *self._plan.norm[::-1], *self._plan.qk_norm[::-1]
-        tensors = x_RH, *self._buffers, self._pointers, self._norm, *self._cos_sin, *cache
+        tensors = x_RH, *self._buffers, self._pointers, self._norm, *self._cos_sin, caches, self._windows, *layout
         model = *x_RH.shape, self._buffers[-1].shape[1], self._heads, len(self._layers)
-        self._kernel(*tensors, self._scale, *forms, *model, *sizes)
+        self._kernel(*tensors, self._scale, self._softcap, *forms, *model, *sizes)
         hidden_RH: Tensor = self._buffers[0][: len(tokens_R)]
         return hidden_RH
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from groupwise.models.attention.attend import PLAIN, AttentionForm
+
 
 @dataclass(frozen=True, slots=True)
 class StepLayout:
@@ -61,35 +63,50 @@ def attend_newest(
     key_RKD: Tensor,
     value_RKD: Tensor,
     scale: float,
+    form: AttentionForm = PLAIN,
 ) -> Tensor:
     """The attention output of each row's newest token, [R, H, D]. Writes its key and value to `row_cache` [2, rows, K, T, D].
 
-    What the caches hold beyond a row's or a prompt's tokens must be finite, since 0 times NaN is NaN.
+    The caches may have another dtype than the rest. What they hold beyond a row's or a prompt's tokens must be finite, since 0
+    times NaN is NaN.
     """
     R, K = key_RKD.shape[:2]
     device, L = key_RKD.device, prompt_keys_PKLD.shape[2]
     rows_R = torch.arange(R, device=device)
     for cache, new in zip(row_cache, (key_RKD, value_RKD), strict=True):
-        cache[rows_R, :, at.written_R - 1] = new
+        cache[rows_R, :, at.written_R - 1] = new.to(cache.dtype)
     keys_RKTD, values_RKTD = row_cache[:, :R, :, : at.window]
     P = len(at.lengths_P)
 
     query_RKSD = torch.unflatten(query_RHD, 1, (K, -1))
     of_prompt = at.by_row(_scores(at.by_prompt(query_RKSD), prompt_keys_PKLD[:P]))
     scores_RKST = torch.cat([of_prompt, _scores(query_RKSD, keys_RKTD)], -1) * scale
-    beyond_prompt = torch.arange(L, device=device) >= at.lengths_P[at.prompt_R][:, None]
-    beyond_row = torch.arange(at.window, device=device) >= at.written_R[:, None]
-    scores_RKST.masked_fill_(torch.cat([beyond_prompt, beyond_row], 1)[:, None, None], -torch.inf)
-    weights_RKST = scores_RKST.softmax(-1).to(query_RHD.dtype)
-    output_RKSD: Tensor = weights_RKST[..., L:] @ values_RKTD
-    output_RKSD += at.by_row(at.by_prompt(weights_RKST[..., :L]) @ prompt_values_PKLD[:P])
+    if form.softcap:
+        scores_RKST = form.softcap * torch.tanh(scores_RKST / form.softcap)
+    prompt_L, row_T = torch.arange(L, device=device), torch.arange(at.window, device=device)
+    lengths_R = at.lengths_P[at.prompt_R]
+    hidden_RX = torch.cat([prompt_L >= lengths_R[:, None], row_T >= at.written_R[:, None]], 1)
+    if form.window:
+        first_R1 = (at.written_R - form.window)[:, None]  # the first visible token, counted from the row's first
+        hidden_RX |= torch.cat([prompt_L - lengths_R[:, None] < first_R1, row_T < first_R1], 1)
+    scores_RKST.masked_fill_(hidden_RX[:, None, None], -torch.inf)
+    weights_RKST = _softmax(scores_RKST, form.sinks_H).to(query_RHD.dtype)
+    output_RKSD: Tensor = weights_RKST[..., L:] @ values_RKTD.to(query_RHD.dtype)
+    output_RKSD += at.by_row(at.by_prompt(weights_RKST[..., :L]) @ prompt_values_PKLD[:P].to(query_RHD.dtype))
     output_RHD: Tensor = output_RKSD.flatten(1, 2)
     return output_RHD
 
 
+def _softmax(scores_RKST: Tensor, sinks_H: Tensor | None) -> Tensor:
+    if sinks_H is None:
+        return scores_RKST.softmax(-1)
+    sinks_RKS1 = sinks_H.to(scores_RKST.dtype).view(1, *scores_RKST.shape[1:3], 1).expand(*scores_RKST.shape[:3], 1)
+    return torch.cat([scores_RKST, sinks_RKS1], -1).softmax(-1)[..., :-1]
+
+
 def _scores(query: Tensor, keys: Tensor) -> Tensor:
     """float32 [X, K, Q, T] of [X, K, Q, D] and [X, K, T, D]: scores rounded to bfloat16 would change the distribution."""
-    keys = keys.transpose(2, 3)
+    keys = keys.transpose(2, 3).to(query.dtype)
     if query.dtype == torch.float32 or query.device.type != "cuda":
         return query.float() @ keys.float()
     scores = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1), out_dtype=torch.float32)

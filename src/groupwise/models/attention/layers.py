@@ -5,6 +5,7 @@ compute what it computes: each is tried once against its own forward. All in flo
 own forward.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from groupwise.kernels.compiled import unavailable
 from groupwise.kernels.layers import layer_kernels, rms_norm, rope, swiglu
-from groupwise.models.attention.attend import current_attend
+from groupwise.models.attention.attend import PLAIN, AttentionForm, current_attend
 from groupwise.models.patches import has_own_forward, is_observed
 
 TOLERANCE = 1e-4
@@ -52,7 +53,12 @@ def matches(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> bool:
 @torch.no_grad()
 @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
 def layer_forwards(decoder: Any) -> tuple[list[LayerForward], list[str]]:
-    """The forwards that fit this decoder, found by trial while it is `attending`; and for the others, why they do not."""
+    """The forwards that fit this decoder, found by trial while it is `attending`; and for the others, why they do not.
+
+    On a GPU, RMSNorms alone run otherwise: through PyTorch's fused kernel, where transformers has six.
+    """
+    if decoder.device.type != "cpu":
+        return fused_norms(decoder), []
     if layer_kernels() is None:
         return [], [f"layers run as transformers has them: {unavailable('layers')}"]
     found, reasons = [], []
@@ -71,12 +77,39 @@ def layer_forwards(decoder: Any) -> tuple[list[LayerForward], list[str]]:
     return found, reasons
 
 
+def _is_norm(module: Any) -> bool:
+    return type(module).__name__.endswith("RMSNorm")
+
+
 def _looks_alike(module: Any) -> bool:
-    return type(module).__name__.endswith("RMSNorm") or hasattr(module, "gate_proj") or hasattr(module, "q_proj")
+    return _is_norm(module) or hasattr(module, "gate_proj") or hasattr(module, "q_proj")
+
+
+def fused_norms(decoder: Any) -> list[LayerForward]:
+    """PyTorch's fused RMSNorm for the decoder's norms that compute the same, tried on the CPU."""
+    found = []
+    for module in decoder.modules():
+        if not _is_norm(module) or has_own_forward(module):
+            continue
+        try:
+            form = _norm_form(module, _rms_norm)
+        except Exception:  # third-party code, called with our inputs, may raise anything: it stays as it is
+            form = None
+        if form is not None:
+            found.append(LayerForward(module, partial(_fused_norm, module, *form)))
+    return found
+
+
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float) -> Tensor:
+    return torch.nn.functional.rms_norm(x, weight.shape, (weight + offset if offset else weight).to(x.dtype), epsilon)
+
+
+def _fused_norm(module: Any, epsilon: float, offset: float, x: Tensor) -> Tensor:
+    return _rms_norm(x, module.weight, epsilon, offset)
 
 
 def _forward_for(decoder: Any, module: Any) -> LayerForward | None:
-    if type(module).__name__.endswith("RMSNorm"):
+    if _is_norm(module):
         form = _norm_form(module)
         return form and LayerForward(module, partial(_norm, module, *form))
     if hasattr(module, "gate_proj"):
@@ -95,14 +128,14 @@ def _trial_inputs(layer: Any) -> list[Tensor]:
     return [x_1NH * size for size in (1, 30, 1000)]
 
 
-def _norm_form(module: Any) -> NormForm | None:
-    """None if it is not such a norm."""
+def _norm_form(module: Any, norm: Callable[[Tensor, Tensor, float, float], Tensor] = rms_norm) -> NormForm | None:
+    """None if it is not such a norm, which `norm` computes."""
     epsilon = float(getattr(module, "variance_epsilon", None) or module.eps)
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(module.weight.shape, generator=random)
     x = torch.randn(8, len(weight), generator=random) * torch.logspace(-4, 3, 8)[:, None]  # so small that epsilon counts
     theirs = torch.func.functional_call(module, {"weight": weight}, (x,))
-    return next(((epsilon, offset) for offset in (0.0, 1.0) if matches(rms_norm(x, weight, epsilon, offset), theirs)), None)
+    return next(((epsilon, offset) for offset in (0.0, 1.0) if matches(norm(x, weight, epsilon, offset), theirs)), None)
 
 
 def _norm(module: Any, epsilon: float, offset: float, x: Tensor) -> Tensor:
@@ -130,7 +163,7 @@ def _attention_forms(decoder: Any, module: Any) -> list[NormForm | None] | None:
     forms = [_norm_form(norm) if norm is not None else None for norm in norms]
     if any(form is None and norm is not None for form, norm in zip(forms, norms, strict=True)):
         return None
-    token = current_attend.set(trial_attention)
+    token = current_attend.set(TrialAttend())
     try:
         same = True
         for x_1NH in _trial_inputs(module.q_proj):
@@ -143,10 +176,27 @@ def _attention_forms(decoder: Any, module: Any) -> list[NormForm | None] | None:
     return forms if same else None
 
 
-def trial_attention(layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scale: float) -> Tensor:
-    """An `Attend` for trials: cheap, and dependent on queries, keys, values, the scale and the order of tokens."""
-    times = query_NHD.shape[1] // key_NKD.shape[1]
-    return query_NHD * scale + (key_NKD + 2 * value_NKD).cumsum(0).repeat_interleave(times, 1)
+class TrialAttend:
+    """An `Attend` for trials: cheap, and dependent on queries, keys, values, the scale, the form and the order of tokens."""
+
+    def __call__(
+        self, layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scale: float, form: AttentionForm = PLAIN
+    ) -> Tensor:
+        times = query_NHD.shape[1] // key_NKD.shape[1]
+        of_form = form.window + form.softcap + (0 if form.sinks_H is None else form.sinks_H[:, None])
+        return query_NHD * scale + (key_NKD + 2 * value_NKD).cumsum(0).repeat_interleave(times, 1) * (1 + of_form)
+
+    def mix(self, layer: Any, forward: Callable[..., Tensor], hidden_NH: Tensor) -> Tensor:
+        raise NotImplementedError("layers are tried one at a time, and recurrent ones have no kernel")
+
+
+def form_of(module: Any) -> AttentionForm:
+    """What an attention layer adds to plain attention, by the names that transformers' layers give it; tried with the layer."""
+    window = module.sliding_window if hasattr(module, "sliding_window") else getattr(module.config, "sliding_window", None)
+    softcap, sinks = getattr(module, "attn_logit_softcapping", None), getattr(module, "sinks", None)
+    if not (window or softcap) and sinks is None:
+        return PLAIN
+    return AttentionForm(window=window or 0, softcap=softcap or 0.0, sinks_H=sinks)
 
 
 def _attention(
@@ -167,5 +217,5 @@ def _attention(
     query_NHD = rope(query_NX.float(), cos_ND, sin_ND, *query_norm)
     key_NKD = rope(key_NX.float(), cos_ND, sin_ND, *key_norm)
     value_NKD = value_NX.view(key_NKD.shape)
-    attended_NHD = current_attend.get()(module.layer_idx, query_NHD, key_NKD, value_NKD, module.scaling)
+    attended_NHD = current_attend.get()(module.layer_idx, query_NHD, key_NKD, value_NKD, module.scaling, form_of(module))
     return module.o_proj(attended_NHD.flatten(1))[None], None

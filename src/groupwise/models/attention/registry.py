@@ -6,31 +6,57 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AttentionInterface
 
-from groupwise.models.attention.attend import Attend, current_attend
+from groupwise.models.attention.attend import PLAIN, Attend, AttentionForm, current_attend
 from groupwise.models.patches import Forwards, patched
 
 NAME = "groupwise"
 
 
 def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None, **extra: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **extra: Any,
 ) -> tuple[Tensor, None]:
-    """The signature that transformers calls. Whatever changes plain attention is refused, which the model's trial notices."""
-    for name in ("softcap", "s_aux", "sliding_window", "position_bias"):
-        if extra.get(name) is not None:
-            raise NotImplementedError(f"attention with {name}")
+    """The signature that transformers calls.
+
+    Raises:
+        NotImplementedError: the layer has another kind of attention. The decoder's trial catches it, and the fallback is taken.
+    """
+    if attention_mask is not None:
+        raise NotImplementedError("attention with a mask of its own")
+    if extra.get("position_bias") is not None:
+        raise NotImplementedError("attention with a position bias")
+    if extra.get("is_causal", getattr(module, "is_causal", True)) is False:
+        raise NotImplementedError("attention that is not causal")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    arguments = module.layer_idx, query, key, value, scale, sliding_window or 0, softcap or 0.0, s_aux
     if not torch.compiler.is_compiling():
-        return _run(module.layer_idx, query, key, value, scale), None
+        return _run(*arguments), None
     run = _outside_graph if torch.is_grad_enabled() else _in_graph
-    return run(module.layer_idx, query, key, value, scale), None
+    return run(*arguments), None
 
 
-def _run(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def _run(
+    layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, softcap: float, sinks: Tensor | None
+) -> Tensor:
+    plain = not (window or softcap) and sinks is None
+    form = PLAIN if plain else AttentionForm(window=window, softcap=softcap, sinks_H=sinks)
+    size, value_size = key.shape[-1], value.shape[-1]
+    # Zeros added to queries and keys change no score, zeros added to values are cut off again: kernels see one head size.
+    query, key, value = (pad(x, (0, max(size, value_size) - x.shape[-1])) for x in (query, key, value))
     query_NHD, key_NKD, value_NKD = (x[0].transpose(0, 1) for x in (query, key, value))
-    return current_attend.get()(layer, query_NHD, key_NKD, value_NKD, scale)[None]
+    output_NHD = current_attend.get()(layer, query_NHD, key_NKD, value_NKD, scale, form)
+    return output_NHD[None, ..., :value_size]
 
 
 _outside_graph = torch.compiler.disable(_run)  # type: ignore[no-untyped-call]
@@ -40,8 +66,11 @@ _in_graph = torch.library.custom_op("groupwise::attend", _run, mutates_args=())
 
 
 @_in_graph.register_fake
-def _(layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    return query.transpose(1, 2).new_empty(query.transpose(1, 2).shape)
+def _(
+    layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, softcap: float, sinks: Tensor | None
+) -> Tensor:
+    output = query.transpose(1, 2)
+    return output.new_empty(*output.shape[:-1], value.shape[-1])
 
 
 AttentionInterface.register(NAME, _attention)

@@ -1,19 +1,26 @@
 """Attention over packed sequences in PyTorch: rows padded for its flash kernel, and two softmaxes merged by their log-sum-exp.
 
 The fallback of `kernels.packed_attention`: without a C++ compiler, and in other dtypes than float32. Here `lse` is the
-log-sum-exp of a query's scores.
+log-sum-exp of a query's scores. The flash kernel knows neither sliding windows nor soft caps nor sinks: with any of them
+`masked_attention` computes all scores.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from groupwise.models.attention.attend import AttentionForm
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 SIMILAR, SHORT = 0.7, 8
 """Rows share a padded kernel call when the shorter has at least this share of the longer's tokens, minus a few."""
+
+CHUNK_SCORES = 1 << 19
+"""`masked_attention` computes at most so many scores of each head at once."""
 
 
 def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
@@ -33,7 +40,7 @@ class PaddedBlocks:
         self.prompt_tokens = int(prompt_lengths.sum())
         self.prompts = PaddedLayout(ragged(prompt_lengths, 0), device)
         rows_RT = ragged(lengths_R, self.prompt_tokens)
-        self.rows = [PaddedLayout(rows_RT[rows, : int(lengths_R[rows].max())], device) for rows in _by_length(lengths_R)]
+        self.rows = [PaddedLayout(rows_RT[rows, : int(lengths_R[rows].max())], device) for rows in by_length(lengths_R)]
         members = [rows_RT[prompts_R == p] for p in range(len(prompt_lengths))]
         tokens = [rows[rows >= 0] for rows in members]
         self.groups = PaddedLayout(torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=-1), device)
@@ -154,7 +161,7 @@ def _padding_bias(inside_PL: Tensor, device: Any) -> Tensor | None:
     return torch.zeros(inside_PL.shape, device=device).masked_fill(~inside_PL, -torch.inf)[:, None, None]
 
 
-def _by_length(lengths_R: Tensor) -> list[Tensor]:
+def by_length(lengths_R: Tensor) -> list[Tensor]:
     """Rows (int64 [r] each) in sets of similar length, so that little is padded; rows without a token are in none."""
     order = lengths_R.argsort(descending=True)
     sets: list[list[int]] = []
@@ -174,3 +181,117 @@ def ragged(lengths_R: Tensor, offset: int) -> Tensor:
     position_T = torch.arange(int(lengths_R.max()) if len(lengths_R) else 0)
     index_RT = offset + (ends_R - lengths_R)[:, None] + position_T
     return torch.where(position_T < lengths_R[:, None], index_RT, -1)
+
+
+class QueryChunk(NamedTuple):
+    """Consecutive queries of one row or several, and the keys that some of them see."""
+
+    queries_RT: Tensor
+    """The packed index of each query, 0 for padding."""
+    keys_RS: Tensor
+    visible_RTS: Tensor
+    """Which queries see which keys. A padded query sees some too, since the softmax over none would be NaN."""
+
+
+class QueryChunks:
+    """All queries, in chunks of a moderate number of scores."""
+
+    def __init__(self, prompt_lengths: Tensor, prompts_R: Tensor, lengths_R: Tensor, window: int, device: Any) -> None:
+        """Arguments as of `kernels.packed_attention.PackedRows`, and the sliding window of attention or 0."""
+        lengths = [*prompt_lengths.tolist(), *lengths_R.tolist()]
+        own = torch.split(torch.arange(sum(lengths)), lengths)
+        prompts, rows = own[: len(prompt_lengths)], own[len(prompt_lengths) :]
+        # Each sequence and how many of its tokens are no queries of this row but of its prompt.
+        sequences = [(prompt, 0) for prompt in prompts]
+        sequences += [(torch.cat([prompts[p], row]), len(prompts[p])) for p, row in zip(prompts_R.tolist(), rows, strict=True)]
+        blocks = [block for sequence, start in sequences for block in _query_blocks(sequence, start, window)]
+        self.chunks: list[QueryChunk] = []
+        order: list[Tensor] = []
+        for taken in _together(blocks):
+            queries_RT, keys_RS, query_positions_RT, key_positions_RS = (
+                torch.nn.utils.rnn.pad_sequence([block[i] for block in taken], batch_first=True, padding_value=-1)
+                for i in range(4)
+            )
+            distance_RTS = query_positions_RT[:, :, None] - key_positions_RS[:, None]
+            visible_RTS = (distance_RTS >= 0) & (key_positions_RS >= 0)[:, None]
+            if window:
+                visible_RTS &= distance_RTS < window
+            visible_RTS |= (queries_RT < 0)[:, :, None]
+            self.chunks.append(QueryChunk(*(x.to(device) for x in (queries_RT.clamp(min=0), keys_RS.clamp(min=0), visible_RTS))))
+            order.append(queries_RT.flatten())
+        flat = torch.cat(order) if order else torch.zeros(0, dtype=torch.long)
+        kept = (flat >= 0).nonzero()[:, 0]
+        self.back = kept[flat[kept].argsort()].to(device)
+        """Of each packed token, its index among the padded queries of all chunks."""
+
+
+Block = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Some queries of a row and the keys that they see: the packed indices of both, and their positions in the sequence."""
+
+
+def _query_blocks(sequence: Tensor, start: int, window: int) -> list[Block]:
+    """The queries of a sequence from the token `start` on, in blocks of at most CHUNK_SCORES scores."""
+    size = max(1, CHUNK_SCORES // max(1, len(sequence)))
+    position = torch.arange(len(sequence))
+    blocks = []
+    for first in range(start, len(sequence), size):
+        queries = slice(first, min(first + size, len(sequence)))
+        keys = slice(max(0, first - window + 1) if window else 0, queries.stop)
+        blocks.append((sequence[queries], sequence[keys], position[queries], position[keys]))
+    return blocks
+
+
+def _together(blocks: list[Block]) -> list[list[Block]]:
+    """Blocks of similar sizes, as many as have CHUNK_SCORES scores once they are padded."""
+    chunks: list[list[Block]] = []
+    queries = keys = 0
+    for block in sorted(blocks, key=lambda block: (len(block[1]), len(block[0])), reverse=True):
+        queries, keys = max(queries, len(block[0])), max(keys, len(block[1]))
+        if not chunks or (len(chunks[-1]) + 1) * queries * keys > CHUNK_SCORES:
+            chunks.append([])
+            queries, keys = len(block[0]), len(block[1])
+        chunks[-1].append(block)
+    return chunks
+
+
+def masked_attention(
+    query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, layout: QueryChunks, scale: float, form: AttentionForm
+) -> Tensor:
+    """Attention of any form, [N, H, D], by the formula; differentiable. The backward pass computes a chunk's scores again."""
+    outputs = [
+        checkpoint(
+            _masked_chunk,
+            query_NHD,
+            key_NKD,
+            value_NKD,
+            chunk,
+            scale,
+            form.softcap,
+            form.sinks_H,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        for chunk in layout.chunks
+    ]
+    return torch.cat(outputs).index_select(0, layout.back) if outputs else query_NHD
+
+
+def _masked_chunk(
+    query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, chunk: QueryChunk, scale: float, softcap: float, sinks_H: Tensor | None
+) -> Tensor:
+    """The output of a chunk's queries, padding included, [R T, H, D]. Computed in float32 at least."""
+    dtype, K = query_NHD.dtype, key_NKD.shape[1]
+    wide = torch.promote_types(dtype, torch.float32)
+    with torch.autocast(query_NHD.device.type, enabled=False):
+        query_RTKSD = torch.unflatten(query_NHD[chunk.queries_RT].to(wide), 2, (K, -1))
+        key_RSKD, value_RSKD = (x[chunk.keys_RS].to(wide) for x in (key_NKD, value_NKD))
+        scores = torch.einsum("rtkhd,rskd->rkhts", query_RTKSD, key_RSKD) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~chunk.visible_RTS[:, None, None], -torch.inf)
+        if sinks_H is not None:
+            sinks = sinks_H.to(wide).view(1, *scores.shape[1:3], 1, 1).expand(*scores.shape[:-1], 1)
+            scores = torch.cat([scores, sinks], -1)
+        weights = scores.softmax(-1)[..., : chunk.keys_RS.shape[1]]
+        output = torch.einsum("rkhts,rskd->rtkhd", weights, value_RSKD)
+    return output.flatten(2, 3).flatten(0, 1).to(dtype)

@@ -1,0 +1,127 @@
+"""Which cache a model generates with: the fastest that a trial has shown to be exact."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from groupwise.errors import UserError
+from groupwise.models.attention.decoding import DecodingCache
+from groupwise.models.attention.decoding_step import PlanFinder
+from groupwise.models.attention.layers import matches
+from groupwise.models.bfloat16 import rounded_weights
+from groupwise.models.blocked_weights import BlockedWeights, blocked_forwards
+from groupwise.models.decoder import Decoder
+from groupwise.models.padded import NoCache, PaddedCache
+from groupwise.models.trials import LENGTHS, first_line, generate, no_constants, small_windows, tolerance_in
+
+
+class Caches:
+    """Makes caches for a decoder: ours; else the decoder's own, with prompts of all lengths in one batch or apart; else none."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self.plans = PlanFinder(decoder)
+        self._reasons: dict[tuple[torch.device, torch.dtype, torch.dtype | None], str | None] = {}
+        self._fallback: Callable[[], PaddedCache | NoCache] | None = None
+
+    def new(
+        self,
+        prompts: int,
+        prompt_length: int,
+        rows: int,
+        tokens: int,
+        *,
+        dtype: torch.dtype | None = None,
+        fixed: bool | None = None,
+    ) -> DecodingCache | PaddedCache | NoCache:
+        """See `LanguageModel.decoding_cache`."""
+        if self.why_not_ours(dtype) is None:
+            fixed = self._fixed if fixed is None else fixed
+            return self._ours(prompts, prompt_length, rows, tokens, dtype=dtype, fixed=fixed)
+        return self.fallback()
+
+    @property
+    def _fixed(self) -> bool:
+        """Whether steps have fixed sizes. States of recurrent layers are new tensors in each step, which graphs cannot be."""
+        return not self._decoder.on_cpu and not self._decoder.recurrent
+
+    def _ours(
+        self, prompts: int, prompt_length: int, rows: int, tokens: int, *, dtype: torch.dtype | None, fixed: bool
+    ) -> DecodingCache:
+        return DecodingCache(self._decoder, self.plans, prompts, prompt_length, rows, tokens, fixed=fixed, dtype=dtype)
+
+    def why_not_ours(self, dtype: torch.dtype | None = None) -> str | None:
+        """Why the decoder cannot generate with a `DecodingCache` of keys and values in `dtype` (None: the decoder's), or None.
+
+        Tried once for each device and dtype.
+        """
+        if not self._decoder.packs():
+            return self._decoder.reasons["packed"]
+        key = self._decoder.device, self._decoder.dtype, dtype
+        if key not in self._reasons:
+            self._reasons[key] = self.why_not_exact(dtype, fixed=self._fixed)
+        if (reason := self._reasons[key]) is not None:
+            self._decoder.reasons["generation"] = reason
+        return self._reasons[key]
+
+    def why_not_exact(self, dtype: torch.dtype | None = None, *, fixed: bool) -> str | None:
+        """Why a `DecodingCache` does not give what full forward passes give; None if it does."""
+        if self._decoder.repeated:
+            return "attention layers run several times in a forward pass, so their keys have no one place in the cache"
+        prompts, rows = LENGTHS[self._decoder.device.type]
+        return self._try(lambda: self._ours(1, max(prompts), 2, max(rows), dtype=dtype, fixed=fixed), dtype)
+
+    def blocked_weights(self, module: Any) -> BlockedWeights:
+        """See `LanguageModel.blocked_weights`; `module`: the decoder with its output layer."""
+        decoder, head = self._decoder, [module.get_output_embeddings()]
+        if not (decoder.backend.blocked_weights and decoder.on_cpu):
+            return BlockedWeights([])
+        if decoder.bf16_step:
+            if not (ours := self.why_not_ours() is None):
+                self.fallback()  # tried before anything is rounded
+            return BlockedWeights(*rounded_weights(decoder, head, packed=ours))
+        only_head = decoder.compiled or (decoder.packs() and self.plans.find() is not None)
+        # torch.compile must see the original forwards, and a step in one call has blocked copies of its own.
+        return BlockedWeights(list(blocked_forwards(head if only_head else list(module.modules()))))
+
+    def fallback(self) -> PaddedCache | NoCache:
+        """The decoder's own cache in the fastest way that is exact, tried once; else none.
+
+        Raises:
+            UserError: even without a cache, a token's hidden state is not what it is in the whole sequence.
+        """
+        if self._fallback is None:
+            self._fallback = self._find_fallback()
+        return self._fallback()
+
+    def _find_fallback(self) -> Callable[[], PaddedCache | NoCache]:
+        module, reasons = self._decoder.module, self._decoder.reasons
+        together, apart = (partial(PaddedCache, module, left_padding=left) for left in (True, False))
+        if self._try(together) is None:
+            return together
+        if (reason := self._try(apart)) is None:
+            reasons["batches"] = "padding on the left is not exact, so prompts of each length are a batch of their own"
+            return apart
+        if (without := self._try(partial(NoCache, module))) is not None:
+            raise UserError(f"{type(module).__name__} cannot generate exactly: without a cache, {without}")
+        reasons["cache"] = f"every step runs all tokens again: with the model's own cache, {reason}"
+        return partial(NoCache, module)
+
+    @torch.inference_mode()
+    def _try(self, new_cache: Callable[[], Any], dtype: torch.dtype | None = None) -> str | None:
+        """Why a cache, with keys and values in `dtype`, does not give what each row gives alone; None if it does."""
+        trial = self._decoder.trial_rows()
+        tolerance = max(tolerance_in(self._decoder.dtype), tolerance_in(dtype or self._decoder.dtype))
+        with self._decoder.exact(), small_windows(self._decoder.module), no_constants(self._decoder.module):
+            theirs = [self._decoder.alone(trial.row(i)) for i in range(len(trial.completions))]
+            try:
+                hidden = generate(new_cache(), trial)
+            except Exception as error:  # third-party forwards and GPU drivers may raise anything
+                return f"steps of generation fail in it: {first_line(error)}"
+        for row, prompt, ours in zip(theirs, trial.prompt_R.tolist(), hidden, strict=True):
+            expected = row[len(trial.prompts[prompt]) - 1 :][: len(ours)]
+            if not matches(ours, expected, tolerance):
+                return "steps of generation and full forward passes give different hidden states"
+        return None
