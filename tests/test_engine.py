@@ -268,3 +268,18 @@ def test_limits_alone_do_not_split_a_batch(tokenizer: Any) -> None:
     asked = [Request(prompt=torch.tensor([7, 12]), sampling=Sampling(max_tokens=3 + i), seed=i) for i in range(6)]
     generate_all(sampler, asked)
     assert sizes[0] == 6
+
+
+def test_a_prefill_that_fails_fails_its_requests(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none waits for ever."""
+    sampler = NativeSampler(owned(tiny_model("qwen3", tokenizer)), tokenizer)
+
+    def failing(*_: Any) -> Tensor:
+        raise RuntimeError("no memory for this prompt")
+
+    monkeypatch.setattr("groupwise.models.attention.decoding.DecodingCache.prefill", failing)
+    monkeypatch.setattr("groupwise.models.caches.Caches.why_not_ours", lambda *_: None)
+    sampler.model.decoder.packs()
+    with pytest.raises(RuntimeError, match="no memory for this prompt"):
+        asyncio.run(asyncio.wait_for(sampler.generate(requests([torch.tensor([3, 4])], 2, Sampling(max_tokens=3), 0)[0]), 20))
+    assert sampler.health()["waiting"] == 0

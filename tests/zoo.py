@@ -330,6 +330,7 @@ ZOO: dict[str, Member] = {
     "deepseek_v3-equal-heads": fast("deepseek_v3", **{**EQUAL_LATENT, **ROUTED_EXPERTS}, first_k_dense_replace=1),
     "deepseek_v3-groups": fast(
         "deepseek_v3",
+        gain=1.0,
         **{**LATENT, **ROUTED_EXPERTS, "q_lora_rank": None, "n_routed_experts": 8, "n_group": 4, "topk_group": 2},
         first_k_dense_replace=0,
     ),

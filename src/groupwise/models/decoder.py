@@ -143,7 +143,8 @@ class Decoder:
 
     def trial_rows(self) -> TrialRows:
         """Prompts and completions to try the decoder on."""
-        return trial_rows(self.vocab_size, self.device, self.position_limit)
+        pad_token = getattr(self.config.get_text_config(), "pad_token_id", None)
+        return trial_rows(self.vocab_size, pad_token, self.device, self.position_limit)
 
     @torch.no_grad()
     def alone(self, tokens: Tensor) -> Tensor:

@@ -31,12 +31,21 @@ class TrialRows:
         return torch.cat([self.prompts[int(self.prompt_R[i])], self.completions[i]])
 
 
-def trial_rows(vocab_size: int, device: torch.device, limit: int | None) -> TrialRows:
-    """`limit`: the most tokens of a prompt and completion together; None: no limit."""
+def trial_rows(vocab_size: int, pad_token: int | None, device: torch.device, limit: int | None) -> TrialRows:
+    """
+    Args:
+        vocab_size: tokens are drawn from so many.
+        pad_token: is left out, since its embedding may be zero.
+        device: of the tokens.
+        limit: the most tokens of a prompt and completion together; None: no limit.
+    """
     prompts, rows = LENGTHS.get(device.type, LENGTHS["cpu"])
     counts = [n if limit is None else max(1, min(n, limit // 2 - 1)) for n in (*prompts, *rows)]
     random = torch.Generator().manual_seed(0)
-    tokens = torch.split(torch.randint(vocab_size, (sum(counts),), generator=random).to(device), counts)
+    drawn = torch.randint(vocab_size, (sum(counts),), generator=random)
+    if pad_token is not None:
+        drawn = torch.where(drawn == pad_token, (pad_token + 1) % vocab_size, drawn)
+    tokens = torch.split(drawn.to(device), counts)
     return TrialRows(list(tokens[:2]), list(tokens[2:]), torch.tensor([0, 0, 1, 1]))
 
 

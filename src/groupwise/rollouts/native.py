@@ -244,8 +244,8 @@ class NativeSampler:
             rows, prompts = rows + job.request.n, prompts + 1
         if admitted:
             self._reserve(admitted, rows, prompts, most_rows, most_prompts)
-            self._waiting = self._waiting[len(admitted) :]
             self._prefill(admitted)
+            self._waiting = self._waiting[len(admitted) :]  # only now: what fails in prefill is still pending
 
     def _reserve(self, admitted: list[_Job], rows: int, prompts: int, most_rows: int, most_prompts: int) -> None:
         """Buffers for these rows and prompts; at first for all that wait and may run at once, so that they seldom grow."""

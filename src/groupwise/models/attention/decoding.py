@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -237,7 +237,7 @@ class DecodingCache:
 
     def run_step(self, tokens_R: Tensor, at: StepLayout) -> Tensor:
         """The step itself, layer by layer; rows beyond those of the layout only fill up the batch."""
-        self._at = at
+        self._at = replace(at, masks={})  # in a captured graph the masks are computed again from the tensors
         positions_R = at.lengths_P[at.prompt_R] + at.written_R - 1
         positions_R = torch.nn.functional.pad(positions_R, (0, len(tokens_R) - len(positions_R)))
         return self._decoder.run_packed(tokens_R, positions_R, self)

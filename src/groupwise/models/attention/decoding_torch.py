@@ -3,7 +3,7 @@
 S query heads share a key-value head. A row's cache has capacity for T tokens, a prompt's for L.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,6 +26,21 @@ class StepLayout:
     width: int
     window: int
     """Tokens of the rows' cache that are read; at least as many as any row has."""
+    masks: dict[int, Tensor] = field(default_factory=dict)
+    """What `hidden` has returned in this step, by sliding window: the layers of a step share it."""
+
+    def hidden(self, L: int, sliding_window: int) -> Tensor:
+        """bool [R, L + window]: the tokens of a prompt's cache and of a row's that the row's newest token does not see."""
+        if sliding_window not in self.masks:
+            device = self.written_R.device
+            prompt_L, row_T = torch.arange(L, device=device), torch.arange(self.window, device=device)
+            lengths_R = self.lengths_P[self.prompt_R]
+            hidden_RX = torch.cat([prompt_L >= lengths_R[:, None], row_T >= self.written_R[:, None]], 1)
+            if sliding_window:
+                first_R1 = (self.written_R - sliding_window)[:, None]  # the first visible token, counted from the row's first
+                hidden_RX |= torch.cat([prompt_L - lengths_R[:, None] < first_R1, row_T < first_R1], 1)
+            self.masks[sliding_window] = hidden_RX
+        return self.masks[sliding_window]
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.written_R, self.prompt_R, self.slot_R, self.lengths_P
@@ -83,13 +98,7 @@ def attend_newest(
     scores_RKST = torch.cat([of_prompt, _scores(query_RKSD, keys_RKTD)], -1) * scale
     if form.softcap:
         scores_RKST = form.softcap * torch.tanh(scores_RKST / form.softcap)
-    prompt_L, row_T = torch.arange(L, device=device), torch.arange(at.window, device=device)
-    lengths_R = at.lengths_P[at.prompt_R]
-    hidden_RX = torch.cat([prompt_L >= lengths_R[:, None], row_T >= at.written_R[:, None]], 1)
-    if form.window:
-        first_R1 = (at.written_R - form.window)[:, None]  # the first visible token, counted from the row's first
-        hidden_RX |= torch.cat([prompt_L - lengths_R[:, None] < first_R1, row_T < first_R1], 1)
-    scores_RKST.masked_fill_(hidden_RX[:, None, None], -torch.inf)
+    scores_RKST.masked_fill_(at.hidden(L, form.window)[:, None, None], -torch.inf)
     weights_RKST = _softmax(scores_RKST, form.sinks_H).to(query_RHD.dtype)
     output_RKSD: Tensor = weights_RKST[..., L:] @ values_RKTD.to(query_RHD.dtype)
     output_RKSD += at.by_row(at.by_prompt(weights_RKST[..., :L]) @ prompt_values_PKLD[:P].to(query_RHD.dtype))
