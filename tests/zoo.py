@@ -292,7 +292,7 @@ ZOO: dict[str, Member] = {
         floor_scale=4,
     ),
     "phimoe": fast("phimoe", **LOCAL_EXPERTS),
-    "phimoe-window": fast("phimoe", **LOCAL_EXPERTS, **SLIDING),
+    "phimoe-window": general("phimoe", **LOCAL_EXPERTS, **SLIDING),
     # --- mixtures of experts
     "qwen2_moe": fast("qwen2_moe", **QWEN_EXPERTS),
     "qwen3_moe": fast("qwen3_moe", ci=True, **HEADS, **QWEN_EXPERTS),
@@ -334,7 +334,7 @@ ZOO: dict[str, Member] = {
         **{**LATENT, **ROUTED_EXPERTS, "q_lora_rank": None, "n_routed_experts": 8, "n_group": 4, "topk_group": 2},
         first_k_dense_replace=0,
     ),
-    "deepseek_v32": general(
+    "deepseek_v32": refused(
         "deepseek_v32",
         **{**LATENT, **ROUTED_EXPERTS},
         first_k_dense_replace=1,
@@ -522,7 +522,7 @@ ZOO: dict[str, Member] = {
     # --- recent types, with what they combine
     "aria_text": general("aria_text", moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
     "axk1": general("axk1", **{**LATENT, **ROUTED_EXPERTS}),
-    "axk2": general("axk2", **{**LATENT, **ROUTED_EXPERTS, **INDEXED}, gated_norm_rank=4),
+    "axk2": refused("axk2", **{**LATENT, **ROUTED_EXPERTS, **INDEXED}, gated_norm_rank=4),
     "beam": general(
         "beam", **{**HEADS, **MIXED}, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1
     ),
@@ -562,7 +562,7 @@ ZOO: dict[str, Member] = {
     ),
     "flint": general("flint", **{**HEADS, **MIXED, **QWEN_EXPERTS}),
     "gemma4_unified_text": general("gemma4_unified_text", **{**HEADS, **MIXED}, global_head_dim=16),
-    "glm_moe_dsa": general("glm_moe_dsa", **{**LATENT, **ROUTED_EXPERTS, **INDEXED}, mlp_layer_types=["dense", "sparse"]),
+    "glm_moe_dsa": refused("glm_moe_dsa", **{**LATENT, **ROUTED_EXPERTS, **INDEXED}, mlp_layer_types=["dense", "sparse"]),
     "granitemoe_swa": general("granitemoe_swa", **{**MIXED, **LOCAL_EXPERTS}),
     "hy_v3": general(
         "hy_v3",
@@ -572,7 +572,7 @@ ZOO: dict[str, Member] = {
         moe_intermediate_size=16,
         mlp_layer_types=["dense", "sparse"],
     ),
-    "hy_v4": general("hy_v4", **{**LATENT, **ROUTED_EXPERTS, **INDEXED}, hc_mult=2, mlp_layer_types=["dense", "sparse"]),
+    "hy_v4": refused("hy_v4", **{**LATENT, **ROUTED_EXPERTS, **INDEXED}, hc_mult=2, mlp_layer_types=["dense", "sparse"]),
     "hyperclovax": general("hyperclovax", **HEADS),
     "inkling_text": general(
         "inkling_text",
@@ -628,7 +628,7 @@ ZOO: dict[str, Member] = {
         index_topk_blocks=2,
         index_local_blocks=1,
     ),
-    "modernbert-decoder": general(
+    "modernbert-decoder": refused(
         "modernbert-decoder",
         local_attention=WINDOW,
         layer_types=["sliding_attention", "full_attention"],

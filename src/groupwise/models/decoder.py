@@ -141,10 +141,11 @@ class Decoder:
 
     # --- trials
 
-    def trial_rows(self) -> TrialRows:
+    def trial_rows(self, *, with_padding: bool = False) -> TrialRows:
         """Prompts and completions to try the decoder on."""
         pad_token = getattr(self.config.get_text_config(), "pad_token_id", None)
-        return trial_rows(self.vocab_size, pad_token, self.device, self.position_limit)
+        limit = self.position_limit
+        return trial_rows(self.vocab_size, pad_token, self.device, limit, with_padding=with_padding)
 
     @torch.no_grad()
     def alone(self, tokens: Tensor) -> Tensor:
@@ -155,7 +156,7 @@ class Decoder:
     @torch.no_grad()
     def why_not_causal(self) -> str | None:
         """Why a row of a batch, padded on its right, is not what it is alone, so that no batch is exact; None if it is."""
-        trial = self.trial_rows()
+        trial = self.trial_rows(with_padding=True)
         rows = [trial.row(i) for i in range(len(trial.completions))]
         width = max(map(len, rows))
         # Padding differs from row to row and is no special token, so that whatever reads it shows.

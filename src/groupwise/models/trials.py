@@ -31,11 +31,15 @@ class TrialRows:
         return torch.cat([self.prompts[int(self.prompt_R[i])], self.completions[i]])
 
 
-def trial_rows(vocab_size: int, pad_token: int | None, device: torch.device, limit: int | None) -> TrialRows:
+def trial_rows(
+    vocab_size: int, pad_token: int | None, device: torch.device, limit: int | None, *, with_padding: bool
+) -> TrialRows:
     """
     Args:
         vocab_size: tokens are drawn from so many.
-        pad_token: is left out, since its embedding may be zero.
+        pad_token: the padding token, whose embedding may be zero.
+        with_padding: whether it is among the tokens, since a sampler may draw it: equal scores, as a zero gives them, are told
+            apart by some models in a way that depends on the batch. Otherwise it is not, since its gradient may be NaN.
         device: of the tokens.
         limit: the most tokens of a prompt and completion together; None: no limit.
     """
@@ -43,7 +47,9 @@ def trial_rows(vocab_size: int, pad_token: int | None, device: torch.device, lim
     counts = [n if limit is None else max(1, min(n, limit // 2 - 1)) for n in (*prompts, *rows)]
     random = torch.Generator().manual_seed(0)
     drawn = torch.randint(vocab_size, (sum(counts),), generator=random)
-    if pad_token is not None:
+    if pad_token is not None and with_padding:
+        drawn[::9] = pad_token
+    elif pad_token is not None:
         drawn = torch.where(drawn == pad_token, (pad_token + 1) % vocab_size, drawn)
     tokens = torch.split(drawn.to(device), counts)
     return TrialRows(list(tokens[:2]), list(tokens[2:]), torch.tensor([0, 0, 1, 1]))
