@@ -30,10 +30,8 @@ SETTINGS: dict[str, Any] = {
     "betas": [0.9, 0.999],
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
-    "precision": "float32",
     "checkpointing": False,
     "share_prompts": True,
-    "old_logprobs": "sampler",
     "max_bad_updates": 5,
 }
 """What a `LearnerSection` has; importing that needs pydantic, which the machines that gpu.sh is for do not have."""
@@ -51,27 +49,34 @@ class Step:
         *,
         sampling: str | Backend = "auto",
         learning: str | Backend = "auto",
+        old_logprobs: str = "sampler",
     ) -> None:
-        """`sampling`, `learning`: the backends of the sampler and of the learner, on the same module."""
+        """`sampling`, `learning`: the backends of the sampler and of the learner, on the same module. `old_logprobs`: as in a
+        `LearnerSection`."""
         self.work, self.module, self.tokenizer, self.texts = work, module, tokenizer, texts
         self.model = LanguageModel(module, learning)
         self.prompts = [encode_prompt(tokenizer, text, False) for text in texts]
         self.algorithm = named("dapo", overlong_cache=0.0)
-        settings = SimpleNamespace(**SETTINGS, micro_batch_tokens=work.micro_batch_tokens)
+        settings = SimpleNamespace(
+            **SETTINGS, old_logprobs=old_logprobs, micro_batch_tokens=work.micro_batch_tokens, precision=work.precision
+        )
         self.learner = LocalLearner(
             self.model, self.algorithm, settings, updates=1000, temperature=1.0, max_tokens=work.max_tokens
         )
         self.credit = CreditAssigner(self.algorithm, tokenizer, work.max_tokens)
-        self.sampler = NativeSampler(LanguageModel(module, sampling), tokenizer)
+        dtype = None if work.precision == "float32" else getattr(torch, work.precision)
+        self.sampler = NativeSampler(LanguageModel(module, sampling), tokenizer, dtype=dtype)
+        self.metrics: dict[str, float] = {}
+        """Of the last `batch`."""
         self.count = 0
 
     @classmethod
-    def load(cls, work: Work, directory: Path, **backends: str | Backend) -> "Step":
-        """On what `workloads.make` wrote."""
+    def load(cls, work: Work, directory: Path, **options: Any) -> "Step":
+        """On what `workloads.make` wrote, with further arguments of a `Step`."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         module = load_module(str(directory), getattr(torch, work.dtype)).to(device)
         texts = json.loads((directory / "prompts.json").read_text())
-        return cls(work, module, load_tokenizer(str(directory)), texts, **backends)
+        return cls(work, module, load_tokenizer(str(directory)), texts, **options)
 
     def sample(self) -> list[tuple[Completion, ...]]:
         self.count += 1
@@ -91,7 +96,7 @@ class Step:
                     scores=tuple(Score(reward=r, correct=r > 0) for r in rewards),
                 )
             )
-        batch, _ = self.learner.compute_logprobs(make_batch(groups, self.algorithm))
+        batch, self.metrics = self.learner.compute_logprobs(make_batch(groups, self.algorithm))
         rewards = reward_parts(groups, self.algorithm, self.work.max_tokens)
         return self.credit.assign(batch, groups, rewards, policy_moved=True)[0]
 
@@ -108,12 +113,13 @@ class Step:
             "training": ended - generated,
             "tokens": int(batch.lengths_B.sum()),
             "peak_mib": peak_mib(),
+            **{name: value for name, value in self.metrics.items() if name.startswith("sampler_gap")},
         }
 
 
 def main() -> None:
-    torch.set_num_threads(2)
     work = dataclasses.replace(WORKS["reasoning"], **json.loads(sys.argv[1]))
+    torch.set_num_threads(work.threads)
     step = Step.load(work, Path(sys.argv[2]))
     for _ in sys.stdin:
         print(json.dumps(step.run()), flush=True)

@@ -33,6 +33,10 @@ class Work:
     head_dim: int = 64
     mlp: int = 768
     dtype: str = "float32"
+    precision: str = "float32"
+    """Of the matmuls of groupwise's sampler and learner."""
+    threads: int = 2
+    """Of groupwise."""
     micro_batch_tokens: int = 4096
     """Of groupwise's learner."""
     micro_batch_rows: int = 64

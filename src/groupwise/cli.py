@@ -186,6 +186,7 @@ def check(recipe: Annotated[str, typer.Argument(help="A TOML file, or a shipped 
             "first prompt": repr(ready.tokenizer.decode(prompt)),
             "algorithm": ready.algorithm.name,
             **ready.model.backends(),
+            **({"bfloat16": text} if (text := ready.bfloat16()) else {}),
             "a step": f"{settings.rollouts.prompts_per_step} prompts x {settings.rollouts.group_size} = {rows} completions, "
             f"at most {rows * settings.rollouts.max_tokens:,} tokens, {settings.learner.minibatches} updates",
         }

@@ -60,11 +60,12 @@ class RolloutsSection(Section):
     stop_tokens: list[Annotated[int, Field(ge=0)]] = []
     """Token ids that end a completion, in addition to the tokenizer's end-of-sequence token."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Generate with a copy of the weights in this type, made anew at each step; left out: with the model itself."""
+    """Generate with the weights rounded to this type, anew at each step; left out: with the model itself."""
     cache_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the keys and values that generation keeps; left out: the sampler's dtype. In 16 bits long completions are faster on a
-    CPU and take half the memory; what the rounding does to log-probabilities is reported as the gap between sampler and
-    learner, which `algorithm.correction` takes into account."""
+    """Of the keys and values that generation keeps; left out: the dtype of what generates, which is float32 where
+    `dtype = "bfloat16"` runs on a CPU with AVX-512 BF16. In 16 bits long completions are faster on a CPU and take half the
+    memory; what the rounding does to log-probabilities is reported as the gap between sampler and learner, which
+    `algorithm.correction` takes into account."""
     max_rows: Count = 1024
     """Completions generated at once."""
     max_rounds: Count = 10
@@ -91,7 +92,8 @@ class LearnerSection(Section):
     """Tokens, prompts and completions, that go through the model at once; changes memory and time, not results. More suits
     a GPU; on a CPU this many keep the intermediate results in its caches."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: matmuls and attention run in it (autocast), while weights, gradients and moments keep their dtype."""
+    """bfloat16: matmuls run in it, with sums in float32, while weights, gradients and moments keep their dtype. On a GPU, and
+    on a CPU without AVX-512 BF16, through torch.autocast, which runs attention in it too."""
     checkpointing: bool = False
     """Keep only each layer's input for the backward pass and recompute the rest: less memory, more time."""
     share_prompts: bool = True

@@ -1,15 +1,30 @@
 // One decode step through all layers of a decoder: RMSNorm, attention, RMSNorm, SwiGLU MLP, with residual connections. Compiled
-// for one HEAD_SIZE and one CACHE_ELEMENT type of the KV cache; weights and activations are floats. See decode_step.py.
+// for one HEAD_SIZE and one CACHE_ELEMENT type of the KV cache, with matrices in float32 or, if BFLOAT16_WEIGHTS is defined, in
+// bfloat16; other weights and activations are floats. See decode_step.py.
 #include "blocked.h"
+#ifdef BFLOAT16_WEIGHTS
+#include "blocked_bf16.h"
+#endif
 #include "decode_attention.h"
 #include "rows.h"
 
 namespace {
 
+#ifdef BFLOAT16_WEIGHTS
+using Weight = bf16::Element;
+#else
+using Weight = float;
+#endif
+
 // The weights of one layer, in the order of LAYER_WEIGHTS in decode_step.py: matrices in the blocked layout; absent biases and
 // norms are null. qkv stacks the projections to queries, keys and values.
 struct LayerWeights {
-  const float *norm, *qkv, *qkv_bias, *query_norm, *key_norm, *out, *out_bias, *mlp_norm, *gate_up, *down;
+  const float* norm;
+  const Weight* qkv;
+  const float *qkv_bias, *query_norm, *key_norm;
+  const Weight* out;
+  const float *out_bias, *mlp_norm;
+  const Weight *gate_up, *down;
 };
 
 // Where the KV cache of one layer begins, as in Cache.
@@ -31,7 +46,7 @@ void rms_norm_rows(const float* x, const float* w, const Sizes& sizes, float* y)
 
 // y = x . W^T + bias, or y += x . W^T + bias if ADD.
 template <bool ADD>
-void blocked_matmul(const float* x, const float* weight, const float* bias, int64_t R, int64_t K, int64_t N, float* y) {
+void blocked_matmul(const float* x, const Weight* weight, const float* bias, int64_t R, int64_t K, int64_t N, float* y) {
   for_each_tile(x, R, K, weight, N, [=](int64_t first, int64_t rows, int64_t column, int64_t columns, const float* tile) {
     for (int64_t m = 0; m < rows; ++m) {
       float* to = y + (first + m) * N + column;
@@ -43,7 +58,7 @@ void blocked_matmul(const float* x, const float* weight, const float* bias, int6
 
 // y = silu(x . gate^T) * (x . up^T). Each weight block holds BLOCK / 2 features of gate and the same of up, so that both are in
 // one tile.
-void swiglu_rows(const float* x, const float* gate_up, const Sizes& sizes, float* y) {
+void swiglu_rows(const float* x, const Weight* gate_up, const Sizes& sizes, float* y) {
   const int64_t I = sizes.intermediate, half = BLOCK / 2;
   for_each_tile(x, sizes.R, sizes.hidden, gate_up, 2 * I, [=](int64_t first, int64_t rows, int64_t column, int64_t, const float* tile) {
     for (int64_t m = 0; m < rows; ++m) {

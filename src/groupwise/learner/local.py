@@ -111,9 +111,10 @@ class LocalLearner:
     def _logprobs(self, model: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies [B, T] under `model`."""
         found = torch.zeros(batch.tokens_BT.shape), torch.zeros(batch.tokens_BT.shape)
-        for rows, part in self._micro_batches(model, batch):
-            for found_BT, values in zip(found, self._forward(model, part), strict=True):
-                found_BT[rows, : values.shape[1]] = values.cpu()
+        with model.bfloat16.held():
+            for rows, part in self._micro_batches(model, batch):
+                for found_BT, values in zip(found, self._forward(model, part), strict=True):
+                    found_BT[rows, : values.shape[1]] = values.cpu()
         return found
 
     @torch.no_grad()
@@ -148,8 +149,9 @@ class LocalLearner:
         run_B = (batch.advantages_BT != 0).any(1) | (not self.algorithm.zero_advantage_is_idle)
         found, sums = TokenMetrics(), dict[str, Tensor]()
         if run_B.any():
-            for _, part in self._micro_batches(self.model, batch.select(run_B.nonzero()[:, 0])):
-                self._accumulate(part, found, sums, record)
+            with self.model.bfloat16.held():
+                for _, part in self._micro_batches(self.model, batch.select(run_B.nonzero()[:, 0])):
+                    self._accumulate(part, found, sums, record)
         step = self.optimiser.step(found.loss)
         of_critic = {}
         if self.critic is not None:

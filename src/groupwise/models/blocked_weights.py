@@ -10,7 +10,26 @@ import torch
 from torch import Tensor
 
 from groupwise.kernels.blocked import blocked_matmul_kernel, to_blocked
-from groupwise.models.patches import Forwards, has_own_forward, is_hooked
+from groupwise.models.patches import Forwards, has_own_forward, is_hooked, patched
+
+
+class BlockedWeights:
+    """A context in which linear layers run on blocked copies of their weights; see `LanguageModel.blocked_weights`."""
+
+    def __init__(self, forwards: Forwards, decoder: Any = None, linears: Forwards = ()) -> None:
+        """`linears`: forwards of layers inside the decoder, which are patched in only while it runs packed sequences."""
+        self._forwards, self._decoder, self._linears = forwards, decoder, linears
+
+    def __enter__(self) -> None:
+        self._patched = patched(self._forwards)
+        self._patched.__enter__()
+        if self._decoder is not None:
+            self._decoder.linears = self._linears
+
+    def __exit__(self, *error: Any) -> None:
+        if self._decoder is not None:
+            self._decoder.linears = ()
+        self._patched.__exit__(*error)
 
 
 def blocked_forwards(modules: list[Any]) -> Forwards:

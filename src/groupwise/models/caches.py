@@ -11,6 +11,8 @@ from groupwise.models.attention.decoding import DecodingCache
 from groupwise.models.attention.decoding_step import PlanFinder
 from groupwise.models.attention.latent import latent_forwards
 from groupwise.models.attention.layers import matches
+from groupwise.models.bfloat16 import rounded_weights
+from groupwise.models.blocked_weights import BlockedWeights, blocked_forwards
 from groupwise.models.decoder import Decoder
 from groupwise.models.padded import NoCache, PaddedCache
 from groupwise.models.trials import LENGTHS, first_line, generate, no_constants, small_windows, tolerance_in
@@ -82,6 +84,19 @@ class Caches:
             reason = self._try(new, dtype)
         return reason
 
+    def blocked_weights(self, module: Any) -> BlockedWeights:
+        """See `LanguageModel.blocked_weights`; `module`: the decoder with its output layer."""
+        decoder, head = self._decoder, [module.get_output_embeddings()]
+        if not (decoder.backend.blocked_weights and decoder.on_cpu):
+            return BlockedWeights([])
+        if decoder.bf16_step:
+            if not (ours := self.why_not_ours() is None):
+                self.fallback()  # tried before anything is rounded
+            return BlockedWeights(*rounded_weights(decoder, head, packed=ours))
+        only_head = decoder.compiled or (decoder.packs() and self.plans.find() is not None)
+        # torch.compile must see the original forwards, and a step in one call has blocked copies of its own.
+        return BlockedWeights(list(blocked_forwards(head if only_head else list(module.modules()))))
+
     def fallback(self) -> PaddedCache | NoCache:
         """The decoder's own cache in the fastest way that is exact, tried once; else none.
 
@@ -110,7 +125,7 @@ class Caches:
         """Why a cache, with keys and values in `dtype`, does not give what each row gives alone; None if it does."""
         trial = self._decoder.trial_rows()
         tolerance = max(tolerance_in(self._decoder.dtype), tolerance_in(dtype or self._decoder.dtype))
-        with small_windows(self._decoder.module), no_constants(self._decoder.module):
+        with self._decoder.exact(), small_windows(self._decoder.module), no_constants(self._decoder.module):
             theirs = [self._decoder.alone(trial.row(i)) for i in range(len(trial.completions))]
             try:
                 hidden = generate(new_cache(), trial)

@@ -1,5 +1,7 @@
 """A Hugging Face decoder (a causal model without its output layer), and how its forward pass runs here."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -52,6 +54,10 @@ class Decoder:
         """Whether attention layers run more than once in a forward pass, so that their keys have no one place in a cache."""
         self.compresses = True
         """Whether layers of latent attention have a compressed KV cache in generation."""
+        self.linears: Forwards = ()
+        """Forwards of linear layers that are patched in as well, while they run in bfloat16."""
+        self.bf16_step = False
+        """Whether a decoding step runs its matmuls in bfloat16."""
         self._layers: list[LayerForward] | None = None
         self._tried: tuple[torch.device, torch.dtype] | None = None
         self._packs = False
@@ -98,7 +104,7 @@ class Decoder:
         if not self.backend.layer_kernels or self.compiled:
             return []
         if self._layers is None:
-            with attending(self.module, TrialAttend()):
+            with self.exact(), attending(self.module, TrialAttend()):
                 self._layers, reasons = layer_forwards(self.module)
             if reasons:
                 more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
@@ -107,8 +113,19 @@ class Decoder:
 
     def forwards(self, *, generating: bool = False) -> Forwards:
         """The forwards to patch in while packed sequences run, in training or in generation."""
+        layers = [(layer.module, layer.forward) for layer in self.layers() if layer.usable]
         latent = latent_forwards(self.latent) if generating and self.compresses else ()
-        return [*latent, *self.recurrent, *((layer.module, layer.forward) for layer in self.layers() if layer.usable)]
+        return [*self.recurrent, *layers, *self.linears, *latent]  # a layer that is in two of them runs the later
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Within: nothing is rounded to bfloat16. For trials, which may run while a sampler decodes or a learner trains."""
+        before = self.linears, self.bf16_step
+        self.linears, self.bf16_step = (), False
+        try:
+            yield
+        finally:
+            self.linears, self.bf16_step = before
 
     def check_length(self, tokens: int) -> None:
         """Refuse sequences whose RoPE would depend on the rest of their batch.
@@ -165,7 +182,7 @@ class Decoder:
         width = max(map(len, rows))
         # Padding differs from row to row and is no special token, so that whatever reads it shows.
         tokens_RL = torch.stack([torch.cat([row, row.flip(0).repeat(width)])[:width] for row in rows])
-        with small_windows(self.module), no_constants(self.module):
+        with self.exact(), small_windows(self.module), no_constants(self.module):
             together = self.module(input_ids=tokens_RL, use_cache=False).last_hidden_state
             for row, ours in zip(rows, together, strict=True):
                 theirs = self.alone(row)
@@ -179,7 +196,7 @@ class Decoder:
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         if not trained:
             return None
-        with torch.enable_grad():
+        with self.exact(), torch.enable_grad():
             hidden = self.module(input_ids=self.trial_rows().row(0)[None], use_cache=False).last_hidden_state
             try:
                 gradients = torch.autograd.grad(hidden.float().square().sum(), trained, allow_unused=True)
@@ -192,11 +209,12 @@ class Decoder:
         """Whether packed sequences can run, tried against the decoder's own forward once per device and dtype."""
         if self._tried != (self.device, self.dtype):
             self._tried = (self.device, self.dtype)
-            reason = self._why_not_packed()
-            if reason is not None and self._layers:
-                # Each layer is right by itself, but the decoder may call it in another way than its trial did.
-                self._layers, self.reasons["layers"] = [], f"with our kernels, {reason}"
+            with self.exact():
                 reason = self._why_not_packed()
+                if reason is not None and self._layers:
+                    # Each layer is right by itself, but the decoder may call it in another way than its trial did.
+                    self._layers, self.reasons["layers"] = [], f"with our kernels, {reason}"
+                    reason = self._why_not_packed()
             self._packs = reason is None
             if reason is not None:
                 self.reasons["packed"] = reason

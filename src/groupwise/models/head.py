@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from groupwise.kernels.blocked import BLOCK
+from groupwise.kernels.blocked_bf16 import blocked_matmul_bf16
+from groupwise.models.bfloat16 import RoundedWeights, is_plain_linear
 from groupwise.models.gradients import gradient_of, sum_in_place
 from groupwise.models.patches import is_observed
 
@@ -62,9 +65,16 @@ def logits(module: Any, hidden_NH: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def token_logprobs(
-    module: Any, hidden_NH: Tensor, targets_N: Tensor, temperature: float, entropy_gradient: bool = False
+    module: Any,
+    hidden_NH: Tensor,
+    targets_N: Tensor,
+    temperature: float,
+    entropy_gradient: bool = False,
+    rounded: RoundedWeights | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of `targets_N` and entropies, from the last hidden states; differentiable, the entropy on demand.
+
+    `rounded`: run matmuls in bfloat16, on its copy of the output matrix; the logits are float32.
 
     Returns:
         (logprobs_N, entropy_N), in float32 or the hidden states' dtype if that is wider, in nats.
@@ -73,10 +83,13 @@ def token_logprobs(
     if type(layer) is not torch.nn.Linear or is_observed(layer):
         return _through_any_layer(module, hidden_NH, targets_N, temperature, entropy_gradient)
     kind = hidden_NH.device.type
-    if torch.is_autocast_enabled(kind):
+    copy = None if rounded is None or not is_plain_linear(layer) else rounded.weight(layer.weight)
+    if copy is not None:
+        hidden_NH = hidden_NH.to(torch.bfloat16)
+    elif torch.is_autocast_enabled(kind):
         hidden_NH = hidden_NH.to(torch.get_autocast_dtype(kind))
     shape = LogitShape.of(module, temperature)
-    output: tuple[Tensor, Tensor] = _Head.apply(hidden_NH, layer.weight, layer.bias, targets_N, shape, entropy_gradient)  # type: ignore[no-untyped-call]
+    output: tuple[Tensor, Tensor] = _Head.apply(hidden_NH, layer.weight, layer.bias, targets_N, shape, entropy_gradient, copy)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -92,11 +105,13 @@ class _Head(torch.autograd.Function):
         targets_N: Tensor,
         shape: LogitShape,
         entropy_gradient: bool,
+        copy: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        """`copy`: the matrix as `to_blocked_bf16` makes it, for hidden states in bfloat16."""
         total_N = hidden_NH.new_zeros(len(hidden_NH), dtype=torch.promote_types(hidden_NH.dtype, torch.float32))
         moment_N, of_target_N = torch.zeros_like(total_N), torch.zeros_like(total_N)
         top_N = torch.full_like(total_N, -1e30)
-        for _, z_NV, inside_N, column_N1 in _blocks(hidden_NH, weight_VH, bias_V, targets_N, shape):
+        for _, z_NV, inside_N, column_N1 in _blocks(hidden_NH, weight_VH, bias_V, targets_N, shape, copy):
             of_target_N = torch.where(inside_N, z_NV.gather(1, column_N1)[:, 0], of_target_N)
             higher_N = torch.maximum(top_N, z_NV.amax(1))
             shrink_N = (top_N - higher_N).exp()
@@ -110,7 +125,7 @@ class _Head(torch.autograd.Function):
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropy_N)
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, logs_N, entropy_N)
-        ctx.shape, ctx.entropy_gradient = shape, entropy_gradient
+        ctx.shape, ctx.entropy_gradient, ctx.copy = shape, entropy_gradient, copy
         ctx.parameter = weight_VH if sum_in_place(weight_VH) else None
         return of_target_N - top_N - total_N.log(), entropy_N
 
@@ -124,7 +139,7 @@ class _Head(torch.autograd.Function):
             d_weight_VH = torch.zeros_like(weight_VH) if ctx.parameter is None else gradient_of(ctx.parameter)
         d_bias_V = torch.empty_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
         mean_N = logs_N - entropy_N  # E[z] under the distribution
-        for block, z_NV, inside_N, column_N1 in _blocks(hidden_NH, weight_VH, bias_V, targets_N, ctx.shape):
+        for block, z_NV, inside_N, column_N1 in _blocks(hidden_NH, weight_VH, bias_V, targets_N, ctx.shape, ctx.copy):
             d_NV = (z_NV - logs_N[:, None]).exp_()  # probabilities p, then the gradient with respect to z
             if ctx.entropy_gradient:
                 d_NV *= -(d_logprobs_N[:, None] + d_entropy_N[:, None] * (z_NV - mean_N[:, None]))
@@ -138,7 +153,7 @@ class _Head(torch.autograd.Function):
             if d_bias_V is not None:
                 d_bias_V[block] = d_NV.sum(0)
         returned = d_weight_VH if ctx.parameter is None else None
-        return d_hidden_NH.to(hidden_NH.dtype), returned, d_bias_V, None, None, None
+        return d_hidden_NH.to(hidden_NH.dtype), returned, d_bias_V, None, None, None, None
 
 
 def _add_matmul(to: Tensor, a: Tensor, b: Tensor) -> None:
@@ -149,7 +164,12 @@ def _add_matmul(to: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _blocks(
-    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, shape: LogitShape
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    shape: LogitShape,
+    copy: Tensor | None,
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """(block of the vocabulary, z of all tokens there [N, block], whether their targets lie there [N], and where [N, 1]).
 
@@ -157,10 +177,18 @@ def _blocks(
     """
     size = _at_once(hidden_NH) // max(1, len(hidden_NH))
     size = max(1, size if size < WIDTH else size // WIDTH * WIDTH)
+    if copy is not None:
+        size = max(BLOCK, size // BLOCK * BLOCK)
     for start in range(0, len(weight_VH), size):
         block = slice(start, start + size)
-        bias = None if bias_V is None else bias_V[block].to(hidden_NH.dtype)
-        scores_NV = torch.nn.functional.linear(hidden_NH, weight_VH[block].to(hidden_NH.dtype), bias)
+        bias = None if bias_V is None else bias_V[block]
+        if copy is not None:
+            columns = min(size, len(weight_VH) - start)
+            scores_NV = blocked_matmul_bf16(hidden_NH, copy[start // BLOCK : -(-(start + columns) // BLOCK)], bias, columns)
+        else:
+            dtype = hidden_NH.dtype
+            bias = None if bias is None else bias.to(dtype)
+            scores_NV = torch.nn.functional.linear(hidden_NH, weight_VH[block].to(dtype), bias)
         z_NV = shape(scores_NV.to(torch.promote_types(scores_NV.dtype, torch.float32)))
         column_N = targets_N - start
         inside_N = (column_N >= 0) & (column_N < z_NV.shape[1])

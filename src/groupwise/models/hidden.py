@@ -24,7 +24,7 @@ def checkpointing(decoder: Decoder) -> Iterator[None]:
 
     Not through transformers' own switch, which asks for training mode and so would bring some models' dropout with it.
     """
-    context = partial(recomputing, decoder.module, decoder.forwards())
+    context = partial(recomputing, decoder.module, decoder.forwards(), decoder.linears)
     settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": context}
     layers = [module for module in decoder.module.modules() if isinstance(module, GradientCheckpointingLayer)]
     # Only the outermost: an inner one would be run again without its own checkpoint, after this context has ended.
@@ -74,7 +74,8 @@ def _whole_rows(decoder: Decoder, batch: Batch) -> Tensor:
     prompts = batch.group_ids_B.tolist()
     completions = [batch.tokens_BT[row, : length - 1] for row, length in enumerate(batch.lengths_B.tolist())]
     rows = [torch.cat([batch.prompts[prompt], completion]) for prompt, completion in zip(prompts, completions, strict=True)]
-    hidden_BLH = decoder.module(input_ids=right_pad(rows), use_cache=False).last_hidden_state
+    with patched(decoder.linears):
+        hidden_BLH = decoder.module(input_ids=right_pad(rows), use_cache=False).last_hidden_state
     starts_B = torch.tensor([len(batch.prompts[prompt]) - 1 for prompt in prompts], device=hidden_BLH.device)
     position_T = torch.arange(batch.tokens_BT.shape[1], device=hidden_BLH.device)
     index_BT = (starts_B[:, None] + position_T).clamp(max=hidden_BLH.shape[1] - 1)

@@ -19,7 +19,8 @@ from groupwise.kernels.sample import sample_kernel
 from groupwise.models.attention.decoding import DecodingCache
 from groupwise.models.attention.layers import matches
 from groupwise.models.backend import Backend, backend_of
-from groupwise.models.blocked_weights import blocked_forwards
+from groupwise.models.bfloat16 import Bfloat16
+from groupwise.models.blocked_weights import BlockedWeights
 from groupwise.models.caches import Caches
 from groupwise.models.decoder import Decoder
 from groupwise.models.gradients import gradients_in_place
@@ -28,7 +29,7 @@ from groupwise.models.hidden import checkpointing as checkpointed
 from groupwise.models.hidden import completion_hidden, inside_rows
 from groupwise.models.loading import load_module
 from groupwise.models.padded import NoCache, PaddedCache
-from groupwise.models.patches import is_observed, patched
+from groupwise.models.patches import is_observed
 from groupwise.models.trials import first_line, tolerance_in
 from groupwise.types import Batch
 
@@ -59,6 +60,7 @@ class LanguageModel:
         """What was given: the module, or a peft model around it."""
         self.decoder = Decoder(_decoder_of(self.module), self.config.vocab_size, backend_of(backend))
         self.caches = Caches(self.decoder)
+        self.bfloat16 = Bfloat16(self.decoder)
         if self.backend.strict and (reason := self.fallback()):
             raise UserError(f"model.backend = 'kernels': {reason}")
 
@@ -161,7 +163,8 @@ class LanguageModel:
         hidden_NH = self.completion_hidden(batch, share_prompts)
         inside_BT = inside_rows(batch)
         targets_N = batch.tokens_BT[inside_BT]
-        logprobs_N, entropy_N = token_logprobs(self.module, hidden_NH, targets_N, temperature, entropy_gradient)
+        copies = self.bfloat16.copies
+        logprobs_N, entropy_N = token_logprobs(self.module, hidden_NH, targets_N, temperature, entropy_gradient, copies)
         zeros_BT = torch.zeros(batch.tokens_BT.shape, device=logprobs_N.device)
         return zeros_BT.masked_scatter(inside_BT, logprobs_N), zeros_BT.masked_scatter(inside_BT, entropy_N)
 
@@ -174,14 +177,17 @@ class LanguageModel:
         """Within: forward passes as the learner runs them.
 
         Args:
-            precision: "bfloat16" runs matmuls and attention in it (autocast); weights and gradients keep their dtype.
+            precision: "bfloat16" runs matmuls in it; weights and gradients keep their dtype. Without our kernels
+                (`bfloat16.why_not`), through torch.autocast, which runs attention in it too.
             checkpointing: keep only each layer's input for the backward pass and compute the rest again.
 
         With gradients enabled, those of the vocabulary's matrices are added to `parameter.grad` in place.
         """
-        training = torch.is_grad_enabled()
+        training, bf16 = torch.is_grad_enabled(), precision == "bfloat16"
+        ours = bf16 and self.bfloat16.why_not() is None
         with (
-            torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=bf16 and not ours),
+            self.bfloat16.running() if ours else nullcontext(),
             gradients_in_place(self.module) if training else nullcontext(),
             checkpointed(self.decoder) if training and checkpointing else nullcontext(),
         ):
@@ -189,14 +195,20 @@ class LanguageModel:
 
     # --- decoding
 
-    def blocked_weights(self) -> "BlockedWeights":
+    def in_dtype(self, dtype: torch.dtype | None) -> "LanguageModel":
+        """For generating in another dtype: in bfloat16, where our kernels can, a view of the same float32 weights, of which
+        each rollout makes rounded copies; else a copy of the model."""
+        if dtype is None or dtype == self.dtype:
+            return self
+        if not self.bfloat16.rounds_to(dtype):
+            return self.copy(dtype)
+        view = LanguageModel(self.outer, self.backend)
+        view.decoder.bf16_step = True
+        return view
+
+    def blocked_weights(self) -> BlockedWeights:
         """A context, to be entered for each decoding step, in which linear layers run on blocked copies of today's weights."""
-        if not (self.backend.blocked_weights and self.decoder.on_cpu):
-            return BlockedWeights([])
-        only_head = self.decoder.compiled or (self.decoder.packs() and self.caches.plans.find() is not None)
-        head = [self.module.get_output_embeddings()]
-        # torch.compile must see the original forwards, and a step in one call has blocked copies of its own.
-        return BlockedWeights(list(blocked_forwards(head if only_head else list(self.module.modules()))))
+        return self.caches.blocked_weights(self.module)
 
     def decoding_cache(
         self,
@@ -246,7 +258,7 @@ class LanguageModel:
             return f"{where} runs padded batches through transformers' attention: {self.decoder.reasons['packed']}"
         if reason := self.why_not_decoding(cache_dtype):
             return f"{where} generates {self.caches.fallback().described}: {reason}"
-        wanted = decoding_dtype or self.dtype
+        wanted = self.dtype if decoding_dtype is None or self.bfloat16.rounds_to(decoding_dtype) else decoding_dtype
         if self.backend.attention_kernels and not self._has_kernels(wanted, cache_dtype):
             reason = unavailable("layers") or f"there are no C++ kernels for {wanted} and keys in {cache_dtype or wanted}"
             return f"attention runs in PyTorch instead of C++: {reason}"
@@ -290,7 +302,8 @@ class LanguageModel:
     def copy_weights_from(self, other: "LanguageModel") -> None:
         """Take over the values of another model of the same architecture."""
         for mine, theirs in zip(self.parameters(), other.parameters(), strict=True):
-            mine.copy_(theirs)
+            if mine is not theirs:
+                mine.copy_(theirs)
 
     def freeze(self) -> "LanguageModel":
         """Make no parameter require a gradient; returns the model."""
@@ -346,20 +359,6 @@ class LanguageModel:
         """Write a Hugging Face model directory, tokenizer included."""
         self.outer.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-
-
-class BlockedWeights:
-    """A context in which linear layers run on blocked copies of their weights; see `LanguageModel.blocked_weights`."""
-
-    def __init__(self, forwards: list[tuple[Any, Any]]) -> None:
-        self._forwards = forwards
-
-    def __enter__(self) -> None:
-        self._patched = patched(self._forwards)
-        self._patched.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._patched.__exit__(*error)
 
 
 def _decoder_of(module: Any) -> Any:

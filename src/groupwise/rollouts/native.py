@@ -12,7 +12,7 @@ from torch import Tensor
 
 from groupwise.errors import UserError
 from groupwise.models import LanguageModel
-from groupwise.models.language_model import BlockedWeights
+from groupwise.models.blocked_weights import BlockedWeights
 from groupwise.rollouts.base import Request, Sampling
 from groupwise.rollouts.drawing import Drawing
 from groupwise.rollouts.rows import RandomNumbers, RowTable
@@ -68,16 +68,14 @@ class NativeSampler:
     ) -> None:
         """
         Args:
-            dtype: generate with a copy of the model in it; None: with the model itself.
+            dtype: generate in it, see `LanguageModel.in_dtype`; None: in the model's.
             cache_dtype: of keys and values; None: the dtype of what generates.
             max_rows: rows generated at once.
 
         Raises:
             UserError: the model generates on a cache of transformers, which has no dtype of its own.
         """
-        self.model, self.tokenizer, self.max_rows, self.version = model, tokenizer, max_rows, 0
-        if dtype not in (None, model.dtype):
-            self.model = model.copy(dtype)
+        self.model, self.tokenizer, self.max_rows, self.version = model.in_dtype(dtype), tokenizer, max_rows, 0
         self._cache_dtype = cache_dtype
         if cache_dtype is not None and (reason := self.model.why_not_decoding(cache_dtype)):
             raise UserError(

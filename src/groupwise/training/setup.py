@@ -64,7 +64,21 @@ class Ready:
     def fallback(self) -> str | None:
         """What keeps the model from its fastest path, and why; None if nothing does."""
         rollouts = self.recipe.rollouts
-        return self.model.fallback(*(getattr(torch, name) if name else None for name in (rollouts.dtype, rollouts.cache_dtype)))
+        found = self.model.fallback(*(getattr(torch, name) if name else None for name in (rollouts.dtype, rollouts.cache_dtype)))
+        if found is None and (text := self.bfloat16()) and self.model.bfloat16.why_not():
+            return text
+        return found
+
+    def bfloat16(self) -> str | None:
+        """What runs bfloat16 on a CPU; None on a GPU, or if the recipe asks for none."""
+        recipe = self.recipe
+        asked = "bfloat16" in (recipe.model.dtype, recipe.rollouts.dtype, recipe.learner.precision)
+        if not (asked and self.model.device.type == "cpu"):
+            return None
+        reason = self.model.bfloat16.why_not()
+        if reason is None:
+            return "linear layers run in bfloat16 in C++, with sums in float32"
+        return f"bfloat16 runs on PyTorch's matmuls and attention, which may be slower than float32: {reason}"
 
     def load_base(self) -> LanguageModel:
         """The model as training began with it."""

@@ -155,9 +155,8 @@ class DecodingCache:
         """Take the decoder's weights as they are now; keys and values stay those of the weights that made them."""
         plan = self._plans.find(self._dtype) if self._in_kernel else None
         _, prompt_length, rows, tokens = self.capacity
-        self._one_call = (
-            None if plan is None else OneCallStep(self._decoder.module, plan, prompt_length + tokens, rows, self._dtype)
-        )
+        size, bf16 = (prompt_length + tokens, rows), self._decoder.bf16_step
+        self._one_call = None if plan is None else OneCallStep(self._decoder.module, plan, *size, self._dtype, bf16_weights=bf16)
 
     def prefill(self, prompts: list[Tensor], counts: list[int]) -> Tensor:
         """Run new prompts, each for `counts` rows; returns the last hidden state of each prompt [p, H]."""

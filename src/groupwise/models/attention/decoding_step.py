@@ -4,7 +4,7 @@ Pre-norm: each layer adds to its input the attention output of its norm, and the
 parts run on our kernels (`layers`). A decoder is tried once: whether its layers, and all of it, are such sums.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from groupwise.kernels.blocked import BLOCK, to_blocked
+from groupwise.kernels.blocked_bf16 import to_blocked_bf16
 from groupwise.kernels.decode_attention import decode_kernel
 from groupwise.kernels.decode_step import LAYER_WEIGHTS, step_kernel
 from groupwise.models.attention.layers import NormForm, TrialAttend, form_of, head_size, matches, qk_norms
@@ -52,7 +53,11 @@ class PlanFinder:
         if [id(module) for module in modules] != [id(module) for module in self._modules]:
             self._modules, self._plan = modules, self._try()
         # Other dtypes, parametrisations, hooks and forwards may have come since the trial.
-        usable = self._plan is not None and not any(map(is_observed, modules)) and fits_the_kernel(decoder.module, cache_dtype)
+        usable = (
+            self._plan is not None
+            and not any(map(is_observed, modules))
+            and fits_the_kernel(decoder.module, cache_dtype, bf16_weights=decoder.bf16_step)
+        )
         if self._plan is not None and not usable:
             decoder.reasons["one-call step"] = "hooks, forwards or weights inside the decoder would be bypassed"
         elif usable:
@@ -61,7 +66,8 @@ class PlanFinder:
 
     def _try(self) -> Plan | None:
         try:
-            plan = _plan_of(self._decoder)
+            with self._decoder.exact():
+                plan = _plan_of(self._decoder)
         except Exception as error:  # third-party modules may lack or raise anything
             self._decoder.reasons["one-call step"] = f"{TAKES}: {type(error).__name__}"
             return None
@@ -102,8 +108,11 @@ def _is_fixed(rotary: Any) -> bool:
     return "dynamic" not in rotary.rope_type and rotary.rope_type != "longrope"
 
 
-def fits_the_kernel(module: Any, cache_dtype: torch.dtype | None = None) -> bool:
-    """Whether the decoder's weights are those that the kernel reads, and no others, in the shapes and the dtype that it reads."""
+def fits_the_kernel(module: Any, cache_dtype: torch.dtype | None = None, *, bf16_weights: bool = False) -> bool:
+    """Whether the decoder's weights are those that the kernel reads, and no others, in the shapes and the dtype that it reads.
+
+    `cache_dtype`: of the KV cache (None: float32). `bf16_weights`: matrices are rounded to bfloat16 when they are copied.
+    """
     config, size = module.config, head_size(module.config)
     query_width, key_width = config.num_attention_heads * size, config.num_key_value_heads * size
     every = {id(parameter): parameter for parameter in module.parameters()}
@@ -116,7 +125,8 @@ def fits_the_kernel(module: Any, cache_dtype: torch.dtype | None = None) -> bool
         and all(parameter.dtype == torch.float32 for parameter in every.values())
         and len({layer.mlp.gate_proj.out_features for layer in module.layers}) == 1
         and all(_linears_fit(*parts[:7], widths=widths) for parts in layers)
-        and step_kernel(size, cache_dtype or torch.float32) is not None
+        and not (bf16_weights and config.hidden_size % 2)
+        and step_kernel(size, cache_dtype or torch.float32, bf16_weights=bf16_weights) is not None
         and decode_kernel(size, torch.float32, cache_dtype) is not None
     )
 
@@ -167,15 +177,19 @@ class OneCallStep:
         positions: int,
         rows: int,
         cache_dtype: torch.dtype,
+        *,
+        bf16_weights: bool = False,
     ) -> None:
         """For sequences of up to `positions` tokens, prompt and completion together, and up to `rows` of them at once.
 
-        `cache_dtype`: of the KV cache, one for which `step_kernel` compiles.
+        Args:
+            cache_dtype: of the KV cache, one for which `step_kernel` compiles.
+            bf16_weights: the copies are in bfloat16, and so are the inputs of their matmuls.
         """
-        kernel = step_kernel(head_size(module.config), cache_dtype)
+        kernel = step_kernel(head_size(module.config), cache_dtype, bf16_weights=bf16_weights)
         assert kernel is not None
         self._kernel, self._plan, self._module = kernel, plan, module
-        self._layers = [_blocked_weights(layer) for layer in module.layers]
+        self._layers = [_blocked_weights(layer, to_blocked_bf16 if bf16_weights else to_blocked) for layer in module.layers]
         pointers = [[0 if w is None else w.data_ptr() for w in (layer[name] for name in LAYER_WEIGHTS)] for layer in self._layers]
         self._pointers = torch.tensor(pointers)
         self._norm = module.norm.weight.detach().contiguous()
@@ -193,7 +207,7 @@ class OneCallStep:
         )
         cos, sin = self._module.rotary_emb(weight[:1, None], torch.arange(positions)[None])
         self._cos_sin = cos[0].contiguous(), sin[0].contiguous()
-        inner = self._layers[0]["down"].shape[1]
+        inner = _inner_size(self._module.layers[0].mlp)
         widths = weight.shape[1], (self._heads + 2 * K) * size, self._heads * size, inner
         self._buffers = [weight.new_empty(rows, width) for width in widths]
 
@@ -216,7 +230,7 @@ class OneCallStep:
         return hidden_RH
 
 
-def _blocked_weights(layer: Any) -> dict[str, Any]:
+def _blocked_weights(layer: Any, to_blocked: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """A layer's weights by the names of `LAYER_WEIGHTS`."""
     attention, mlp = layer.self_attn, layer.mlp
     qkv = attention.q_proj, attention.k_proj, attention.v_proj
@@ -228,7 +242,7 @@ def _blocked_weights(layer: Any) -> dict[str, Any]:
     weights = {name: None if vector is None else vector.detach().contiguous() for name, vector in vectors.items()}
     weights["qkv"] = to_blocked(torch.cat([x.weight for x in qkv]))
     weights["out"] = to_blocked(attention.o_proj.weight)
-    half, pad = BLOCK // 2, -mlp.gate_proj.out_features % (BLOCK // 2)
+    half, pad = BLOCK // 2, _inner_size(mlp) - mlp.gate_proj.out_features
     gate, up = (torch.nn.functional.pad(x.weight, (0, 0, 0, pad)) for x in (mlp.gate_proj, mlp.up_proj))
     # Each block has half a block of gate next to half a block of up, so that SwiGLU needs no second pass.
     weights["gate_up"] = to_blocked(
@@ -236,3 +250,8 @@ def _blocked_weights(layer: Any) -> dict[str, Any]:
     )
     weights["down"] = to_blocked(torch.nn.functional.pad(mlp.down_proj.weight, (0, pad)))
     return weights
+
+
+def _inner_size(mlp: Any) -> int:
+    """The width between an MLP's matrices, filled up with zeros to a multiple of half a block."""
+    return -(-int(mlp.gate_proj.out_features) // (BLOCK // 2)) * (BLOCK // 2)

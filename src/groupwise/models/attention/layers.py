@@ -58,7 +58,7 @@ def layer_forwards(decoder: Any) -> tuple[list[LayerForward], list[str]]:
     On a GPU, RMSNorms alone run otherwise: through PyTorch's fused kernel, where transformers has six.
     """
     if decoder.device.type != "cpu":
-        return fused_norms(decoder), []
+        return fused_norms(decoder)
     if layer_kernels() is None:
         return [], [f"layers run as transformers has them: {unavailable('layers')}"]
     found, reasons = [], []
@@ -85,19 +85,20 @@ def _looks_alike(module: Any) -> bool:
     return _is_norm(module) or hasattr(module, "gate_proj") or hasattr(module, "q_proj")
 
 
-def fused_norms(decoder: Any) -> list[LayerForward]:
-    """PyTorch's fused RMSNorm for the decoder's norms that compute the same, tried on the CPU."""
-    found = []
-    for module in decoder.modules():
+def fused_norms(decoder: Any) -> tuple[list[LayerForward], list[str]]:
+    """PyTorch's fused RMSNorm for the decoder's norms that compute the same, tried on the CPU; and why a trial failed."""
+    found, reasons = [], []
+    for name, module in decoder.named_modules():
         if not _is_norm(module) or has_own_forward(module):
             continue
         try:
             form = _norm_form(module, _rms_norm)
-        except Exception:  # third-party code, called with our inputs, may raise anything: it stays as it is
-            form = None
+        except Exception as error:  # third-party code, called with our inputs, may raise anything
+            reasons.append(f"{name} ({type(module).__name__}) runs as transformers has it: {type(error).__name__}: {error}")
+            continue
         if form is not None:
             found.append(LayerForward(module, partial(_fused_norm, module, *form)))
-    return found
+    return found, reasons
 
 
 def _rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float) -> Tensor:

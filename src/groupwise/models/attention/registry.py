@@ -93,10 +93,15 @@ def attending(decoder: Any, attend: Attend, forwards: Forwards = ()) -> Iterator
         current_attend.reset(token)
 
 
-def recomputing(decoder: Any, forwards: Forwards) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For torch's checkpoint: the contexts of a layer's first run, and of its second, in the backward pass."""
+def recomputing(
+    decoder: Any, forwards: Forwards, linears: Forwards = ()
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For torch's checkpoint: the contexts of a layer's first run, and of its second, in the backward pass.
+
+    `linears`: those of the forwards that also run in padded batches, through transformers' attention.
+    """
     attend = current_attend.get(None)
-    return nullcontext(), nullcontext() if attend is None else attending(decoder, attend, forwards)
+    return nullcontext(), patched(linears) if attend is None else attending(decoder, attend, forwards)
 
 
 def run_packed(decoder: Any, tokens_N: Tensor, positions_N: Tensor, attend: Attend, forwards: Forwards = ()) -> Tensor:
