@@ -14,7 +14,7 @@ from groupwise.models.attention.registry import attending, run_packed
 from groupwise.models.attention.training import PackedAttention
 from groupwise.models.backend import Backend
 from groupwise.models.patches import Forwards, is_compiled
-from groupwise.models.recurrent import recurrent_layers
+from groupwise.models.recurrent import RecurrentForward, packed_forwards, recurrent_layers
 from groupwise.models.trials import (
     LENGTHS,
     TrialRows,
@@ -72,9 +72,9 @@ class Decoder:
         return self.device.type == "cpu"
 
     @cached_property
-    def recurrent(self) -> Forwards:
-        """Its recurrent layers, with the forwards that run them over packed sequences."""
-        return recurrent_layers(self.module)
+    def recurrent(self) -> list[RecurrentForward]:
+        """Its recurrent layers."""
+        return recurrent_layers(self.module, kernels=self.backend.layer_kernels)
 
     @cached_property
     def position_limit(self) -> int | None:
@@ -99,7 +99,7 @@ class Decoder:
 
     def forwards(self) -> Forwards:
         """The forwards to patch in while packed sequences run."""
-        return [*self.recurrent, *((layer.module, layer.forward) for layer in self.layers() if layer.usable)]
+        return [*packed_forwards(self.recurrent), *((layer.module, layer.forward) for layer in self.layers() if layer.usable)]
 
     def check_length(self, tokens: int) -> None:
         """Refuse sequences whose RoPE would depend on the rest of their batch.
@@ -162,6 +162,8 @@ class Decoder:
             self._packs = reason is None
             if reason is not None:
                 self.reasons["packed"] = reason
+            if found := [layer.reason for layer in self.recurrent if layer.reason is not None]:
+                self.reasons["recurrent layers"] = f"they run on padded rows through transformers: {found[0]}"
         return self._packs
 
     @torch.inference_mode(False)  # tensors of inference mode have no gradients
