@@ -279,9 +279,8 @@ void backward(const float* d_output, const float* query, const float* key, const
 // is null.
 extern "C" void recurrence(const float* query, const float* key, const float* value, const float* log_decay, const float* beta,
                            float* output, const int64_t* ends, const int64_t* initial_of, const float* initial, float* states,
-                           float* kept, const int64_t* chunks, float scale, float epsilon, int64_t S,
-                           int64_t K, int64_t H, int64_t Dk, int64_t Dv, int64_t query_stride, int64_t key_stride,
-                           int64_t value_stride) {
+                           float* kept, const int64_t* chunks, float scale, float epsilon, int64_t S, int64_t K,
+                           int64_t H, int64_t Dk, int64_t Dv, int64_t query_stride, int64_t key_stride, int64_t value_stride) {
   const Shape at{S, K, H, Dk, Dv, query_stride, key_stride, value_stride};
   forward(query, key, value, log_decay, beta, output, ends, initial_of, initial, states, kept, chunks, scale, epsilon, at);
 }
@@ -290,8 +289,8 @@ extern "C" void recurrence(const float* query, const float* key, const float* va
 extern "C" void recurrence_backward(const float* d_output, const float* query, const float* key, const float* value,
                                     const float* log_decay, const float* beta, const float* kept, const int64_t* chunks,
                                     const int64_t* ends, float* d_states, float* d_query, float* d_key, float* d_value,
-                                    float* d_log_decay, float* d_beta, float scale, float epsilon, int64_t S, int64_t K, int64_t H, int64_t Dk, int64_t Dv, int64_t query_stride, int64_t key_stride,
-                                    int64_t value_stride) {
+                                    float* d_log_decay, float* d_beta, float scale, float epsilon, int64_t S, int64_t K, int64_t H,
+                                    int64_t Dk, int64_t Dv, int64_t query_stride, int64_t key_stride, int64_t value_stride) {
   const Shape at{S, K, H, Dk, Dv, query_stride, key_stride, value_stride};
   backward(d_output, query, key, value, log_decay, beta, kept, chunks, ends, d_states, d_query, d_key, d_value, d_log_decay, d_beta,
            scale, epsilon, at);

@@ -1,12 +1,12 @@
 """Linear recurrences (gated delta rule, Mamba2) and causal convolutions over packed sequences, and steps of one token.
 
-PyTorch runs them on padded rows in chunks, as some dozen operations that each read and write tensors larger than the inputs. Here
-each head goes through its tokens one after another, with its state in the processor's cache, which is also as exact as the formula
-itself (recurrence.cpp, recurrent.cpp). Everything here is float32 on the CPU.
+PyTorch runs them on padded rows in chunks, as some dozen operations that each read and write tensors larger than the inputs.
+Here (recurrence.cpp, recurrent.cpp) each head goes through its tokens one after another, with its state in the processor's cache,
+which is also as exact as the formula itself. Everything here is float32 on the CPU.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ def recurrence_kernels(value_size: int, delta: bool, per_row: bool) -> Any:
 
     `delta`: for the delta rule; `per_row`: with a decay of each row of the state.
     """
-    columns = next((columns for columns in (64, 32, 16, 8) if value_size % columns == 0), None)
+    columns = next((columns for columns in (64, 32, 16, 8, 4) if value_size % columns == 0), None)
     if columns is None:
         return None
     loaded = library("recurrence", f"-DCOLUMNS={columns}", f"-DDELTA={int(delta)}", f"-DPER_ROW={int(per_row)}")
@@ -65,7 +65,7 @@ class PackedSequences:
     def sources(self, width: int) -> Tensor:
         """For each token the index of the token `width - 1` before it in its sequence, and so on up to itself; -1: none."""
         if width not in self._sources:
-            prompt_N1, first_N1 = self.prompts.of_token()
+            first_N1 = self.prompts.of_token()[1]
             own_N1, start_N1 = self.completions.of_token()
             back_K = torch.arange(width - 1, -1, -1)
             of_prompts = self._back(self.prompts.tokens[:, None], first_N1, back_K)
@@ -104,7 +104,7 @@ class _Sequences:
         return torch.arange(int(self.ends[0]), int(self.ends[-1]))
 
     def of_token(self) -> tuple[Tensor, Tensor]:
-        """The sequence of each token, and that sequence's first token, int64 [N, 1] each."""
+        """The sequence of each token, and that sequence's first token, int64 [n, 1] each."""
         own_N1 = torch.repeat_interleave(torch.arange(len(self.ends) - 1), self.ends.diff())[:, None]
         return own_N1, self.ends[own_N1]
 
@@ -160,7 +160,7 @@ def recurrence_step(
     output = value_RHE.new_empty(value_RHE.shape)
     pointers = torch.arange(R + 1), None, state_RHDE, state_RHDE, None, None
     kernels = recurrence_kernels(value_RHE.shape[2], delta, log_decay.dim() == 3)
-    kernels.recurrence(*arguments, output, *pointers, *_numbers(*arguments[:3], R, scale, epsilon))
+    kernels.recurrence(*arguments, output, *pointers, *_numbers(arguments, R, scale, epsilon))
     return output
 
 
@@ -169,7 +169,9 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
-def _numbers(query: Tensor, key: Tensor, value: Tensor, sequences: int, scale: float, epsilon: float) -> tuple[float, ...]:
+def _numbers(inputs: Sequence[Tensor], sequences: int, scale: float, epsilon: float) -> tuple[float, ...]:
+    """What the C++ functions take after the pointers; `inputs` begin with queries, keys and values."""
+    query, key, value = inputs[:3]
     sizes = sequences, *key.shape[1:2], value.shape[1], key.shape[2], value.shape[2]
     strides = query.stride(0), key.stride(0), value.stride(0)
     return scale, epsilon, *sizes, *strides
@@ -187,7 +189,7 @@ class _Recurrence(torch.autograd.Function):
         layout: PackedSequences,
         settings: tuple[Any, float, float],
     ) -> tuple[Tensor, Tensor]:
-        inputs, (kernels, *factors) = (query, key, value, log_decay, beta), settings
+        inputs, (kernels, scale, epsilon) = (query, key, value, log_decay, beta), settings
         training = any(ctx.needs_input_grad)
         output, kept, initial = value.new_empty(value.shape), [], None
         for part in (layout.prompts, layout.completions):
@@ -195,7 +197,7 @@ class _Recurrence(torch.autograd.Function):
             states = value.new_empty(len(part.ends) - 1, *state_shape)
             before = value.new_empty(int(part.chunks[-1]) if training else 0, *state_shape)
             pointers = part.ends, part.initial_of, initial, states, before if training else None, part.chunks
-            kernels.recurrence(*inputs, output, *pointers, *_numbers(*inputs[:3], len(states), *factors))
+            kernels.recurrence(*inputs, output, *pointers, *_numbers(inputs, len(states), scale, epsilon))
             kept.append(before)
             initial = states if initial is None else initial
         assert initial is not None
@@ -208,14 +210,14 @@ class _Recurrence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, of_prompts, of_completions = ctx.saved_tensors
-        layout, (kernels, *factors), d_output = ctx.layout, ctx.settings, d_output.contiguous()
+        layout, (kernels, scale, epsilon), d_output = ctx.layout, ctx.settings, d_output.contiguous()
         gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:3]]
         gradients += [torch.zeros_like(x) for x in inputs[3:]]
         d_states = d_output.new_zeros(len(layout.prompts.ends) - 1, *of_prompts.shape[1:])
         for part, kept in ((layout.completions, of_completions), (layout.prompts, of_prompts)):
             of_part = d_states if part is layout.prompts else d_states.new_zeros(len(part.ends) - 1, *d_states.shape[1:])
             pointers = kept, part.chunks, part.ends, of_part
-            numbers = _numbers(*inputs[:3], len(of_part), *factors)
+            numbers = _numbers(inputs, len(of_part), scale, epsilon)
             kernels.recurrence_backward(d_output, *inputs, *pointers, *gradients, *numbers)
             if part.initial_of is not None:
                 d_states.index_add_(0, part.initial_of, of_part)
@@ -257,9 +259,7 @@ class _Convolution(torch.autograd.Function):
         d_x, d_weight = x.new_zeros(x.shape), torch.zeros_like(weight_KC)
         d_bias = None if bias is None else torch.zeros_like(bias)
         numbers = int(ctx.silu), *sources.shape, x.shape[1], x.stride(0)
-        recurrent_kernels().convolve_backward(
-            d_output.contiguous(), x, weight_KC, bias, sources, d_x, d_weight, d_bias, *numbers
-        )
+        recurrent_kernels().convolve_backward(d_output.contiguous(), x, weight_KC, bias, sources, d_x, d_weight, d_bias, *numbers)
         return d_x, d_weight.t(), d_bias, None, None
 
 

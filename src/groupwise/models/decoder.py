@@ -13,7 +13,7 @@ from groupwise.models.attention.layers import LayerForward, TrialAttend, layer_f
 from groupwise.models.attention.registry import attending, run_packed
 from groupwise.models.attention.training import PackedAttention
 from groupwise.models.backend import Backend
-from groupwise.models.patches import Forwards, is_compiled
+from groupwise.models.patches import Forwards, has_own_forward, is_compiled
 from groupwise.models.recurrent import RecurrentForward, packed_forwards, recurrent_layers
 from groupwise.models.trials import (
     LENGTHS,
@@ -164,6 +164,10 @@ class Decoder:
                 self.reasons["packed"] = reason
             if found := [layer.reason for layer in self.recurrent if layer.reason is not None]:
                 self.reasons["recurrent layers"] = f"they run on padded rows through transformers: {found[0]}"
+        # A recurrent layer's forward over one row would run on from sequence to sequence.
+        if self._packs and any(has_own_forward(layer.module) for layer in self.recurrent):
+            self.reasons["packed"] = "somebody has replaced the forward of a recurrent layer"
+            return False
         return self._packs
 
     @torch.inference_mode(False)  # tensors of inference mode have no gradients

@@ -22,6 +22,7 @@ from groupwise.models.patches import Forwards, has_own_forward
 from groupwise.models.recurrent_forward import KernelForward, fits
 from groupwise.models.trials import first_line
 
+
 class States:
     """The states of one recurrent layer for R rows, with the methods of transformers' `Cache` that such a layer calls."""
 
@@ -37,6 +38,15 @@ class States:
         chosen.conv = {i: state.index_select(0, index) for i, state in self.conv.items()}
         chosen.recurrent = {i: state.index_select(0, index) for i, state in self.recurrent.items()}
         return chosen
+
+    def keep(self, order: Tensor) -> None:
+        """Drop rows: row i becomes what row `order[i]` was, where all but the rows that move into freed slots stay in place."""
+        moved = (order != torch.arange(len(order), device=order.device)).nonzero()[:, 0]
+        for states in (self.conv, self.recurrent):
+            for i, state in states.items():
+                if len(moved):
+                    state[moved] = state[order[moved]]
+                states[i] = state[: len(order)]
 
     @staticmethod
     def cat(parts: "list[States]") -> "States":
@@ -109,9 +119,9 @@ class _PackedStates(States):
 
 
 class RecurrentForward:
-    """How one recurrent layer runs: over rows without padding on their left, over packed sequences, and for one token of each row.
+    """How one recurrent layer runs: over rows without padding on their left, over packed sequences, and one token of each row.
 
-    The latter two on C++ kernels where a trial has shown that they compute what the layer's own forward does.
+    The latter two run on C++ kernels where a trial has shown that they compute what the layer's own forward does.
     """
 
     def __init__(self, module: Any, argument: str, kernels: bool) -> None:
@@ -147,8 +157,6 @@ class RecurrentForward:
         """Whether C++ kernels run this input; tried at the first one that they fit."""
         if not (self._kernels and fits(hidden) and self.own.intact) or torch.is_autocast_enabled("cpu"):
             return False
-        if not all(map(fits, self.module.parameters())):
-            return False
         if not self._tried:
             self._tried = True
             self.reason = self._trial(hidden.shape[-1])
@@ -164,13 +172,14 @@ class RecurrentForward:
         hidden_NH, weights_NH = torch.randn(2, sum(int(x.sum()) for x in lengths[::2]), size, generator=random)
         rows, layout = RecurrentRows(*lengths, "cpu"), PackedSequences(*lengths)
         try:
-            found = []
+            found: list[list[Tensor]] = []
             for run in (partial(rows.run_apart, self._rows), partial(self.packed, layout=layout)):
                 inputs = hidden_NH.clone().requires_grad_()
                 with torch.enable_grad():
                     output, states = run(inputs)
                     gradient = torch.autograd.grad((output * weights_NH).sum(), inputs)[0]
-                found.append([output.detach(), gradient, *states.tensors(), *self._steps(weights_NH[:2, None], states, bool(found))])
+                steps = self._steps(weights_NH[:2, None], states, kernels=bool(found))
+                found.append([x.detach() for x in (output, gradient, *states.tensors(), *steps)])
         except Exception as error:  # a third-party forward may do anything with what it is called with
             return first_line(error)
         same = all(matches(ours, theirs) or not (ours.any() or theirs.any()) for theirs, ours in zip(*found, strict=True))

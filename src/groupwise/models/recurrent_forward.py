@@ -1,9 +1,9 @@
 """A recurrent layer's own forward, with functions of ours in place of transformers' convolutions and recurrences.
 
-A layer's forward calls them by name. It is run with globals of its own, in which the names stand for ours: neither transformers nor
-the module is changed, and whoever else calls the layer gets what was there. Ours call what was there too where the C++ kernels do
-not serve (other dtypes, other devices, a first trial with another result), except that a step of Mamba2 clamps its time step as the
-scan over many tokens does.
+A layer's forward calls them by name. It is run with globals of its own, in which the names stand for ours: neither transformers
+nor the module is changed, and whoever else calls the layer gets what was there. Ours in turn call what was there where the C++
+kernels do not serve (other dtypes, other devices, a trial with another result), except that a step of Mamba2 clamps its time step
+as the scan over many tokens does.
 """
 
 import inspect
@@ -80,6 +80,11 @@ def fits(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def _check(*tensors: Tensor | None) -> None:
+    if not all(fits(x) for x in tensors if x is not None):
+        raise TypeError("recurrent kernels take float32 on the CPU")
+
+
 def _silu(activation: str | None) -> bool:
     if activation not in (None, "silu", "swish"):
         raise NotImplementedError(f"a convolution with {activation}")
@@ -98,6 +103,7 @@ def _convolution(
     if at.layout is None:
         output: Tensor = original(hidden_states, weight, bias, activation=activation, **more)
         return output
+    _check(hidden_states, weight, bias)
     return convolve(hidden_states[0].t(), weight, bias, at.layout, silu=_silu(activation)).t()[None]
 
 
@@ -133,6 +139,7 @@ def _delta_rule(
         return original(query, key, value, g=g, beta=beta, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, **more)
     if not recurrence_kernels(value.shape[3], True, g.dim() == 4):
         raise NotImplementedError(f"heads of {value.shape[3]}")
+    _check(query, key, value, g, beta)
     form: dict[str, Any] = {"scale": key.shape[3] ** -0.5, "epsilon": 1e-6 if use_qk_l2norm_in_kernel else 0.0, "delta": True}
     output, states = recurrence(query[0], key[0], value[0], g[0], beta[0], at.layout, **form)
     return output[None], states
@@ -179,6 +186,7 @@ def _mamba2(
         return original(hidden_states, dt, A, B, C, chunk_size, **named, **more)
     if not recurrence_kernels(hidden_states.shape[3], False, False):
         raise NotImplementedError(f"heads of {hidden_states.shape[3]}")
+    _check(hidden_states, dt, A, B, C, D, dt_bias)
     dt = _time_step(dt, dt_bias, dt_softplus, dt_limit)
     inputs = C[0], B[0], hidden_states[0], (dt * A)[0], dt[0]
     output, states = recurrence(*inputs, at.layout, scale=1.0, epsilon=0.0, delta=False)
@@ -230,4 +238,3 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "mamba2_selective_state_update": _mamba2_step,
 }
 """What transformers calls them, in every model that has them."""
-

@@ -284,7 +284,8 @@ class DecodingCache:
         """Drop the other rows, and prompts that lose their last. Returns which row now has each slot, int64 [r]."""
         order_R = self._fill(keep_R, *(stack.row_cache[:, :, :, :, : self._longest].transpose(1, 2) for stack in self.stacks))
         self.written_R, self.prompt_R = self.written_R[order_R], self.prompt_R[order_R]
-        self._states = {layer: states.select(order_R) for layer, states in self._states.items()}
+        for states in self._states.values():
+            states.keep(order_R)
         used_P = torch.zeros(len(self.lengths_P), dtype=torch.bool, device=keep_R.device)
         used_P[self.prompt_R] = True
         order_P = self._fill(used_P, *(cache for stack in self.stacks for cache in (stack.prompt_keys, stack.prompt_values)))
