@@ -228,7 +228,16 @@ def _cache_argument(module: Any) -> str | None:
 
 
 def _mix(layer: RecurrentForward, hidden_states: Tensor, **_: Any) -> Tensor:
+    run = _outside_graph if torch.compiler.is_compiling() else _run_layer
+    return run(layer, hidden_states)
+
+
+def _run_layer(layer: RecurrentForward, hidden_states: Tensor) -> Tensor:
     return current_attend.get().mix(layer.module, layer, hidden_states[0])[None]
+
+
+_outside_graph = torch.compiler.disable(_run_layer)  # type: ignore[no-untyped-call]
+"""A compiled graph breaks here: the layout of the sequences and their states are nothing to compile."""
 
 
 class RecurrentRows:

@@ -85,6 +85,11 @@ def _check(*tensors: Tensor | None) -> None:
         raise TypeError("recurrent kernels take float32 on the CPU")
 
 
+def _need_kernel(size: int, *, delta: bool, per_row: bool) -> None:
+    if not recurrence_kernels(size, delta, per_row):
+        raise NotImplementedError(f"there is no kernel for heads of {size}, or it does not compile")
+
+
 def _silu(activation: str | None) -> bool:
     if activation not in (None, "silu", "swish"):
         raise NotImplementedError(f"a convolution with {activation}")
@@ -137,8 +142,7 @@ def _delta_rule(
     """The gated delta rule, and Kimi's, whose decays are of each row of the state."""
     if at.layout is None:
         return original(query, key, value, g=g, beta=beta, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, **more)
-    if not recurrence_kernels(value.shape[3], True, g.dim() == 4):
-        raise NotImplementedError(f"heads of {value.shape[3]}")
+    _need_kernel(value.shape[3], delta=True, per_row=g.dim() == 4)
     _check(query, key, value, g, beta)
     form: dict[str, Any] = {"scale": key.shape[3] ** -0.5, "epsilon": 1e-6 if use_qk_l2norm_in_kernel else 0.0, "delta": True}
     output, states = recurrence(query[0], key[0], value[0], g[0], beta[0], at.layout, **form)
@@ -184,8 +188,7 @@ def _mamba2(
     if at.layout is None:
         named = {"D": D, "dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit}
         return original(hidden_states, dt, A, B, C, chunk_size, **named, **more)
-    if not recurrence_kernels(hidden_states.shape[3], False, False):
-        raise NotImplementedError(f"heads of {hidden_states.shape[3]}")
+    _need_kernel(hidden_states.shape[3], delta=False, per_row=False)
     _check(hidden_states, dt, A, B, C, D, dt_bias)
     dt = _time_step(dt, dt_bias, dt_softplus, dt_limit)
     inputs = C[0], B[0], hidden_states[0], (dt * A)[0], dt[0]
