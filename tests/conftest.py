@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from groupwise.kernels import blocked_bf16, layers, packed_attention
+from groupwise.kernels import blocked_bf16, layers, packed_attention, recurrent
 from groupwise.kernels.compiled import library
 from groupwise.models import LanguageModel, character_tokenizer, load_module, load_tokenizer, new_module
 
@@ -49,7 +49,8 @@ def need_kernels() -> None:
 
 def forget_kernels() -> None:
     """As in a new process: what is compiled is compiled again."""
-    for function in (library, layers.layer_kernels, packed_attention.attention_kernels, blocked_bf16.bf16_kernels):
+    of_layers = layers.layer_kernels, recurrent.recurrent_kernels, recurrent.recurrence_kernels
+    for function in (library, packed_attention.attention_kernels, blocked_bf16.bf16_kernels, *of_layers):
         function.cache_clear()
 
 

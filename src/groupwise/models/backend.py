@@ -17,7 +17,8 @@ class Backend:
     attention_kernels: bool = True
     """Attention in C++ on a CPU; otherwise in PyTorch."""
     layer_kernels: bool = True
-    """RMSNorm, RoPE and SwiGLU in C++ on a CPU, and PyTorch's fused RMSNorm on a GPU; otherwise as transformers has them."""
+    """RMSNorm, RoPE, SwiGLU and recurrent layers in C++ on a CPU, and PyTorch's fused RMSNorm on a GPU; otherwise as transformers
+    has them."""
     one_call_step: bool = True
     """A decoding step through all layers in one C++ call on a CPU; otherwise layer by layer."""
     blocked_weights: bool = True

@@ -15,6 +15,7 @@ from groupwise.models.bfloat16 import rounded_weights
 from groupwise.models.blocked_weights import BlockedWeights, blocked_forwards
 from groupwise.models.decoder import Decoder
 from groupwise.models.padded import NoCache, PaddedCache
+from groupwise.models.recurrent import cached_forwards
 from groupwise.models.trials import LENGTHS, first_line, generate, no_constants, small_windows, tolerance_in
 
 
@@ -109,7 +110,8 @@ class Caches:
 
     def _find_fallback(self) -> Callable[[], PaddedCache | NoCache]:
         module, reasons = self._decoder.module, self._decoder.reasons
-        together, apart = (partial(PaddedCache, module, left_padding=left) for left in (True, False))
+        forwards = cached_forwards(self._decoder.recurrent)
+        together, apart = (partial(PaddedCache, module, left_padding=left, forwards=forwards) for left in (True, False))
         if self._try(together) is None:
             return together
         if (reason := self._try(apart)) is None:

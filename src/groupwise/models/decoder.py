@@ -16,8 +16,8 @@ from groupwise.models.attention.layers import LayerForward, TrialAttend, layer_f
 from groupwise.models.attention.registry import attending, run_packed
 from groupwise.models.attention.training import PackedAttention
 from groupwise.models.backend import Backend
-from groupwise.models.patches import Forwards, is_compiled
-from groupwise.models.recurrent import recurrent_layers
+from groupwise.models.patches import Forwards, has_own_forward, is_compiled
+from groupwise.models.recurrent import RecurrentForward, packed_forwards, recurrent_layers
 from groupwise.models.trials import (
     LENGTHS,
     TrialRows,
@@ -81,9 +81,9 @@ class Decoder:
         return self.device.type == "cpu"
 
     @cached_property
-    def recurrent(self) -> Forwards:
-        """Its recurrent layers, with the forwards that run them over packed sequences."""
-        return recurrent_layers(self.module)
+    def recurrent(self) -> list[RecurrentForward]:
+        """Its recurrent layers."""
+        return recurrent_layers(self.module, kernels=self.backend.layer_kernels)
 
     @cached_property
     def latent(self) -> list[Any]:
@@ -115,7 +115,12 @@ class Decoder:
         """The forwards to patch in while packed sequences run, in training or in generation."""
         layers = [(layer.module, layer.forward) for layer in self.layers() if layer.usable]
         latent = latent_forwards(self.latent) if generating and self.compresses else ()
-        return [*self.recurrent, *layers, *self.linears, *latent]  # a layer that is in two of them runs the later
+        return [
+            *packed_forwards(self.recurrent),
+            *layers,
+            *self.linears,
+            *latent,
+        ]  # a layer that is in two of them runs the later
 
     @contextmanager
     def exact(self) -> Iterator[None]:
@@ -218,6 +223,12 @@ class Decoder:
             self._packs = reason is None
             if reason is not None:
                 self.reasons["packed"] = reason
+            if found := [layer.reason for layer in self.recurrent if layer.reason is not None]:
+                self.reasons["recurrent layers"] = f"they run on padded rows through transformers: {found[0]}"
+        # A recurrent layer's forward over one row would run on from sequence to sequence.
+        if self._packs and any(has_own_forward(layer.module) for layer in self.recurrent):
+            self.reasons["packed"] = "somebody has replaced the forward of a recurrent layer"
+            return False
         return self._packs
 
     @torch.inference_mode(False)  # tensors of inference mode have no gradients

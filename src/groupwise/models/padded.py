@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from groupwise.models.patches import Forwards, patched
 from groupwise.types import pad_rows
 
 CACHE_NAMES = ("past_key_values", "cache_params")
@@ -60,9 +61,12 @@ class PaddedCache:
     continues = False
     """Keys and values of a row cannot be copied out and continued."""
 
-    def __init__(self, decoder: Any, *, left_padding: bool) -> None:
-        """`left_padding`: run prompts of all lengths in one batch; otherwise those of each length in one of their own."""
-        self._decoder, self._left_padding = decoder, left_padding
+    def __init__(self, decoder: Any, *, left_padding: bool, forwards: Forwards = ()) -> None:
+        """`left_padding`: run prompts of all lengths in one batch; otherwise those of each length in one of their own.
+
+        `forwards`: what modules run in its forward passes instead of their own.
+        """
+        self._decoder, self._left_padding, self._forwards = decoder, left_padding, forwards
         self.described = "in padded batches" if left_padding else "in batches of prompts of one length"
         self.described += ", transformers' attention and cache"
         """In words."""
@@ -133,7 +137,8 @@ class PaddedCache:
             arguments["position_ids"] = position_L.expand(len(tokens_RL), L)
         else:
             arguments |= {"attention_mask": mask_RL, "position_ids": positions(mask_RL)[:, -L:]}
-        output = self._decoder(input_ids=tokens_RL, use_cache=True, **arguments)
+        with patched(self._forwards):
+            output = self._decoder(input_ids=tokens_RL, use_cache=True, **arguments)
         found = next((name, getattr(output, name)) for name in CACHE_NAMES if getattr(output, name, None) is not None)
         hidden_RH: Tensor = output.last_hidden_state[:, -1]
         return hidden_RH, replace(batch, cache=found, mask_RL=mask_RL, length=batch.length + L)

@@ -1,6 +1,5 @@
 """What attention layers and recurrent layers call while a decoder runs on packed sequences."""
 
-from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -36,13 +35,12 @@ class Attend(Protocol):
         """The attention output of each token, [N, H, D]: H query heads share K key-value heads, of size D."""
         ...
 
-    def mix(self, layer: Any, forward: Callable[..., Tensor], hidden_NH: Tensor) -> Tensor:
+    def mix(self, layer: Any, forward: Any, hidden_NH: Tensor) -> Tensor:
         """The output [N, H] of a recurrent layer (linear attention, state space model, convolution).
 
         Args:
             layer: what its states are kept under.
-            forward: (hidden states [R, T, H] of rows without padding on their left, states) -> output [R, T, H]; `states` has
-                the methods of transformers' `Cache` for such layers and holds the states after the tokens before these.
+            forward: how it runs, a `models.recurrent.RecurrentForward`.
             hidden_NH: the layer's input.
         """
         ...

@@ -17,7 +17,7 @@ from groupwise.models.attention.decoding_torch import StepLayout, attend_newest
 from groupwise.models.attention.training import PackedAttention
 from groupwise.models.attention.training_padded import PaddedLayout, ragged
 from groupwise.models.decoder import Decoder, HeadShape
-from groupwise.models.recurrent import Forward, States
+from groupwise.models.recurrent import RecurrentForward, States
 
 ROWS_AT_ONCE = 16
 """In other dtypes than float32 a step's batch is filled up to a multiple of it, since oneDNN makes and keeps kernels per size."""
@@ -268,7 +268,7 @@ class DecodingCache:
             kernel(*new, output_NHD, sinks_H, *cache, scale, form.softcap, query_NHD.shape[1], *sizes, form.window)
         return output_NHD.to(query_NHD.dtype)
 
-    def mix(self, layer: Any, forward: Forward, hidden_NH: Tensor) -> Tensor:
+    def mix(self, layer: Any, forward: RecurrentForward, hidden_NH: Tensor) -> Tensor:
         """A recurrent layer in a step: one token of each row, whose states it replaces."""
         R = len(self.prompt_R)
         output_RH = forward(hidden_NH[:R, None], self._states[layer])[:, 0]
@@ -287,7 +287,8 @@ class DecodingCache:
         """Drop the other rows, and prompts that lose their last. Returns which row now has each slot, int64 [r]."""
         order_R = self._fill(keep_R, *(stack.row_cache[:, :, :, :, : self._longest].transpose(1, 2) for stack in self.stacks))
         self.written_R, self.prompt_R = self.written_R[order_R], self.prompt_R[order_R]
-        self._states = {layer: states.select(order_R) for layer, states in self._states.items()}
+        for states in self._states.values():
+            states.keep(order_R)
         used_P = torch.zeros(len(self.lengths_P), dtype=torch.bool, device=keep_R.device)
         used_P[self.prompt_R] = True
         order_P = self._fill(used_P, *(cache for stack in self.stacks for cache in (stack.prompt_keys, stack.prompt_values)))
@@ -336,7 +337,7 @@ class _Prefill:
         self._cache.write_prompts(layer, self._layout, key_NKD, value_NKD)
         return self._attention(layer, query_NHD, key_NKD, value_NKD, scale, form)
 
-    def mix(self, layer: Any, forward: Forward, hidden_NH: Tensor) -> Tensor:
+    def mix(self, layer: Any, forward: RecurrentForward, hidden_NH: Tensor) -> Tensor:
         output_NH, states = self._attention.recurrent_rows.run(forward, hidden_NH)
         self._cache.add_states(layer, states.select(self._rows))
         return output_NH
@@ -361,7 +362,7 @@ class _Extension:
             parts.append(attend_suffix(query_NHD[new], keys, values, start, scale, form))
         return torch.cat(parts)
 
-    def mix(self, layer: Any, forward: Forward, hidden_NH: Tensor) -> Tensor:
+    def mix(self, layer: Any, forward: RecurrentForward, hidden_NH: Tensor) -> Tensor:
         raise NotImplementedError("a cache with recurrent states does not continue")
 
 

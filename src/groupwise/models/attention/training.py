@@ -12,7 +12,7 @@ from groupwise.kernels.packed_attention import PackedRows, packed_attention, uns
 from groupwise.models.attention import training_flex, training_varlen
 from groupwise.models.attention.attend import PLAIN, AttentionForm
 from groupwise.models.attention.training_padded import PaddedBlockAttention, PaddedBlocks, QueryChunks, masked_attention
-from groupwise.models.recurrent import Forward, RecurrentRows
+from groupwise.models.recurrent import RecurrentForward, RecurrentRows
 
 
 class PackedAttention:
@@ -43,7 +43,7 @@ class PackedAttention:
         """The layout as recurrent layers read it."""
         return RecurrentRows(*self._lengths, self._device)
 
-    def mix(self, layer: Any, forward: Forward, hidden_NH: Tensor) -> Tensor:
+    def mix(self, layer: Any, forward: RecurrentForward, hidden_NH: Tensor) -> Tensor:
         """The output of a recurrent layer: a completion begins with the states that its prompt ends with."""
         return self.recurrent_rows.run(forward, hidden_NH)[0]
 
