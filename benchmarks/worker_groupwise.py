@@ -51,27 +51,33 @@ class Step:
         *,
         sampling: str | Backend = "auto",
         learning: str | Backend = "auto",
+        old_logprobs: str = "sampler",
     ) -> None:
-        """`sampling`, `learning`: the backends of the sampler and of the learner, on the same module."""
+        """`sampling`, `learning`: the backends of the sampler and of the learner, on the same module. With `old_logprobs`
+        "recompute" the gap between the log-probabilities of the two is reported too."""
         self.work, self.module, self.tokenizer, self.texts = work, module, tokenizer, texts
         self.model = LanguageModel(module, learning)
         self.prompts = [encode_prompt(tokenizer, text, False) for text in texts]
         self.algorithm = named("dapo", overlong_cache=0.0)
-        settings = SimpleNamespace(**SETTINGS, micro_batch_tokens=work.micro_batch_tokens)
+        changed = {"micro_batch_tokens": work.micro_batch_tokens, "old_logprobs": old_logprobs}
+        settings = SimpleNamespace(**(SETTINGS | changed))
         self.learner = LocalLearner(
             self.model, self.algorithm, settings, updates=1000, temperature=1.0, max_tokens=work.max_tokens
         )
         self.credit = CreditAssigner(self.algorithm, tokenizer, work.max_tokens)
         self.sampler = NativeSampler(LanguageModel(module, sampling), tokenizer)
+        if work.cache_dtype is not None:
+            self.sampler.model.caches.dtype = getattr(torch, work.cache_dtype)
         self.count = 0
+        self.gap: dict[str, float] = {}
 
     @classmethod
-    def load(cls, work: Work, directory: Path, **backends: str | Backend) -> "Step":
+    def load(cls, work: Work, directory: Path, **settings: Any) -> "Step":
         """On what `workloads.make` wrote."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         module = load_module(str(directory), getattr(torch, work.dtype)).to(device)
         texts = json.loads((directory / "prompts.json").read_text())
-        return cls(work, module, load_tokenizer(str(directory)), texts, **backends)
+        return cls(work, module, load_tokenizer(str(directory)), texts, **settings)
 
     def sample(self) -> list[tuple[Completion, ...]]:
         self.count += 1
@@ -91,9 +97,20 @@ class Step:
                     scores=tuple(Score(reward=r, correct=r > 0) for r in rewards),
                 )
             )
-        batch, _ = self.learner.compute_logprobs(make_batch(groups, self.algorithm))
+        batch, metrics = self.learner.compute_logprobs(make_batch(groups, self.algorithm))
+        self.gap = {name: value for name, value in metrics.items() if name.startswith("sampler_gap")}
         rewards = reward_parts(groups, self.algorithm, self.work.max_tokens)
         return self.credit.assign(batch, groups, rewards, policy_moved=True)[0]
+
+    def paths(self) -> dict[str, Any]:
+        """What runs generation and training, and the first fallback that slows either down, with its reason."""
+        sampler, learner = self.sampler.model, self.model
+        return {
+            "generation": sampler.backends()["decoding"],
+            "training": learner.backends()["training"],
+            "fallback": sampler.fallback() or learner.fallback(),
+            "details": {name: why for name, why in sampler.backends().items() if name.startswith("fallback")},
+        }
 
     def run(self) -> dict[str, float]:
         started = time.perf_counter()
@@ -108,15 +125,19 @@ class Step:
             "training": ended - generated,
             "tokens": int(batch.lengths_B.sum()),
             "peak_mib": peak_mib(),
+            **self.gap,
         }
 
 
 def main() -> None:
     torch.set_num_threads(2)
     work = dataclasses.replace(WORKS["reasoning"], **json.loads(sys.argv[1]))
-    step = Step.load(work, Path(sys.argv[2]))
+    step = Step.load(work, Path(sys.argv[2]), sampling=work.backend, learning=work.backend)
+    step.model.check_logits()
+    paths = step.paths()
+    print("READY", flush=True)
     for _ in sys.stdin:
-        print(json.dumps(step.run()), flush=True)
+        print(json.dumps({**step.run(), "paths": paths}), flush=True)
 
 
 if __name__ == "__main__":

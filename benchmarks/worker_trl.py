@@ -22,6 +22,9 @@ class Clock(TrainerCallback):
         self.tokens = 0
         self.generation = self.started = 0.0
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        print("READY", flush=True)
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not sys.stdin.readline():
             sys.exit(0)
