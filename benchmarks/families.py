@@ -1,13 +1,13 @@
 """Model families: groupwise's fast path beside its fallback and beside TRL, whole steps in turn, in one run.
 
-    python benchmarks/families.py                        all families at full size: hours on two cores
+    python benchmarks/families.py                        all families at full size, two threads: hours
     python benchmarks/families.py --families "Gemma 2" Mixtral --pairs 2 --seconds 1200
     python benchmarks/families.py --scale 0.2            fewer prompts; below 0.125 shorter ones as well
 
-Each model has random weights, the hidden size and about the active parameters of `reasoning` (workloads.py), and the structure of
-its family: windows, soft caps, sinks, RoPE, experts (8, of which 2 are active) and every kind of layer of a hybrid. Windows are 128
-tokens, where a family's own is longer than these sequences. `fallback` is groupwise with padded batches through transformers
-(backend "transformers"); TRL generates with transformers' `generate`. These two have no turn to warm up.
+Each model has random weights, the hidden size and about the active parameters of `reasoning` (workloads.py), and the structure
+of its family: windows, soft caps, sinks, RoPE, experts (8, of which 2 are active) and every kind of layer of a hybrid. Windows
+are 128 tokens, where a family's own is longer than these sequences. `fallback` is groupwise with padded batches through
+transformers (backend "transformers"); TRL generates with transformers' `generate`. These two have no turn to warm up.
 
 Each turn is a line in the .jsonl file beside the table, which is written anew after each family from all lines of the file, the
 latest run of each family. A family whose fast side falls back is not measured, and the exit code is then 1.
@@ -201,7 +201,7 @@ FAMILIES: dict[str, Work] = {
 
 
 def active_parameters(work: Work) -> int:
-    """Weights that a token is multiplied with: of the experts those of the active ones, and the output layer's; no embedding's."""
+    """Weights that a token is multiplied with: of active experts only; those of the output layer, not of the embedding."""
     module = new_model(work, "meta")
     config, head = module.config, module.get_output_embeddings().weight
     experts = next((n for key in ("num_experts", "num_local_experts", "n_routed_experts") if (n := getattr(config, key, 0))), 1)
@@ -253,9 +253,8 @@ class Record:
         self.out.write_text("\n".join(text(self.scale, {name: found[name] for name in FAMILIES if name in found})) + "\n")
 
 
-def measure(name: str, scale: float, pairs: int, trl: Path, ends: float, record: Record, console: Console) -> bool:
+def measure(name: str, work: Work, pairs: int, trl: Path, ends: float, record: Record, console: Console) -> bool:
     """A family's turns; False if its fast side fell back or failed."""
-    work = scaled(FAMILIES[name], scale)
     for turn, side, report in turns(work, peers_of(work, trl), pairs, ends=ends, cold=SLOW):
         record.add(name, turn, side, report)
         record.write()
@@ -280,8 +279,8 @@ def text(scale: float, found: dict[str, list[Report]]) -> list[str]:
         "# Model families",
         "",
         f"`reasoning`{'' if scale == 1 else f' at a scale of {scale:g}'}: {size.prompts} prompts of {size.prompt_tokens} tokens, "
-        f"{size.group_size} completions each of at most {size.max_tokens} tokens, fp32, two CPU cores, PyTorch {torch.__version__}. "
-        "`python benchmarks/families.py` measures again. Medians; ratios are of seconds per useful token, the other side over "
+        f"{size.group_size} completions each of at most {size.max_tokens} tokens; fp32, PyTorch {torch.__version__}."
+        " `python benchmarks/families.py` measures again. Medians; ratios are of seconds per useful token, the other side over "
         "groupwise's fast path: above 1, the fast path is faster. `fallback` is groupwise with padded batches through "
         "transformers.",
         "",
@@ -296,7 +295,10 @@ def text(scale: float, found: dict[str, list[Report]]) -> list[str]:
         if known:
             worst = min(known, key=lambda name: known[name])
             middle = statistics.median(known.values())
-            lines += ["", f"Step against {label}: median {middle:.2f}, least {known[worst]:.2f} ({worst}), {len(known)} families."]
+            lines += [
+                "",
+                f"Step against {label}: median {middle:.2f}, least {known[worst]:.2f} ({worst}), {len(known)} families.",
+            ]
     lines += ["", "What the fast side ran on, and which side failed:", ""]
     for name, reports in found.items():
         lines += [f"- {name}: {note}" for note in notes(reports)]
@@ -339,7 +341,9 @@ def notes(reports: Sequence[Report]) -> list[str]:
         found.append(f"generation {paths['generation']}; training {paths['training']}{details}")
         fast = of_side(reports, "fast")
         if fast:
-            found.append(f"generation at {1 / per_token(fast, 'generation'):,.0f} tok/s, training {median(fast, 'training'):.2f} s")
+            found.append(
+                f"generation at {1 / per_token(fast, 'generation'):,.0f} tok/s, training {median(fast, 'training'):.2f} s"
+            )
     found += [f"**{report['side']} failed**: {report['error']}" for report in reports if "error" in report]
     return found
 
@@ -349,6 +353,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES), metavar="NAME")
     parser.add_argument("--pairs", type=int, default=3, help="Turns of each side.")
     parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=12 * 3600.0, help="No turn is started that would end later than this.")
     parser.add_argument("--peers", type=Path, default=Path(".bench"), help="Where TRL's environment is.")
     parser.add_argument("--out", type=Path, default=HERE / "FAMILIES.md")
@@ -361,7 +366,8 @@ def main() -> None:
         # What is left of the time is shared out evenly among the families that are left.
         share = now + (ends - now) / (len(arguments.families) - i)
         trl = arguments.peers / "trl" / "bin" / "python"
-        if not measure(name, arguments.scale, arguments.pairs, trl, share, record, console):
+        work = replace(scaled(FAMILIES[name], arguments.scale), threads=arguments.threads)
+        if not measure(name, work, arguments.pairs, trl, share, record, console):
             failed.append(name)
     console.print(f"written: {arguments.out}")
     if failed:

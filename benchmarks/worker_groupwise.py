@@ -130,8 +130,8 @@ class Step:
 
 
 def main() -> None:
-    torch.set_num_threads(2)
     work = dataclasses.replace(WORKS["reasoning"], **json.loads(sys.argv[1]))
+    torch.set_num_threads(work.threads)
     step = Step.load(work, Path(sys.argv[2]), sampling=work.backend, learning=work.backend)
     step.model.check_logits()
     paths = step.paths()

@@ -43,8 +43,8 @@ class Clock(TrainerCallback):
 
 
 def main() -> None:
-    torch.set_num_threads(2)
     work = dataclasses.replace(WORKS["reasoning"], **json.loads(sys.argv[1]))
+    torch.set_num_threads(work.threads)
     directory = Path(sys.argv[2])
     tokenizer = AutoTokenizer.from_pretrained(directory)
     clock = Clock()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 CHARACTERS = string.ascii_letters + string.digits
 
@@ -34,6 +35,8 @@ class Work:
     head_dim: int = 64
     mlp: int = 768
     dtype: str = "float32"
+    threads: int = 2
+    """Of groupwise and of TRL."""
     micro_batch_tokens: int = 4096
     """Of groupwise's learner."""
     micro_batch_rows: int = 64
@@ -126,6 +129,7 @@ def prompts(work: Work) -> list[str]:
 
 def make(work: Work, directory: Path) -> None:
     """Write the model, its tokenizer and prompts.json into a directory."""
+    logging.disable_progress_bar()
     new_model(work).save_pretrained(directory)
     tokenizer(work).save_pretrained(directory)
     (directory / "prompts.json").write_text(json.dumps(prompts(work)))
