@@ -65,6 +65,7 @@ def main() -> None:
         beta=0.0,
         epsilon_high=0.28,
         loss_type="dapo",
+        router_aux_loss_coef=0.0,  # as groupwise, which has no load-balancing loss
         temperature=1.0,
         max_steps=1000,
         gradient_checkpointing=False,

@@ -93,50 +93,22 @@ def test_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_fast_side_that_falls_back_is_loud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "F.md"
-    monkeypatch.setitem(FAMILIES, "Llama", replace(FAMILIES["Llama"], backend="transformers"))
+    paths = {"generation": "padded", "training": "padded", "fallback": "no kernels", "details": {}}
+    report = {"seconds": 1.0, "generation": 0.5, "training": 0.5, "tokens": 8, "peak_mib": 1.0, "paths": paths}
+    monkeypatch.setattr(families, "turns", lambda *_, **__: iter([(0, "fast", report), (1, "fast", report)]))
     with pytest.raises(SystemExit, match="Llama"):
-        run(
-            families,
-            monkeypatch,
-            "--families",
-            "Llama",
-            "--scale",
-            0.005,
-            "--pairs",
-            1,
-            "--threads",
-            1,
-            "--peers",
-            tmp_path,
-            "--out",
-            out,
-        )
-    assert "**not measured, the fast side fell back**" in out.read_text()
+        run(families, monkeypatch, "--families", "Llama", "--out", tmp_path / "F.md")
+    assert "**not measured, the fast side fell back**: no kernels" in (tmp_path / "F.md").read_text()
+    assert len((tmp_path / "F.jsonl").read_text().splitlines()) == 1
 
 
 def test_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     need_kernels()
     out = tmp_path / "L.md"
-    arguments = (
-        "--lengths",
-        4,
-        8,
-        "--longest",
-        0,
-        "--pairs",
-        0,
-        "--prompts",
-        1,
-        "--threads",
-        1,
-        "--dtypes",
-        "float32",
-        "bfloat16",
-    )
+    arguments = ("--lengths", 8, "--longest", 0, "--pairs", 0, "--prompts", 1, "--threads", 1, "--dtypes", "float32", "bfloat16")
     run(lengths, monkeypatch, *arguments, "--out", out)
     written = out.read_text()
-    assert "| Seconds of a step | 4 | 8 | exponent |" in written and "Steps, float32 over bfloat16, by length:" in written
+    assert "| Seconds of a step | 8 | exponent |" in written and "Steps, float32 over bfloat16, by length:" in written
     gaps = written.split("| Gap, mean |")[1].splitlines()
     exact, narrow = (float(gaps[row].split("|")[2]) for row in (2, 3))
     assert 0 <= exact < 1e-5 < narrow < 1e-1
