@@ -7,7 +7,8 @@
 Each model has random weights, the hidden size and about the active parameters of `reasoning` (workloads.py), and the structure
 of its family: windows, soft caps, sinks, RoPE, experts (8, of which 2 are active) and every kind of layer of a hybrid. Windows
 are 128 tokens, where a family's own is longer than these sequences. `fallback` is groupwise with padded batches through
-transformers (backend "transformers"); TRL generates with transformers' `generate`. These two have no turn to warm up.
+transformers (backend "transformers"); TRL generates with transformers' `generate`. These two, which take most of the time, have
+a turn to warm up with --warm only.
 
 Each turn is a line in the .jsonl file beside the table, which is written anew after each family from all lines of the file, the
 latest run of each family. A family whose fast side falls back is not measured, and the exit code is then 1.
@@ -18,7 +19,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -216,7 +218,7 @@ def active_parameters(work: Work) -> int:
 # --- measuring
 
 
-def peers_of(work: Work, trl: Path) -> dict[str, Peer]:
+def peers_of(trl: Path) -> dict[str, Peer]:
     found = {
         "fast": Peer(sys.executable, "worker_groupwise.py"),
         "fallback": Peer(sys.executable, "worker_groupwise.py", {"backend": "transformers"}),
@@ -253,19 +255,19 @@ class Record:
         self.out.write_text("\n".join(text(self.scale, {name: found[name] for name in FAMILIES if name in found})) + "\n")
 
 
-def measure(name: str, work: Work, pairs: int, trl: Path, ends: float, record: Record, console: Console) -> bool:
-    """A family's turns; False if its fast side fell back or failed."""
-    for turn, side, report in turns(work, peers_of(work, trl), pairs, ends=ends, cold=SLOW):
+def measure(name: str, found: Iterator[tuple[int, str, Report]], record: Record, console: Console) -> bool:
+    """Take a family's turns; False if its fast side fell back or failed."""
+    for turn, side, report in found:
         record.add(name, turn, side, report)
         record.write()
         if "error" in report:
-            console.print(f"  {side:<10} {report['error']}", markup=False)
+            console.print(f"  {side:<10} {report['error']}", markup=False, soft_wrap=True)
             if side == "fast":
                 return False
             continue
         console.print(line_of(side, report))
         if side == "fast" and (reason := report["paths"]["fallback"]):
-            console.print(f"  THE FAST SIDE FELL BACK: {reason}", markup=False)
+            console.print(f"  THE FAST SIDE FELL BACK: {reason}", markup=False, soft_wrap=True)
             return False
     return True
 
@@ -337,7 +339,7 @@ def notes(reports: Sequence[Report]) -> list[str]:
     if paths is not None and paths["fallback"]:
         found.append(f"**not measured, the fast side fell back**: {paths['fallback']}")
     elif paths is not None:
-        details = "".join(f"; {name}: {why}" for name, why in paths["details"].items())
+        details = "".join(f"; {name}: {why.splitlines()[0]}" for name, why in paths["details"].items())
         found.append(f"generation {paths['generation']}; training {paths['training']}{details}")
         fast = of_side(reports, "fast")
         if fast:
@@ -352,6 +354,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES), metavar="NAME")
     parser.add_argument("--pairs", type=int, default=3, help="Turns of each side.")
+    parser.add_argument("--warm", action="store_true", help="A turn more of each slow side, which does not count.")
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=12 * 3600.0, help="No turn is started that would end later than this.")
@@ -365,10 +368,12 @@ def main() -> None:
         console.print(f"[bold]{name}[/bold]")
         # What is left of the time is shared out evenly among the families that are left.
         share = now + (ends - now) / (len(arguments.families) - i)
-        trl = arguments.peers / "trl" / "bin" / "python"
         work = replace(scaled(FAMILIES[name], arguments.scale), threads=arguments.threads)
-        if not measure(name, work, arguments.pairs, trl, share, record, console):
-            failed.append(name)
+        peers = peers_of(arguments.peers / "trl" / "bin" / "python")
+        found = turns(work, peers, arguments.pairs, ends=share, cold=() if arguments.warm else SLOW)
+        with closing(found):
+            if not measure(name, found, record, console):
+                failed.append(name)
     console.print(f"written: {arguments.out}")
     if failed:
         raise SystemExit(f"no fast path, or it failed: {', '.join(failed)}")

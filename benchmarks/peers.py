@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -112,7 +112,7 @@ def workers(work: Work, peers: dict[str, Peer]) -> Iterator[dict[str, Worker]]:
 
 def turns(
     work: Work, peers: dict[str, Peer], pairs: int, *, ends: float = math.inf, cold: Collection[str] = ()
-) -> Iterator[tuple[int, str, Report]]:
+) -> Generator[tuple[int, str, Report], None, None]:
     """A turn of each peer, one after the other, `pairs` times over after turn 0, which is to warm up.
 
     Args:

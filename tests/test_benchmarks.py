@@ -95,7 +95,7 @@ def test_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_fast_side_that_falls_back_is_loud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = {"generation": "padded", "training": "padded", "fallback": "no kernels", "details": {}}
     report = {"seconds": 1.0, "generation": 0.5, "training": 0.5, "tokens": 8, "peak_mib": 1.0, "paths": paths}
-    monkeypatch.setattr(families, "turns", lambda *_, **__: iter([(0, "fast", report), (1, "fast", report)]))
+    monkeypatch.setattr(families, "turns", lambda *_, **__: (turn for turn in [(0, "fast", report), (1, "fast", report)]))
     with pytest.raises(SystemExit, match="Llama"):
         run(families, monkeypatch, "--families", "Llama", "--out", tmp_path / "F.md")
     assert "**not measured, the fast side fell back**: no kernels" in (tmp_path / "F.md").read_text()
@@ -105,17 +105,32 @@ def test_a_fast_side_that_falls_back_is_loud(tmp_path: Path, monkeypatch: pytest
 def test_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     need_kernels()
     out = tmp_path / "L.md"
-    arguments = ("--lengths", 8, "--longest", 0, "--pairs", 0, "--prompts", 1, "--threads", 1, "--dtypes", "float32", "bfloat16")
+    arguments = ("--lengths", 8, "--longest", 0, "--pairs", 0, "--prompts", 1, "--threads", 1, "--dtypes", "bfloat16")
     run(lengths, monkeypatch, *arguments, "--out", out)
     written = out.read_text()
-    assert "| Seconds of a step | 8 | exponent |" in written and "Steps, float32 over bfloat16, by length:" in written
-    gaps = written.split("| Gap, mean |")[1].splitlines()
-    exact, narrow = (float(gaps[row].split("|")[2]) for row in (2, 3))
+    assert "| Seconds of a step | 8 | exponent |" in written
+    narrow = float(written.split("| Gap, mean |")[1].splitlines()[2].split("|")[2])
+    exact = lengths.gap(replace(lengths.BASE, threads=1), 8, "float32")["sampler_gap_mean"]
     assert 0 <= exact < 1e-5 < narrow < 1e-1
 
 
-def test_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    run(pairs, monkeypatch, ROOT, ROOT, "--works", "short", "--pairs", 1, "--scale", 0.02, "--out", tmp_path / "P.md")
-    assert "| short |" in (tmp_path / "P.md").read_text() and "step: old / new" in capsys.readouterr().out
+def test_growth_of_lengths_by_hand() -> None:
+    """Four times the length, eight times the seconds: an exponent of 1.5; the step of 32 tokens is not fitted."""
+    found = {"float32": {2: {"seconds": 1.0}, 8: {"seconds": 8.0}, 32: {"seconds": 9.0}}}
+    assert lengths.table("s", found, "seconds", ".1f", without=32)[-1] == "| float32 | 1.0 | 8.0 | 9.0 | 1.50 |"
+    assert lengths.faster({**found, "bfloat16": {2: {"seconds": 0.5}}}) == ["Steps, float32 over bfloat16, by length: 2.00."]
+
+
+def test_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single pairs by hand: 2 s for 10 tokens over 1 s for 10, and 3 s for 10 over 2 s for 20."""
+
+    def report(seconds: float, tokens: int) -> dict[str, float]:
+        return {"seconds": seconds, "generation": seconds, "training": seconds, "tokens": tokens, "peak_mib": 10.0}
+
+    results = {"old": [report(2, 10), report(3, 10)], "new": [report(1, 10), report(2, 20)]}
+    monkeypatch.setattr(pairs, "compare", lambda *_: results)
+    run(pairs, monkeypatch, ROOT, ROOT, "--works", "short", "--pairs", 2, "--out", tmp_path / "P.md")
+    written = (tmp_path / "P.md").read_text()
+    assert "| short | 2.50 | 1.50 | 2.50 (2.00 to 3.00) |" in written and "| 1.00 (1.00 to 1.00) |" in written
     with pytest.raises(SystemExit, match="its worker imports"):
         pairs.peer(tmp_path)
