@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test lint docs format bench clean setup
+.PHONY: train test lint docs format bench bench-families bench-lengths bench-pairs clean setup
 
 train: setup
 	$(BIN)/groupwise train
@@ -28,6 +28,18 @@ format: setup
 # Ours beside TRL, transformers' generate and vLLM for CPU, in environments of their own; half an hour on two cores.
 bench: setup .bench/trl/.ready .bench/vllm/.ready
 	$(BIN)/python benchmarks/run.py
+
+# Model families: the fast path beside the fallback and TRL; hours. FAMILIES="--families Mixtral --pairs 2" narrows it.
+bench-families: setup .bench/trl/.ready
+	$(BIN)/python benchmarks/families.py $(FAMILIES)
+
+# Completions of 64 to 4,096 tokens, keys and values in float32, bfloat16 and float16.
+bench-lengths: setup
+	$(BIN)/python benchmarks/lengths.py
+
+# Two versions in turn: make bench-pairs OLD=/tmp/old, after git worktree add /tmp/old COMMIT.
+bench-pairs: setup
+	$(BIN)/python benchmarks/pairs.py $(OLD) .
 
 .bench/trl/.ready:
 	$(PYTHON) -m venv .bench/trl

@@ -2,83 +2,22 @@
 
     make bench
 
-Every peer is a process of its own that waits between its turns. Writes RESULTS.md and RESULTS.png beside this file.
+Every peer is a process of its own that waits between its turns. Writes RESULTS.md and RESULTS.png beside this file. Other
+comparisons: families.py (model families), lengths.py (long completions, dtypes of the KV cache), pairs.py (two versions of
+groupwise).
 """
 
 import argparse
-import json
-import math
-import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import altair as alt
 import torch
+from peers import HERE, Peer, Report, compare, median, per_token, ratio, slope, workers
 from rich.console import Console
-from workloads import WORKS, Work, make, parameters
-
-HERE = Path(__file__).parent
-Report = dict[str, float]
-
-
-class Worker:
-    """A peer that runs one turn for each line it is sent."""
-
-    def __init__(self, python: str, script: str, work: Work, directory: Path) -> None:
-        self.process = subprocess.Popen(
-            [python, str(HERE / script), json.dumps(asdict(work)), str(directory)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-
-    def turn(self) -> Report:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            line = line.removeprefix("REPORT ")
-            if line.startswith("{"):
-                return json.loads(line)
-        raise SystemExit(f"{self.process.args}: ended with exit code {self.process.wait()}")
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-@contextmanager
-def workers(pythons: dict[str, str], scripts: dict[str, str], work: Work) -> Iterator[dict[str, Worker]]:
-    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
-        make(work, Path(directory))
-        found = {name: Worker(pythons[name], script, work, Path(directory)) for name, script in scripts.items()}
-        for worker in found.values():
-            stack.callback(worker.close)
-        yield found
-
-
-def compare(
-    work: Work, pythons: dict[str, str], scripts: dict[str, str], pairs: int, console: Console
-) -> dict[str, list[Report]]:
-    """`pairs` turns of each, one after the other, after a turn each to warm up."""
-    results: dict[str, list[Report]] = {name: [] for name in scripts}
-    with workers(pythons, scripts, work) as found:
-        for turn in range(pairs + 1):
-            for name, worker in found.items():
-                report = worker.turn()
-                console.print(f"  {name:<10} {report['seconds']:7.2f} s  {report['tokens'] / report['generation']:8.0f} tok/s")
-                if turn:
-                    results[name].append(report)
-                time.sleep(0.5)  # for the threads of the one to go to sleep before the other's turn
-    return results
+from workloads import WORKS, Work, parameters
 
 
 def plot(results: dict[str, dict[str, list[Report]]], path: Path) -> None:
@@ -104,15 +43,6 @@ def plot(results: dict[str, dict[str, list[Report]]], path: Path) -> None:
         )
     )
     chart.save(path, scale_factor=1.5)
-
-
-def median(reports: list[Report], key: str) -> float:
-    return statistics.median(report[key] for report in reports)
-
-
-def per_token(reports: list[Report], key: str) -> float:
-    """Median seconds for a useful token: completions end by themselves, so no two runs have equally many."""
-    return statistics.median(report[key] / report["tokens"] for report in reports)
 
 
 def ceiling(work: Work) -> dict[str, float]:
@@ -141,10 +71,10 @@ def table(work: Work, results: dict[str, list[Report]]) -> list[str]:
             f"{1 / per_token(reports, 'generation'):,.0f}",
             f"{median(reports, 'training'):.2f}" if whole else "",
             f"{median(reports, 'peak_mib'):,.0f}",
-            f"{per_token(reports, 'seconds') / per_token(ours, 'seconds'):.2f}" if whole else "",
-            f"{per_token(reports, 'generation') / per_token(ours, 'generation'):.2f}",
-            f"{per_token(reports, 'training') / per_token(ours, 'training'):.2f}" if whole else "",
-            f"{median(reports, 'peak_mib') / median(ours, 'peak_mib'):.2f}",
+            f"{ratio(reports, ours, 'seconds'):.2f}" if whole else "",
+            f"{ratio(reports, ours, 'generation'):.2f}",
+            f"{ratio(reports, ours, 'training'):.2f}" if whole else "",
+            f"{ratio(reports, ours, 'peak_mib'):.2f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     limit = ceiling(work)
@@ -171,7 +101,7 @@ def growth(python: str, console: Console) -> list[str]:
         key = {"group size": "group_size", "length": "max_tokens", "vocabulary": "vocabulary"}[name]
         sizes, seconds, memory = [], [], []
         for work in works:
-            with workers({"groupwise": python}, {"groupwise": "worker_groupwise.py"}, work) as found:
+            with workers(work, {"groupwise": Peer(python, "worker_groupwise.py")}) as found:
                 reports = [found["groupwise"].turn() for _ in range(3)][1:]
             sizes.append(getattr(work, key))
             seconds.append(min(report["seconds"] for report in reports))
@@ -184,13 +114,6 @@ def growth(python: str, console: Console) -> list[str]:
         ]
         lines.append(f"| {name} | {' | '.join(cells)} | {slope(sizes, seconds):.2f} | {slope(sizes, memory):.2f} |")
     return lines
-
-
-def slope(sizes: list[Any], values: list[float]) -> float:
-    """Of the line through the logarithms, by least squares."""
-    x, y = [math.log(size) for size in sizes], [math.log(value) for value in values]
-    mx, my = statistics.mean(x), statistics.mean(y)
-    return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
 
 
 def main() -> None:
@@ -214,7 +137,8 @@ def main() -> None:
         scripts = {"groupwise": "worker_groupwise.py", "trl": "worker_trl.py"}
         if name != "vocabulary":
             scripts |= {"generate": "worker_generate.py", "vllm": "worker_vllm.py"}
-        results[name] = compare(WORKS[name], pythons, scripts, arguments.pairs, console)
+        peers = {name: Peer(pythons[name], script) for name, script in scripts.items()}
+        results[name] = compare(WORKS[name], peers, arguments.pairs, console)
         lines += table(WORKS[name], results[name])
         arguments.out.write_text("\n".join(lines) + "\n")
     if results:

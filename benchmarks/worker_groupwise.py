@@ -51,32 +51,31 @@ class Step:
         learning: str | Backend = "auto",
         old_logprobs: str = "sampler",
     ) -> None:
-        """`sampling`, `learning`: the backends of the sampler and of the learner, on the same module. `old_logprobs`: as in a
-        `LearnerSection`."""
+        """`sampling`, `learning`: the backends of the sampler and of the learner, on the same module. With `old_logprobs`
+        "recompute" the gap between the log-probabilities of the two is reported too."""
         self.work, self.module, self.tokenizer, self.texts = work, module, tokenizer, texts
         self.model = LanguageModel(module, learning)
         self.prompts = [encode_prompt(tokenizer, text, False) for text in texts]
         self.algorithm = named("dapo", overlong_cache=0.0)
-        settings = SimpleNamespace(
-            **SETTINGS, old_logprobs=old_logprobs, micro_batch_tokens=work.micro_batch_tokens, precision=work.precision
-        )
+        changed = {"micro_batch_tokens": work.micro_batch_tokens, "old_logprobs": old_logprobs, "precision": work.precision}
+        settings = SimpleNamespace(**(SETTINGS | changed))
         self.learner = LocalLearner(
             self.model, self.algorithm, settings, updates=1000, temperature=1.0, max_tokens=work.max_tokens
         )
         self.credit = CreditAssigner(self.algorithm, tokenizer, work.max_tokens)
         dtype = None if work.precision == "float32" else getattr(torch, work.precision)
-        self.sampler = NativeSampler(LanguageModel(module, sampling), tokenizer, dtype=dtype)
-        self.metrics: dict[str, float] = {}
-        """Of the last `batch`."""
+        cache_dtype = None if work.cache_dtype is None else getattr(torch, work.cache_dtype)
+        self.sampler = NativeSampler(LanguageModel(module, sampling), tokenizer, dtype=dtype, cache_dtype=cache_dtype)
         self.count = 0
+        self.gap: dict[str, float] = {}
 
     @classmethod
-    def load(cls, work: Work, directory: Path, **options: Any) -> "Step":
-        """On what `workloads.make` wrote, with further arguments of a `Step`."""
+    def load(cls, work: Work, directory: Path, **settings: Any) -> "Step":
+        """On what `workloads.make` wrote."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         module = load_module(str(directory), getattr(torch, work.dtype)).to(device)
         texts = json.loads((directory / "prompts.json").read_text())
-        return cls(work, module, load_tokenizer(str(directory)), texts, **options)
+        return cls(work, module, load_tokenizer(str(directory)), texts, **settings)
 
     def sample(self) -> list[tuple[Completion, ...]]:
         self.count += 1
@@ -96,9 +95,20 @@ class Step:
                     scores=tuple(Score(reward=r, correct=r > 0) for r in rewards),
                 )
             )
-        batch, self.metrics = self.learner.compute_logprobs(make_batch(groups, self.algorithm))
+        batch, metrics = self.learner.compute_logprobs(make_batch(groups, self.algorithm))
+        self.gap = {name: value for name, value in metrics.items() if name.startswith("sampler_gap")}
         rewards = reward_parts(groups, self.algorithm, self.work.max_tokens)
         return self.credit.assign(batch, groups, rewards, policy_moved=True)[0]
+
+    def paths(self) -> dict[str, Any]:
+        """What runs generation and training, and the first fallback that slows either down, with its reason."""
+        sampler, learner = self.sampler.model, self.model
+        return {
+            "generation": sampler.backends()["decoding"],
+            "training": learner.backends()["training"],
+            "fallback": sampler.fallback() or learner.fallback(),
+            "details": {name: why for name, why in sampler.backends().items() if name.startswith("fallback")},
+        }
 
     def run(self) -> dict[str, float]:
         started = time.perf_counter()
@@ -113,16 +123,19 @@ class Step:
             "training": ended - generated,
             "tokens": int(batch.lengths_B.sum()),
             "peak_mib": peak_mib(),
-            **{name: value for name, value in self.metrics.items() if name.startswith("sampler_gap")},
+            **self.gap,
         }
 
 
 def main() -> None:
     work = dataclasses.replace(WORKS["reasoning"], **json.loads(sys.argv[1]))
     torch.set_num_threads(work.threads)
-    step = Step.load(work, Path(sys.argv[2]))
+    step = Step.load(work, Path(sys.argv[2]), sampling=work.backend, learning=work.backend)
+    step.model.check_logits()
+    paths = step.paths()
+    print("READY", flush=True)
     for _ in sys.stdin:
-        print(json.dumps(step.run()), flush=True)
+        print(json.dumps({**step.run(), "paths": paths}), flush=True)
 
 
 if __name__ == "__main__":

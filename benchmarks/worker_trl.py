@@ -22,6 +22,9 @@ class Clock(TrainerCallback):
         self.tokens = 0
         self.generation = self.started = 0.0
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        print("READY", flush=True)
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not sys.stdin.readline():
             sys.exit(0)
@@ -40,8 +43,8 @@ class Clock(TrainerCallback):
 
 
 def main() -> None:
-    torch.set_num_threads(2)
     work = dataclasses.replace(WORKS["reasoning"], **json.loads(sys.argv[1]))
+    torch.set_num_threads(work.threads)
     directory = Path(sys.argv[2])
     tokenizer = AutoTokenizer.from_pretrained(directory)
     clock = Clock()
@@ -62,6 +65,7 @@ def main() -> None:
         beta=0.0,
         epsilon_high=0.28,
         loss_type="dapo",
+        router_aux_loss_coef=0.0,  # as groupwise, which has no load-balancing loss
         temperature=1.0,
         max_steps=1000,
         gradient_checkpointing=False,
