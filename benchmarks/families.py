@@ -67,11 +67,9 @@ def partial_rotary(share: float, theta: float = 10_000.0) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": share}}
 
 
-def family(model_type: str, *, kv_heads: int = 1, mlp: int = 848, micro_batch_rows: int = 64, **architecture: Any) -> Work:
+def family(model_type: str, *, kv_heads: int = 1, mlp: int = 848, **architecture: Any) -> Work:
     """`reasoning` with a model of another family; a head of keys and values for the three of queries if nothing else is said."""
-    return replace(
-        BASE, model_type=model_type, kv_heads=kv_heads, mlp=mlp, micro_batch_rows=micro_batch_rows, architecture=architecture
-    )
+    return replace(BASE, model_type=model_type, kv_heads=kv_heads, mlp=mlp, architecture=architecture)
 
 
 def layers(kinds: str) -> dict[str, Any]:
@@ -149,7 +147,6 @@ FAMILIES: dict[str, Work] = {
     "Falcon-H1": family(
         "falcon_h1",
         mlp=552,
-        micro_batch_rows=16,
         mamba_d_ssm=256,
         mamba_n_heads=4,
         mamba_d_head=64,
@@ -164,7 +161,6 @@ FAMILIES: dict[str, Work] = {
     ),
     "Granite 4 hybrid": family(
         "granitemoehybrid",
-        micro_batch_rows=16,
         mlp=208,
         head_dim=None,
         num_local_experts=8,
@@ -184,7 +180,6 @@ FAMILIES: dict[str, Work] = {
     ),
     "Nemotron-H": family(
         "nemotron_h",
-        micro_batch_rows=16,
         mlp=936,
         num_hidden_layers=None,
         layers_block_type=layers("lelmlefm")["layer_types"],

@@ -47,8 +47,9 @@ def measure(base: Work, length: int, dtypes: Sequence[str], pairs: int, console:
 
 
 def gap(base: Work, length: int, dtype: str) -> Report:
-    """Of one group of this length."""
-    work = replace(base, prompts=1, max_tokens=length, cache_dtype=dtype, architecture=WIDE)
+    """Of one group of about 4,096 tokens, but at least four completions."""
+    rows = max(4, 4096 // length)
+    work = replace(base, prompts=1, group_size=rows, max_tokens=length, cache_dtype=dtype, architecture=WIDE)
     with tempfile.TemporaryDirectory() as directory:
         make(work, Path(directory))
         return Step.load(work, Path(directory), old_logprobs="recompute").run()
@@ -119,6 +120,8 @@ def main() -> None:
         pairs = 0 if length == arguments.longest else arguments.pairs
         for dtype, report in measure(base, length, arguments.dtypes, pairs, console).items():
             found[dtype][length] = report
+        write(arguments.out, base, found, gaps, arguments.longest)  # should the rest not finish
+        for dtype in arguments.dtypes:
             gaps[dtype][length] = gap(base, length, dtype)
             console.print(f"  {dtype:<10} gap {gaps[dtype][length]['sampler_gap_mean']:.1e} nats")
         write(arguments.out, base, found, gaps, arguments.longest)
