@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from run import Report, Worker, median
+from peers import Report, Worker, median
 from worker_groupwise import Step
 from workloads import WORKS, Work, make
 
