@@ -189,9 +189,9 @@ ZOO: dict[str, Member] = {
     "llama-linear": fast("llama", rope_parameters=LINEAR),
     "llama-bias": fast("llama", attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
     "llama-mqa-wide-heads": fast("llama", num_key_value_heads=1, head_dim=16),
-    "llama-dynamic-within": general("llama", rope_parameters=DYNAMIC),
+    "llama-dynamic-within": fast("llama", rope_parameters=DYNAMIC),
     "llama-dynamic-beyond": refused("llama", rope_parameters=DYNAMIC, max_position_embeddings=24),
-    "llama-longrope-within": general("llama", rope_parameters=longrope(256)),
+    "llama-longrope-within": fast("llama", rope_parameters=longrope(256)),
     "llama-longrope-across": refused("llama", rope_parameters=longrope(16), ci=True),
     "llama-longrope-beyond": refused("llama", gain=0.7, rope_parameters=longrope(2)),
     "arcee": fast("arcee"),
@@ -210,7 +210,7 @@ ZOO: dict[str, Member] = {
     "phi": fast("phi"),
     "phi3": fast("phi3"),
     "phi3-partial": fast("phi3", rope_parameters={**THETA, "partial_rotary_factor": 0.5, "rope_type": "default"}),
-    "phi3-longrope-within": general("phi3", **longrope_phi3(256)),
+    "phi3-longrope-within": fast("phi3", **longrope_phi3(256)),
     "phi3-longrope-across": refused("phi3", **longrope_phi3(16)),
     "phi3-longrope-beyond": refused("phi3", gain=0.7, **longrope_phi3(2)),
     "seed_oss": fast("seed_oss", **HEADS),
@@ -218,26 +218,26 @@ ZOO: dict[str, Member] = {
     "stablelm": fast("stablelm"),
     "stablelm-parallel": fast("stablelm", use_parallel_residual=True, qk_layernorm=True),
     "starcoder2": fast("starcoder2"),
-    "cohere": general("cohere", logit_scale=1.0, use_qk_norm=True),
-    "bitnet": general("bitnet"),
-    "nanochat": general("nanochat"),
-    "jais2": general("jais2", **HEADS),
+    "cohere": fast("cohere", logit_scale=1.0, use_qk_norm=True),
+    "bitnet": fast("bitnet"),
+    "nanochat": fast("nanochat"),
+    "jais2": fast("jais2", **HEADS),
     "diffllama": general("diffllama", ci=True),
     # In its first layer equal tokens have equal scores, so beyond `keep_window_size` tokens it depends on the length of the row
     # which of them are kept. It is exact within that length, where it need not be refused.
     "doge": refused("doge", ci=True, keep_window_size=256),
     "doge-window": refused("doge", keep_window_size=12),
     "hrm_text": general("hrm_text", ci=True, gain=1.0, head_dim=8, num_hidden_layers=4, prefix_lm=False),
-    "persimmon": general("persimmon"),
+    "persimmon": fast("persimmon"),
     # --- sliding windows, chunks, soft caps, sinks
     "mistral": fast("mistral", sliding_window=None),
     "mistral-window": fast("mistral", ci=True, **SLIDING),
     "ministral": fast("ministral", **HEADS, **MIXED),
-    "ministral3": general("ministral3", **HEADS, **SLIDING),
+    "ministral3": fast("ministral3", **HEADS, **SLIDING),
     "gemma2": fast("gemma2", ci=True, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, **HEADS, **MIXED),
     "gemma3_text": fast("gemma3_text", query_pre_attn_scalar=8, **HEADS, **MIXED),
-    "vaultgemma": general("vaultgemma", query_pre_attn_scalar=8, attn_logit_softcapping=2.0, **HEADS, **MIXED),
-    "gemma3n_text": general(
+    "vaultgemma": fast("vaultgemma", query_pre_attn_scalar=8, attn_logit_softcapping=2.0, **HEADS, **MIXED),
+    "gemma3n_text": fast(
         "gemma3n_text",
         ci=True,
         **{**HEADS, **SLIDING, "intermediate_size": [48, 48, 48, 48], "num_hidden_layers": 4},
@@ -248,14 +248,14 @@ ZOO: dict[str, Member] = {
         vocab_size_per_layer_input=VOCABULARY,
         activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0],
     ),
-    "gemma4_text": general(
+    "gemma4_text": fast(
         "gemma4_text",
         **{**HEADS, **MIXED},
         global_head_dim=16,
         hidden_size_per_layer_input=8,
         vocab_size_per_layer_input=VOCABULARY,
     ),
-    "gemma4_text-shared": general(
+    "gemma4_text-shared": fast(
         "gemma4_text",
         **{**HEADS, **SLIDING, "num_hidden_layers": 4},
         layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
@@ -264,7 +264,7 @@ ZOO: dict[str, Member] = {
         hidden_size_per_layer_input=8,
         vocab_size_per_layer_input=VOCABULARY,
     ),
-    "gemma4_text-experts": general(
+    "gemma4_text-experts": fast(
         "gemma4_text",
         **{**HEADS, **MIXED},
         global_head_dim=16,
@@ -276,10 +276,10 @@ ZOO: dict[str, Member] = {
         top_k_experts=2,
         moe_intermediate_size=16,
     ),
-    "cohere2": general("cohere2", logit_scale=1.0, **MIXED),
+    "cohere2": fast("cohere2", logit_scale=1.0, **MIXED),
     "olmo3": fast("olmo3", **MIXED),
     "gpt_oss": fast("gpt_oss", ci=True, **HEADS, **MIXED, **LOCAL_EXPERTS),
-    "granite_swa": general("granite_swa", **MIXED),
+    "granite_swa": fast("granite_swa", **MIXED),
     "llama4_text": general(
         "llama4_text",
         ci=True,
@@ -304,16 +304,14 @@ ZOO: dict[str, Member] = {
     "granitemoeshared": fast("granitemoeshared", shared_intermediate_size=16, **LOCAL_EXPERTS),
     "glm4_moe": fast("glm4_moe", first_k_dense_replace=1, use_qk_norm=True, **HEADS, **ROUTED_EXPERTS),
     "dots1": fast("dots1", **{**HEADS, **MIXED, **ROUTED_EXPERTS}, first_k_dense_replace=1),
-    "ernie4_5_moe": general("ernie4_5_moe", moe_intermediate_size=16, moe_k=2, moe_num_experts=4, moe_num_shared_experts=1),
-    "hunyuan_v1_moe": general("hunyuan_v1_moe", **HEADS, num_experts=4, moe_topk=[2, 2]),
-    "minimax_m2": general("minimax_m2", **HEADS, **LOCAL_EXPERTS),
-    "exaone_moe": general(
+    "ernie4_5_moe": fast("ernie4_5_moe", moe_intermediate_size=16, moe_k=2, moe_num_experts=4, moe_num_shared_experts=1),
+    "hunyuan_v1_moe": fast("hunyuan_v1_moe", **HEADS, num_experts=4, moe_topk=[2, 2]),
+    "minimax_m2": fast("minimax_m2", **HEADS, **LOCAL_EXPERTS),
+    "exaone_moe": fast(
         "exaone_moe", **HEADS, **MIXED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_shared_experts=1
     ),
-    "afmoe": general(
-        "afmoe", **HEADS, **MIXED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_dense_layers=1
-    ),
-    "dbrx": general(
+    "afmoe": fast("afmoe", **HEADS, **MIXED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_dense_layers=1),
+    "dbrx": fast(
         "dbrx",
         **{**GPT, "n_embd": None, "n_layer": None, "n_head": None, "n_positions": None},
         d_model=32,
@@ -323,9 +321,9 @@ ZOO: dict[str, Member] = {
         attn_config={"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 10_000.0},
         ffn_config={"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     ),
-    "jetmoe": general("jetmoe", ci=True, num_attention_heads=None, kv_channels=8, **LOCAL_EXPERTS),
+    "jetmoe": fast("jetmoe", ci=True, num_attention_heads=None, kv_channels=8, **LOCAL_EXPERTS),
     # --- latent attention
-    "deepseek_v2": general("deepseek_v2", **LATENT, **ROUTED_EXPERTS, first_k_dense_replace=1),
+    "deepseek_v2": fast("deepseek_v2", **LATENT, **ROUTED_EXPERTS, first_k_dense_replace=1),
     "deepseek_v3": fast("deepseek_v3", ci=True, **{**LATENT, **ROUTED_EXPERTS}, first_k_dense_replace=1),
     "deepseek_v3-equal-heads": fast("deepseek_v3", **{**EQUAL_LATENT, **ROUTED_EXPERTS}, first_k_dense_replace=1),
     "deepseek_v3-groups": fast(
@@ -340,15 +338,15 @@ ZOO: dict[str, Member] = {
         first_k_dense_replace=1,
         **INDEXED,
     ),
-    "glm4_moe_lite": general("glm4_moe_lite", **{**LATENT, **ROUTED_EXPERTS}),
-    "glm4_moe_lite-equal-heads": general("glm4_moe_lite", **{**EQUAL_LATENT, **ROUTED_EXPERTS}),
-    "minicpm3": general("minicpm3", **LATENT),
+    "glm4_moe_lite": fast("glm4_moe_lite", **{**LATENT, **ROUTED_EXPERTS}),
+    "glm4_moe_lite-equal-heads": fast("glm4_moe_lite", **{**EQUAL_LATENT, **ROUTED_EXPERTS}),
+    "minicpm3": fast("minicpm3", **LATENT),
     # --- linear attention, convolutions, state spaces and hybrids
     "qwen3_next": fast("qwen3_next", ci=True, gain=0.7, **{**HEADS, **QWEN_EXPERTS, **GATED_DELTA}),
-    "qwen3_5_text": general("qwen3_5_text", gain=0.7, **{**HEADS, **GATED_DELTA}),
-    "qwen3_5_moe_text": general("qwen3_5_moe_text", gain=0.7, **{**HEADS, **QWEN_EXPERTS, **GATED_DELTA}),
-    "olmo_hybrid": general("olmo_hybrid", gain=0.7, **{**GATED_DELTA, "linear_num_value_heads": 2}),
-    "kimi_linear": general(
+    "qwen3_5_text": fast("qwen3_5_text", gain=0.7, **{**HEADS, **GATED_DELTA}),
+    "qwen3_5_moe_text": fast("qwen3_5_moe_text", gain=0.7, **{**HEADS, **QWEN_EXPERTS, **GATED_DELTA}),
+    "olmo_hybrid": fast("olmo_hybrid", gain=0.7, **{**GATED_DELTA, "linear_num_value_heads": 2}),
+    "kimi_linear": fast(
         "kimi_linear",
         gain=0.7,
         ci=True,
@@ -363,7 +361,7 @@ ZOO: dict[str, Member] = {
         n_group=1,
         topk_group=1,
     ),
-    "bailing_hybrid": general(
+    "bailing_hybrid": fast(
         "bailing_hybrid",
         gain=0.7,
         **{**LATENT, "num_hidden_layers": 3},
@@ -376,10 +374,10 @@ ZOO: dict[str, Member] = {
         topk_group=1,
     ),
     "minimax": general("minimax", **{**HEADS, **LOCAL_EXPERTS}, block_size=8, layer_types=["linear_attention", "full_attention"]),
-    "lfm2": general(
+    "lfm2": fast(
         "lfm2", ci=True, num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"], block_auto_adjust_ff_dim=False
     ),
-    "lfm2_moe": general(
+    "lfm2_moe": fast(
         "lfm2_moe",
         num_hidden_layers=3,
         layer_types=["conv", "full_attention", "conv"],
@@ -390,7 +388,7 @@ ZOO: dict[str, Member] = {
     ),
     "mamba": general("mamba", state_size=8, num_attention_heads=None, num_key_value_heads=None),
     "falcon_mamba": general("falcon_mamba", state_size=8, num_attention_heads=None, num_key_value_heads=None),
-    "mamba2": general(
+    "mamba2": fast(
         "mamba2",
         ci=True,
         num_attention_heads=None,
@@ -401,8 +399,8 @@ ZOO: dict[str, Member] = {
         n_groups=2,
         chunk_size=8,
     ),
-    "falcon_h1": fast("falcon_h1", ci=True, mamba_d_ssm=64, **HEADS, **SSM),
-    "granitemoehybrid": general(
+    "falcon_h1": fast("falcon_h1", ci=True, mamba_d_ssm=64, lm_head_multiplier=0.7, embedding_multiplier=1.5, **HEADS, **SSM),
+    "granitemoehybrid": fast(
         "granitemoehybrid",
         gain=1.0,
         **{**SSM, **LOCAL_EXPERTS},
@@ -410,7 +408,7 @@ ZOO: dict[str, Member] = {
         layer_types=["linear_attention", "full_attention"],
         position_embedding_type="rope",
     ),
-    "bamba": general("bamba", gain=1.0, num_hidden_layers=3, attn_layer_indices=[1], **SSM),
+    "bamba": fast("bamba", gain=1.0, num_hidden_layers=3, attn_layer_indices=[1], **SSM),
     "jamba": general(
         "jamba",
         num_hidden_layers=3,
@@ -450,7 +448,7 @@ ZOO: dict[str, Member] = {
         use_shared_attention_adapter=True,
         use_mamba_kernels=False,
     ),
-    "nemotron_h": general(
+    "nemotron_h": fast(
         "nemotron_h",
         num_hidden_layers=None,
         layers_block_type=["linear_attention", "moe", "full_attention", "mlp"],
@@ -479,8 +477,8 @@ ZOO: dict[str, Member] = {
         **{**HEADS, **SLIDING},
     ),
     # --- older: learned or ALiBi positions, attention of their own
-    "gpt2": general("gpt2", **GPT),
-    "gpt_bigcode": general("gpt_bigcode", **GPT),
+    "gpt2": fast("gpt2", **GPT),
+    "gpt_bigcode": fast("gpt_bigcode", **GPT),
     "gpt_neo": general(
         "gpt_neo",
         ci=True,
@@ -490,11 +488,11 @@ ZOO: dict[str, Member] = {
         attention_types=[[["global", "local"], 1]],
         window_size=WINDOW,
     ),
-    "gpt_neox": general("gpt_neox", num_key_value_heads=None),
+    "gpt_neox": fast("gpt_neox", num_key_value_heads=None),
     "gptj": general("gptj", rotary_dim=4, **GPT),
     "codegen": general("codegen", rotary_dim=4, **GPT),
-    "opt": general("opt", ffn_dim=48, word_embed_proj_dim=32, num_key_value_heads=None, intermediate_size=None),
-    "opt-projected": general(
+    "opt": fast("opt", ffn_dim=48, word_embed_proj_dim=32, num_key_value_heads=None, intermediate_size=None),
+    "opt-projected": fast(
         "opt",
         ci=True,
         ffn_dim=48,
@@ -518,18 +516,18 @@ ZOO: dict[str, Member] = {
         "falcon", alibi=True, multi_query=False, bias=True, parallel_attn=False, intermediate_size=None, ffn_hidden_size=48
     ),
     "xglm": general("xglm", **{**ENCODER_DECODER, "attention_heads": 4, "num_layers": 2, "ffn_dim": 48}),
-    "biogpt": general("biogpt", num_key_value_heads=None),
+    "biogpt": fast("biogpt", num_key_value_heads=None),
     # --- recent types, with what they combine
-    "aria_text": general("aria_text", moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
-    "axk1": general("axk1", **{**LATENT, **ROUTED_EXPERTS}),
+    "aria_text": fast("aria_text", moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
+    "axk1": fast("axk1", **{**LATENT, **ROUTED_EXPERTS}),
     "axk2": refused("axk2", **{**LATENT, **ROUTED_EXPERTS, **INDEXED}, gated_norm_rank=4),
-    "beam": general(
+    "beam": fast(
         "beam", **{**HEADS, **MIXED}, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1
     ),
-    "cohere2_moe": general(
+    "cohere2_moe": fast(
         "cohere2_moe", **{**HEADS, **MIXED}, logit_scale=1.0, num_experts=4, num_experts_per_tok=2, num_shared_experts=1
     ),
-    "cwm": general("cwm", **{**HEADS, **MIXED}, rope_parameters=LLAMA3, bos_token_id=2),
+    "cwm": fast("cwm", **{**HEADS, **MIXED}, rope_parameters=LLAMA3, bos_token_id=2),
     "deepseek_v4": general(
         "deepseek_v4",
         **{**HEADS, **SLIDING, "num_hidden_layers": 3, "num_key_value_heads": 1, "head_dim": 16},
@@ -560,11 +558,11 @@ ZOO: dict[str, Member] = {
         mlp_layer_types=["dense", "sparse"],
         shared_experts_intermediate_size=16,
     ),
-    "flint": general("flint", **{**HEADS, **MIXED, **QWEN_EXPERTS}),
-    "gemma4_unified_text": general("gemma4_unified_text", **{**HEADS, **MIXED}, global_head_dim=16),
+    "flint": fast("flint", **{**HEADS, **MIXED, **QWEN_EXPERTS}),
+    "gemma4_unified_text": fast("gemma4_unified_text", **{**HEADS, **MIXED}, global_head_dim=16),
     "glm_moe_dsa": refused("glm_moe_dsa", **{**LATENT, **ROUTED_EXPERTS, **INDEXED}, mlp_layer_types=["dense", "sparse"]),
-    "granitemoe_swa": general("granitemoe_swa", **{**MIXED, **LOCAL_EXPERTS}),
-    "hy_v3": general(
+    "granitemoe_swa": fast("granitemoe_swa", **{**MIXED, **LOCAL_EXPERTS}),
+    "hy_v3": fast(
         "hy_v3",
         **HEADS,
         num_experts=4,
@@ -573,7 +571,7 @@ ZOO: dict[str, Member] = {
         mlp_layer_types=["dense", "sparse"],
     ),
     "hy_v4": refused("hy_v4", **{**LATENT, **ROUTED_EXPERTS, **INDEXED}, hc_mult=2, mlp_layer_types=["dense", "sparse"]),
-    "hyperclovax": general("hyperclovax", **HEADS),
+    "hyperclovax": fast("hyperclovax", **HEADS),
     "inkling_text": general(
         "inkling_text",
         **HEADS,
@@ -592,11 +590,11 @@ ZOO: dict[str, Member] = {
         unpadded_vocab_size=VOCABULARY,
         logits_mup_width_multiplier=1.0,
     ),
-    "internlm3": general("internlm3", **HEADS),
-    "kolibri1": general("kolibri1", **{**HEADS, **MIXED, **QWEN_EXPERTS}),
-    "laguna": general("laguna", **{**HEADS, **MIXED, **QWEN_EXPERTS}),
-    "lfm3": general("lfm3", **{**HEADS, **SLIDING}, num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"]),
-    "longcat_flash": general(
+    "internlm3": fast("internlm3", **HEADS),
+    "kolibri1": fast("kolibri1", **{**HEADS, **MIXED, **QWEN_EXPERTS}),
+    "laguna": fast("laguna", **{**HEADS, **MIXED, **QWEN_EXPERTS}),
+    "lfm3": fast("lfm3", **{**HEADS, **SLIDING}, num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"]),
+    "longcat_flash": fast(
         "longcat_flash",
         **{**LATENT, "num_hidden_layers": None, "intermediate_size": None},
         num_layers=2,
@@ -607,14 +605,14 @@ ZOO: dict[str, Member] = {
         expert_ffn_hidden_size=16,
         routed_scaling_factor=1.0,
     ),
-    "mellum": general("mellum", **{**HEADS, **MIXED}, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2),
-    "mimo_v2_flash": general(
+    "mellum": fast("mellum", **{**HEADS, **MIXED}, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2),
+    "mimo_v2_flash": fast(
         "mimo_v2_flash",
         **{**HEADS, **MIXED, **ROUTED_EXPERTS},
         v_head_dim=4,
         mlp_layer_types=["dense", "sparse"],
     ),
-    "minimax_m3_vl_text": general(
+    "minimax_m3_vl_text": fast(
         "minimax_m3_vl_text",
         **{**HEADS, **LOCAL_EXPERTS},
         dense_intermediate_size=48,
@@ -651,9 +649,9 @@ ZOO: dict[str, Member] = {
         indexer_budget=8,
         indexer_compress_ratio=4,
     ),
-    "solar_open": general("solar_open", **{**HEADS, **ROUTED_EXPERTS}),
+    "solar_open": fast("solar_open", **{**HEADS, **ROUTED_EXPERTS}),
     "xlstm": refused("xlstm", hidden_size=128, num_attention_heads=None, num_key_value_heads=None, num_heads=2, chunk_size=8),
-    "youtu": general("youtu", **LATENT),
+    "youtu": fast("youtu", **LATENT),
     # --- the text model inside a model of images and text
     "gemma3": general(
         "gemma3",
@@ -674,11 +672,11 @@ ZOO: dict[str, Member] = {
             "interleave_moe_layer_step": 2,
         },
     ),
-    "qwen3_5": general("qwen3_5", gain=0.7, text_config={**HEADS, **GATED_DELTA}),
-    "qwen3_5_moe": general("qwen3_5_moe", gain=0.7, text_config={**HEADS, **QWEN_EXPERTS, **GATED_DELTA}),
+    "qwen3_5": fast("qwen3_5", gain=0.7, text_config={**HEADS, **GATED_DELTA}),
+    "qwen3_5_moe": fast("qwen3_5_moe", gain=0.7, text_config={**HEADS, **QWEN_EXPERTS, **GATED_DELTA}),
     # --- older still
-    "openai-gpt": refused("openai-gpt", **GPT),
-    "ctrl": general("ctrl", dff=48, **GPT),
+    "openai-gpt": general("openai-gpt", **GPT),
+    "ctrl": fast("ctrl", dff=48, **GPT),
     "gpt_neox_japanese": general("gpt_neox_japanese", num_key_value_heads=None),
     "roformer-decoder": refused("roformer", is_decoder=True, embedding_size=32, **ENCODER),
     "roberta-decoder": refused("roberta", is_decoder=True, **ENCODER),
@@ -695,15 +693,15 @@ ZOO: dict[str, Member] = {
     ),
     "whisper": refused("whisper", **ENCODER_DECODER, max_target_positions=256),
     # --- not causal decoders: encoder-decoders and encoders, and what needs a step of its own to generate
-    "bart": refused("bart", **ENCODER_DECODER),
-    "mbart": refused("mbart", **ENCODER_DECODER),
-    "pegasus": refused("pegasus", **ENCODER_DECODER),
-    "blenderbot": refused("blenderbot", **ENCODER_DECODER),
-    "marian": refused("marian", **ENCODER_DECODER, decoder_start_token_id=2),
-    "plbart": refused("plbart", **ENCODER_DECODER),
-    "trocr": refused("trocr", **ENCODER_DECODER),
+    "bart": general("bart", **ENCODER_DECODER),
+    "mbart": general("mbart", **ENCODER_DECODER),
+    "pegasus": general("pegasus", **ENCODER_DECODER),
+    "blenderbot": general("blenderbot", **ENCODER_DECODER),
+    "marian": general("marian", **ENCODER_DECODER, decoder_start_token_id=2),
+    "plbart": general("plbart", **ENCODER_DECODER),
+    "trocr": general("trocr", **ENCODER_DECODER),
     "xlnet": refused("xlnet", **GPT, d_model=32, d_inner=48),
-    "rwkv": refused("rwkv", ci=True, num_attention_heads=None, num_key_value_heads=None, context_length=256),
+    "rwkv": general("rwkv", ci=True, num_attention_heads=None, num_key_value_heads=None, context_length=256),
     "reformer": refused(
         "reformer",
         is_decoder=True,

@@ -4,6 +4,7 @@ No more than `LOGITS_AT_ONCE` logits exist at once, in the forward pass or in th
 block of the output matrix is read once a pass, and its gradient is written once.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,8 @@ class LogitShape:
     def of(cls, module: Any, temperature: float) -> "LogitShape":
         """As the model's configuration says; `LanguageModel` checks it against the model's own logits."""
         config = module.config.get_text_config()
-        multiplier = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        factors = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "lm_head_multiplier"))
+        multiplier = math.prod(factors) / (getattr(config, "logits_scaling", None) or 1.0)
         cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
         return cls(multiplier, cap, temperature)
 

@@ -12,7 +12,8 @@ A Hugging Face decoder runs on one packed sequence of tokens, [1, N], with expli
       decoding_torch.py    ... in PyTorch
       cuda_graphs.py       ... captured as graphs on a GPU
     layers.py            RMSNorm, SwiGLU and QK-norm with RoPE on C++ kernels
+    latent.py            latent attention with a compressed KV cache in generation
 
-This works for decoders whose attention goes through transformers' attention registry, is full (no sliding window) and plain (no
-soft cap, no sinks), which a trial finds out. Others run padded batches through transformers' own attention.
+This works for decoders whose attention goes through transformers' attention registry, with sliding windows, soft caps and sinks
+(`attend.AttentionForm`), which a trial finds out. Others run padded batches through transformers' own attention.
 """

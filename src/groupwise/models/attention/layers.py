@@ -5,6 +5,7 @@ compute what it computes: each is tried once against its own forward. All in flo
 own forward.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -81,8 +82,12 @@ def _is_norm(module: Any) -> bool:
     return type(module).__name__.endswith("RMSNorm")
 
 
+def _is_attention(module: Any) -> bool:
+    return all(getattr(module, name, None) is not None for name in ("q_proj", "k_proj", "v_proj", "o_proj", "scaling"))
+
+
 def _looks_alike(module: Any) -> bool:
-    return _is_norm(module) or hasattr(module, "gate_proj") or hasattr(module, "q_proj")
+    return _is_norm(module) or hasattr(module, "gate_proj") or _is_attention(module)
 
 
 def fused_norms(decoder: Any) -> tuple[list[LayerForward], list[str]]:
@@ -116,7 +121,7 @@ def _forward_for(decoder: Any, module: Any) -> LayerForward | None:
     if hasattr(module, "gate_proj"):
         same = all(matches(_mlp(module, x), module(x)) for x in _trial_inputs(module.gate_proj))
         return LayerForward(module, partial(_mlp, module), tuple(module.children())[3:]) if same else None
-    if hasattr(module, "q_proj"):
+    if _is_attention(module):
         forms = _attention_forms(decoder, module)
         norms = tuple(norm for norm in qk_norms(module) if norm is not None)
         return LayerForward(module, partial(_attention, module, forms), norms) if forms else None
@@ -168,13 +173,21 @@ def _attention_forms(decoder: Any, module: Any) -> list[NormForm | None] | None:
     try:
         same = True
         for x_1NH in _trial_inputs(module.q_proj):
-            position_embeddings = decoder.rotary_emb(x_1NH, 37 * torch.arange(x_1NH.shape[1])[None])
+            position_embeddings = rotary_embeddings(decoder, module, x_1NH, 37 * torch.arange(x_1NH.shape[1])[None])
             theirs, *others = module(hidden_states=x_1NH, position_embeddings=position_embeddings, attention_mask=None)
             ours, _ = _attention(module, forms, hidden_states=x_1NH, position_embeddings=position_embeddings)
             same = same and len(others) == 1 and matches(ours, theirs)
     finally:
         current_attend.reset(token)
     return forms if same else None
+
+
+def rotary_embeddings(decoder: Any, layer: Any, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for an attention layer; some decoders have other frequencies in layers of another type."""
+    by_type = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+    kind = [getattr(layer, "layer_type", None) or decoder.config.layer_types[layer.layer_idx]] if by_type else []
+    found: tuple[Tensor, Tensor] = decoder.rotary_emb(x, positions, *kind)
+    return found
 
 
 class TrialAttend:
