@@ -116,13 +116,16 @@ def test_a_rollouts_memory_goes_with_it(tokenizer: Any) -> None:
 
 def test_rows_are_as_many_as_a_gpu_has_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = dict.fromkeys(range(28), HeadShape(kv_heads=8, size=128))
-    decoder = SimpleNamespace(device=torch.device("cuda"), shapes=shapes, dtype=torch.bfloat16)
+    decoder = SimpleNamespace(device=torch.device("cuda"), shapes=shapes, dtype=torch.bfloat16, state_elements=0)
     model = LanguageModel.__new__(LanguageModel)
     model.decoder = decoder
     for name, found in (("mem_get_info", (50e9, 80e9)), ("memory_reserved", 12e9), ("memory_allocated", 2e9)):
         monkeypatch.setattr(torch.cuda, name, lambda _, found=found: found)
     # 28 layers x 2 x 8 heads x 128 x 1,024 tokens x 2 bytes are 117.4 MB a row; 0.6 of 60 GB.
     assert int(model.affordable_rows(1024)) == 306
+    assert int(model.affordable_rows(1024, torch.float32)) == 153
+    decoder.state_elements = 28 * 8 * 128 * 2 * 1024 // 2  # in float32 as much as the keys and values
+    assert int(model.affordable_rows(1024)) == 153
     decoder.device = torch.device("cpu")
     assert model.affordable_rows(1024) == float("inf")
 

@@ -3,7 +3,7 @@
 What torch.autocast would also do in bfloat16 (norms, RoPE, SwiGLU, attention) stays on the float32 kernels, which are faster than
 PyTorch's in bfloat16. Sampler and learner round at the same places, so their log-probabilities hardly differ. The bfloat16 copies
 take half the memory of the weights. Only Linear layers run in bfloat16: the experts of a mixture, and the convolutions and
-recurrences of recurrent layers, stay in float32.
+recurrences of recurrent layers, stay in float32, and so do in generation the absorbed projections of latent attention.
 """
 
 import weakref

@@ -1,6 +1,7 @@
 """Which cache a model generates with: the fastest that a trial has shown to be exact."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,10 +14,21 @@ from groupwise.models.attention.latent import latent_forwards
 from groupwise.models.attention.layers import matches
 from groupwise.models.bfloat16 import rounded_weights
 from groupwise.models.blocked_weights import BlockedWeights, blocked_forwards
-from groupwise.models.decoder import Decoder
+from groupwise.models.decoder import Decoder, HeadShape
 from groupwise.models.padded import NoCache, PaddedCache
 from groupwise.models.recurrent import cached_forwards
 from groupwise.models.trials import LENGTHS, first_line, generate, no_constants, small_windows, tolerance_in
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a trial of our cache has found."""
+
+    reason: str | None
+    """Why it is not exact; None: it is."""
+    compresses: bool
+    shapes: dict[int, HeadShape]
+    """Both as of `Decoder`."""
 
 
 class Caches:
@@ -25,8 +37,8 @@ class Caches:
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self.plans = PlanFinder(decoder)
-        self._reasons: dict[tuple[Any, ...], str | None] = {}
-        self._fallback: Callable[[], PaddedCache | NoCache] | None = None
+        self._found: dict[tuple[Any, ...], _Found] = {}
+        self._fallbacks: dict[tuple[Any, ...], Callable[[], PaddedCache | NoCache]] = {}
 
     def new(
         self,
@@ -63,11 +75,17 @@ class Caches:
             return self._decoder.reasons["packed"]
         compressed = len(latent_forwards(self._decoder.latent))  # a hook that came since changes what the cache holds
         key = self._decoder.device, self._decoder.dtype, dtype, compressed
-        if key not in self._reasons:
-            self._reasons[key] = self.why_not_exact(dtype, fixed=self._fixed)
-        if (reason := self._reasons[key]) is not None:
-            self._decoder.reasons["generation"] = reason
-        return self._reasons[key]
+        decoder = self._decoder
+        if key not in self._found:
+            decoder.compresses = True
+            reason = self.why_not_exact(dtype, fixed=self._fixed)
+            self._found[key] = _Found(reason, decoder.compresses, decoder.shapes)
+        found = self._found[key]
+        decoder.compresses, decoder.shapes = found.compresses, found.shapes
+        decoder.reasons.pop("generation", None)
+        if found.reason is not None:
+            decoder.reasons["generation"] = found.reason
+        return found.reason
 
     def why_not_exact(self, dtype: torch.dtype | None = None, *, fixed: bool) -> str | None:
         """Why a `DecodingCache` does not give what full forward passes give; None if it does."""
@@ -104,9 +122,10 @@ class Caches:
         Raises:
             UserError: even without a cache, a token's hidden state is not what it is in the whole sequence.
         """
-        if self._fallback is None:
-            self._fallback = self._find_fallback()
-        return self._fallback()
+        key = self._decoder.device, self._decoder.dtype
+        if key not in self._fallbacks:
+            self._fallbacks[key] = self._find_fallback()
+        return self._fallbacks[key]()
 
     def _find_fallback(self) -> Callable[[], PaddedCache | NoCache]:
         module, reasons = self._decoder.module, self._decoder.reasons

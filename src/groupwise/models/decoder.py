@@ -52,6 +52,8 @@ class Decoder:
         """What each attention layer keeps of a token in generation, by its index; see `find_shapes`."""
         self.repeated = False
         """Whether attention layers run more than once in a forward pass, so that their keys have no one place in a cache."""
+        self.state_elements = 0
+        """Numbers in the states of all recurrent layers, for one row."""
         self.compresses = True
         """Whether layers of latent attention have a compressed KV cache in generation."""
         self.linears: Forwards = ()
@@ -163,7 +165,7 @@ class Decoder:
         nothing = torch.zeros(0, dtype=torch.long)
         recorder = _Recorder(self.packed_attention([len(prompt)], nothing, nothing))
         self.run_packed(prompt, torch.arange(len(prompt), device=self.device), recorder, generating=True)
-        self.shapes, self.repeated = recorder.shapes, recorder.repeated
+        self.shapes, self.repeated, self.state_elements = recorder.shapes, recorder.repeated, recorder.state_elements
 
     # --- trials
 
@@ -213,7 +215,9 @@ class Decoder:
     def packs(self) -> bool:
         """Whether packed sequences can run, tried against the decoder's own forward once per device and dtype."""
         if self._tried != (self.device, self.dtype):
-            self._tried = (self.device, self.dtype)
+            self._layers = None  # kernels are of one device
+            for what in ("packed", "layers", "recurrent layers"):
+                self.reasons.pop(what, None)
             with self.exact():
                 reason = self._why_not_packed()
                 if reason is not None and self._layers:
@@ -225,6 +229,7 @@ class Decoder:
                 self.reasons["packed"] = reason
             if found := [layer.reason for layer in self.recurrent if layer.reason is not None]:
                 self.reasons["recurrent layers"] = f"they run on padded rows through transformers: {found[0]}"
+            self._tried = (self.device, self.dtype)  # only now: a trial that is interrupted is made again
         # A recurrent layer's forward over one row would run on from sequence to sequence.
         if self._packs and any(has_own_forward(layer.module) for layer in self.recurrent):
             self.reasons["packed"] = "somebody has replaced the forward of a recurrent layer"
@@ -260,8 +265,12 @@ class Decoder:
             ours = self._rows_and_gradient(packed)
         except Exception as error:  # third-party forwards and GPU compilers may raise anything
             return f"packed sequences fail in it: {first_line(error)}"
-        theirs = self._rows_and_gradient(apart)
-        if all(matches(one, other, tolerance_in(other.dtype)) for one, other in zip(ours, theirs, strict=True)):
+        try:
+            theirs = self._rows_and_gradient(apart)
+        except Exception as error:  # a third-party backward pass may fail where ours does not
+            return f"its own backward pass fails: {first_line(error)}"
+        same = (matches(one, other, tolerance_in(other.dtype)) for one, other in zip(ours, theirs, strict=False))
+        if len(ours) == len(theirs) and all(same):
             return None
         return "packed sequences give other hidden states or gradients than rows of their own"
 
@@ -281,27 +290,33 @@ class Decoder:
             rows = run()
             # Weights that differ between tokens and between elements: the sum over a normalised state would be constant.
             sums = [(row.float() * torch.linspace(-1, 1, row.numel(), device=row.device).view(row.shape)).sum() for row in rows]
-            gradients = torch.autograd.grad(torch.stack(sums).sum(), trained) if trained else ()
-            return [*(row.detach() for row in rows), *gradients]
+            gradients = torch.autograd.grad(torch.stack(sums).sum(), trained, allow_unused=True) if trained else ()
+            return [*(row.detach() for row in rows), *(gradient for gradient in gradients if gradient is not None)]
 
 
 class _Recorder:
     """An `Attend` that notes what it is called with."""
 
-    def __init__(self, attend: Attend) -> None:
-        self._attend = attend
+    def __init__(self, attention: PackedAttention) -> None:
+        self._attention = attention
         self.shapes: dict[int, HeadShape] = {}
         self.repeated = False
+        self.state_elements = 0
 
     def __call__(
         self, layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scale: float, form: AttentionForm = PLAIN
     ) -> Tensor:
         self.repeated = self.repeated or layer in self.shapes
         self.shapes[layer] = HeadShape(key_NKD.shape[1], key_NKD.shape[2])
-        return self._attend(layer, query_NHD, key_NKD, value_NKD, scale, form)
+        return self._attention(layer, query_NHD, key_NKD, value_NKD, scale, form)
 
-    def mix(self, layer: Any, forward: Any, hidden_NH: Tensor) -> Tensor:
-        return self._attend.mix(layer, forward, hidden_NH)
+    def mix(self, layer: Any, forward: RecurrentForward, hidden_NH: Tensor) -> Tensor:
+        output_NH, states = self._attention.recurrent_rows.run(forward, hidden_NH)
+        self.state_elements += sum(state[0].numel() for state in (*states.conv.values(), *states.recurrent.values()))
+        return output_NH
+
+
+ORIGINAL = "original_max_position_embeddings"
 
 
 def _fixed_until(rotary: Any) -> int | None:
@@ -313,7 +328,8 @@ def _fixed_until(rotary: Any) -> int | None:
         return None
     config = rotary.config.get_text_config()
     parameters = getattr(config, "rope_parameters", None) or {}
-    for holder in (parameters, vars(config)):
-        if limit := holder.get("original_max_position_embeddings"):
-            return int(limit)
+    of_types = [value for value in parameters.values() if isinstance(value, dict)]  # where layers of each type have their own
+    for holders in (of_types, [parameters], [vars(config)]):
+        if limits := [holder[ORIGINAL] for holder in holders if holder.get(ORIGINAL)]:
+            return int(min(limits))
     return int(getattr(rotary, "original_max_seq_len", None) or config.max_position_embeddings)

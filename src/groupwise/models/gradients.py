@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GradientCheckpointingLayer
 
 from groupwise.models.patches import has_own_forward, is_compiled, patched
 
@@ -24,7 +25,11 @@ def gradients_in_place(module: Any) -> Iterator[None]:
 
     For the learner's own updates only: torch.autograd.grad would see no gradient of these parameters.
     """
-    embeddings = [] if is_compiled(module) else [inner for inner in module.modules() if _is_plain(inner)]
+    # In a layer that is checkpointed, the second run in the backward pass would find the embedding's own forward again.
+    layers = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    inside = {inner for layer in layers for inner in layer.modules()}
+    plain = (inner for inner in module.modules() if inner not in inside and _is_plain(inner))
+    embeddings = [] if is_compiled(module) else list(plain)
     token = _in_place.set(True)
     try:
         with patched((embedding, partial(_embed, embedding)) for embedding in embeddings):

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from groupwise.errors import UserError
 from groupwise.kernels.compiled import unavailable
@@ -27,12 +26,13 @@ from groupwise.models.gradients import gradients_in_place
 from groupwise.models.head import logits, token_logprobs
 from groupwise.models.hidden import checkpointing as checkpointed
 from groupwise.models.hidden import completion_hidden, inside_rows
-from groupwise.models.loading import load_module
+from groupwise.models.loading import causal_model, decoder_of, load_module
 from groupwise.models.padded import NoCache, PaddedCache
-from groupwise.models.patches import is_observed
 from groupwise.models.trials import first_line, tolerance_in
 from groupwise.types import Batch
 
+STATE_BYTES = 4
+"""Of a number in a recurrent state, which layers keep in float32."""
 ROWS_SHARE = 0.6
 """Share of a GPU's free memory for the KV cache of completions; the rest is for that of prompts, and for activations."""
 
@@ -55,11 +55,13 @@ class LanguageModel:
             UserError: hooks, a replaced forward or torch.compile on the module would be bypassed, or the backend is strict and
                 cannot be used.
         """
-        self.module = _causal_model(module)
+        self.module = causal_model(module)
         self.outer = module
         """What was given: the module, or a peft model around it."""
-        self.decoder = Decoder(_decoder_of(self.module), self.config.vocab_size, backend_of(backend))
+        self.decoder = Decoder(decoder_of(self.module), self.config.vocab_size, backend_of(backend))
         self.caches = Caches(self.decoder)
+        self._checked = False
+        """Whether `check_logits` has accepted it."""
         self.bfloat16 = Bfloat16(self.decoder)
         if self.backend.strict and (reason := self.fallback()):
             raise UserError(f"model.backend = 'kernels': {reason}")
@@ -139,11 +141,18 @@ class LanguageModel:
             raise UserError(f"{self.name} cannot be trained exactly: {reason}")
         if self.why_not_decoding() is not None:
             self.caches.fallback()
+        self._checked = True
+
+    def _check_once(self) -> None:
+        """`check_logits` before first use, for a module that was given and not loaded."""
+        if not self._checked:
+            self.check_logits()
 
     # --- forward passes
 
     def completion_hidden(self, batch: Batch, share_prompts: bool) -> Tensor:
         """The last hidden states [N, H] that predict the completion tokens, row after row, without padding."""
+        self._check_once()
         return completion_hidden(self.decoder, batch, share_prompts)
 
     def completion_logprobs(
@@ -203,7 +212,7 @@ class LanguageModel:
         if not self.bfloat16.rounds_to(dtype):
             return self.copy(dtype)
         view = LanguageModel(self.outer, self.backend)
-        view.decoder.bf16_step = True
+        view.decoder.bf16_step, view._checked = True, self._checked
         return view
 
     def blocked_weights(self) -> BlockedWeights:
@@ -226,21 +235,25 @@ class LanguageModel:
             dtype: of keys and values; None: the model's. Transformers' own cache, the fallback, has the model's.
             fixed: run steps of a few fixed sizes, which a GPU captures as graphs; None: on a GPU, without recurrent layers.
         """
+        self._check_once()
         return self.caches.new(prompts, prompt_length, rows, tokens, dtype=dtype, fixed=fixed)
 
     def why_not_decoding(self, cache_dtype: torch.dtype | None = None) -> str | None:
         """Why this model generates on transformers' cache instead of ours, or None; tried once for each device and dtype."""
         return self.caches.why_not_ours(cache_dtype)
 
-    def affordable_rows(self, tokens: int) -> float:
-        """The most completions of so many tokens whose KV cache fits `ROWS_SHARE` of a GPU's free memory; else no limit."""
+    def affordable_rows(self, tokens: int, cache_dtype: torch.dtype | None = None) -> float:
+        """The most completions of so many tokens that fit `ROWS_SHARE` of a GPU's free memory; on other devices no limit.
+
+        `cache_dtype`: of keys and values; None: the model's.
+        """
         if self.device.type != "cuda":
             return math.inf
         reserved = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         free = torch.cuda.mem_get_info(self.device)[0] + reserved
-        elements = sum(2 * shape.kv_heads * shape.size for shape in self.decoder.shapes.values())
-        row_bytes = max(1, elements) * tokens * self.dtype.itemsize
-        return ROWS_SHARE * float(free / row_bytes)
+        per_token = sum(2 * shape.kv_heads * shape.size for shape in self.decoder.shapes.values())
+        row_bytes = per_token * tokens * (cache_dtype or self.dtype).itemsize + self.decoder.state_elements * STATE_BYTES
+        return ROWS_SHARE * float(free / max(1, row_bytes))
 
     def sampling_kernel(self) -> Any:
         """A function (logits [R, V], uniforms [R]) -> (tokens, log-probabilities) in C++; None to do it in PyTorch."""
@@ -274,12 +287,14 @@ class LanguageModel:
     def backends(self) -> dict[str, str]:
         """What runs training and decoding, in words, and what falls back to something slower."""
         packed, on_cpu = self.decoder.packs(), self.decoder.on_cpu
-        kernels = self.backend.attention_kernels and self._has_kernels(torch.float32)
-        attention = "attention kernels in C++" if kernels else "PyTorch's attention"
-        training = f"packed sequences, {attention if on_cpu else 'FlashAttention or flex attention'}"
+        why_not = self.why_not_decoding()
+        kernels = self.backend.attention_kernels and self._has_kernels(self.dtype)
+        attention, in_pytorch = "attention kernels in C++" if kernels else "PyTorch's attention", "PyTorch's attention"
+        on_packed = attention if self.dtype == torch.float32 else in_pytorch
+        training = f"packed sequences, {on_packed if on_cpu else 'FlashAttention or flex attention'}"
         if not packed:
             training = "padded batches, transformers' attention: a prompt is run once for each of its completions"
-        if self.why_not_decoding() is not None:
+        if why_not is not None:
             decoding = self.caches.fallback().described
         elif on_cpu and self.caches.plans.find() is not None:
             decoding = "one C++ call per step"
@@ -296,7 +311,9 @@ class LanguageModel:
         module = copy.deepcopy(self.outer)
         for parameter in module.parameters():
             parameter.data = parameter.data.to(dtype)
-        return LanguageModel(module, self.backend)
+        copied = LanguageModel(module, self.backend)
+        copied._checked = self._checked
+        return copied
 
     @torch.no_grad()
     def copy_weights_from(self, other: "LanguageModel") -> None:
@@ -359,36 +376,3 @@ class LanguageModel:
         """Write a Hugging Face model directory, tokenizer included."""
         self.outer.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-
-
-def _decoder_of(module: Any) -> Any:
-    """The model without its output layer."""
-    candidates = module.base_model, module.get_decoder(), getattr(module, "model", module)
-    return next((found for found in candidates if found is not module), module)
-
-
-def _causal_model(module: Any) -> Any:
-    """The transformers model in what was given.
-
-    Raises:
-        UserError: it is none, or forward hooks or a replaced forward on it would be bypassed, since only its decoder and output
-            layer are called.
-    """
-    if hasattr(module, "_orig_mod"):
-        raise UserError("torch.compile(model) hides the model's layers; give the model itself and set model.compile = true")
-    inner = module.get_base_model() if hasattr(module, "get_base_model") else module
-    if getattr(getattr(module, "active_peft_config", None), "is_prompt_learning", False):
-        raise UserError(
-            "peft's prompt learning changes the model's inputs, which groupwise gives to its decoder itself; use LoRA"
-        )
-    if not isinstance(inner, PreTrainedModel):
-        raise UserError(f"{type(module).__name__} is not a transformers causal language model")
-    for outer in {id(module): module, id(inner): inner}.values():
-        if is_observed(outer):
-            raise UserError(
-                f"forward hooks or a replaced forward on {type(outer).__name__} would be bypassed: groupwise calls its decoder "
-                f"(model.{inner.base_model_prefix}) and its output layer; attach them there"
-            )
-        if outer._compiled_call_impl is not None:
-            raise UserError("model.compile() would be bypassed; compile the decoder instead: set model.compile = true")
-    return inner

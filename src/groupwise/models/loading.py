@@ -1,4 +1,4 @@
-"""Modules and tokenizers: shipped with the package, local, from the Hugging Face hub, or new with random weights."""
+"""Modules and tokenizers: shipped with the package, local, from the Hugging Face hub, new with random weights, or given."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +11,11 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from groupwise.errors import UserError, nearest
+from groupwise.models.patches import is_observed
 
 SHIPPED = ("arithmetic-base",)
 END, PAD = "<end>", "<pad>"
@@ -129,3 +130,36 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool | None) -> Tensor:
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return torch.tensor(tokenizer(prompt, add_special_tokens=False).input_ids, dtype=torch.long)
     return torch.tensor(tokenizer(prompt).input_ids, dtype=torch.long)
+
+
+def decoder_of(module: Any) -> Any:
+    """The model without its output layer."""
+    candidates = module.base_model, module.get_decoder(), getattr(module, "model", module)
+    return next((found for found in candidates if found is not module), module)
+
+
+def causal_model(module: Any) -> Any:
+    """The transformers model in what was given.
+
+    Raises:
+        UserError: it is none, or forward hooks or a replaced forward on it would be bypassed, since only its decoder and output
+            layer are called.
+    """
+    if hasattr(module, "_orig_mod"):
+        raise UserError("torch.compile(model) hides the model's layers; give the model itself and set model.compile = true")
+    inner = module.get_base_model() if hasattr(module, "get_base_model") else module
+    if getattr(getattr(module, "active_peft_config", None), "is_prompt_learning", False):
+        raise UserError(
+            "peft's prompt learning changes the model's inputs, which groupwise gives to its decoder itself; use LoRA"
+        )
+    if not isinstance(inner, PreTrainedModel):
+        raise UserError(f"{type(module).__name__} is not a transformers causal language model")
+    for outer in {id(module): module, id(inner): inner}.values():
+        if is_observed(outer):
+            raise UserError(
+                f"forward hooks or a replaced forward on {type(outer).__name__} would be bypassed: groupwise calls its decoder "
+                f"(model.{inner.base_model_prefix}) and its output layer; attach them there"
+            )
+        if outer._compiled_call_impl is not None:
+            raise UserError("model.compile() would be bypassed; compile the decoder instead: set model.compile = true")
+    return inner

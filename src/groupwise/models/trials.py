@@ -1,5 +1,6 @@
 """What a model is tried on before it runs in our way: a few sequences, each compared with itself alone in its own forward."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from torch import Tensor
 
 SMALL_WINDOW = 6
 """Windows are this small on trial, so that short sequences are longer than them."""
-WINDOWS = ("sliding_window", "attention_chunk_size", "sliding_window_size", "keep_window_size", "index_topk")
-"""Settings and attributes that hold a window's size."""
+WINDOWS = re.compile(r"window(?!.*layers)|attention_chunk|local_attention|index_topk")
+"""In the name of a setting or an attribute that holds how many tokens a layer attends to."""
 LENGTHS = {"cpu": ((5, 19), (21, 4, 7, 26)), "cuda": ((100, 60), (200, 3, 80, 130))}
 """Tokens of two prompts, and of the two completions of each: longer than a small window, ragged, and on a GPU enough for flex
 attention to take its training kernels."""
@@ -62,9 +63,8 @@ def small_windows(module: Any) -> Iterator[None]:
     before: list[tuple[Any, str, int]] = []
     try:
         for owner in {id(owner): owner for owner in owners}.values():
-            for name in WINDOWS:
-                size = getattr(owner, name, None)
-                if isinstance(size, int) and size > SMALL_WINDOW:
+            for name, size in list(vars(owner).items()):
+                if type(size) is int and size > SMALL_WINDOW and WINDOWS.search(name):
                     before.append((owner, name, size))
                     setattr(owner, name, SMALL_WINDOW)
         yield
@@ -95,11 +95,12 @@ def no_constants(module: Any) -> Iterator[None]:
 
 @contextmanager
 def first_trained(module: Any) -> Iterator[list[Tensor]]:
-    """Within: another parameter of the same values stands in for the first trained one, most often the embedding, and is given.
+    """Within: another parameter of the same values stands in for the embedding, or the first trained one, and is given.
 
     So a gradient can be taken without calling hooks that somebody has put on the parameter. Empty where nothing is trained.
     """
-    owners = ((inner, name) for inner in module.modules() for name, p in inner.named_parameters(recurse=False) if p.requires_grad)
+    modules = [module.get_input_embeddings(), *module.modules()]
+    owners = ((inner, name) for inner in modules for name, p in inner.named_parameters(recurse=False) if p.requires_grad)
     found = next(owners, None)
     if found is None:
         yield []

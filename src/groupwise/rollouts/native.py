@@ -76,10 +76,10 @@ class NativeSampler:
             UserError: the model generates on a cache of transformers, which has no dtype of its own.
         """
         self.model, self.tokenizer, self.max_rows, self.version = model.in_dtype(dtype), tokenizer, max_rows, 0
-        self._cache_dtype = cache_dtype
-        if cache_dtype is not None and (reason := self.model.why_not_decoding(cache_dtype)):
+        self._cache_dtype = None if cache_dtype == self.model.dtype else cache_dtype
+        if self._cache_dtype is not None and (reason := self.model.why_not_decoding(cache_dtype)):
             raise UserError(
-                f"keys and values cannot be kept in {cache_dtype}, since the model generates on another cache: {reason}"
+                f"keys and values cannot be kept in another dtype: the model generates on a cache of its own: {reason}"
             )
         self._numbers = RandomNumbers()
         self._waiting: list[_Job] = []
@@ -231,7 +231,7 @@ class NativeSampler:
         self._waiting.sort(key=lambda job: (job.arrived, len(job.request.prompt)))
         tokens = max(job.request.sampling.max_tokens for job in self._waiting)
         if self._cache is None:  # asked before the cache takes its memory
-            self._affordable_rows = self.model.affordable_rows(tokens)
+            self._affordable_rows = self.model.affordable_rows(tokens, self._cache_dtype)
         most_rows = int(min(self.max_rows, self._affordable_rows))
         most_prompts = max(1, most_rows // max(job.request.n for job in self._waiting))
         rows, prompts = len(self._slots_R), len(self._active)

@@ -113,6 +113,9 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
         model.decoder.check_length(longest)
     except UserError as error:
         raise source.error("rollouts.max_tokens", str(error)) from error
+    cache_dtype = getattr(torch, recipe.rollouts.cache_dtype or str(model.dtype).removeprefix("torch."))
+    if cache_dtype != model.dtype and (reason := model.why_not_decoding(cache_dtype)):
+        raise source.error("rollouts.cache_dtype", f"the model generates on a cache of its own, in its own dtype: {reason}")
     return Ready(
         recipe=recipe,
         algorithm=algorithm,

@@ -125,7 +125,7 @@ def fits_the_kernel(module: Any, cache_dtype: torch.dtype | None = None, *, bf16
         and all(parameter.dtype == torch.float32 for parameter in every.values())
         and len({layer.mlp.gate_proj.out_features for layer in module.layers}) == 1
         and all(_linears_fit(*parts[:7], widths=widths) for parts in layers)
-        and not (bf16_weights and config.hidden_size % 2)
+        and not (bf16_weights and (config.hidden_size % 2 or query_width % 2))
         and step_kernel(size, cache_dtype or torch.float32, bf16_weights=bf16_weights) is not None
         and decode_kernel(size, torch.float32, cache_dtype) is not None
     )

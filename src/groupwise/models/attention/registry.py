@@ -82,14 +82,16 @@ AttentionInterface.register(NAME, _attention)
 def attending(decoder: Any, attend: Attend, forwards: Forwards = ()) -> Iterator[None]:
     """Within: the decoder's attention layers run through `attend`, and the given modules run the given forwards."""
     config = decoder.config
-    before = config._attn_implementation
+    parts = [part for name in getattr(config, "sub_configs", {}) if (part := getattr(config, name, None)) is not None]
+    before = [(part, part._attn_implementation) for part in (config, *parts)]
     token = current_attend.set(attend)
     config._attn_implementation = NAME
     try:
         with patched(forwards):
             yield
     finally:
-        config._attn_implementation = before
+        for part, implementation in before:  # setting that of the whole has set those of its parts
+            part._attn_implementation = implementation
         current_attend.reset(token)
 
 
