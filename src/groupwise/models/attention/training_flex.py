@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+from torch.nn.attention import flex_attention as flex
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from groupwise.models.attention.attend import PLAIN, AttentionForm
 
@@ -63,10 +64,19 @@ def attention(
     if form.sinks_H is None:
         output: Tensor = run(query, key, value, **settings)
         return output[0].transpose(0, 1)
-    output, auxiliary = run(query, key, value, **settings, return_aux=AuxRequest(lse=True))
+    output, lse_1HN = _with_log_sum_exp(run, query, key, value, **settings)
     # The sink enlarges the softmax's denominator: e^lse / (e^lse + e^sink) of the weight is left for the keys.
-    share_HN = torch.sigmoid(auxiliary.lse[0] - form.sinks_H.to(auxiliary.lse.dtype)[:, None])
+    share_HN = torch.sigmoid(lse_1HN[0] - form.sinks_H.to(lse_1HN.dtype)[:, None])
     return (output[0] * share_HN[..., None].to(output.dtype)).transpose(0, 1)
+
+
+def _with_log_sum_exp(run: Any, *tensors: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
+    """The output of flex attention and the log-sum-exp of the scores, [1, H, N]."""
+    if not hasattr(flex, "AuxRequest"):  # PyTorch before 2.9
+        output, lse_1HN = run(*tensors, **settings, return_lse=True)
+        return output, lse_1HN
+    output, auxiliary = run(*tensors, **settings, return_aux=flex.AuxRequest(lse=True))
+    return output, auxiliary.lse
 
 
 @functools.cache
