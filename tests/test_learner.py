@@ -141,6 +141,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_several_stop_the_run(tokeni
     learner = LocalLearner(
         owned(model), named("grpo", beta=0.0), LearnerSection(max_bad_updates=3), updates=10, temperature=1.0, max_tokens=16
     )
+    learner.model.check_logits()
     batch = random_batch(model)
     before = [parameter.detach().clone() for parameter in model.parameters()]
 

@@ -111,3 +111,17 @@ def test_states_of_recurrent_layers_count_as_memory() -> None:
     of_layers: Any = cache._states.values()  # type: ignore[union-attr]
     held = [state for states in of_layers for state in (*states.conv.values(), *states.recurrent.values())]
     assert model.decoder.state_elements * 2 == sum(state.numel() for state in held)
+
+
+def test_damaged_weights_are_named(tokenizer: Any) -> None:
+    module = tiny_model("qwen3", tokenizer)
+    with torch.no_grad():
+        module.model.norm.weight[3] = torch.nan
+    with pytest.raises(UserError, match="the logits of Qwen3ForCausalLM are not finite, so its weights are damaged"):
+        LanguageModel(module).check_logits()
+
+
+def test_a_module_first_used_under_autocast_is_checked_without_it(tokenizer: Any) -> None:
+    model = LanguageModel(tiny_model("qwen3", tokenizer))
+    with torch.autocast("cpu", torch.bfloat16):
+        model.completion_logprobs(random_batch(model.module))

@@ -133,6 +133,8 @@ class LanguageModel:
             reason = self.decoder.why_not_causal()
         except Exception as error:  # third-party forwards may raise anything
             raise UserError(f"{self.name} does not run as a causal language model: {first_line(error)}") from error
+        if not torch.isfinite(theirs).all():
+            raise UserError(f"the logits of {self.name} are not finite, so its weights are damaged")
         if not matches(ours, theirs, 10 * tolerance_in(self.dtype)):
             raise UserError(f"{self.name} turns hidden states into logits in a way that groupwise does not know")
         if reason is None and not self.decoder.packs():
@@ -146,7 +148,8 @@ class LanguageModel:
     def _check_once(self) -> None:
         """`check_logits` before first use, for a module that was given and not loaded."""
         if not self._checked:
-            self.check_logits()
+            with torch.autocast(self.device.type, enabled=False):
+                self.check_logits()
 
     # --- forward passes
 
