@@ -37,7 +37,7 @@ bench-families: setup .bench/trl/.ready
 bench-lengths: setup
 	$(BIN)/python benchmarks/lengths.py
 
-# Two versions in turn: make bench-pairs OLD=/tmp/old, after git worktree add /tmp/old COMMIT.
+# Two versions in turn: make bench-pairs OLD=../old, after git worktree add ../old COMMIT.
 bench-pairs: setup
 	$(BIN)/python benchmarks/pairs.py $(OLD) .
 

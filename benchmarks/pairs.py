@@ -1,7 +1,7 @@
 """Two versions of groupwise at the same works, in turn: what a change costs or gains.
 
-    git worktree add /tmp/old 049a8fb
-    python benchmarks/pairs.py /tmp/old . --works reasoning short --pairs 5
+    git worktree add ../old COMMIT
+    python benchmarks/pairs.py ../old . --works reasoning short --pairs 5
 
 Each version runs its own benchmarks/worker_groupwise.py with its own src/, in this environment, on one model and its prompts.
 Ratios are of seconds per useful token, old over new: above 1, the new version is faster, or takes less memory.
