@@ -25,10 +25,9 @@ VARIANTS: dict[str, tuple[Backend, Backend]] = {
     "sampler: layer by layer, attention in PyTorch": (replace(LAYERWISE, attention_kernels=False), AUTO),
     "both: layer by layer, RMSNorm, RoPE and SwiGLU as transformers has them": (replace(LAYERWISE, layer_kernels=False),) * 2,
     "learner: attention in PyTorch, on padded rows": (AUTO, replace(AUTO, attention_kernels=False)),
-    "learner: padded batches through transformers, prompts shared": (AUTO, BACKENDS["transformers"]),
+    "learner: padded batches through transformers, prompts run for every row": (AUTO, BACKENDS["transformers"]),
 }
 """Backends of the sampler and of the learner."""
-UNSHARED = "learner: prompts run for every row, padded"
 
 
 def main() -> None:
@@ -39,8 +38,6 @@ def main() -> None:
             name: Step.load(WORKS["reasoning"], Path(directory), sampling=sampling, learning=learning)
             for name, (sampling, learning) in VARIANTS.items()
         }
-        steps[UNSHARED] = Step.load(WORKS["reasoning"], Path(directory))
-        steps[UNSHARED].learner.settings.share_prompts = False
         for step in steps.values():
             step.run()
         reports: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
