@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 import groupwise as gw
-from groupwise.cli import _check_rungs
+from groupwise.cli.ablate import _check_rungs
 from groupwise.config import Recipe, load
 from groupwise.experiments.ladder import find_ladder, load_ladder, shipped_ladders
-from groupwise.training.setup import build_algorithm
+from groupwise.training.algorithm import build_algorithm
 from tests.test_cli import run
 
 ROOT = Path(__file__).parent.parent

@@ -1,0 +1,129 @@
+"""groupwise train, sft and check."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from groupwise.cli.common import Out, Overrides, app, console, exit_codes
+from groupwise.config import Recipe, SftRecipe, find_recipe, is_sft, load
+
+
+@app.command()
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="A TOML file, or the name of a shipped recipe.")] = None,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="Go on with the run in this directory.")] = None,
+) -> None:
+    """Train a model. Without a recipe: the embedded default."""
+    from groupwise.training import session
+    from groupwise.training.interrupts import Interrupted
+
+    with exit_codes():
+        plan = session.plan(recipe, overrides=overrides or [], out=out, resume=resume)
+        try:
+            result = session.run(plan, console)
+        except (Interrupted, KeyboardInterrupt) as error:
+            raise typer.Exit(130) from error
+        _print_result(result, plan.path)
+
+
+def _print_result(result: Any, path: Path) -> None:
+    table = Table("held-out problems", "before", "after", title="What it learned")
+    names = {"eval/pass@1": "pass@1", "eval/length": "mean length, tokens", "eval/truncated": "truncated"}
+    for key, value in result.before.metrics.items():
+        name = names.get(key, key.removeprefix("eval/").replace("_", " "))
+        form = "{:.1f}" if key == "eval/length" else "{:.3f}"
+        table.add_row(name, form.format(value), form.format(result.after.metrics[key]))
+    console.print(table)
+    console.print(_examples(result))
+    console.print(f"{result.seconds:.0f} s; the trained model is in {path / 'model'}", soft_wrap=True)
+
+
+def _examples(result: Any, count: int = 3) -> Table:
+    """Held-out problems that it answers now and did not before."""
+    table = Table("problem", "answer", "it said before", "it says now", title="Examples", show_lines=True)
+    turned = [
+        i
+        for i, (old, new) in enumerate(zip(result.before.scores, result.after.scores, strict=True))
+        if new[0].correct and not old[0].correct
+    ]
+    turned.sort(key=lambda i: -len(result.after.completions[i][0].text))
+    for i in turned[:: max(1, len(turned) // count)][:count]:
+        problem = result.after.problems[i]
+        said = (side.completions[i][0].text for side in (result.before, result.after))
+        table.add_row(Text(problem.prompt), Text(problem.answer), *(Text(text) for text in said))
+    return table
+
+
+@app.command("sft")
+def sft_command(
+    recipe: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped recipe.")],
+    overrides: Overrides = None,
+    out: Out = None,
+) -> None:
+    """Warm a model up on demonstrations."""
+    from groupwise.training.sft import sft
+
+    with exit_codes():
+        path = find_recipe(recipe)
+        settings, source = load(path, SftRecipe, overrides or [])
+        out = out or Path("models") / path.stem
+        with Progress(*Progress.get_default_columns(), "{task.fields[loss]}", console=console) as progress:
+            bar = progress.add_task("sft", total=settings.sft.steps, loss="")
+
+            def report(step: int, loss: float) -> None:
+                progress.update(bar, completed=step, loss=f"loss {loss:.4f}")
+                if not console.is_terminal and (step % 50 == 0 or step == settings.sft.steps):
+                    progress.print(f"step {step}/{settings.sft.steps}  loss {loss:.4f}")
+
+            record = sft(settings, source, out, report)
+        for key, value in record.items():
+            console.print(f"{key:<16} {value:.4g}")
+        console.print(f"the model is in {out}", soft_wrap=True)
+
+
+@app.command()
+def check(recipe: Annotated[str, typer.Argument(help="A TOML file, or a shipped name.")], overrides: Overrides = None) -> None:
+    """Find everything that can be wrong with a recipe, without training."""
+    from groupwise.models import encode_prompt
+    from groupwise.training.setup import prepare
+
+    with exit_codes():
+        path = find_recipe(recipe)
+        if is_sft(path):
+            _check_sft(path, overrides or [])
+            return
+        settings, source = load(path, Recipe, overrides or [])
+        ready = prepare(settings, source)
+        prompt = encode_prompt(ready.tokenizer, ready.problem.prompt, settings.model.chat)
+        rows = settings.rollouts.prompts_per_step * settings.rollouts.group_size
+        facts = {
+            "model": f"{settings.model.path}: {ready.model.name}, {ready.model.num_parameters():,} parameters",
+            "task": f"{ready.task.name}: {len(ready.task.held_out(settings.training.eval_problems))} held-out problems",
+            "first prompt": repr(ready.tokenizer.decode(prompt)),
+            "algorithm": ready.algorithm.name,
+            **ready.model.backends(),
+            **({"bfloat16": text} if (text := ready.bfloat16()) else {}),
+            "a step": f"{settings.rollouts.prompts_per_step} prompts x {settings.rollouts.group_size} = {rows} completions, "
+            f"at most {rows * settings.rollouts.max_tokens:,} tokens, {settings.learner.minibatches} updates",
+        }
+        table = Table.grid(padding=(0, 2))
+        for name, value in facts.items():
+            table.add_row(f"[bold]{name}[/bold]", Text(value))
+        console.print(table)
+        console.print("[green]nothing wrong found[/green]")
+
+
+def _check_sft(path: Path, overrides: list[str]) -> None:
+    from groupwise.tasks.base import build_task
+    from groupwise.training.sft import start
+
+    settings, source = load(path, SftRecipe, overrides)
+    _, model = start(settings, build_task(settings.task, source), source)
+    console.print(f"{model.name}, {model.num_parameters():,} parameters; {settings.sft.steps} steps")
+    console.print("[green]nothing wrong found[/green]")

@@ -1,0 +1,176 @@
+"""The recipe file as one typed tree: every table, every key, its type and its default."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """[model]: what is trained, and what runs it."""
+
+    path: str = "arithmetic-base"
+    """A shipped model, a Hugging Face id, or a local directory."""
+    device: str = "auto"
+    """"auto" takes a CUDA device where there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights, their gradients and the optimiser's moments."""
+    compile: bool = False
+    """Run the decoder through torch.compile; the first steps then take a minute more, and a C++ compiler is needed."""
+    chat: bool | None = None
+    """Whether prompts go through the tokenizer's chat template; left out: whenever it has one."""
+    backend: Literal["auto", "kernels", "torch", "transformers"] = "auto"
+    """What runs the model: "auto" takes the fastest that a trial finds exact, and says why it falls back; "kernels" refuses a
+    model whose attention cannot run on packed sequences in C++; "torch" uses no C++; "transformers" runs padded batches through
+    transformers' own attention."""
+
+
+class RolloutsSection(Section):
+    """[rollouts]: how completions are sampled."""
+
+    sampler: str = "native"
+    """The inference engine: "native", or a function of yours, "file.py:name", of ([rollouts], LanguageModel, tokenizer)."""
+    group_size: Count = 16
+    prompts_per_step: Count = 32
+    max_tokens: Count = 64
+    """Completion tokens, the end-of-sequence token included."""
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """0: no limit."""
+    min_p: Share = 0.0
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """Strings that end a completion; they stay part of it."""
+    stop_tokens: list[Annotated[int, Field(ge=0)]] = []
+    """Token ids that end a completion, in addition to the tokenizer's end-of-sequence token."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Generate with the weights rounded to this type, anew at each step; left out: with the model itself."""
+    cache_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the keys and values that generation keeps; left out: the dtype of what generates, which is float32 where
+    `dtype = "bfloat16"` runs on a CPU with AVX-512 BF16. In 16 bits long completions are faster on a CPU and take half the
+    memory; what the rounding does to log-probabilities is reported as the gap between sampler and learner, which
+    `algorithm.correction` takes into account."""
+    max_rows: Count = 1024
+    """Completions generated at once."""
+    max_rounds: Count = 10
+    """Dynamic sampling: how often to generate before a step goes on with the mixed groups it has."""
+    max_age: Annotated[int, Field(ge=0)] = 0
+    """Dynamic sampling: for how many steps mixed groups beyond the batch are kept for later batches; 0: dropped. Weights
+    have moved on since they were sampled: `learner.old_logprobs = "sampler"` lets the ratio account for that."""
+
+
+class LearnerSection(Section):
+    """[learner]: how the policy is updated."""
+
+    learning_rate: NotNegative = 1e-4
+    minibatches: Count = 4
+    """Optimiser updates per rollout batch."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimiser updates over which the learning rate rises from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: constant, or falling to 0 at the end of training."""
+    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: Positive = 1.0
+    micro_batch_tokens: Count = 4096
+    """Tokens, prompts and completions, that go through the model at once; changes memory and time, not results. More suits
+    a GPU; on a CPU this many keep the intermediate results in its caches."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: matmuls run in it, with sums in float32, while weights, gradients and moments keep their dtype. On a GPU, and
+    on a CPU without AVX-512 BF16, through torch.autocast, which runs attention in it too."""
+    checkpointing: bool = False
+    """Keep only each layer's input for the backward pass and recompute the rest: less memory, more time."""
+    share_prompts: bool = True
+    """Run each prompt once per group; changes time, not results."""
+    old_logprobs: Literal["sampler", "recompute"] = "recompute"
+    """Where pi_old comes from: as the sampler returned it, or computed by the learner before the first update."""
+    max_bad_updates: Count = 5
+    """How many updates in a row may be skipped for a non-finite loss or gradient before the run stops."""
+
+
+class CriticSection(Section):
+    """The critic of algorithms that have one; a second copy of the model with a scalar head."""
+
+    learning_rate: NotNegative = 1e-4
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    max_grad_norm: Positive = 1.0
+    value_clip: Positive = 0.2
+    """How far a value may move from the one before the update and still lower the loss."""
+
+
+class TrackersSection(Section):
+    """[trackers]: who else records the run."""
+
+    names: list[str] = []
+    """Further recorders of the run, as "file.py:name": called with the run's directory and recipe, they are given every event."""
+
+
+class TrainingSection(Section):
+    """[training]: how long, and what is saved when."""
+
+    steps: Count = 100
+    eval_every: Count = 25
+    eval_problems: Count = 500
+    checkpoint_every: Count = 25
+    keep_checkpoints: Count = 2
+    tokens_every: Annotated[int, Field(ge=0)] = 25
+    """Every so many steps, the first one and the last included, every token is written to tokens/ as Parquet; 0: never."""
+
+
+class Recipe(Section):
+    """What `groupwise train` reads."""
+
+    seed: int = 0
+    model: ModelSection = ModelSection()
+    task: dict[str, Any] = {"name": "arithmetic"}
+    """`name`, then the task's own settings; see `groupwise.tasks`."""
+    algorithm: dict[str, Any] = {"name": "dapo"}
+    """`name`, then settings of the algorithm and of its parts; see `groupwise.named`."""
+    rollouts: RolloutsSection = RolloutsSection()
+    learner: LearnerSection = LearnerSection()
+    critic: CriticSection = CriticSection()
+    training: TrainingSection = TrainingSection()
+    trackers: TrackersSection = TrackersSection()
+
+
+class SftModelSection(Section):
+    path: str = ""
+    """The model to start from; empty: a new one."""
+    device: str = "auto"
+    chat: bool | None = None
+    new: dict[str, Any] = {}
+    """A new model: `model_type` and any other setting of its transformers configuration."""
+    characters: str = ""
+    """A new model's vocabulary, one token per character."""
+
+
+class SftSection(Section):
+    steps: Count = 1000
+    batch_size: Count = 128
+    learning_rate: Positive = 1e-3
+    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: Positive = 1.0
+    micro_batch_tokens: Count = 16384
+    """Padded tokens that go through the model at once; changes memory and time, not results."""
+    max_tokens: Count = 64
+    """The longest completion sampled for the pass rates recorded beside the model."""
+    eval_problems: Count = 500
+
+
+class SftRecipe(Section):
+    """What `groupwise sft` reads."""
+
+    seed: int = 0
+    model: SftModelSection = SftModelSection()
+    task: dict[str, Any] = {"name": "arithmetic"}
+    sft: SftSection = SftSection()

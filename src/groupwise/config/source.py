@@ -1,0 +1,69 @@
+"""Where settings came from, so that a message can name the file, the line and the nearest known key."""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from groupwise.errors import UserError, nearest
+
+
+class Source:
+    """Where a tree of settings came from, so that a message can name the file and the line."""
+
+    def __init__(self, path: Path, text: str, overrides: Sequence[str] = (), given: Iterable[str] = ()) -> None:
+        """`overrides`: from --set; `given`: keys whose values came from Python."""
+        self.path, self.text, self.overrides, self.given = path, text, tuple(overrides), tuple(given)
+
+    def changed(self, table: str) -> set[str]:
+        """The keys of a table that did not come from the file."""
+        keys = [*(override.partition("=")[0].strip() for override in self.overrides), *self.given]
+        return {key.removeprefix(f"{table}.") for key in keys if key.startswith(f"{table}.")}
+
+    def place(self, key: str) -> str:
+        """ "recipe.toml, line 3, learner.minibatch", or the --set that the key came from."""
+        for override in self.overrides:
+            if override.partition("=")[0].strip() == key:
+                return f"--set {override}"
+        if key in self.given:
+            return f"{key}, given from Python"
+        table = ""
+        for number, line in enumerate(self.text.splitlines(), start=1):
+            if header := re.match(r"\s*\[+\s*([^\]]+?)\s*\]", line):
+                table = header[1] + "."
+                if header[1] == key:
+                    return f"{self.path}, line {number}, [{key}]"
+            elif (entry := re.match(r"\s*([\w.-]+)\s*=", line)) and table + entry[1] == key:
+                return f"{self.path}, line {number}, {key}"
+        return f"{self.path}, {key}"
+
+    def error(self, key: str, message: str) -> UserError:
+        return UserError(f"{self.place(key)}: {message}")
+
+
+def explain(error: ValidationError, kind: Any, source: Source, prefix: str = "") -> UserError:
+    """pydantic's findings as one message, each with its place, and the nearest known key for an unknown one."""
+    lines = []
+    for finding in error.errors():
+        location = [str(part) for part in finding["loc"]]
+        if kind.model_fields.get(location[0]) and not _is_table(kind.model_fields[location[0]].annotation):
+            location = location[:1]  # below a value are only its place in a list and pydantic's names of alternatives
+        key = prefix + ".".join(location)
+        if finding["type"] == "extra_forbidden":
+            message = f"unknown key{nearest(location[-1], _known_keys(kind, location[:-1]))}"
+        else:
+            message = f"{finding['msg'][0].lower()}{finding['msg'][1:]}, not {finding['input']!r}"
+        lines.append(str(source.error(key, message)))
+    return UserError("\n".join(dict.fromkeys(lines)))
+
+
+def _is_table(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _known_keys(kind: Any, location: Iterable[str]) -> list[str]:
+    for part in location:
+        kind = kind.model_fields[part].annotation
+    return list(kind.model_fields)

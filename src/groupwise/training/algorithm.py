@@ -1,0 +1,137 @@
+"""The algorithm that a recipe describes, checked before anything is trained."""
+
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from pydantic import ConfigDict, ValidationError, create_model
+
+from groupwise.algorithms import NAMED, PARTS, Algorithm, Outcomes, OwnPart, named, policy_loss
+from groupwise.algorithms.named import general_settings, merged, part_settings, target_of
+from groupwise.config import Recipe, Source, explain
+from groupwise.errors import UserError, nearest
+from groupwise.plugins import is_reference, load_function
+
+
+def build_algorithm(settings: dict[str, Any], source: Source) -> Algorithm:
+    """The algorithm that a recipe's [algorithm] describes: a named one, with changes; parts may be the user's own.
+
+    Raises:
+        UserError: an unknown name or key, a value of the wrong type, a setting that nothing reads, or a mix without meaning.
+    """
+    changes = dict(settings)
+    name = changes.pop("name", Recipe().algorithm["name"])
+    for key, value in changes.items():
+        if is_reference(value) and key in PARTS:
+            try:
+                found = load_function(value, Path(source.path).parent)
+            except UserError as error:
+                raise source.error(f"algorithm.{key}", str(error)) from error
+            changes[key] = OwnPart(target=found.function, reference=found.reference)
+        elif isinstance(value, list):
+            changes[key] = tuple(value)
+    try:
+        types = setting_types(name, changes)
+        given = source.changed("algorithm")
+        if given & PARTS.keys():  # a part that is replaced leaves settings in the file that only it read
+            changes = {key: value for key, value in changes.items() if key in types or key in given}
+        changes = {key: None if value == "none" and _may_be_none(types.get(key)) else value for key, value in changes.items()}
+        _check_types(changes, types, source)
+        return named(name, **changes)
+    except ValueError as error:  # raised by the algorithm itself, as "key: what is wrong"
+        key, colon, message = str(error).partition(": ")
+        raise source.error(f"algorithm.{key}" if colon else "algorithm.name", message or str(error)) from error
+
+
+def setting_types(name: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a named algorithm with such changes reads, and their types.
+
+    Raises:
+        ValueError: there is no such algorithm or part.
+    """
+    if not isinstance(name, str) or (name not in NAMED and name != "custom"):
+        raise ValueError(f"name: there is no algorithm {name!r}{nearest(str(name), NAMED)}")
+    types = general_settings()
+    for kind in PARTS:
+        if isinstance(changes.get(kind, ""), str):
+            types[kind] = str
+    wrong_parts = {kind for kind in PARTS if not (isinstance(changes.get(kind, ""), str | OwnPart) or callable(changes[kind]))}
+    if not wrong_parts:
+        settings = merged(name, changes)
+        for kind in PARTS:
+            types |= part_settings(target_of(kind, settings[kind]))
+    return types | dict.fromkeys(wrong_parts, str)
+
+
+def _check_types(changes: dict[str, Any], types: dict[str, Any], source: Source) -> None:
+    fields = {key: (types[key], ...) for key in changes if key in types}
+    section = create_model("AlgorithmSection", __config__=ConfigDict(strict=True), **fields)  # type: ignore[call-overload]
+    try:
+        section.model_validate({key: changes[key] for key in fields})
+    except ValidationError as error:
+        raise explain(error, section, source, "algorithm.") from error
+
+
+def _may_be_none(kind: Any) -> bool:
+    """Whether a setting of this type may be absent, which a recipe writes as "none": TOML has no null."""
+    return type(None) in get_args(kind)
+
+
+def check_together(recipe: Recipe, algorithm: Algorithm, source: Source) -> None:
+    """Settings that are fine alone and meaningless together."""
+    rollouts, learner = recipe.rollouts, recipe.learner
+    alone_is_nothing = getattr(algorithm.advantage, "compares_group", False) or algorithm.dynamic_sampling
+    if rollouts.group_size == 1 and alone_is_nothing and not algorithm.needs:
+        raise source.error(
+            "rollouts.group_size", f"{algorithm.name} compares the completions of a prompt, so it needs at least 2"
+        )
+    if learner.minibatches > rollouts.prompts_per_step:
+        raise source.error(
+            "learner.minibatches", f"a minibatch holds whole groups, and a step has {rollouts.prompts_per_step} of them"
+        )
+    limited = rollouts.top_p < 1 or rollouts.top_k > 0 or rollouts.min_p > 0
+    if limited and (learner.old_logprobs == "sampler" or algorithm.corrects_mismatch):
+        raise source.error(
+            "learner.old_logprobs" if learner.old_logprobs == "sampler" else "algorithm.correction",
+            "the sampler's log-probabilities are those of the distribution cut by top_p, top_k or min_p, "
+            "which the learner does not compute, so the two cannot be compared",
+        )
+    if algorithm.corrects_mismatch and learner.old_logprobs == "sampler":
+        raise source.error(
+            "learner.old_logprobs",
+            "algorithm.correction compares recomputed log-probabilities with the sampler's, so it needs 'recompute'",
+        )
+
+
+def try_parts(algorithm: Algorithm) -> None:
+    """Run parts that are the user's own on two rows of two tokens.
+
+    Raises:
+        UserError: one raised, or did not return what its kind must.
+    """
+    own = {kind: algorithm.choice(kind) for kind in PARTS if algorithm.choice(kind) not in PARTS[kind]}
+    if not own:
+        return
+    names = ", ".join(f"{kind} {name}" for kind, name in own.items())
+    mask_BT, zeros_BT = torch.ones(2, 2, dtype=torch.bool), torch.zeros(2, 2)
+    outcomes = Outcomes(
+        rewards_B=torch.tensor([1.0, 0.0], dtype=torch.float64),
+        group_ids_B=torch.tensor([0, 0]),
+        prompt_ids=["a", "a"],
+        mask_BT=mask_BT,
+        step_rewards=[[1.0], [0.0]],
+        step_ends=[[1], [1]],
+        token_rewards_BT=zeros_BT,
+        values_BT=zeros_BT,
+    )
+    try:
+        credit = algorithm.advantage(outcomes)
+        if credit.advantages.dim() == 2 and not getattr(algorithm.advantage, "per_token", False):
+            raise ValueError("an advantage that differs between tokens says so: per_token = True")
+        logprobs_BT = zeros_BT.clone().requires_grad_()
+        weights_BT = algorithm.aggregation(mask_BT, group_ids_B=outcomes.group_ids_B, max_length=2)
+        others: dict[str, Any] = {"ref_logprobs_BT": zeros_BT, "rollout_logprobs_BT": zeros_BT, "entropy_BT": zeros_BT}
+        loss, _ = policy_loss(algorithm, logprobs_BT, zeros_BT, credit.advantages, mask_BT, weights_BT=weights_BT, **others)
+        loss.backward()  # type: ignore[no-untyped-call]
+    except Exception as error:  # the user's functions may raise or return anything
+        raise UserError(f"trying {names}: {type(error).__name__}: {error}") from error
