@@ -8,6 +8,7 @@ import torch
 from groupwise.kernels import blocked_bf16, layers, packed_attention, recurrent
 from groupwise.kernels.compiled import library
 from groupwise.models import LanguageModel, character_tokenizer, load_module, load_tokenizer, new_module
+from groupwise.types import Completion
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -70,6 +71,12 @@ def tokenizer() -> Any:
 def shipped() -> tuple[Any, Any]:
     """The model and tokenizer that ship with the package."""
     return load_module("arithmetic-base"), load_tokenizer("arithmetic-base")
+
+
+def said(text: str) -> Completion:
+    """A completion of so many tokens as characters, as a sampler would return it."""
+    mask = torch.ones(max(1, len(text)), dtype=torch.bool)
+    return Completion(text=text, tokens=mask.long(), logprobs=mask * -1.0, mask=mask, stop="stop", versions=())
 
 
 def tiny_model(architecture: str, tokenizer: Any) -> Any:

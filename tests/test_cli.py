@@ -64,7 +64,7 @@ def test_check_finds_nothing_wrong_with_a_shipped_recipe(name: str) -> None:
         ("[algorithm]\nsurrogate = 'no.py:f'", "line 2, algorithm.surrogate: no.py:f: there is no file 'no.py'"),
         ("[task]\nname = [1]", "line 2, task.name: there is no task [1]"),
         ("[task]\ngrades = ['1']", "line 2, task.grades: input should be a valid integer"),
-        ("[model]\nchat = true", "line 2, model.chat: the tokenizer of 'arithmetic-base' has no chat template"),
+        ("[model]\nchat = true", "line 2, model.chat: the tokenizer has no chat template: 'arithmetic-base'"),
         ("[rollouts]\nstop_tokens = [999]", "line 2, rollouts.stop_tokens: 999 is no token: the vocabulary has 17"),
         ("[rollouts]\ntemperature = inf", "line 2, rollouts.temperature: input should be a finite number"),
         ("[rollouts]\nprompts_per_step = 2", "learner.minibatches: a minibatch holds whole groups"),

@@ -1,7 +1,7 @@
 """The arithmetic task is right about arithmetic, and the dataset task about files."""
 
+import asyncio
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from groupwise.errors import UserError
 from groupwise.tasks.arithmetic import ArithmeticTask, parse, score_answer, working
 from groupwise.tasks.base import build_task
 from groupwise.types import Problem, Score
+from tests.conftest import said
 
 
 def problem(expression: str) -> Problem:
@@ -86,6 +87,10 @@ def test_grades_have_their_operands_and_products() -> None:
             assert (len(expression.numbers), expression.operators.count("*")) == (operands, products)
 
 
+def scores_of(task: Any, problem: Problem, texts: list[str]) -> list[Score]:
+    return asyncio.run(task.score(problem, [said(text) for text in texts]))
+
+
 def write_dataset(tmp_path: Path, lines: list[str], **settings: Any) -> Any:
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     return build_task({"name": "dataset", "path": "data.jsonl", **settings}, Source(tmp_path / "recipe.toml", ""))
@@ -112,13 +117,13 @@ def test_dataset_visits_each_problem_once_an_epoch(tmp_path: Path) -> None:
 def test_checkers(tmp_path: Path, reward: str, text: str, correct: bool) -> None:
     task = write_dataset(tmp_path, rows(5), reward=reward)
     seven = Problem(id="7+1=", prompt="7+1=", answer="8")
-    assert [score.correct for score in task.score(seven, [text, "9"])] == [correct, False]
+    assert [score.correct for score in scores_of(task, seven, [text, "9"])] == [correct, False]
 
 
 def test_a_users_reward(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def close(problem, completions):\n    return [-len(text) for text in completions]\n")
     task = write_dataset(tmp_path, rows(4), reward="mine.py:close", correct_above=-2.5)
-    scores = task.score(task.problem(0, 0), ["a", "abc"])
+    scores = scores_of(task, task.problem(0, 0), ["a", "abc"])
     assert [(score.reward, score.correct) for score in scores] == [(-1.0, True), (-3.0, False)]
 
 
@@ -126,7 +131,7 @@ def test_an_answer_that_takes_forever_is_given_up(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("groupwise.rewards.checkers.TIME_LIMIT", 2.0)
     task = write_dataset(tmp_path, rows(5), reward="math")
     problem = Problem(id="x", prompt="x", answer="8")
-    assert [score.verdict for score in task.score(problem, ["$9^{9^{9^{9}}}$", "$8$"])] == ["unparsed", "correct"]
+    assert [score.verdict for score in scores_of(task, problem, ["$9^{9^{9^{9}}}$", "$8$"])] == ["unparsed", "correct"]
 
 
 @pytest.mark.parametrize(
@@ -147,41 +152,3 @@ def test_an_answer_that_takes_forever_is_given_up(tmp_path: Path, monkeypatch: p
 def test_bad_data_is_named(tmp_path: Path, lines: list[str], settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         write_dataset(tmp_path, lines, **settings)
-
-
-@pytest.mark.parametrize("concurrent", [False, True])
-def test_scoring_beside_the_generation_or_within_it_gives_the_same(concurrent: bool, tmp_path: Path, shipped: Any) -> None:
-    from groupwise.algorithms import named
-    from groupwise.config import Recipe
-    from groupwise.rollouts.native import NativeSampler
-    from groupwise.training.collect import Collector
-    from tests.conftest import owned
-
-    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"prompt": f"{i}+2=", "answer": str(i + 2)}) for i in range(1, 9)))
-    source = Source(tmp_path / "r.toml", "")
-    task = build_task({"name": "dataset", "path": "d.jsonl", "reward": "last_line", "concurrent": concurrent}, source)
-    threads: list[bool] = []
-    engine: list[int] = []
-    score = task.score
-
-    class Watched:
-        scores_beside_generation = task.scores_beside_generation
-        problem = staticmethod(task.problem)
-
-        def score(self, problem: Problem, texts: list[str]) -> list[Score]:
-            threads.append(threading.get_ident() == engine[0])
-            return score(problem, texts)
-
-    recipe = Recipe.model_validate({"rollouts": {"prompts_per_step": 6, "group_size": 4, "max_tokens": 8}})
-    model, tokenizer = shipped
-
-    class Engine(NativeSampler):
-        def _advance(self) -> None:
-            engine.append(threading.get_ident())
-            super()._advance()
-
-    collector = Collector(Engine(owned(model), tokenizer), Watched(), tokenizer, recipe, named("grpo"))
-    groups = collector.collect(0).groups
-    assert threads == [not concurrent] * 6
-    for group in groups:
-        assert [s.correct for s in group.scores] == [s.correct for s in score(group.problem, [c.text for c in group.completions])]

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from groupwise.algorithms import NAMED, named
 from groupwise.config import Recipe
-from groupwise.models import LanguageModel
+from groupwise.models import Chat, LanguageModel
+from groupwise.rollouts.groups import Rollouts
 from groupwise.tasks.arithmetic import score_answer
 from groupwise.training.batching import make_batch, minibatches
-from groupwise.training.collect import Collector, is_mixed
+from groupwise.training.collect import Collector, is_mixed, sampling_of
 from groupwise.training.credit import CreditAssigner, last_token, reward_parts, step_positions
 from groupwise.types import Completion, Group, LogprobBatch, Problem, Score, TrainingBatch, VersionSpan, upgrade
 from tests.test_cli import run
@@ -174,7 +176,7 @@ def test_steps_in_which_everything_is_filtered_are_passed_over(tmp_path: Path) -
     sets = [part for item in [*small, "algorithm.overlong_filter=true"] for part in ("--set", item)]
     result = run("train", "grpo", "--out", tmp_path / "run", *sets)
     assert result.exit_code == 0, result.output
-    assert "every completion was truncated and filtered" in result.stdout
+    assert "no completion can be learnt from" in result.stdout
 
 
 def test_weights_that_diverge_stop_the_run_with_a_message(tmp_path: Path) -> None:
@@ -209,7 +211,7 @@ def test_dynamic_sampling_gives_up_with_a_report(tmp_path: Path) -> None:
     result = run("train", recipe, "--out", tmp_path / "run")
     assert result.exit_code == 1
     assert "0 mixed groups after 3 rounds" in result.stderr
-    assert "0 were all correct, 18 all wrong" in result.stderr
+    assert "and 18 prompts: 18 all wrong" in result.stderr
     assert list((tmp_path / "run" / "checkpoints").glob("step-000000/state.pt"))
 
 
@@ -396,10 +398,13 @@ def test_a_group_that_is_mixed_only_through_a_truncated_answer_does_not_fill_the
     assert not is_mixed(make_group([1, 0], [8, 8], [True, True]), filtered)
 
 
+def collector_of(script: Any, tokenizer: Any, recipe: Recipe, algorithm: Any) -> Collector:
+    rollouts = Rollouts(sampler=script, task=script, chat=Chat.build(tokenizer), sampling=sampling_of(recipe.rollouts))
+    return Collector(rollouts, recipe, algorithm)
+
+
 class Script:
     """A task, and a sampler, for a `Collector`: the outcomes of each group in turn."""
-
-    scores_beside_generation = False
 
     def __init__(self, outcomes: list[list[float]]) -> None:
         self.outcomes = iter(outcomes)
@@ -407,7 +412,7 @@ class Script:
     def problem(self, position: int, seed: int) -> Problem:
         return Problem(id=f"p{position % 3}", prompt="1+1=", answer="2")
 
-    def score(self, problem: Problem, texts: list[str]) -> list[Score]:
+    async def score(self, problem: Problem, completions: Sequence[Completion]) -> list[Score]:
         return [Score(reward=r, correct=r > 0) for r in next(self.outcomes)]
 
     async def generate(self, request: Any) -> tuple[Completion, ...]:
@@ -421,7 +426,7 @@ def test_every_group_is_remembered_once_whether_it_waits_for_a_later_batch_or_no
     algorithm = named("dcpo", dynamic_sampling=True)
     settings = {"group_size": 2, "prompts_per_step": 2, "max_age": 5, "max_tokens": 8}
     recipe = Recipe.model_validate({"rollouts": settings, "learner": {"minibatches": 1}})
-    collector = Collector(script, script, tokenizer, recipe, algorithm)  # type: ignore[arg-type]
+    collector = collector_of(script, tokenizer, recipe, algorithm)
     collector.keep_rate = 0.5  # so that the first round asks for four groups
     first, second = collector.collect(0), collector.collect(1)
     counted = [id(g) for c in (first, second) for g in (*c.groups, *c.dropped, *c.expired)]

@@ -3,12 +3,16 @@
 Shapes in names: B completions, T completion tokens (right-padded), P prompts (one per group).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
+
+Message = Mapping[str, Any]
+"""One message of a conversation: "role", "content", and whatever else the model's chat template reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,12 +21,19 @@ class Problem:
 
     id: str
     """Identity of the prompt: the same each time the problem is visited."""
-    prompt: str
-    """What the model reads, before any chat template."""
+    prompt: str | tuple[Message, ...]
+    """What the model reads, before any chat template: a text, or the messages of a conversation."""
     answer: str = ""
     """The reference answer, in the form that the task's checker understands."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Whatever else the task knows: its grade, the other columns of its dataset line."""
+
+    @property
+    def text(self) -> str:
+        """The prompt for a person to read: itself, or the contents of its messages."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in self.prompt)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +52,20 @@ Metrics = dict[str, float | list[float]]
 """Numbers by name, for a person or a plot to read; lists are sums over bins."""
 Stop = Literal["stop", "length"]
 Verdict = Literal["correct", "wrong", "unparsed"]
+Outcome = Literal["all_correct", "all_wrong", "mixed", "equal", "failed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """Consecutive tokens of a completion that one side of the conversation said."""
+
+    role: Literal["assistant", "tool", "user"]
+    start: int
+    """Index of the first token."""
+    end: int
+    """Index after the last."""
+    reward: float | None = None
+    """What the environment gave for it; None: nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +96,18 @@ class Completion:
     """"stop": ended by itself. "length": truncated at the limit."""
     versions: tuple["VersionSpan", ...]
     """Which weights made which tokens, in order; more than one where weights changed on the way."""
+    turns: tuple[Turn, ...] = ()
+    """Who said what, in order and without gaps; empty: all of it is one turn of the policy."""
+    messages: tuple[Message, ...] = ()
+    """The completion as messages, those of tools included; empty: one of the assistant, with `text` as its content."""
     handle: int | None = None
     """What a later request names in `Request.continues`, so that the sampler reuses the keys and values of this completion."""
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> "Completion":
+        """The completion that `dataclasses.asdict` made a tree of."""
+        versions = tuple(VersionSpan(**span) for span in tree["versions"])
+        return cls(**{**tree, "versions": versions, "turns": tuple(Turn(**turn) for turn in tree["turns"])})
 
     @property
     def oldest_version(self) -> int:
@@ -85,15 +120,31 @@ class Score:
     """What a task thinks of one completion."""
 
     reward: float
-    """In the task's own unit, before an algorithm's shaping."""
-    correct: bool
-    """Whether the answer is right: what pass rates and dynamic sampling count."""
+    """In the task's own unit, before an algorithm's shaping; NaN where scoring failed."""
+    correct: bool | None = None
+    """Whether the answer is right: what pass rates count. None: the reward is graded, and nothing says what is right."""
     verdict: Verdict | None = None
     """Set where the reward is nothing but a verdict, which an algorithm may price its own way; None for a graded reward."""
     components: Mapping[str, float] = field(default_factory=dict)
-    """What the reward is the sum of, where it has parts with names."""
+    """The parts of the reward by name; the reward is their sum, each times its entry in `weights`."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """What each part counts in the reward; 1 for one that is not listed."""
     steps: tuple[tuple[int, float], ...] = ()
     """(end, reward) of each step that could be checked; `end` counts characters of the text, the step's last included."""
+    failure: str | None = None
+    """Why there is no reward: "raised", "timeout", "none", "not finite" and the like. The completion is then set aside: it has
+    no loss, and does not count in the baseline of its group."""
+    detail: str = ""
+    """What a person should read of the failure: the exception's text, say."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """What the reward logged of this completion (TRL's `log_extra`), by column."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Numbers that the reward logged (TRL's `log_metric`); a step records their means."""
+
+    @classmethod
+    def failed(cls, failure: str, detail: str = "") -> "Score":
+        """The score of a completion that could not be scored."""
+        return cls(reward=math.nan, failure=failure, detail=detail)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,21 +163,29 @@ class Group:
         return cls(
             problem=Problem(**tree["problem"]),
             prompt_tokens=tree["prompt_tokens"],
-            completions=tuple(
-                Completion(**{**tree, "versions": tuple(VersionSpan(**span) for span in tree["versions"])})
-                for tree in tree["completions"]
-            ),
+            completions=tuple(Completion.from_dict(completion) for completion in tree["completions"]),
             scores=tuple(Score(**score) for score in tree["scores"]),
         )
 
     @property
-    def correct_count(self) -> int:
-        return sum(score.correct for score in self.scores)
+    def scored(self) -> list[Score]:
+        """The scores of completions that could be scored."""
+        return [score for score in self.scores if score.failure is None]
 
     @property
-    def outcome(self) -> Literal["all_correct", "all_wrong", "mixed"]:
-        """Whether its completions are all correct, all wrong, or some of each."""
-        if self.correct_count == len(self.scores):
+    def correct_count(self) -> int:
+        return sum(score.correct is True for score in self.scores)
+
+    @property
+    def outcome(self) -> Outcome:
+        """Whether its scored completions are all correct, all wrong, or some of each; without a verdict: whether their rewards
+        are equal ("equal") or differ ("mixed"). "failed": none could be scored."""
+        scored = self.scored
+        if not scored:
+            return "failed"
+        if any(score.correct is None for score in scored):
+            return "equal" if len({score.reward for score in scored}) == 1 else "mixed"
+        if self.correct_count == len(scored):
             return "all_correct"
         return "mixed" if self.correct_count else "all_wrong"
 

@@ -21,7 +21,6 @@ def evaluate_command(
 ) -> None:
     """Measure pass@1, pass@k and avg@k on held-out problems."""
     from groupwise.seeding import derive
-    from groupwise.training.collect import sampling_of
     from groupwise.training.evaluate import evaluate
     from groupwise.training.setup import prepare
 
@@ -34,18 +33,13 @@ def evaluate_command(
         where = str(run / "model") if is_run else model
         settings, source = load(path, Recipe, [*(overrides or []), f"model.path={json.dumps(where, ensure_ascii=False)}"])
         ready = prepare(settings, source)
-        result = evaluate(
-            ready.make_sampler(ready.model),
-            ready.task,
-            ready.tokenizer,
-            ready.task.held_out(settings.training.eval_problems),
-            sampling_of(settings),
-            samples=samples,
-            seed=derive(settings.seed, "evaluation"),
-            chat=settings.model.chat,
-        )
-        metrics = result.metrics | ({f"eval/avg@{samples}": result.metrics["eval/pass@1"]} if samples > 1 else {})
-        table = Table("held-out", where, title=f"{len(result.problems)} problems, {samples} samples each")
+        problems = ready.task.held_out(settings.training.eval_problems)
+        rollouts, seed = ready.rollouts(ready.make_sampler(ready.model)), derive(settings.seed, "evaluation")
+        result = evaluate(rollouts, problems, samples=samples, seed=seed)
+        metrics = dict(result.metrics)
+        if samples > 1 and "eval/pass@1" in metrics:
+            metrics[f"eval/avg@{samples}"] = metrics["eval/pass@1"]
+        table = Table("held-out", where, title=f"{len(result.groups)} problems, {samples} samples each")
         for key, value in metrics.items():
             table.add_row(key.removeprefix("eval/").replace("_", " "), f"{value:.3f}")
         console.print(table)

@@ -1,5 +1,6 @@
 """groupwise train, sft and check."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,29 +35,30 @@ def train(
 
 def _print_result(result: Any, path: Path) -> None:
     table = Table("held-out problems", "before", "after", title="What it learned")
-    names = {"eval/pass@1": "pass@1", "eval/length": "mean length, tokens", "eval/truncated": "truncated"}
+    names = {
+        "eval/pass@1": "pass@1",
+        "eval/reward": "mean reward",
+        "eval/length": "mean length, tokens",
+        "eval/truncated": "truncated",
+    }
     for key, value in result.before.metrics.items():
         name = names.get(key, key.removeprefix("eval/").replace("_", " "))
         form = "{:.1f}" if key == "eval/length" else "{:.3f}"
-        table.add_row(name, form.format(value), form.format(result.after.metrics[key]))
+        table.add_row(name, form.format(value), form.format(result.after.metrics.get(key, math.nan)))
     console.print(table)
     console.print(_examples(result))
     console.print(f"{result.seconds:.0f} s; the trained model is in {path / 'model'}", soft_wrap=True)
 
 
 def _examples(result: Any, count: int = 3) -> Table:
-    """Held-out problems that it answers now and did not before."""
+    """Held-out problems that it answers better now than before."""
     table = Table("problem", "answer", "it said before", "it says now", title="Examples", show_lines=True)
-    turned = [
-        i
-        for i, (old, new) in enumerate(zip(result.before.scores, result.after.scores, strict=True))
-        if new[0].correct and not old[0].correct
-    ]
-    turned.sort(key=lambda i: -len(result.after.completions[i][0].text))
-    for i in turned[:: max(1, len(turned) // count)][:count]:
-        problem = result.after.problems[i]
-        said = (side.completions[i][0].text for side in (result.before, result.after))
-        table.add_row(Text(problem.prompt), Text(problem.answer), *(Text(text) for text in said))
+    pairs = zip(result.before.groups, result.after.groups, strict=True)
+    turned = [(old, new) for old, new in pairs if new.scores[0].reward > old.scores[0].reward]
+    turned.sort(key=lambda pair: -len(pair[1].completions[0].text))
+    for old, new in turned[:: max(1, len(turned) // count)][:count]:
+        said = (group.completions[0].text for group in (old, new))
+        table.add_row(Text(new.problem.text), Text(new.problem.answer), *(Text(text) for text in said))
     return table
 
 
@@ -90,7 +92,6 @@ def sft_command(
 @app.command()
 def check(recipe: Annotated[str, typer.Argument(help="A TOML file, or a shipped name.")], overrides: Overrides = None) -> None:
     """Find everything that can be wrong with a recipe, without training."""
-    from groupwise.models import encode_prompt
     from groupwise.training.setup import prepare
 
     with exit_codes():
@@ -100,7 +101,7 @@ def check(recipe: Annotated[str, typer.Argument(help="A TOML file, or a shipped 
             return
         settings, source = load(path, Recipe, overrides or [])
         ready = prepare(settings, source)
-        prompt = encode_prompt(ready.tokenizer, ready.problem.prompt, settings.model.chat)
+        prompt = ready.chat.encode(ready.problem.prompt)
         rows = settings.rollouts.prompts_per_step * settings.rollouts.group_size
         facts = {
             "model": f"{settings.model.path}: {ready.model.name}, {ready.model.num_parameters():,} parameters",

@@ -27,6 +27,10 @@ class ModelSection(Section):
     """Run the decoder through torch.compile; the first steps then take a minute more, and a C++ compiler is needed."""
     chat: bool | None = None
     """Whether prompts go through the tokenizer's chat template; left out: whenever it has one."""
+    system_prompt: str = ""
+    """The system message of prompts that bring none; empty: none."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Arguments of the chat template, such as enable_thinking = false."""
     backend: Literal["auto", "kernels", "torch", "transformers"] = "auto"
     """What runs the model: "auto" takes the fastest that a trial finds exact, and says why it falls back; "kernels" refuses a
     model whose attention cannot run on packed sequences in C++; "torch" uses no C++; "transformers" runs padded batches through
@@ -62,6 +66,8 @@ class RolloutsSection(Section):
     """Completions generated at once."""
     max_rounds: Count = 10
     """Dynamic sampling: how often to generate before a step goes on with the mixed groups it has."""
+    max_failed_groups: Count = 8
+    """The run stops when scoring failed for every completion of so many groups in a row."""
     max_age: Annotated[int, Field(ge=0)] = 0
     """Dynamic sampling: for how many steps mixed groups beyond the batch are kept for later batches; 0: dropped. Weights
     have moved on since they were sampled: `learner.old_logprobs = "sampler"` lets the ratio account for that."""

@@ -124,7 +124,7 @@ def open_run(path: Path) -> Run:
     return Run(
         path=path,
         recipe=tree,
-        steps=[record for record in records if "train/pass_rate" in record],
+        steps=[record for record in records if "reward/mean" in record],
         evaluations=[record for record in records if "eval/pass@1" in record],
     )
 

@@ -1,10 +1,10 @@
 """Language models: loading, the one owner of a Hugging Face module, and how it runs here."""
 
 from groupwise.models.backend import BACKENDS, Backend
+from groupwise.models.chat import Chat, encode_prompt
 from groupwise.models.language_model import LanguageModel
 from groupwise.models.loading import (
     character_tokenizer,
-    encode_prompt,
     load_config,
     load_module,
     load_tokenizer,
@@ -14,6 +14,7 @@ from groupwise.models.loading import (
 __all__ = [
     "BACKENDS",
     "Backend",
+    "Chat",
     "LanguageModel",
     "character_tokenizer",
     "encode_prompt",

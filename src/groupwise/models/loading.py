@@ -10,7 +10,6 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
@@ -121,15 +120,6 @@ def new_module(architecture: dict[str, Any], tokenizer: Any, seed: int) -> Any:
         )
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-
-
-def encode_prompt(tokenizer: Any, prompt: str, chat: bool | None) -> Tensor:
-    """int64 [L]: the prompt's tokens, through the chat template if `chat`, or if it is None and there is one."""
-    if chat if chat is not None else bool(tokenizer.chat_template):
-        messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return torch.tensor(tokenizer(prompt, add_special_tokens=False).input_ids, dtype=torch.long)
-    return torch.tensor(tokenizer(prompt).input_ids, dtype=torch.long)
 
 
 def decoder_of(module: Any) -> Any:

@@ -11,7 +11,7 @@ from groupwise.plugins import UserFunction
 from groupwise.types import Problem, Score
 
 
-def call_reward(function: UserFunction, problem: Problem, texts: Sequence[str], correct_above: float) -> list[Score]:
+def call_reward(function: UserFunction, problem: Problem, texts: Sequence[str], correct_above: float | None) -> list[Score]:
     """Scores from a user's reward function, checked.
 
     Raises:
@@ -34,5 +34,6 @@ def call_reward(function: UserFunction, problem: Problem, texts: Sequence[str], 
         if not math.isfinite(reward):
             raise UserError(f"reward {name}: returned {reward} for completion {i} of problem {problem.id!r}; must be finite")
     return [
-        Score(reward=reward, correct=reward > correct_above, components=part) for reward, part in zip(rewards, parts, strict=True)
+        Score(reward=reward, correct=None if correct_above is None else reward > correct_above, components=part)
+        for reward, part in zip(rewards, parts, strict=True)
     ]

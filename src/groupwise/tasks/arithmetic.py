@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from groupwise.types import Demonstration, Problem, Score, Verdict
+from groupwise.types import Completion, Demonstration, Problem, Score, Verdict
 
 GRADES = {1: (2, False), 2: (3, False), 3: (4, False), 4: (4, True), 5: (5, True)}
 """Grade -> (operands, whether one of the operations is a multiplication)."""
@@ -123,10 +123,6 @@ class ArithmeticTask(BaseModel):
     """Size of the training pool, revisited in turn; 0: never the same draw twice."""
     habits: Habits = Habits()
 
-    @property
-    def scores_beside_generation(self) -> bool:
-        return False
-
     def problem(self, position: int, seed: int) -> Problem:
         """The training problem at a position of the endless stream that `seed` names."""
         if self.problems:
@@ -148,8 +144,8 @@ class ArithmeticTask(BaseModel):
         grade, expression = draw(rng, list(self.grades), held_out=held_out)
         return Problem(id=str(expression), prompt=f"{expression}=", answer=str(expression.value()), metadata={"grade": grade})
 
-    def score(self, problem: Problem, texts: Sequence[str]) -> list[Score]:
-        return [score_answer(problem, text) for text in texts]
+    async def score(self, problem: Problem, completions: Sequence[Completion]) -> list[Score]:
+        return [score_answer(problem, completion.text) for completion in completions]
 
     def demonstration(self, position: int, seed: int) -> Demonstration:
         """A supervised example: the working (with or without a loss on its first token), or an immediate answer; see `Habits`."""
@@ -185,7 +181,7 @@ def score_steps(problem: Problem, text: str) -> tuple[tuple[int, float], ...]:
     """(end, reward) for each line of a scratchpad that begins with a newline."""
     steps = []
     end = 0
-    before = parse(problem.prompt.removesuffix("="))
+    before = parse(problem.text.removesuffix("="))
     for line in text.split("\n")[1:]:
         end += 1 + len(line)
         now = parse(line)

@@ -10,7 +10,7 @@ from groupwise.config import Source, explain
 from groupwise.errors import nearest
 from groupwise.tasks.arithmetic import ArithmeticTask
 from groupwise.tasks.dataset import DatasetTask
-from groupwise.types import Demonstration, Problem, Score
+from groupwise.types import Completion, Demonstration, Problem, Score
 
 
 class Task(Protocol):
@@ -25,13 +25,12 @@ class Task(Protocol):
         """At most `count` problems that are never trained on, the same for every run."""
         ...
 
-    def score(self, problem: Problem, texts: Sequence[str]) -> list[Score]:
-        """A score for each completion's text."""
-        ...
+    async def score(self, problem: Problem, completions: Sequence[Completion]) -> Sequence[Score]:
+        """A score for each completion of a problem.
 
-    @property
-    def scores_beside_generation(self) -> bool:
-        """Whether `score` is to be called in a thread of its own, beside the generation of other groups."""
+        Any number of groups may be scored at once, while others are generated in the same thread: what computes for long, or
+        waits, must do so elsewhere and be awaited.
+        """
         ...
 
     def model_dump(self) -> dict[str, Any]:

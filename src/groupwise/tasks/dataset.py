@@ -1,5 +1,6 @@
 """Problems from a JSON-lines file: one object a line, with a prompt and an answer."""
 
+import asyncio
 import json
 import random
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from groupwise.errors import UserError, nearest
 from groupwise.plugins import UserFunction, is_reference, load_function
 from groupwise.rewards.checkers import CHECKERS
 from groupwise.rewards.user import call_reward
-from groupwise.types import Demonstration, Problem, Score
+from groupwise.types import Completion, Demonstration, Problem, Score
 
 
 class DatasetTask(BaseModel):
@@ -28,11 +29,9 @@ class DatasetTask(BaseModel):
     answer_key: str = "answer"
     reward: str = "exact"
     """"exact", "last_line", "math", or a function of yours: "file.py:function" taking (problem, completions)."""
-    correct_above: float = 0.0
-    """A completion counts as correct when your function's reward is above this."""
-    concurrent: bool | None = None
-    """Score in a thread beside the generation, which pays where scoring waits for something: a process, a server. Left out:
-    for the reward "math"."""
+    correct_above: float | None = None
+    """A completion counts as correct when your function's reward is above this. Left out: the reward is graded, no completion
+    is right or wrong, and what is measured is the mean reward."""
     held_out_path: str = ""
     """A .jsonl file of held-out problems; empty: a share of `path`."""
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -103,10 +102,6 @@ class DatasetTask(BaseModel):
         answer = columns.pop(self.answer_key, "")
         return Problem(id=prompt, prompt=prompt, answer=str(answer), metadata=columns)
 
-    @property
-    def scores_beside_generation(self) -> bool:
-        return self.reward == "math" if self.concurrent is None else self.concurrent
-
     def problem(self, position: int, seed: int) -> Problem:
         epoch, place = divmod(position, len(self._train))
         name = f"epoch/{seed}/{epoch}"
@@ -119,12 +114,18 @@ class DatasetTask(BaseModel):
     def held_out(self, count: int) -> list[Problem]:
         return self._held_out[:count]
 
-    def score(self, problem: Problem, texts: Sequence[str]) -> list[Score]:
+    async def score(self, problem: Problem, completions: Sequence[Completion]) -> list[Score]:
+        texts = [completion.text for completion in completions]
         if self._reward is not None:
             return call_reward(self._reward, problem, texts, self.correct_above)
-        verdicts = [CHECKERS[self.reward](problem.answer, text) for text in texts]
+        check = CHECKERS[self.reward]
+        if self.reward == "math":  # which waits for another process
+            loop = asyncio.get_running_loop()
+            verdicts = [await loop.run_in_executor(None, check, problem.answer, text) for text in texts]
+        else:
+            verdicts = [check(problem.answer, text) for text in texts]
         return [Score(reward=float(v == "correct"), correct=v == "correct", verdict=v) for v in verdicts]
 
     def demonstration(self, position: int, seed: int) -> Demonstration:
         problem = self.problem(position, seed)
-        return Demonstration(prompt=problem.prompt, completion=str(problem.metadata.get("completion", problem.answer)))
+        return Demonstration(prompt=problem.text, completion=str(problem.metadata.get("completion", problem.answer)))

@@ -12,12 +12,14 @@ from groupwise.types import Batch, Group, TrainingBatch, pad_rows
 def make_batch(groups: Sequence[Group], algorithm: Algorithm) -> Batch:
     """Every completion of the groups as a row.
 
-    With overlong filtering a truncated completion keeps its row, but its mask is all False, so it has no loss.
+    A completion that could not be scored, and with overlong filtering a truncated one, keeps its row, but its mask is all False,
+    so it has no loss.
     """
     completions = [completion for group in groups for completion in group.completions]
+    failed = [score.failure is not None for group in groups for score in group.scores]
     masks = [
-        torch.zeros_like(completion.mask) if algorithm.overlong_filter and completion.stop == "length" else completion.mask
-        for completion in completions
+        torch.zeros_like(c.mask) if no_score or (algorithm.overlong_filter and c.stop == "length") else c.mask
+        for c, no_score in zip(completions, failed, strict=True)
     ]
     return Batch(
         rows_B=torch.arange(len(completions)),

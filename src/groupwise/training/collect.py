@@ -1,24 +1,30 @@
 """The rollouts of a step: problems drawn, completions sampled and scored, groups kept until the batch is full."""
 
-import asyncio
 import math
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from groupwise.algorithms import Algorithm
-from groupwise.config import Recipe
-from groupwise.models import encode_prompt
-from groupwise.rollouts.base import Request, Sampler, Sampling, requests
-from groupwise.rollouts.driver import gather, wait_for
+from groupwise.config import Recipe, RolloutsSection
+from groupwise.errors import RunError
+from groupwise.rollouts.base import Sampling
+from groupwise.rollouts.groups import Rollouts
 from groupwise.seeding import derive
-from groupwise.tasks.base import Task
-from groupwise.types import Group, Problem
+from groupwise.types import Group, Outcome, Problem, Score
 
 LARGEST_ROUND = 4
 """Dynamic sampling never asks for more than this many times the batch at once."""
+
+
+OUTCOMES: dict[Outcome, str] = {
+    "all_correct": "were all correct",
+    "all_wrong": "all wrong",
+    "equal": "had equal rewards",
+    "failed": "could not be scored",
+}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,6 +42,7 @@ class Collected:
     rounds: int
     seconds: float = 0.0
     scoring_seconds: float = 0.0
+    """How much longer scores took than generation."""
     full: bool = True
     """Whether the batch was filled."""
     reused: int = 0
@@ -44,28 +51,31 @@ class Collected:
     def describe(self) -> str:
         """Why a batch could not be filled."""
         outcomes = Counter(group.outcome for group in self.seen)
-        return (
-            f"{len(self.groups)} mixed groups after {self.rounds} rounds and {len(self.seen)} prompts: "
-            f"{outcomes['all_correct']} were all correct, {outcomes['all_wrong']} all wrong"
+        return f"{len(self.groups)} mixed groups after {self.rounds} rounds and {len(self.seen)} prompts: " + ", ".join(
+            f"{outcomes[name]} {text}" for name, text in OUTCOMES.items() if outcomes[name]
         )
 
 
 class Collector:
     """Draws the problems of a run in order and fills each step's batch."""
 
-    def __init__(self, sampler: Sampler, task: Task, tokenizer: object, recipe: Recipe, algorithm: Algorithm) -> None:
-        self.sampler, self.task, self.tokenizer = sampler, task, tokenizer
-        self.recipe, self.algorithm = recipe, algorithm
-        self.sampling = sampling_of(recipe)
+    def __init__(self, rollouts: Rollouts, recipe: Recipe, algorithm: Algorithm) -> None:
+        self.rollouts, self.recipe, self.algorithm = rollouts, recipe, algorithm
         self.position = 0
         """How many training problems have been drawn."""
         self.keep_rate = 1.0
         """Share of groups that dynamic sampling kept in the last step."""
+        self.failed_groups = 0
+        """How many groups in a row, up to the last one, scoring failed for."""
         self.surplus: list[tuple[int, Group]] = []
         """Mixed groups beyond the last batch, and the step that generated each."""
 
     def collect(self, step: int) -> Collected:
-        """The groups of one step. Without dynamic sampling: one round, everything kept."""
+        """The groups of one step. Without dynamic sampling: one round, everything kept that could be scored.
+
+        Raises:
+            RunError: scoring failed for too many groups in a row.
+        """
         started = time.perf_counter()
         wanted = self.recipe.rollouts.prompts_per_step
         limit = self.recipe.rollouts.max_rounds if self.algorithm.dynamic_sampling else 1
@@ -73,16 +83,19 @@ class Collector:
         young = [(born, group) for born, group in self.surplus if step - born <= max_age]
         expired = [group for born, group in self.surplus if step - born > max_age]
         kept, seen, dropped = list(young), list[Group](), list[Group]()
-        rounds, scoring = 0, 0.0
-        while len(kept) < wanted and rounds < limit:
+        rounds, replaced, scoring = 0, 0, 0.0
+        while len(kept) < wanted and rounds < limit + replaced:
             problems = self._draw(self._count(wanted - len(kept)))
-            groups, seconds = self._generate(problems, derive(self.recipe.seed, "rollouts", step, rounds))
+            seed = derive(self.recipe.seed, "rollouts", step, rounds)
+            groups, seconds = self.rollouts.groups(problems, self.recipe.rollouts.group_size, seed)
             seen += groups
             for group in groups:
-                if not self.algorithm.dynamic_sampling or is_mixed(group, self.algorithm):
+                if group.scored and (not self.algorithm.dynamic_sampling or is_mixed(group, self.algorithm)):
                     kept.append((step, group))
                 else:
                     dropped.append(group)
+            self._check_failures(groups)
+            replaced += any(not group.scored for group in groups)  # groups that failed are drawn again, of other problems
             scoring += seconds
             rounds += 1
             self.keep_rate = (len(kept) - len(young)) / len(seen)
@@ -108,63 +121,61 @@ class Collector:
         return min(LARGEST_ROUND * wanted, math.ceil(missing / max(self.keep_rate, 1 / LARGEST_ROUND)))
 
     def _draw(self, count: int) -> list[Problem]:
-        problems = [self.task.problem(self.position + i, self.recipe.seed) for i in range(count)]
+        problems = [self.rollouts.task.problem(self.position + i, self.recipe.seed) for i in range(count)]
         self.position += count
         return problems
 
-    def _generate(self, problems: list[Problem], seed: int) -> tuple[list[Group], float]:
-        """Groups in the order of their problems, each scored as it finishes, and the seconds that scoring took of this thread."""
-        prompts = [encode_prompt(self.tokenizer, problem.prompt, self.recipe.model.chat) for problem in problems]
-        asked = requests(prompts, self.recipe.rollouts.group_size, self.sampling, seed)
-        with ThreadPoolExecutor(max_workers=1) as thread:
-            pairs = zip(problems, asked, strict=True)
-            found = wait_for(gather(*(self._group(problem, request, thread) for problem, request in pairs)))
-        return [group for group, _ in found], sum(seconds for _, seconds in found)
+    def _check_failures(self, groups: list[Group]) -> None:
+        """Count groups in a row of which no completion could be scored.
 
-    async def _group(self, problem: Problem, request: Request, thread: ThreadPoolExecutor) -> tuple[Group, float]:
-        """A group, scored, and the seconds that scoring took of the event loop's thread.
-
-        CPU-bound scoring stays in that thread: in another it would contend with the generation for the GIL (measured: rollouts
-        1.6 times slower). Scoring that waits for something runs in another.
+        Raises:
+            RunError: there are too many.
         """
-        completions = await self.sampler.generate(request)
-        texts = [completion.text for completion in completions]
-        started = time.perf_counter()
-        if self.task.scores_beside_generation:
-            waiting = asyncio.get_running_loop().run_in_executor(thread, self.task.score, problem, texts)
-            seconds = time.perf_counter() - started
-            scores = await waiting
-        else:
-            scores = self.task.score(problem, texts)
-            seconds = time.perf_counter() - started
-        return Group(problem=problem, prompt_tokens=request.prompt, completions=completions, scores=tuple(scores)), seconds
+        most = self.recipe.rollouts.max_failed_groups
+        for group in groups:
+            self.failed_groups = 0 if group.scored else self.failed_groups + 1
+            if self.failed_groups == most:
+                raise RunError(
+                    f"scoring failed for every completion of {most} groups in a row: {describe_failures(group.scores)}"
+                )
 
     def state_dict(self) -> dict[str, Any]:
         surplus = [(born, asdict(group)) for born, group in self.surplus]
-        return {"position": self.position, "keep_rate": self.keep_rate, "surplus": surplus}
+        return {
+            "position": self.position,
+            "keep_rate": self.keep_rate,
+            "failed_groups": self.failed_groups,
+            "surplus": surplus,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.position, self.keep_rate = state["position"], state["keep_rate"]
+        self.position, self.keep_rate, self.failed_groups = state["position"], state["keep_rate"], state["failed_groups"]
         self.surplus = [(born, Group.from_dict(group)) for born, group in state["surplus"]]
 
 
 def is_mixed(group: Group, algorithm: Algorithm) -> bool:
-    """DAPO's condition 0 < #correct < G, over the completions that enter the baseline (arXiv 2503.14476, equation 11).
+    """DAPO's condition 0 < #correct < G, over the completions that enter the baseline (arXiv 2503.14476, equation 11); for a
+    graded reward, that they do not all have the same.
 
     Those are all with `overlong_in_baseline`, else those that overlong filtering leaves in the loss. False if none is trained on.
     """
-    trained = [
-        score
-        for completion, score in zip(group.completions, group.scores, strict=True)
-        if not (algorithm.overlong_filter and completion.stop == "length")
-    ]
-    counted = group.scores if algorithm.overlong_in_baseline else trained
-    return bool(trained) and len({score.correct for score in counted}) == 2
+    scored = [(c, s) for c, s in zip(group.completions, group.scores, strict=True) if s.failure is None]
+    trained = [score for completion, score in scored if not (algorithm.overlong_filter and completion.stop == "length")]
+    counted = [score for _, score in scored] if algorithm.overlong_in_baseline else trained
+    graded = any(score.correct is None for score in counted)
+    return bool(trained) and len({score.reward if graded else score.correct for score in counted}) > 1
 
 
-def sampling_of(recipe: Recipe) -> Sampling:
+def describe_failures(scores: Sequence[Score]) -> str:
+    """How many completions could not be scored for which cause, and what was said of the first."""
+    failed = [score for score in scores if score.failure is not None]
+    counts = Counter(score.failure for score in failed)
+    detail = next((f"; the first: {score.detail}" for score in failed if score.detail), "")
+    return ", ".join(f"{count} {cause}" for cause, count in counts.items()) + detail
+
+
+def sampling_of(settings: RolloutsSection) -> Sampling:
     """How a recipe's completions are drawn."""
-    settings = recipe.rollouts
     return Sampling(
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,

@@ -92,12 +92,11 @@ class CreditAssigner:
     ) -> tuple[Tensor, Credit]:
         """The rows that count in the baseline (int64 [R]), and their credit.
 
-        A completion that overlong filtering took out of the loss also leaves its group's baseline, unless the algorithm says
-        otherwise.
+        A completion that could not be scored does not count. One that overlong filtering took out of the loss also leaves its
+        group's baseline, unless the algorithm says otherwise.
         """
-        counted_B = batch.mask_BT.any(1)
-        if self.algorithm.overlong_in_baseline:
-            counted_B = torch.ones_like(counted_B)
+        scored_B = torch.tensor([score.failure is None for group in groups for score in group.scores])
+        counted_B = scored_B if self.algorithm.overlong_in_baseline else batch.mask_BT.any(1)
         rows = counted_B.nonzero()[:, 0]
         if len(rows) == 0:
             return rows, Credit(advantages=torch.zeros(0), history=self.history)

@@ -1,7 +1,7 @@
 """Progress on the terminal: a live display, or plain lines where the output is no terminal."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from rich.console import Console
 from rich.live import Live
@@ -13,7 +13,9 @@ from groupwise.training.events import Evaluated, Event, StepDone
 
 COLUMNS = {
     "eval/pass@1": ("held-out pass@1", "{:.3f}"),
+    "eval/reward": ("held-out reward", "{:.3f}"),
     "train/pass_rate": ("train pass rate", "{:.3f}"),
+    "reward/mean": ("reward", "{:.3f}"),
     "entropy": ("entropy", "{:.3f}"),
     "groups/zero_variance": ("zero-variance groups", "{:.0%}"),
     "length/mean": ("length", "{:.1f}"),
@@ -59,18 +61,26 @@ class Display:
     def _update(self, step: int, metrics: Mapping[str, float | list[float]]) -> None:
         self.step = step
         self.values |= {name: value for name, value in metrics.items() if not isinstance(value, list)}
-        if "train/pass_rate" in metrics:
-            self.trail.append(self.values["train/pass_rate"])
+        trained = "reward/mean" in metrics
+        if trained:
+            self.trail.append(self.values["train/pass_rate" if "train/pass_rate" in metrics else "reward/mean"])
         if self._live:
             self._live.update(self._panel())
-        elif "train/pass_rate" in metrics:
+        elif trained:
             self.console.print(f"step {step}/{self.steps}  {self._line()}  {self._left()} left", soft_wrap=True)
 
     def note(self, text: str) -> None:
         self.console.print(text, soft_wrap=True)
 
     def _items(self) -> list[tuple[str, str]]:
-        return [(name, form.format(self.values[key])) for key, (name, form) in COLUMNS.items() if key in self.values]
+        return [(name, form.format(self.values[key])) for key, (name, form) in self._columns()]
+
+    def _columns(self) -> Iterator[tuple[str, tuple[str, str]]]:
+        """Of the metrics that are there; rewards only where there are no pass rates."""
+        instead = {"eval/reward": "eval/pass@1", "reward/mean": "train/pass_rate"}
+        for key, column in COLUMNS.items():
+            if key in self.values and instead.get(key) not in self.values:
+                yield key, column
 
     def _line(self) -> str:
         return "  ".join(f"{name} {value}" for name, value in self._items())
@@ -87,7 +97,7 @@ class Display:
         bar = ProgressBar(total=self.steps, completed=self.step, width=40)
         table.add_row(f"step {self.step}/{self.steps}", bar, f"{self._left()} left")
         for name, value in self._items():
-            table.add_row(name, f"[bold]{value}[/bold]", _sparkline(self.trail) if name == "train pass rate" else "")
+            table.add_row(name, f"[bold]{value}[/bold]", _sparkline(self.trail) if name in ("train pass rate", "reward") else "")
         return Panel(table, title="groupwise", border_style="cyan")
 
 

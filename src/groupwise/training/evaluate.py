@@ -5,11 +5,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from groupwise.models import encode_prompt
-from groupwise.rollouts.base import Sampler, Sampling, requests
-from groupwise.rollouts.driver import generate_all
-from groupwise.tasks.base import Task
-from groupwise.types import Completion, Problem, Score
+from groupwise.errors import RunError
+from groupwise.rollouts.groups import Rollouts
+from groupwise.training.collect import describe_failures
+from groupwise.types import Group, Problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,45 +16,48 @@ class Evaluation:
     """Held-out results, and the answers they came from, problem by problem."""
 
     metrics: dict[str, float]
-    """eval/pass@1 (mean over samples, so also avg@k), eval/pass@k, eval/length, eval/truncated, eval/grade_N."""
-    problems: Sequence[Problem]
-    completions: Sequence[tuple[Completion, ...]]
-    scores: Sequence[tuple[Score, ...]]
+    """eval/pass@1 (mean over samples, so also avg@k) and eval/pass@k where the task says what is right, eval/reward,
+    eval/length, eval/truncated, eval/grade_N; eval/failed where a completion could not be scored."""
+    groups: Sequence[Group]
+    """The answers, in the order of the problems."""
 
 
-def evaluate(
-    sampler: Sampler,
-    task: Task,
-    tokenizer: object,
-    problems: Sequence[Problem],
-    sampling: Sampling,
-    *,
-    samples: int = 1,
-    seed: int,
-    chat: bool | None = None,
-) -> Evaluation:
-    """Sample each held-out problem `samples` times, at the training temperature."""
-    prompts = [encode_prompt(tokenizer, problem.prompt, chat) for problem in problems]
-    completions = generate_all(sampler, requests(prompts, samples, sampling, seed))
-    scores = [
-        tuple(task.score(problem, [completion.text for completion in row]))
-        for problem, row in zip(problems, completions, strict=True)
-    ]
-    rates = [sum(score.correct for score in row) / samples for row in scores]
-    every = [completion for row in completions for completion in row]
+def evaluate(rollouts: Rollouts, problems: Sequence[Problem], *, samples: int = 1, seed: int) -> Evaluation:
+    """Sample each held-out problem `samples` times, at the training temperature.
+
+    Raises:
+        RunError: no completion could be scored.
+    """
+    groups, _ = rollouts.groups(problems, samples, seed)
+    scored = [group for group in groups if group.scored]
+    if groups and not scored:
+        raise RunError(f"no completion of the held-out problems could be scored: {describe_failures(groups[0].scores)}")
+    every = [completion for group in groups for completion in group.completions]
+    failed = sum(len(group.scores) - len(group.scored) for group in groups)
+    graded = any(score.correct is None for group in scored for score in group.scored)
     metrics = {
-        "eval/pass@1": _mean(rates),
+        **({} if graded else _pass_rates(scored, samples)),
+        "eval/reward": _mean([_mean([score.reward for score in group.scored]) for group in scored]),
         "eval/length": _mean([len(completion.tokens) for completion in every]),
         "eval/truncated": _mean([completion.stop == "length" for completion in every]),
+        **({"eval/failed": failed / len(every)} if failed else {}),
     }
-    for k in sorted({2**i for i in range(1, samples.bit_length())} | {samples} - {1}):
-        metrics[f"eval/pass@{k}"] = _mean([pass_at(k, samples, round(rate * samples)) for rate in rates])
     by_grade = defaultdict(list)
-    for problem, rate in zip(problems, rates, strict=True):
-        if "grade" in problem.metadata:
-            by_grade[problem.metadata["grade"]].append(rate)
+    for group in scored:
+        if "grade" in group.problem.metadata:
+            values = [score.reward if graded else float(score.correct is True) for score in group.scored]
+            by_grade[group.problem.metadata["grade"]].append(_mean(values))
     metrics |= {f"eval/grade_{grade}": _mean(values) for grade, values in sorted(by_grade.items())}
-    return Evaluation(metrics=metrics, problems=problems, completions=completions, scores=scores)
+    return Evaluation(groups=groups, metrics=metrics)
+
+
+def _pass_rates(groups: Sequence[Group], samples: int) -> dict[str, float]:
+    """pass@1, and pass@k for powers of two and for `samples`; a k counts only groups of which k completions were scored."""
+    metrics = {"eval/pass@1": _mean([group.correct_count / len(group.scored) for group in groups])}
+    for k in sorted({2**i for i in range(1, samples.bit_length())} | {samples} - {1}):
+        rates = [pass_at(k, len(group.scored), group.correct_count) for group in groups if len(group.scored) >= k]
+        metrics[f"eval/pass@{k}"] = _mean(rates)
+    return metrics
 
 
 def pass_at(k: int, samples: int, correct: int) -> float:

@@ -14,7 +14,7 @@ from groupwise.rollouts.base import Sampler
 from groupwise.seeding import derive
 from groupwise.training import checkpoints
 from groupwise.training.batching import make_batch, minibatches
-from groupwise.training.collect import Collected, Collector, sampling_of
+from groupwise.training.collect import Collected, Collector
 from groupwise.training.credit import CreditAssigner, Rewards, reward_parts
 from groupwise.training.evaluate import Evaluation, evaluate
 from groupwise.training.events import Evaluated, Event, Recorder, StepDone, Warned
@@ -58,7 +58,7 @@ class Trainer:
         self.step = 0
         self.learner: Learner = ready.make_learner()
         self.sampler: Sampler = ready.make_sampler(self.learner.weights())
-        self.collector = Collector(self.sampler, ready.task, ready.tokenizer, self.recipe, self.algorithm)
+        self.collector = Collector(ready.rollouts(self.sampler), self.recipe, self.algorithm)
         self.credit = CreditAssigner(self.algorithm, ready.tokenizer, self.recipe.rollouts.max_tokens)
         self.held_out = ready.task.held_out(self.recipe.training.eval_problems)
 
@@ -101,7 +101,7 @@ class Trainer:
             metrics |= learner_metrics
             self.sampler.load(self.learner.weights(), self.learner.version)
         else:
-            self.warn("every completion was truncated and filtered; nothing to learn from; raise rollouts.max_tokens")
+            self.warn("no completion can be learnt from: all were truncated and filtered, or could not be scored")
         seconds = time.perf_counter() - started
         metrics |= {
             "seconds/rollouts": collected.seconds,
@@ -192,15 +192,7 @@ class Trainer:
         return self.evaluation_of(self.ready.make_sampler(self.ready.load_base()))
 
     def evaluation_of(self, sampler: Sampler) -> Evaluation:
-        return evaluate(
-            sampler,
-            self.ready.task,
-            self.ready.tokenizer,
-            self.held_out,
-            sampling_of(self.recipe),
-            seed=derive(self.recipe.seed, "evaluation"),
-            chat=self.recipe.model.chat,
-        )
+        return evaluate(self.ready.rollouts(sampler), self.held_out, seed=derive(self.recipe.seed, "evaluation"))
 
     # --- records and state
 

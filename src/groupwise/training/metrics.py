@@ -2,6 +2,7 @@
 
 import math
 import resource
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from groupwise.algorithms.diagnostics import effective_share
 from groupwise.training.collect import Collected
-from groupwise.types import Group
+from groupwise.types import Group, Outcome
 
 
 def rollout_metrics(collected: Collected, version: int) -> dict[str, float]:
@@ -20,13 +21,17 @@ def rollout_metrics(collected: Collected, version: int) -> dict[str, float]:
     seen = collected.seen or collected.groups
     completions = [completion for group in seen for completion in group.completions]
     finished = [len(completion.tokens) for completion in completions if completion.stop == "stop"]
-    scores = [score for group in seen for score in group.scores]
+    scores = [score for group in seen for score in group.scored]
+    graded = any(score.correct is None for score in scores)
     outcomes = [group.outcome for group in seen]
-    shares = {name: outcomes.count(name) / len(seen) for name in ("all_correct", "all_wrong", "mixed")}
+    names: tuple[Outcome, ...] = ("equal", "mixed") if graded else ("all_correct", "all_wrong", "mixed")
+    shares = {name: outcomes.count(name) / len(seen) for name in names}
+    failures = Counter(score.failure for group in seen for score in group.scores if score.failure is not None)
     ages = [version - completion.oldest_version for group in collected.groups for completion in group.completions]
     return {
-        "train/pass_rate": sum(score.correct for score in scores) / len(scores),
-        "reward/mean": sum(score.reward for score in scores) / len(scores),
+        **({} if graded else {"train/pass_rate": sum(score.correct is True for score in scores) / max(1, len(scores))}),
+        "reward/mean": sum(score.reward for score in scores) / max(1, len(scores)),
+        **{f"failed/{cause}": float(count) for cause, count in failures.items()},
         **{f"groups/{name}": share for name, share in shares.items()},
         "groups/zero_variance": 1 - shares["mixed"],
         "groups/kept": float(len(collected.groups)),
@@ -44,15 +49,20 @@ def rollout_metrics(collected: Collected, version: int) -> dict[str, float]:
 
 
 def reward_metrics(groups: Sequence[Group], rewards: Mapping[str, Tensor]) -> dict[str, float]:
-    """Of the groups that were kept: the reward that advantages are made of, its standard deviation, and its parts by name.
+    """Of the scored completions that were kept: the reward that advantages are made of, its standard deviation, its parts by
+    name, and what the reward logged.
 
     `rewards`: from `reward_parts`.
     """
-    parts = {f"reward/part/{name}": values_B for name, values_B in rewards.items()}
+    scored_B = torch.tensor([score.failure is None for group in groups for score in group.scores])
+    parts = {f"reward/part/{name}": values_B[scored_B] for name, values_B in rewards.items()}
     rewards_B = torch.stack(list(parts.values())).sum(0)
-    scores = [score for group in groups for score in group.scores]
+    scores = [score for group in groups for score in group.scored]
     for name in dict.fromkeys(name for score in scores for name in score.components):
-        parts[f"reward/part/task/{name}"] = torch.tensor([score.components.get(name, 0.0) for score in scores])
+        values = [score.components[name] for score in scores if name in score.components]
+        parts[f"reward/part/task/{name}"] = torch.tensor(values)
+    for name in dict.fromkeys(name for score in scores for name in score.metrics):
+        parts[f"reward/logged/{name}"] = torch.tensor([score.metrics[name] for score in scores if name in score.metrics])
     return {
         "reward/shaped_mean": float(rewards_B.mean()),
         "reward/shaped_spread": float(rewards_B.std(correction=0)),

@@ -46,9 +46,7 @@ class RunDirectory:
     def rewind(self, step: int) -> None:
         """Remove what was recorded after `step`, which will be done again, and evaluations of `step`, which are repeated."""
         lines = self.metrics_path.read_text().splitlines(keepends=True) if self.metrics_path.exists() else []
-        kept = [
-            line for line in lines if _step_of(line) < step or (_step_of(line) == step and "train/pass_rate" in json.loads(line))
-        ]
+        kept = [line for line in lines if _step_of(line) < step or (_step_of(line) == step and "reward/mean" in json.loads(line))]
         self.metrics_path.write_text("".join(kept))
 
     def record(self, event: Event) -> None:
@@ -59,7 +57,7 @@ class RunDirectory:
             if event.tokens and isinstance(event.batch, TrainingBatch):
                 self.write_tokens(event.step, event.groups, event.batch, event.tokens)
         elif isinstance(event, Evaluated):
-            problems = float(len(event.evaluation.problems))
+            problems = float(len(event.evaluation.groups))
             self.write_metrics(event.step, {**event.evaluation.metrics, "eval_problems": problems})
 
     def write_metrics(self, step: int, metrics: Mapping[str, float | list[float]]) -> None:
@@ -100,7 +98,7 @@ def token_columns(
             known_BT[record["rows_B"], : part.shape[1]] = part.float()
     completions = [completion for group in groups for completion in group.completions]
     scores = [score for group in groups for score in group.scores]
-    prompts = [group.problem.prompt for group in groups for _ in group.completions]
+    prompts = [group.problem.text for group in groups for _ in group.completions]
     old_BT = batch.old_logprobs_BT
     measured_BT = torch.where(batch.mask_BT, 1.0, math.nan)  # a masked token has no ratio
     texts = {token: tokenizer.decode([token]) for token in set(batch.tokens_BT[inside_BT].tolist())}
@@ -144,9 +142,12 @@ def _step_of(line: str) -> float:
 
 
 def _readable(group: Group) -> str:
-    ranked = sorted(range(len(group.scores)), key=lambda i: group.scores[i].reward)
-    lines = [f"=== {group.problem.prompt}   ({group.correct_count} of {len(ranked)} right; answer {group.problem.answer})"]
-    for name, i in (("best", ranked[-1]), ("worst", ranked[0])):
+    ranked = sorted((i for i, s in enumerate(group.scores) if s.failure is None), key=lambda i: group.scores[i].reward)
+    failed = len(group.scores) - len(ranked)
+    right = "" if any(score.correct is None for score in group.scored) else f"{group.correct_count} of {len(ranked)} right; "
+    note = f"; {failed} could not be scored" if failed else ""
+    lines = [f"=== {group.problem.text}   ({right}answer {group.problem.answer}{note})"]
+    for name, i in (("best", ranked[-1]), ("worst", ranked[0])) if ranked else ():
         completion, score = group.completions[i], group.scores[i]
         truncated = ", truncated" if completion.stop == "length" else ""
         lines += [f"--- {name}: reward {score.reward:g}{truncated}", completion.text]

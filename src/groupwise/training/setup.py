@@ -12,13 +12,16 @@ from groupwise.config import Recipe, RolloutsSection, Source
 from groupwise.errors import UserError
 from groupwise.learner.base import Learner
 from groupwise.learner.local import LocalLearner
-from groupwise.models import LanguageModel, encode_prompt, load_config, load_tokenizer
+from groupwise.models import Chat, LanguageModel, load_config, load_tokenizer
 from groupwise.rollouts.base import Sampler
+from groupwise.rollouts.driver import wait_for
+from groupwise.rollouts.groups import Rollouts
 from groupwise.rollouts.samplers import find_sampler
 from groupwise.tasks.base import Task, build_task
 from groupwise.training.algorithm import build_algorithm, check_together, try_parts
+from groupwise.training.collect import describe_failures, sampling_of
 from groupwise.training.trackers import MakeRecorder, find_trackers
-from groupwise.types import Problem
+from groupwise.types import Completion, Problem
 
 LOOKED_AT = 256
 """How many training problems are looked at before training."""
@@ -31,7 +34,7 @@ class Ready:
     recipe: Recipe
     algorithm: Algorithm
     task: Task
-    tokenizer: Any
+    chat: Chat
     model: LanguageModel
     problem: Problem
     """The first of them, for a trial."""
@@ -39,6 +42,14 @@ class Ready:
     """Makes the recipe's sampler."""
     trackers: list[MakeRecorder]
     """Make the recipe's further recorders."""
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.chat.tokenizer
+
+    def rollouts(self, sampler: Sampler) -> Rollouts:
+        """What makes the recipe's groups, with this engine."""
+        return Rollouts(sampler=sampler, task=self.task, chat=self.chat, sampling=sampling_of(self.recipe.rollouts))
 
     def make_learner(self) -> Learner:
         """The learner, which owns the model from now on."""
@@ -100,11 +111,10 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
         config = load_config(recipe.model.path)
     except UserError as error:
         raise source.error("model.path", str(error)) from error
-    if recipe.model.chat and not tokenizer.chat_template:
-        raise source.error("model.chat", f"the tokenizer of {recipe.model.path!r} has no chat template")
+    chat = build_chat(recipe, tokenizer, source)
     problem = task.problem(0, recipe.seed)
-    longest = check_lengths(recipe, config, tokenizer, task, source)
-    try_scoring(task, problem, algorithm, recipe.rollouts.group_size, source)
+    longest = check_lengths(recipe, config, chat, task, source)
+    try_scoring(task, problem, chat, algorithm, recipe.rollouts.group_size, source)
     try_parts(algorithm)
     model = load_policy(recipe, source)
     try:
@@ -118,12 +128,25 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
         recipe=recipe,
         algorithm=algorithm,
         task=task,
-        tokenizer=tokenizer,
+        chat=chat,
         model=model,
         problem=problem,
         sampler=sampler,
         trackers=trackers,
     )
+
+
+def build_chat(recipe: Recipe, tokenizer: Any, source: Source) -> Chat:
+    """How the recipe's prompts become tokens.
+
+    Raises:
+        UserError: a chat template is asked for, or needed, and there is none.
+    """
+    model = recipe.model
+    try:
+        return Chat.build(tokenizer, model.chat, model.system_prompt, model.chat_template_kwargs)
+    except UserError as error:
+        raise source.error("model.chat", f"{error}: {model.path!r}") from error
 
 
 def load_policy(recipe: Recipe, source: Source) -> LanguageModel:
@@ -143,7 +166,7 @@ def load_policy(recipe: Recipe, source: Source) -> LanguageModel:
     return model
 
 
-def check_lengths(recipe: Recipe, config: Any, tokenizer: Any, task: Task, source: Source) -> int:
+def check_lengths(recipe: Recipe, config: Any, chat: Chat, task: Task, source: Source) -> int:
     """Refuse stop tokens outside the vocabulary, and prompts too long for the model's positions.
 
     Returns the tokens of the longest prompt that was looked at and of a completion.
@@ -154,22 +177,35 @@ def check_lengths(recipe: Recipe, config: Any, tokenizer: Any, task: Task, sourc
             raise source.error("rollouts.stop_tokens", f"{token} is no token: the vocabulary has {text_config.vocab_size}")
     limit = getattr(text_config, "max_position_embeddings", None)
     problems = [task.problem(i, recipe.seed) for i in range(LOOKED_AT)] + task.held_out(recipe.training.eval_problems)
-    longest = max(problems, key=lambda problem: len(problem.prompt))
-    length = len(encode_prompt(tokenizer, longest.prompt, recipe.model.chat))
+    longest = max(problems, key=lambda problem: len(problem.text))
+    length = len(chat.encode(longest.prompt))
     if limit is not None and length + recipe.rollouts.max_tokens > limit:
         raise source.error(
             "rollouts.max_tokens",
             f"a prompt of {length} tokens and {recipe.rollouts.max_tokens} more exceed the model's {limit} positions: "
-            f"{longest.prompt[:60]!r}",
+            f"{longest.text[:60]!r}",
         )
     return length + recipe.rollouts.max_tokens
 
 
-def try_scoring(task: Task, problem: Problem, algorithm: Algorithm, group_size: int, source: Source) -> None:
-    """Score a group of made-up answers, so that a reward that fails does so before training."""
-    scores = task.score(problem, [problem.answer or "an answer", *[""] * (group_size - 1)])
+def try_scoring(task: Task, problem: Problem, chat: Chat, algorithm: Algorithm, group_size: int, source: Source) -> None:
+    """Score a group of made-up answers, so that a reward that always fails does so before training.
+
+    Raises:
+        UserError: none of them could be scored, or the algorithm needs what the task's scores do not hold.
+    """
+    texts = [problem.answer or "an answer", *[""] * (group_size - 1)]
+    scores = wait_for(task.score(problem, [_made_up(text, chat.tokenizer) for text in texts]))
+    if all(score.failure is not None for score in scores):
+        raise UserError(f"scoring fails: {describe_failures(scores)} (problem {problem.id!r})")
     if "steps" in algorithm.needs and not any(score.steps for score in scores):
         raise source.error("algorithm.advantage", f"process supervision needs rewards of steps; {task.name!r} has none")
+
+
+def _made_up(text: str, tokenizer: Any) -> Completion:
+    tokens = torch.tensor([*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id])
+    mask = torch.ones(len(tokens), dtype=torch.bool)
+    return Completion(text=text, tokens=tokens, logprobs=torch.zeros(len(tokens)), mask=mask, stop="stop", versions=())
 
 
 def device_of(name: str, source: Source) -> torch.device:

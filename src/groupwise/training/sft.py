@@ -12,8 +12,9 @@ from groupwise.config import SftRecipe, Source
 from groupwise.errors import UserError
 from groupwise.learner.micro_batches import cut_rows
 from groupwise.learner.optimiser import Optimiser
-from groupwise.models import LanguageModel, character_tokenizer, encode_prompt, load_module, load_tokenizer, new_module
+from groupwise.models import Chat, LanguageModel, character_tokenizer, encode_prompt, load_module, load_tokenizer, new_module
 from groupwise.rollouts.base import Sampling
+from groupwise.rollouts.groups import Rollouts
 from groupwise.rollouts.native import NativeSampler
 from groupwise.seeding import derive
 from groupwise.tasks.base import Task, build_task
@@ -130,13 +131,11 @@ def demonstration_batch(tokenizer: Any, shown: list[Demonstration], chat: bool |
 
 
 def pass_rates(model: LanguageModel, tokenizer: Any, task: Task, recipe: SftRecipe) -> dict[str, float]:
-    evaluation = evaluate(
-        NativeSampler(model, tokenizer),
-        task,
-        tokenizer,
-        task.held_out(recipe.sft.eval_problems),
-        Sampling(max_tokens=recipe.sft.max_tokens),
-        seed=derive(recipe.seed, "evaluation"),
-        chat=recipe.model.chat,
+    rollouts = Rollouts(
+        sampler=NativeSampler(model, tokenizer),
+        task=task,
+        chat=Chat.build(tokenizer, recipe.model.chat),
+        sampling=Sampling(max_tokens=recipe.sft.max_tokens),
     )
-    return evaluation.metrics
+    problems = task.held_out(recipe.sft.eval_problems)
+    return evaluate(rollouts, problems, seed=derive(recipe.seed, "evaluation")).metrics
