@@ -42,7 +42,7 @@ def ablate(
 
             failed = ladders.run_all(settings, recipe, plan, home, jobs, note)
         rows = ladders.compare(settings, plan)
-        table = Table(*ladders.COLUMNS, title=settings.title)
+        table = Table(*ladders.columns(rows), title=settings.title)
         for row in rows:
             table.add_row(*map(Text, ladders.cells(row)))
         console.print(table)

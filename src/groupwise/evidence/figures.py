@@ -7,173 +7,87 @@ runs did not record the metrics that it shows.
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import altair as alt
 import pyarrow.compute as pc
 
 from groupwise.algorithms.diagnostics import LENGTH_EDGES, PROBABILITY_EDGES
-from groupwise.evidence.runs import Run
-from groupwise.evidence.statistics import interval
+from groupwise.evidence.charts import HEIGHT, Figure, Groups, data, figure, legend, lines, short
+from groupwise.evidence.runs import Measure, measure
 
-Groups = dict[str, list[Run]]
-"""Name of a setting -> its runs, which differ in their seed only."""
-HEIGHT = 220
 SAMPLED_TOKENS = 1200
 """About how many tokens a scatter plot shows per setting."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
-    """A chart with its title and caption."""
-
-    id: str
-    title: str
-    caption: str
-    """What it shows, and the paper's figure or section that it follows."""
-    chart: Any
-    """An Altair chart."""
-
-
 def draw_all(groups: Groups) -> list[Figure]:
     """Every figure for which the runs recorded data."""
-    return [figure for make in FIGURES if (figure := make(groups)) is not None]
-
-
-def lines(
-    groups: Groups,
-    metrics: dict[str, str],
-    *,
-    y: str,
-    percent: bool = False,
-    log: bool = False,
-    x: str = "step",
-    x_of: Callable[[Run, int], float] | None = None,
-) -> Any:
-    """Draw one line per setting and metric: the mean over seeds, with its 95 % interval as a band if there are several seeds.
-
-    Args:
-        groups: runs by setting.
-        metrics: metric key -> label.
-        y, x: titles of the axes.
-        percent: write y as a percentage.
-        log: logarithmic y axis; values of at most 0 are left out.
-        x_of: (run, step) -> x coordinate; None: the step.
-
-    Returns:
-        An Altair chart, or None if no run recorded any of the metrics.
-    """
-    rows = []
-    for setting, runs in groups.items():
-        for metric, name in metrics.items():
-            points: dict[int, list[tuple[float, float]]] = {}
-            for run in runs:
-                for step, value in run.series(metric):
-                    if math.isfinite(value) and not (log and value <= 0):
-                        points.setdefault(step, []).append((x_of(run, step) if x_of else step, value))
-            for step, pairs in sorted(points.items()):
-                mean = interval([value for _, value in pairs])
-                mean_x = sum(x_value for x_value, _ in pairs) / len(pairs)
-                row = {"x": mean_x, "step": step, "y": mean.mean, "setting": setting, "metric": name, "runs": mean.count}
-                if not math.isnan(mean.half):
-                    low = max(mean.low, mean.mean / 10) if log else mean.low
-                    row |= {"low": max(low, 0.0), "high": min(mean.high, 1.0)} if percent else {"low": low, "high": mean.high}
-                rows.append({key: _short(value) for key, value in row.items()})
-    if not rows:
-        return None
-    several, many = len(groups) > 1, len(metrics) > 1
-    scale = alt.Scale(type="log") if log else alt.Scale(zero=False)
-    axis = alt.Axis(format="%") if percent else alt.Axis()
-    base = alt.Chart(data(rows)).encode(x=alt.X("x:Q", title=x, axis=alt.Axis(tickMinStep=1) if not x_of else alt.Axis()))
-    order = list(groups) if several else list(metrics.values())
-    color = alt.Color(
-        "setting:N" if several else "metric:N", title=None, sort=order, legend=legend() if several or many else None
-    )
-    line = base.mark_line(strokeWidth=2).encode(
-        y=alt.Y("y:Q", title=y, scale=scale, axis=axis),
-        color=color,
-        tooltip=["setting:N", "metric:N", "step:Q", "y:Q", "low:Q", "high:Q", "runs:Q"],
-    )
-    if several and many:
-        line = line.encode(strokeDash=alt.StrokeDash("metric:N", title=None, legend=legend()))
-    band = base.mark_area(opacity=0.18).encode(y=alt.Y("low:Q", scale=scale), y2="high:Q", color=color, detail="metric:N")
-    chart = alt.layer(band, line) if any("low" in row for row in rows) else line
-    return chart.properties(width="container", height=HEIGHT)
-
-
-def legend() -> Any:
-    """The legend that all figures share, below the plot."""
-    return alt.Legend(orient="bottom", columns=2, labelLimit=400, symbolOpacity=1)
-
-
-def data(rows: list[dict[str, Any]]) -> Any:
-    """Data embedded in the chart's specification, so that a page needs no other file."""
-    return alt.Data(values=rows)  # type: ignore[no-untyped-call]
-
-
-def _short(value: Any) -> Any:
-    """Round to five significant digits: a plot shows no more, and the page is half the size."""
-    return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
-def _figure(id: str, title: str, caption: str, chart: Any) -> Figure | None:
-    """A figure of the chart, or None if there is no chart."""
-    return None if chart is None else Figure(id=id, title=title, caption=caption, chart=chart)
+    return [drawn for make in FIGURES if (drawn := make(groups)) is not None]
 
 
 def accuracy(groups: Groups) -> Figure | None:
-    return _figure(
-        "accuracy", "Held-out accuracy", "pass@1 on problems that are not in the training data. Bands: 95 % interval over seeds.",
-        lines(groups, {"eval/pass@1": "held-out pass@1"}, y="pass@1", percent=True),
+    return figure(
+        "accuracy", "Held-out results", f"The {_measure(groups).name} on problems that are not in the training data. Bands: 95 % interval over seeds.",
+        _held_out(groups),
     )  # fmt: skip
 
 
+def _measure(groups: Groups) -> Measure:
+    return measure(run for runs in groups.values() for run in runs)
+
+
+def _held_out(groups: Groups, **axis: Any) -> Any:
+    """The held-out score of every run, by step or by what `axis` says."""
+    found = _measure(groups)
+    return lines(groups, {found.key: f"held-out {found.name}"}, y=found.name, percent=found.percent, **axis)
+
+
 def accuracy_by_rollouts(groups: Groups) -> Figure | None:
-    return _figure(
-        "accuracy-rollouts", "Held-out accuracy by completions generated",
-        "pass@1 against the total number of completions generated, including those that dynamic sampling discards (DAPO, figure 6).",
-        lines(groups, {"eval/pass@1": "held-out pass@1"}, y="pass@1", percent=True, x="completions generated",
-              x_of=lambda run, step: run.cumulative.get(step, (0.0, 0.0))[0]),
+    return figure(
+        "accuracy-rollouts", "Held-out results by completions generated",
+        f"The {_measure(groups).name} against the total number of completions generated, including those that dynamic sampling "
+        "discards (DAPO, figure 6).",
+        _held_out(groups, x="completions generated", x_of=lambda run, step: run.cumulative.get(step, (0.0, 0.0))[0]),
     )  # fmt: skip
 
 
 def accuracy_by_time(groups: Groups) -> Figure | None:
-    return _figure(
-        "accuracy-time", "Held-out accuracy by time", "pass@1 against the seconds spent in rollouts and in the learner.",
-        lines(groups, {"eval/pass@1": "held-out pass@1"}, y="pass@1", percent=True, x="time (s)",
-              x_of=lambda run, step: run.cumulative.get(step, (0.0, 0.0))[1]),
+    return figure(
+        "accuracy-time", "Held-out results by time", f"The {_measure(groups).name} against the seconds spent in rollouts and in the learner.",
+        _held_out(groups, x="time (s)", x_of=lambda run, step: run.cumulative.get(step, (0.0, 0.0))[1]),
     )  # fmt: skip
 
 
 def rewards(groups: Groups) -> Figure | None:
     keys = dict.fromkeys(str(key) for runs in groups.values() for run in runs for record in run.steps[-1:] for key in record)
     components = {key: key.removeprefix("reward/part/") for key in keys if key.startswith("reward/part/")}
-    return _figure(
+    return figure(
         "rewards", "Reward by component", "Mean of the reward from which advantages are computed, and of each component that it is the sum of.",
         lines(groups, {"reward/shaped_mean": "total", **(components if len(components) > 1 else {})}, y="mean reward"),
     )  # fmt: skip
 
 
 def entropy(groups: Groups) -> Figure | None:
-    return _figure(
+    return figure(
         "entropy", "Entropy", "Mean entropy of the policy over trained tokens. If it collapses, the policy stops exploring (DAPO, figure 2b).",
         lines(groups, {"entropy": "entropy"}, y="entropy (nats per token)"),
     )  # fmt: skip
 
 
 def group_shares(groups: Groups) -> Figure | None:
-    return _figure(
+    return figure(
         "groups", "Groups by outcome",
-        "Shares of the generated groups whose completions are all correct, all wrong, or mixed. With rewards of correctness alone, the "
-        "first two have zero variance and give group-relative advantages of zero (DAPO, figure 3b).",
-        lines(groups, {"groups/mixed": "mixed", "groups/all_correct": "all correct", "groups/all_wrong": "all wrong"},
+        "Shares of the generated groups whose completions are all correct, all wrong, or mixed; of a graded reward, whose rewards are "
+        "equal or mixed. With rewards of correctness alone, all but the mixed have zero variance and give group-relative advantages of "
+        "zero (DAPO, figure 3b).",
+        lines(groups, {"groups/mixed": "mixed", "groups/all_correct": "all correct", "groups/all_wrong": "all wrong",
+                       "groups/equal": "equal rewards"},
               y="share of groups", percent=True),
     )  # fmt: skip
 
 
 def utilisation(groups: Groups) -> Figure | None:
-    return _figure(
+    return figure(
         "utilisation", "Response utilisation",
         "Share of completions whose advantage is not zero (DCPO, section 4), and the effective share when completions contribute in "
         "proportion to |A|: (Σ|A|)² / (B ΣA²) for B completions.",
@@ -182,14 +96,14 @@ def utilisation(groups: Groups) -> Figure | None:
 
 
 def clipping(groups: Groups) -> Figure | None:
-    return _figure(
+    return figure(
         "clip", "Clipped tokens", "Share of trained tokens whose gradient was changed by the lower or the upper clip bound (GSPO, figure 2).",
         lines(groups, {"clip_fraction_low": "lower bound", "clip_fraction_high": "upper bound"}, y="share of trained tokens", percent=True),
     )  # fmt: skip
 
 
 def clipped_probability(groups: Groups) -> Figure | None:
-    return _figure(
+    return figure(
         "clip-probability", "Probability of tokens clipped at the upper bound", "Mean π_old of the tokens that the upper bound clipped (DAPO, figure 3a).",
         lines(groups, {"clip/high_probability": "mean π_old"}, y="mean π_old"),
     )  # fmt: skip
@@ -222,14 +136,14 @@ def clipping_by_probability(groups: Groups) -> Figure | None:
         opacity=alt.Opacity("bound:N", title=None, scale=alt.Scale(domain=["upper", "lower"], range=[1, 0.45])) if several else alt.value(1),
         tooltip=["setting:N", "bin:N", "bound:N", alt.Tooltip("share:Q", format=".2%"), "tokens:Q"],
     )  # fmt: skip
-    return _figure(
+    return figure(
         "clip-by-probability", "Clipped tokens by probability", "Share of the tokens in each range of π_old that each bound clipped, over the whole run.",
         chart.properties(width="container", height=HEIGHT),
     )  # fmt: skip
 
 
 def log_ratios(groups: Groups) -> Figure | None:
-    return _figure(
+    return figure(
         "spread", "Size of the log ratios",
         "Of log(π / π_old): the standard deviation over tokens, and the root mean square over completions of the mean over a "
         "completion's tokens (the log of GSPO's ratio) and of their sum (the log ratio of the whole sequence).",
@@ -267,7 +181,7 @@ def log_ratios_by_length(groups: Groups) -> Figure | None:
         strokeDash=alt.StrokeDash("quantity:N", title=None, legend=legend() if several else None),
         tooltip=["setting:N", "quantity:N", "length:Q", "rms:Q", "completions:Q"],
     )  # fmt: skip
-    return _figure(
+    return figure(
         "spread-length", "Size of the log ratios by length",
         "Root mean square of a completion's mean and summed log ratio by its length T, over the whole run. If the tokens' log ratios "
         "were independent, the sum would grow as √T and the mean would fall as 1/√T (GSPO, section 3).",
@@ -276,14 +190,14 @@ def log_ratios_by_length(groups: Groups) -> Figure | None:
 
 
 def lengths(groups: Groups) -> Figure | None:
-    return _figure(
+    return figure(
         "length", "Completion length", "Mean over all completions, and over those that ended with an end-of-sequence token (DAPO, figure 4).",
         lines(groups, {"length/mean": "all", "length/finished": "not truncated"}, y="mean completion length (tokens)"),
     )  # fmt: skip
 
 
 def truncated(groups: Groups) -> Figure | None:
-    return _figure(
+    return figure(
         "truncated", "Truncated completions", "Share of completions that reached rollouts.max_tokens (DAPO, figure 5).",
         lines(groups, {"length/truncated": "truncated"}, y="share of completions", percent=True),
     )  # fmt: skip
@@ -295,14 +209,14 @@ def divergences(groups: Groups) -> Figure | None:
         "kl_ref": "KL to the reference",
         "sampler_gap_mean": "mean |Δ log π|, sampler and learner",
     }
-    return _figure(
+    return figure(
         "kl", "KL divergences and sampler mismatch", "Per token: KL divergences by the algorithm's estimator (k3 for π_old), and the mean absolute difference between the sampler's and the learner's log-probabilities.",
         lines(groups, names, y="nats per token", log=True),
     )  # fmt: skip
 
 
 def gradient(groups: Groups) -> Figure | None:
-    return _figure(
+    return figure(
         "gradient",
         "Gradient norm",
         "Before gradient clipping, averaged over the updates of a step.",
@@ -319,7 +233,7 @@ def dropped(groups: Groups) -> Figure | None:
     }
     used = {key: name for key, name in names.items() if any(any(run.values(key)) for runs in groups.values() for run in runs)}
     return (
-        _figure(
+        figure(
             "dropped",
             "Discarded data",
             "Groups and completions discarded in each step, by reason.",
@@ -332,11 +246,11 @@ def dropped(groups: Groups) -> Figure | None:
 
 def times(groups: Groups) -> Figure | None:
     names = {"seconds/rollouts": "rollouts", "seconds/learner": "learner", "seconds/scoring": "scoring (included in rollouts)"}
-    return _figure("time", "Time by phase", "Wall-clock time of each step.", lines(groups, names, y="time (s)"))
+    return figure("time", "Time by phase", "Wall-clock time of each step.", lines(groups, names, y="time (s)"))
 
 
 def memory(groups: Groups) -> Figure | None:
-    return _figure(
+    return figure(
         "memory",
         "Peak memory",
         "Highest so far, of the GPU if there is one, else of the process. A critic adds a second model with its own gradients and optimiser state.",
@@ -345,7 +259,7 @@ def memory(groups: Groups) -> Figure | None:
 
 
 def speed(groups: Groups) -> Figure | None:
-    return _figure(
+    return figure(
         "speed",
         "Throughput",
         "Completion tokens of the training batch, divided by the seconds of the whole step (rollouts and learner).",
@@ -364,8 +278,8 @@ def ratio_by_probability(groups: Groups) -> Figure | None:
             every = max(1, len(table) // SAMPLED_TOKENS)
             columns = [table[name].to_pylist()[::every] for name in ("old_logprob", "ratio", "clipped", "text", "advantage")]
             rows += [
-                {"p": _short(math.exp(old)), "ratio": _short(min(max(ratio, 1e-6), 1e6)), "clipped": "clipped" if clipped else "not clipped", "token": text,
-                 "A": _short(a), "setting": setting}
+                {"p": short(math.exp(old)), "ratio": short(min(max(ratio, 1e-6), 1e6)), "clipped": "clipped" if clipped else "not clipped", "token": text,
+                 "A": short(a), "setting": setting}
                 for old, ratio, clipped, text, a in zip(*columns, strict=True)
             ]  # fmt: skip
     if not rows:
@@ -376,7 +290,7 @@ def ratio_by_probability(groups: Groups) -> Figure | None:
         color=alt.Color("clipped:N" if len(groups) == 1 else "setting:N", title=None, legend=legend()),
         tooltip=["token:N", "p:Q", "ratio:Q", "A:Q", "clipped:N", "setting:N"],
     )  # fmt: skip
-    return _figure(
+    return figure(
         "ratio", "Token ratios by probability",
         "Tokens of the middle recorded step, at the update that trained on them. The ratio is the token's own, also where the algorithm "
         "clips a ratio of the sequence.",

@@ -45,30 +45,42 @@ def setting(run: Run, key: str) -> Any:
 
 
 def learned(run: Run) -> Finding | None:
-    """Compare the last held-out accuracy with the first one and with the best one."""
-    scores = run.values("eval/pass@1")
+    """Compare the last held-out score with the first one and with the best one."""
+    measure = run.measure
+    scores = run.values(measure.key)
     if len(scores) < 2:
         return None
     first, last, best = scores[0], scores[-1], max(scores)
-    count = int(run.evaluations[-1].get("eval_problems") or run.recipe.get("training", {}).get("eval_problems", 500))
-    noise = math.hypot(binomial(first, count), binomial(last, count))
+    noise = noise_of_change(run)
     change = (
-        f"Held-out pass@1 went from {first:.1%} to {last:.1%} in {run.evaluations[-1]['step']} steps "
-        f"(95 % interval of the change: ± {noise:.1%})"
+        f"The held-out {measure.name} went from {measure.text(first)} to {measure.text(last)} in {run.evaluations[-1]['step']} steps "
+        f"(95 % interval of the change: ± {measure.text(noise)})"
     )
-    if best - last > max(1.5 * noise, 0.05, 0.25 * (best - first)):  # The best of many noisy evaluations is high by chance.
+    least = 0.05 if measure.percent else 0.0
+    if best - last > max(1.5 * noise, least, 0.25 * (best - first)):  # The best of many noisy evaluations is high by chance.
         at = run.evaluations[scores.index(best)]["step"]
-        text = f"{change}; its highest value was {best:.1%} at step {at}."
-        return Finding(kind="unhealthy", title="Accuracy fell after its peak", text=text, figure="accuracy")
+        text = f"{change}; its highest value was {measure.text(best)} at step {at}."
+        fell = "Accuracy" if measure.percent else f"The {measure.name}"
+        return Finding(kind="unhealthy", title=f"{fell} fell after its peak", text=text, figure="accuracy")
     if last - first > noise:
         return Finding(kind="healthy", title="It learned", text=f"{change}.", figure="accuracy")
     if first - last > noise:
         text = f"{change}, a fall that sampling noise does not explain."
         return Finding(kind="unhealthy", title="It got worse", text=text, figure="accuracy")
-    if first > 0.97:
+    if measure.percent and first > 0.97:
         return Finding(kind="healthy", title="There was little to learn", text=f"{change}.", figure="accuracy")
     text = f"{change}, which sampling noise alone could explain."
     return Finding(kind="watch", title="It did not learn", text=text, figure="accuracy")
+
+
+def noise_of_change(run: Run) -> float:
+    """Half the width of the 95 % interval of the change between the first and the last evaluation."""
+    first, last = run.evaluations[0], run.evaluations[-1]
+    key = run.measure.key
+    count = int(last.get("eval_problems") or run.recipe.get("training", {}).get("eval_problems", 500))
+    if run.measure.percent:
+        return math.hypot(binomial(first[key], count), binomial(last[key], count))
+    return math.hypot(*(1.96 * record["eval/reward_std"] / math.sqrt(count) for record in (first, last)))
 
 
 def nothing_recorded(run: Run) -> Finding | None:
@@ -210,8 +222,11 @@ def zero_variance_groups(run: Run) -> Finding | None:
     share = run.last("groups/zero_variance", max(5, len(run.steps) // 4))
     if not share > 0.5 or constant_reward(run) is not None:
         return None
+    graded = not run.values("groups/all_correct")
     right, wrong = run.last("groups/all_correct"), run.last("groups/all_wrong")
     which = f"{right:.0%} of the groups are all correct and {wrong:.0%} all wrong"
+    if graded:
+        which = f"In {run.last('groups/equal'):.0%} of the groups all completions have the same reward"
     if right > wrong and run.last("eval/pass@1", 1) > 0.9:
         return Finding(
             kind="healthy",
@@ -224,7 +239,9 @@ def zero_variance_groups(run: Run) -> Finding | None:
         return Finding(kind="watch", title="Dynamic sampling discards most groups", text=text, figure="groups")
     if not run.last("utilisation") < 0.6:
         return None  # A critic, a reward history or step rewards give advantages to zero-variance groups too.
-    if wrong > right:
+    if graded:
+        text = f"{which}. Such zero-variance groups give no gradient. Use a larger group_size, or a reward that tells more answers apart."
+    elif wrong > right:
         text = f"{which}. Such zero-variance groups give no gradient. Use easier problems, a larger group_size or a better initial model."
     else:
         text = f"{which}. Such zero-variance groups give no gradient. Use harder problems or dynamic sampling (DAPO)."
@@ -248,15 +265,19 @@ def sampler_mismatch(run: Run) -> Finding | None:
 
 
 def length_growth(run: Run) -> Finding | None:
-    """Report completions that grow while held-out accuracy does not."""
+    """Report completions that grow while held-out results do not."""
     first, last = run.first("length/mean"), run.last("length/mean")
-    scores = run.values("eval/pass@1")
-    if len(scores) < 3 or not last > 2 * first or scores[-1] - scores[0] > 0.02:
+    scores = run.values(run.measure.key)
+    if (
+        len(scores) < 3
+        or not last > 2 * first
+        or scores[-1] - scores[0] > (0.02 if run.measure.percent else noise_of_change(run))
+    ):
         return None
     return Finding(
         kind="watch",
-        title="Completions grew, accuracy did not",
-        text=f"The mean completion length grew from {first:.0f} to {last:.0f} tokens while held-out pass@1 did not rise.",
+        title=f"Completions grew, {'accuracy' if run.measure.percent else 'the mean reward'} did not",
+        text=f"The mean completion length grew from {first:.0f} to {last:.0f} tokens while the held-out {run.measure.name} did not rise.",
         figure="length",
     )
 

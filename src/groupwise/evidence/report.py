@@ -12,10 +12,11 @@ import vl_convert
 
 from groupwise.config import dump
 from groupwise.errors import UserError
-from groupwise.evidence.figures import Figure, draw_all
+from groupwise.evidence.charts import Figure
+from groupwise.evidence.figures import draw_all
 from groupwise.evidence.findings import Finding, findings, worst_first
 from groupwise.evidence.page import asset, embed, embed_script, render, write
-from groupwise.evidence.runs import Run, by_setting
+from groupwise.evidence.runs import Measure, Run, by_setting, measure
 from groupwise.evidence.statistics import interval
 
 SHOWN_GROUPS, SHOWN_COMPLETIONS = 6, 4
@@ -31,6 +32,7 @@ def write_page(runs: Sequence[Run], out: Path) -> list[Finding]:
         "report.html",
         title=" · ".join(groups),
         summary=summary(groups),
+        measure=measure(runs).name,
         findings=list(found.items()),
         several=len(groups) > 1,
         figures=figures,
@@ -75,6 +77,7 @@ def write_pictures(runs: Sequence[Run], directory: Path) -> list[Path]:
 def summary(groups: dict[str, list[Run]]) -> list[dict[str, str]]:
     """The rows of the table at the top of the page, one per setting: steps, accuracy before and after, completions, seconds."""
     rows = []
+    scored = measure(run for runs in groups.values() for run in runs)
     for name, runs in groups.items():
         seconds = [run.cumulative[max(run.cumulative)][1] for run in runs]
         rollouts = [run.cumulative[max(run.cumulative)][0] for run in runs]
@@ -83,8 +86,8 @@ def summary(groups: dict[str, list[Run]]) -> list[dict[str, str]]:
                 "setting": name,
                 "runs": str(len(runs)),
                 "steps": str(max((run.steps[-1]["step"] for run in runs if run.steps), default=0)),
-                "before": _percent([run.first("eval/pass@1", 1) for run in runs]),
-                "after": _percent([run.last("eval/pass@1", 1) for run in runs if len(run.evaluations) > 1]),
+                "before": _mean(scored, [run.first(scored.key, 1) for run in runs]),
+                "after": _mean(scored, [run.last(scored.key, 1) for run in runs if len(run.evaluations) > 1]),
                 "rollouts": f"{sum(rollouts) / len(runs):,.0f}",
                 "seconds": f"{sum(seconds) / len(runs):,.0f}",
             }
@@ -92,13 +95,13 @@ def summary(groups: dict[str, list[Run]]) -> list[dict[str, str]]:
     return rows
 
 
-def _percent(values: list[float]) -> str:
-    """Their mean over seeds in percent, with its 95 % interval if there are several."""
+def _mean(scored: Measure, values: list[float]) -> str:
+    """Their mean over seeds, with its 95 % interval if there are several."""
     known = [value for value in values if not math.isnan(value)]
     if not known:
         return "–"
     mean = interval(known)
-    return f"{mean.mean:.1%}" + ("" if math.isnan(mean.half) else f" ± {mean.half:.1%}")
+    return scored.text(mean.mean) + ("" if math.isnan(mean.half) else f" ± {scored.text(mean.half)}")
 
 
 def readable_completions(run: Run) -> list[dict[str, Any]]:
@@ -129,9 +132,10 @@ def readable_completions(run: Run) -> list[dict[str, Any]]:
         by_group: dict[int, list[list[dict[str, Any]]]] = {}
         for (group, _), tokens in rows.items():
             by_group.setdefault(group, []).append(tokens)
-        mixed_first = sorted(by_group, key=lambda group: len({tokens[0]["correct"] for tokens in by_group[group]}) == 1)
+        mixed_first = sorted(by_group, key=lambda group: len({tokens[0]["reward"] for tokens in by_group[group]}) == 1)
         for group in mixed_first[:SHOWN_GROUPS]:
-            ranked = sorted(by_group[group], key=lambda tokens: -tokens[0]["reward"])
+            scored = [tokens for tokens in by_group[group] if tokens[0]["reward"] is not None]
+            ranked = sorted(scored, key=lambda tokens: -tokens[0]["reward"])
             half = SHOWN_COMPLETIONS // 2
             picked = ranked if len(ranked) <= SHOWN_COMPLETIONS else ranked[:half] + ranked[-half:]
             shown.append(

@@ -28,6 +28,26 @@ RENAMED = {
 """Metric name of earlier versions -> metric name now."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
+    """What held-out results are measured by: the pass rate where the task says what is right, else the mean reward."""
+
+    key: str
+    """Its metric."""
+    name: str
+    """In a sentence, after "held-out"."""
+    percent: bool
+    """Whether it is a share."""
+
+    def text(self, value: float) -> str:
+        """A value of it, for a person to read."""
+        return f"{value:.1%}" if self.percent else f"{value:.3g}"
+
+
+PASS_RATE = Measure(key="eval/pass@1", name="pass@1", percent=True)
+MEAN_REWARD = Measure(key="eval/reward", name="mean reward", percent=False)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """The recipe and the metrics that a run recorded, and access to its tokens."""
@@ -46,6 +66,11 @@ class Run:
     @property
     def algorithm(self) -> str:
         return str(self.recipe.get("algorithm", {}).get("name", "?"))
+
+    @property
+    def measure(self) -> Measure:
+        """What its held-out results are measured by."""
+        return measure([self])
 
     def series(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of each record that has the metric."""
@@ -125,8 +150,14 @@ def open_run(path: Path) -> Run:
         path=path,
         recipe=tree,
         steps=[record for record in records if "reward/mean" in record],
-        evaluations=[record for record in records if "eval/pass@1" in record],
+        evaluations=[record for record in records if PASS_RATE.key in record or MEAN_REWARD.key in record],
     )
+
+
+def measure(runs: Iterable[Run]) -> Measure:
+    """What the held-out results of all these runs can be measured by."""
+    graded = any(run.values(MEAN_REWARD.key) and not run.values(PASS_RATE.key) for run in runs)
+    return MEAN_REWARD if graded else PASS_RATE
 
 
 def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -23,8 +23,8 @@ from pydantic import Field, ValidationError
 
 from groupwise.config import Recipe, Section, SftRecipe, Source, explain, find_recipe, load
 from groupwise.errors import UserError, nearest
-from groupwise.evidence.figures import data
-from groupwise.evidence.runs import Run, finite, open_run
+from groupwise.evidence.charts import data
+from groupwise.evidence.runs import Measure, Run, finite, measure, open_run
 from groupwise.evidence.statistics import Interval, interval, paired
 
 
@@ -231,7 +231,9 @@ class Row:
     name: str
     seeds: int
     scores: dict[int, float]
-    """Held-out pass@1 at the end, by seed."""
+    """Held-out score at the end, by seed."""
+    measure: Measure
+    """What the score is."""
     score: Interval
     change: Interval | None
     """Seed by seed, against the rung before or the first; None for the first."""
@@ -247,10 +249,11 @@ def compare(ladder: Ladder, jobs: Sequence[Job]) -> list[Row]:
     for job in jobs:
         if job.done:
             runs.setdefault(job.rung, {})[job.seed] = open_run(job.path)
+    scored = measure(run for found in runs.values() for run in found.values())
     rows: list[Row] = []
     for i, rung in enumerate(ladder.rungs):
         found = runs.get(i, {})
-        scores = {seed: run.last("eval/pass@1", 1) for seed, run in sorted(found.items())}
+        scores = {seed: run.last(scored.key, 1) for seed, run in sorted(found.items())}
         before = rows[i - 1 if ladder.cumulative else 0] if i else None
         shared = [seed for seed in scores if before and seed in before.scores]
         change = paired([before.scores[s] for s in shared], [scores[s] for s in shared]) if before and shared else None
@@ -261,6 +264,7 @@ def compare(ladder: Ladder, jobs: Sequence[Job]) -> list[Row]:
                 name=rung.name,
                 seeds=len(scores),
                 scores=scores,
+                measure=scored,
                 score=interval(finite(scores.values())),
                 change=change,
                 completions=_mean([rollouts for rollouts, _ in totals]),
@@ -276,11 +280,14 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-COLUMNS = ("", "seeds", "pass@1", "change", "completions", "seconds", "paper", "its change")
+def columns(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The headings of a comparison."""
+    score = rows[0].measure.name
+    return ("", "seeds", score, "change", "completions", "seconds", "paper", "its change")
 
 
 def cells(row: Row) -> list[str]:
-    """A row as text, in the order of `COLUMNS`; a change whose interval excludes zero is marked with a star."""
+    """A row as text, in the order of `columns`; a change whose interval excludes zero is marked with a star."""
     change = "" if row.change is None else f"{row.change.mean:+.3f}"
     if row.change is not None and not math.isnan(row.change.half):
         change += f" ± {row.change.half:.3f}{' *' if row.change.excludes_zero else ''}"
@@ -303,12 +310,12 @@ def as_markdown(ladder: Ladder, rows: Sequence[Row]) -> str:
         [
             f"# {ladder.title}",
             "",
-            "| " + " | ".join(COLUMNS) + " |",
-            "|" + "---|" * len(COLUMNS),
+            "| " + " | ".join(columns(rows)) + " |",
+            "|" + "---|" * len(columns(rows)),
             *("| " + " | ".join(cells(row)) + " |" for row in rows),
             "",
-            "pass@1 is on held-out problems; ± is Student's 95 % interval over seeds; changes are seed by seed against "
-            f"{against}, * where the interval excludes zero.{paper}",
+            f"{rows[0].measure.name} is on held-out problems; ± is Student's 95 % interval over seeds; changes are seed by seed "
+            f"against {against}, * where the interval excludes zero.{paper}",
             "",
         ]
     )
@@ -324,13 +331,14 @@ def picture(ladder: Ladder, rows: Sequence[Row]) -> Any:
         if not math.isnan(row.score.half)
     ]
     y = alt.Y("rung:N", sort=order, title=None, axis=alt.Axis(labelLimit=300))
-    axis = alt.Axis(format="%")
+    scored = rows[0].measure
+    axis = alt.Axis(format="%") if scored.percent else alt.Axis()
     points = (
         alt.Chart(data(dots))
         .mark_circle(size=45, opacity=0.5)
         .encode(
             y=y,
-            x=alt.X("score:Q", title="held-out pass@1", scale=alt.Scale(zero=False), axis=axis),
+            x=alt.X("score:Q", title=f"held-out {scored.name}", scale=alt.Scale(zero=False), axis=axis),
             tooltip=["seed:N", "score:Q"],
         )
     )

@@ -1,6 +1,7 @@
 """Pass rates on held-out problems."""
 
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ class Evaluation:
     """Held-out results, and the answers they came from, problem by problem."""
 
     metrics: dict[str, float]
-    """eval/pass@1 (mean over samples, so also avg@k) and eval/pass@k where the task says what is right, eval/reward,
+    """eval/pass@1 (mean over samples, so also avg@k) and eval/pass@k where the task says what is right, eval/reward and its
+    standard deviation over problems, eval/reward_std,
     eval/length, eval/truncated, eval/grade_N; eval/failed where a completion could not be scored."""
     groups: Sequence[Group]
     """The answers, in the order of the problems."""
@@ -35,9 +37,11 @@ def evaluate(rollouts: Rollouts, problems: Sequence[Problem], *, samples: int = 
     every = [completion for group in groups for completion in group.completions]
     failed = sum(len(group.scores) - len(group.scored) for group in groups)
     graded = any(score.correct is None for group in scored for score in group.scored)
+    rewards = [_mean([score.reward for score in group.scored]) for group in scored]
     metrics = {
         **({} if graded else _pass_rates(scored, samples)),
-        "eval/reward": _mean([_mean([score.reward for score in group.scored]) for group in scored]),
+        "eval/reward": _mean(rewards),
+        "eval/reward_std": statistics.stdev(rewards) if len(rewards) > 1 else 0.0,
         "eval/length": _mean([len(completion.tokens) for completion in every]),
         "eval/truncated": _mean([completion.stop == "length" for completion in every]),
         **({"eval/failed": failed / len(every)} if failed else {}),

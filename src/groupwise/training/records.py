@@ -118,7 +118,7 @@ def token_columns(
         "prompt": pa.array(of_rows(prompts)).dictionary_encode(),
         "token": pa.array(batch.tokens_BT[inside_BT].numpy(), pa.int32()),
         "text": pa.array([texts[token] for token in batch.tokens_BT[inside_BT].tolist()]).dictionary_encode(),
-        "reward": pa.array(of_rows([score.reward for score in scores]), pa.float32()),
+        "reward": pa.array(of_rows([score.reward if score.failure is None else None for score in scores]), pa.float32()),
         "correct": pa.array(of_rows([score.correct for score in scores])),
         "stop": pa.array(of_rows([completion.stop for completion in completions])).dictionary_encode(),
         "trained": pa.array(batch.mask_BT[inside_BT].numpy()),

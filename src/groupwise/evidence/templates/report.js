@@ -57,8 +57,8 @@ function asElement(completion, quantity) {
   box.className = "completion";
   const head = document.createElement("p");
   head.className = "soft";
-  const verdict = completion.correct ? "correct" : "wrong";
-  head.textContent = `${verdict}, reward ${completion.reward}${completion.stop === "length" ? ", truncated" : ""}`;
+  const verdict = { true: "correct, ", false: "wrong, ", null: "" }[completion.correct];
+  head.textContent = `${verdict}reward ${completion.reward}${completion.stop === "length" ? ", truncated" : ""}`;
   const tokens = document.createElement("div");
   tokens.className = "tokens";
   completion.text.forEach((text, i) => {
