@@ -12,7 +12,7 @@ import groupwise
 ROOT = Path(groupwise.__file__).parent
 LEVELS = [
     {"algorithms"},
-    {"errors", "seeding"},
+    {"errors", "seeding", "kept"},
     {"types", "plugins", "kernels"},
     {"config"},
     {"models"},

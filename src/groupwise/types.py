@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 import torch
 from torch import Tensor
 
+from groupwise.kept import KeptTokens
+
 Message = Mapping[str, Any]
 """One message of a conversation: "role", "content", and whatever else the model's chat template reads."""
 
@@ -100,14 +102,18 @@ class Completion:
     """Who said what, in order and without gaps; empty: all of it is one turn of the policy."""
     messages: tuple[Message, ...] = ()
     """The completion as messages, those of tools included; empty: one of the assistant, with `text` as its content."""
+    kept: KeptTokens | None = None
+    """What top-k, top-p and min-p left to draw each token from; None: there were no limits, or the sampler does not say."""
     handle: int | None = None
     """What a later request names in `Request.continues`, so that the sampler reuses the keys and values of this completion."""
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> "Completion":
         """The completion that `dataclasses.asdict` made a tree of."""
-        versions = tuple(VersionSpan(**span) for span in tree["versions"])
-        return cls(**{**tree, "versions": versions, "turns": tuple(Turn(**turn) for turn in tree["turns"])})
+        kept = tree.get("kept")
+        turns, versions = (Turn(**turn) for turn in tree["turns"]), (VersionSpan(**span) for span in tree["versions"])
+        changes = {"versions": tuple(versions), "turns": tuple(turns), "kept": None if kept is None else KeptTokens(**kept)}
+        return cls(**{**tree, **changes})
 
     @property
     def oldest_version(self) -> int:
@@ -211,6 +217,12 @@ class Batch:
     """bool [B, T], True where a token is trained on."""
     rollout_logprobs_BT: Tensor
     """float32 [B, T], as sampled; 0 after the row's end."""
+    kept: tuple[KeptTokens | None, ...] = ()
+    """The kept sets of each row's tokens, on the CPU; empty where no row has any."""
+
+    def kept_tokens(self) -> KeptTokens | None:
+        """The kept sets of all tokens, row after row, without padding; None where no row has any."""
+        return KeptTokens.join(self.kept, self.lengths_B.tolist()) if self.kept else None
 
     def __len__(self) -> int:
         return len(self.tokens_BT)
@@ -225,6 +237,7 @@ class Batch:
             "group_ids_B": torch.searchsorted(self.group_ids_B.new_tensor(kept), self.group_ids_B[rows]),
             "rows_B": self.rows_B[rows],
             "lengths_B": self.lengths_B[rows],
+            "kept": tuple(self.kept[row] for row in rows.tolist()) if self.kept else (),
             **{name: value[rows, :length] for name, value in per_token.items() if value is not None},
         }
         return replace(self, **changes)

@@ -111,7 +111,8 @@ def check(recipe: Annotated[str, typer.Argument(help="A TOML file, or a shipped 
             **ready.model.backends(),
             **({"bfloat16": text} if (text := ready.bfloat16()) else {}),
             "a step": f"{settings.rollouts.prompts_per_step} prompts x {settings.rollouts.group_size} = {rows} completions, "
-            f"at most {rows * settings.rollouts.max_tokens:,} tokens, {settings.learner.minibatches} updates",
+            f"at most {rows * settings.rollouts.max_tokens:,} tokens, "
+            f"{settings.rollouts.epochs * settings.learner.minibatches} updates",
         }
         table = Table.grid(padding=(0, 2))
         for name, value in facts.items():

@@ -44,6 +44,8 @@ class RolloutsSection(Section):
     """The inference engine: "native", or a function of yours, "file.py:name", of ([rollouts], LanguageModel, tokenizer)."""
     group_size: Count = 16
     prompts_per_step: Count = 32
+    epochs: Count = 1
+    """Passes over a rollout batch (GRPO's mu), each in `learner.minibatches` optimiser updates and an order of its own."""
     max_tokens: Count = 64
     """Completion tokens, the end-of-sequence token included."""
     temperature: Positive = 1.0
@@ -78,7 +80,7 @@ class LearnerSection(Section):
 
     learning_rate: NotNegative = 1e-4
     minibatches: Count = 4
-    """Optimiser updates per rollout batch."""
+    """Optimiser updates in each pass over a rollout batch."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Optimiser updates over which the learning rate rises from 0."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"

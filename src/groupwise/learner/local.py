@@ -62,7 +62,7 @@ class LocalLearner:
     def build(cls, recipe: "Recipe", algorithm: Algorithm, model: LanguageModel) -> "LocalLearner":
         """The learner of a recipe, with a frozen copy of the base model as reference, and another with a value head as critic,
         where the algorithm needs them."""
-        updates = recipe.training.steps * recipe.learner.minibatches
+        updates = recipe.training.steps * recipe.rollouts.epochs * recipe.learner.minibatches
 
         def base() -> LanguageModel:
             return LanguageModel.load(recipe.model.path, dtype=model.dtype, device=model.device, backend=recipe.model.backend)

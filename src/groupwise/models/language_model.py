@@ -161,7 +161,8 @@ class LanguageModel:
     def completion_logprobs(
         self, batch: Batch, *, temperature: float = 1.0, share_prompts: bool = True, entropy_gradient: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """The log-probability of each completion token, and the entropy of the distribution it was drawn from.
+        """The log-probability of each completion token, and the entropy of the distribution it was drawn from; both within its
+        kept set, where the batch has one (sampling replay).
 
         Args:
             batch: the rows.
@@ -176,7 +177,8 @@ class LanguageModel:
         inside_BT = inside_rows(batch)
         targets_N = batch.tokens_BT[inside_BT]
         copies = self.bfloat16.copies
-        logprobs_N, entropy_N = token_logprobs(self.module, hidden_NH, targets_N, temperature, entropy_gradient, copies)
+        kept = batch.kept_tokens()
+        logprobs_N, entropy_N = token_logprobs(self.module, hidden_NH, targets_N, temperature, entropy_gradient, copies, kept)
         zeros_BT = torch.zeros(batch.tokens_BT.shape, device=logprobs_N.device)
         return zeros_BT.masked_scatter(inside_BT, logprobs_N), zeros_BT.masked_scatter(inside_BT, entropy_N)
 

@@ -28,6 +28,11 @@ class Sampling:
     stop_tokens: tuple[int, ...] = ()
     """Token ids that end a completion, in addition to the end-of-sequence token."""
 
+    @property
+    def is_limited(self) -> bool:
+        """Whether it may leave tokens of the vocabulary out; completions then need `Completion.kept`."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Request:

@@ -89,13 +89,6 @@ def check_together(recipe: Recipe, algorithm: Algorithm, source: Source) -> None
         raise source.error(
             "learner.minibatches", f"a minibatch holds whole groups, and a step has {rollouts.prompts_per_step} of them"
         )
-    limited = rollouts.top_p < 1 or rollouts.top_k > 0 or rollouts.min_p > 0
-    if limited and (learner.old_logprobs == "sampler" or algorithm.corrects_mismatch):
-        raise source.error(
-            "learner.old_logprobs" if learner.old_logprobs == "sampler" else "algorithm.correction",
-            "the sampler's log-probabilities are those of the distribution cut by top_p, top_k or min_p, "
-            "which the learner does not compute, so the two cannot be compared",
-        )
     if algorithm.corrects_mismatch and learner.old_logprobs == "sampler":
         raise source.error(
             "learner.old_logprobs",

@@ -13,6 +13,7 @@ from groupwise.errors import RunError
 from groupwise.rollouts.base import Sampling
 from groupwise.rollouts.groups import Rollouts
 from groupwise.seeding import derive
+from groupwise.training.kept_sets import check_kept
 from groupwise.types import Group, Outcome, Problem, Score
 
 LARGEST_ROUND = 4
@@ -90,6 +91,7 @@ class Collector:
             groups, seconds = self.rollouts.groups(problems, self.recipe.rollouts.group_size, seed)
             seen += groups
             for group in groups:
+                check_kept(group.completions, self.recipe, self.algorithm)
                 if group.scored and (not self.algorithm.dynamic_sampling or is_mixed(group, self.algorithm)):
                     kept.append((step, group))
                 else:

@@ -42,9 +42,8 @@ def in_float32(recipe: Recipe) -> bool:
     """Whether the recipe's sampler and learner compute the same distribution, but for float32's rounding."""
     rollouts = recipe.rollouts
     dtypes = recipe.model.dtype, recipe.learner.precision, rollouts.dtype, rollouts.cache_dtype
-    limited = rollouts.top_p < 1 or rollouts.top_k > 0 or rollouts.min_p > 0
     same_weights = rollouts.max_age == 0 and rollouts.sampler == "native"
-    return set(dtypes) <= {"float32", None} and same_weights and not limited
+    return set(dtypes) <= {"float32", None} and same_weights
 
 
 class Trainer:
@@ -125,7 +124,8 @@ class Trainer:
         self.check_gap(metrics.get("sampler_gap_mean", 0.0))
         training, kl_metrics = self.credit.assign(with_logprobs, collected.groups, rewards, policy_moved=self.learner.version > 0)
         self.remember_dropped(collected)
-        parts = minibatches(training, self.recipe.learner.minibatches, derive(self.recipe.seed, "minibatches", self.step))
+        settings, seed = self.recipe.learner, derive(self.recipe.seed, "minibatches", self.step)
+        parts = minibatches(training, settings.minibatches, seed, self.recipe.rollouts.epochs)
         record = tokens.append if self.tokens_are_due() else None
         updates = [self.learner.update(minibatch, record) for minibatch in parts]
         advantages = advantage_metrics(training.advantages_BT, training.mask_BT)
