@@ -266,3 +266,32 @@ def loss(
         "maxrl": (clipped(0.2, 0.2), "token_mean"),
     }[name]
     return total(mask, mode, ids, max_length, token)
+
+
+# --- truncated sampling -----------------------------------------------------------------------------------------------
+
+
+def limited(logits: Sequence[float], top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0) -> list[int]:
+    """The tokens that top-k, then top-p of what is left, then min-p leave, ascending."""
+    ranked = sorted(range(len(logits)), key=lambda j: -logits[j])
+    if top_k:
+        ranked = ranked[:top_k]
+    total = sum(math.exp(logits[j] - logits[ranked[0]]) for j in ranked)
+    nucleus, before = [], 0.0
+    for j in ranked:
+        if before < top_p:
+            nucleus.append(j)
+        before += math.exp(logits[j] - logits[ranked[0]]) / total
+    return sorted(j for j in nucleus if math.exp(logits[j] - logits[ranked[0]]) >= min_p)
+
+
+def replayed(logits: Sequence[Tensor], kept: Sequence[int], token: int) -> tuple[Tensor, Tensor]:
+    """(log-probability of the token, entropy) of the softmax over the kept tokens alone, arXiv 2512.02556 section 3.1."""
+    total = torch.zeros((), dtype=torch.float64)
+    for j in kept:
+        total = total + torch.exp(logits[j])
+    entropy = torch.zeros((), dtype=torch.float64)
+    for j in kept:
+        p = torch.exp(logits[j]) / total
+        entropy = entropy - p * torch.log(p)
+    return logits[token] - torch.log(total), entropy

@@ -92,7 +92,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
         [],
         ["--set", "algorithm.name=grpo", "--set", "learner.warmup_steps=3"],
         ["--set", "algorithm.name=dcpo", "--set", "task.problems=24"],
-        ["--set", "rollouts.max_age=2", "--set", "learner.old_logprobs=sampler"],
+        ["--set", "rollouts.max_age=2", "--set", "learner.old_logprobs=sampler", "--set", "rollouts.top_p=0.8"],
         ["--set", "algorithm.name=ppo", "--set", "algorithm.kl_target=1e-3"],
     ],
 )
