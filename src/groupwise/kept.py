@@ -31,7 +31,7 @@ class KeptTokens:
         """The record, on the CPU, of sets that are given as bool [T, V], True where a token was kept."""
         T, V = kept_TV.shape
         size = -(-V // BITS)
-        counts_T = kept_TV.sum(1)
+        counts_T = kept_TV.view(torch.uint8).sum(1, dtype=torch.int32)  # half the time of a sum of bool
         lengths_T = torch.where(counts_T == V, 0, counts_T.clamp(max=size))
         ends_T = lengths_T.cumsum(0)
         is_list_T = (counts_T < size)[:, None]

@@ -47,7 +47,9 @@ class KeptTokensTable:
         """Add the kept set of the next token of each slot, from those of these tokens."""
         words, start = kept.words.numpy().tobytes(), 0
         for slot, end in zip(slots, kept.ends.tolist(), strict=True):
-            row, ends, _ = self._rows.setdefault(slot, (array("i"), array("q"), kept.vocabulary))
+            if slot not in self._rows:
+                self._rows[slot] = array("i"), array("q"), kept.vocabulary
+            row, ends, _ = self._rows[slot]
             row.frombytes(words[4 * start : 4 * end])
             ends.append(len(row))
             start = end
