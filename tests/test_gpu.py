@@ -353,3 +353,19 @@ def test_float32_samples_have_the_learners_logprobs(architecture: str, character
     with torch.no_grad():
         logprobs_BT = model.completion_logprobs(batch.to(DEVICE))[0].cpu()
     torch.testing.assert_close(logprobs_BT, batch.rollout_logprobs_BT, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.95])
+def test_truncated_sampling_is_replayed_as_on_a_cpu(top_p: float, characters: Any) -> None:
+    """The sampler's log-probabilities over its kept sets are the learner's, whose gradients are those of a CPU."""
+    model = LanguageModel(tiny("qwen3", characters, FLOAT32))
+    prompts, groups = sampled(model, characters, top_p=top_p)
+    batch = replace(as_batch(prompts, groups), kept=tuple(row.kept for group in groups for row in group))
+    on_cpu = LanguageModel(copy.deepcopy(model.module).cpu())
+    ours_BT, _ = model.completion_logprobs(batch.to(DEVICE))
+    theirs_BT, _ = on_cpu.completion_logprobs(batch)
+    torch.testing.assert_close(ours_BT.detach().cpu(), batch.rollout_logprobs_BT, rtol=0, atol=1e-3)
+    torch.testing.assert_close(ours_BT.detach().cpu(), theirs_BT.detach(), rtol=0, atol=1e-3)
+    ours, theirs = gradients(model.module, weighted(ours_BT)), gradients(on_cpu.module, weighted(theirs_BT))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert error(mine.cpu(), other) < 1e-3

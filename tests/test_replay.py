@@ -22,7 +22,7 @@ from tests import reference
 from tests.conftest import owned, tiny_model
 from tests.test_cli import run
 from tests.test_head import Wrapped, model_of
-from tests.test_learner import gradient, random_batch
+from tests.test_learner import gradient, plain_logprobs, random_batch
 from tests.test_sampler import PROMPTS, as_batch, sample
 from tests.test_training import metrics_of
 
@@ -200,6 +200,20 @@ def test_the_learners_logprobs_are_the_samplers(any_model: Any, tokenizer: Any, 
     _, whole = learner.compute_logprobs(replace(batch, kept=()))
     assert whole["sampler_gap_mean"] > 1e-3
     assert metrics["entropy"] < whole["entropy"]
+
+
+def test_the_reference_is_not_truncated(tokenizer: Any) -> None:
+    """With the policy as its own reference, a token's log-ratio is minus the log of the mass that top_p left it."""
+    model = tiny_model("qwen3", tokenizer)
+    batch = replace(as_batch(groups := sample(model, tokenizer, top_p=0.8)), kept=tuple(c.kept for g in groups for c in g))
+    learner = LocalLearner(
+        owned(model), named("grpo"), LearnerSection(), updates=1, temperature=1.0, max_tokens=12, reference=owned(model)
+    )
+    computed, _ = learner.compute_logprobs(batch)
+    assert computed.ref_logprobs_BT is not None
+    torch.testing.assert_close(computed.ref_logprobs_BT, plain_logprobs(model, batch), rtol=0, atol=5e-5)
+    kept_mass = (computed.ref_logprobs_BT - computed.old_logprobs_BT).exp()[batch.mask_BT]
+    assert kept_mass.min() > 0.8 - 1e-4 and kept_mass.max() < 1 + 1e-4 and kept_mass.min() < 0.95
 
 
 @pytest.mark.parametrize("limits", LIMITS, ids=str)

@@ -215,7 +215,7 @@ def test_dynamic_sampling_gives_up_with_a_report(tmp_path: Path) -> None:
     assert list((tmp_path / "run" / "checkpoints").glob("step-000000/state.pt"))
 
 
-@pytest.mark.parametrize("name", [*NAMED, "default"])
+@pytest.mark.parametrize("name", [*NAMED, "default", "grpo-top-p", "grpo-epochs"])
 def test_every_shipped_recipe_runs_two_steps(tmp_path: Path, name: str) -> None:
     small = ["training.steps=2", "training.eval_problems=10", "rollouts.prompts_per_step=4", "rollouts.group_size=8"]
     result = run("train", name, "--out", tmp_path / "run", *(part for item in small for part in ("--set", item)))

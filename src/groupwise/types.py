@@ -261,7 +261,7 @@ class LogprobBatch(Batch):
     old_logprobs_BT: Tensor
     """float32 [B, T], the policy at the start of the step."""
     ref_logprobs_BT: Tensor | None = None
-    """float32 [B, T], the frozen reference; None where the algorithm uses none."""
+    """float32 [B, T], the frozen reference, over the whole vocabulary; None where the algorithm uses none."""
     values_BT: Tensor | None = None
     """float32 [B, T], the critic's values; None where the algorithm has none."""
 

@@ -1,6 +1,7 @@
 """The learner in this process, on one device."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -100,7 +101,9 @@ class LocalLearner:
             # Nothing is recomputed: minus the log-probability of a sampled token is an unbiased estimate of the entropy.
             old_BT, entropy_BT, metrics = batch.rollout_logprobs_BT, -batch.rollout_logprobs_BT, {}
         metrics["entropy"] = float(entropy_BT[mask_BT].mean())
-        ref_BT = self._logprobs(self.reference, batch)[0] if self.reference is not None else None
+        # The reference is not truncated: within the policy's kept sets it would agree with any policy sure of a token, and the
+        # KL could not hold it.
+        ref_BT = self._logprobs(self.reference, replace(batch, kept=()))[0] if self.reference is not None else None
         values_BT = self._values(self.critic, batch) if self.critic is not None else None
         for name, found in (("the policy", old_BT), ("the reference", ref_BT), ("the critic", values_BT)):
             if found is not None and not torch.isfinite(found).all():
