@@ -18,7 +18,7 @@ from groupwise.models import Chat, LanguageModel
 from groupwise.rollouts.groups import Rollouts
 from groupwise.tasks.arithmetic import score_answer
 from groupwise.training.batching import make_batch, minibatches
-from groupwise.training.collect import Collector, is_mixed, sampling_of
+from groupwise.training.collect import Collector, is_selected, sampling_of
 from groupwise.training.credit import CreditAssigner, last_token, reward_parts, step_positions
 from groupwise.types import Completion, Group, LogprobBatch, Problem, Score, TrainingBatch, VersionSpan, upgrade
 from tests.test_cli import run
@@ -390,12 +390,12 @@ def test_the_kl_coefficient_waits_for_the_first_update() -> None:
 
 
 @pytest.mark.parametrize("in_baseline", [False, True])
-def test_a_group_that_is_mixed_only_through_a_truncated_answer_does_not_fill_the_batch(in_baseline: bool) -> None:
+def test_a_group_that_is_selected_only_through_a_truncated_answer_does_not_fill_the_batch(in_baseline: bool) -> None:
     filtered = named("dapo", overlong_filter=True, overlong_in_baseline=in_baseline)
     only_truncated_wrong = make_group([1, 1, 0], [2, 3, 8], [False, False, True])
-    assert is_mixed(only_truncated_wrong, named("dapo"))
-    assert is_mixed(only_truncated_wrong, filtered) == in_baseline  # in the baseline it gives the others an advantage
-    assert not is_mixed(make_group([1, 0], [8, 8], [True, True]), filtered)
+    assert is_selected(only_truncated_wrong, named("dapo"))
+    assert is_selected(only_truncated_wrong, filtered) == in_baseline  # in the baseline it gives the others an advantage
+    assert not is_selected(make_group([1, 0], [8, 8], [True, True]), filtered)
 
 
 def collector_of(script: Any, tokenizer: Any, recipe: Recipe, algorithm: Any) -> Collector:
