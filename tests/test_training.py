@@ -94,6 +94,17 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
         ["--set", "algorithm.name=dcpo", "--set", "task.problems=24"],
         ["--set", "rollouts.max_age=2", "--set", "learner.old_logprobs=sampler"],
         ["--set", "algorithm.name=ppo", "--set", "algorithm.kl_target=1e-3"],
+        ["--set", "algorithm.allocation=thompson", "--set", "algorithm.candidates=2", "--set", "task.problems=40"],
+        [
+            "--set",
+            "algorithm.name=gdpo",
+            "--set",
+            "task.steps_weight=0.5",
+            "--set",
+            "algorithm.allocation=hit_utility",
+            "--set",
+            "task.problems=24",
+        ],
     ],
 )
 def test_same_seed_same_bits_also_across_a_resume(tmp_path: Path, extra: list[str]) -> None:
@@ -210,12 +221,16 @@ def test_dynamic_sampling_gives_up_with_a_report(tmp_path: Path) -> None:
     )
     result = run("train", recipe, "--out", tmp_path / "run")
     assert result.exit_code == 1
-    assert "0 mixed groups after 3 rounds" in result.stderr
+    assert "0 groups to train on after 3 rounds" in result.stderr
     assert "and 18 prompts: 18 all wrong" in result.stderr
     assert list((tmp_path / "run" / "checkpoints").glob("step-000000/state.pt"))
 
 
-@pytest.mark.parametrize("name", [*NAMED, "default"])
+METHODS = ["opsm", "band", "mopps", "hora"]
+"""Recipes of parts that no named algorithm has."""
+
+
+@pytest.mark.parametrize("name", [*NAMED, *METHODS, "default"])
 def test_every_shipped_recipe_runs_two_steps(tmp_path: Path, name: str) -> None:
     small = ["training.steps=2", "training.eval_problems=10", "rollouts.prompts_per_step=4", "rollouts.group_size=8"]
     result = run("train", name, "--out", tmp_path / "run", *(part for item in small for part in ("--set", item)))

@@ -129,7 +129,11 @@ class Collector:
         return min(LARGEST_ROUND * wanted, math.ceil(missing / max(self.keep_rate, 1 / LARGEST_ROUND)))
 
     def _draw(self, count: int, seed: int) -> tuple[list[Problem], list[int]]:
-        """The problems that the algorithm allocates completions to, and how many each: `group_size` on average."""
+        """The problems that the algorithm allocates completions to, and how many each: `group_size` on average.
+
+        Raises:
+            RunError: an allocation of the user's own gave away more or less.
+        """
         ahead = math.ceil(count * getattr(self.algorithm.allocation, "candidates", 1))
         problems = [self.rollouts.task.problem(self.position + i, self.recipe.seed) for i in range(ahead)]
         self.position += ahead
@@ -141,6 +145,10 @@ class Collector:
             seed=seed,
         )
         chosen = self.algorithm.allocation(candidates)
+        if len(chosen) != count or sum(n for _, n in chosen) != candidates.completions:
+            given = f"{sum(n for _, n in chosen)} completions to {len(chosen)} prompts"
+            name = self.algorithm.choice("allocation")
+            raise RunError(f"the allocation {name} gave {given}, and not {candidates.completions} to {count}")
         return [problems[i] for i, _ in chosen], [n for _, n in chosen]
 
     def _remember(self, groups: Sequence[Group]) -> None:
