@@ -416,6 +416,15 @@ def test_an_allocation_refuses_rewards_that_are_no_share_of_a_success(tokenizer:
         collector.collect(0)
 
 
+def test_an_allocation_that_gives_away_too_much_is_refused(tokenizer: Any) -> None:
+    def generous(given: Candidates) -> list[tuple[int, int]]:
+        return [(i, 7) for i in range(given.count)]
+
+    collector = collector_of(Dice([0.5]), tokenizer, named("grpo", allocation=generous))
+    with pytest.raises(RunError, match=r"generous gave 21 completions to 3 prompts, and not 18 to 3"):
+        collector.collect(0)
+
+
 def test_dynamic_sampling_fills_the_batch_with_graded_rewards(tokenizer: Any) -> None:
     """DAPO on a reward that says nothing about right and wrong: groups whose rewards differ, and none of the others."""
     collected = collector_of(Dice([0.0, 0.5, 1.0], graded=True), tokenizer, named("dapo")).collect(0)
@@ -492,7 +501,7 @@ def test_minibatches_of_ragged_groups_hold_whole_groups_each_once() -> None:
             assert set(counted.values()) <= whole and len(part.prompts) == len(counted)
 
 
-def test_a_users_own_selection_and_allocation_are_tried_first() -> None:
+def test_a_users_own_selection_and_allocation() -> None:
     """They are parts as the others: a function, called with `Results` and with `Candidates`."""
 
     def first_only(given: Candidates) -> list[tuple[int, int]]:
