@@ -1,7 +1,7 @@
 """How much better each completion, or token, was than expected.
 
 The critic-free estimates compare the completions of one prompt (GRPO, arXiv 2402.03300, section 4.1.2 and 4.1.3; RLOO,
-arXiv 2402.14740; DCPO, arXiv 2509.02333); `gae` uses a critic's values (arXiv 1506.02438).
+arXiv 2402.14740; DCPO, arXiv 2509.02333; GDPO, arXiv 2601.05242); `gae` uses a critic's values (arXiv 1506.02438).
 """
 
 from collections.abc import Mapping, Sequence
@@ -86,6 +86,38 @@ def leave_one_out_advantages(rewards_B: Tensor, group_ids_B: Tensor) -> Tensor:
     sums_B = group_sums(rewards_B, group_B, len(ids))[group_B]
     advantages_B = rewards_B - (sums_B - rewards_B) / (counts_B - 1).clamp(min=1)
     return torch.where(_has_variance_B(rewards_B, group_B, len(ids)), advantages_B, 0)
+
+
+def decoupled_advantages(
+    components_BK: Tensor, group_ids_B: Tensor, weights_K: Tensor, *, ddof: int = 1, eps: float = 1e-6
+) -> Tensor:
+    """Each reward normalised within the group, their weighted sum normalised over the batch (GDPO, arXiv 2601.05242, eq. 4-6).
+
+    The weighted sums of a group add up to 0, and so do the batch's: what the paper subtracts as the batch's mean is rounding.
+
+    Args:
+        components_BK: float [B, K], one reward a column; NaN where it does not apply to the completion, which then counts in no
+            mean and no deviation of that reward.
+        group_ids_B: int [B].
+        weights_K: float [K], what each normalised reward counts.
+        ddof, eps: as in `group_advantages`, for the deviations of groups and of the batch.
+
+    Returns:
+        float [B]; exact zeros where no reward with a weight differs within the group.
+    """
+    _, group_B = torch.unique(group_ids_B, return_inverse=True)
+    groups = int(group_B.max()) + 1 if len(group_B) else 0
+    sums_B = torch.zeros(len(group_B), dtype=components_BK.dtype, device=components_BK.device)
+    varied_B = torch.zeros(len(group_B), dtype=torch.bool, device=components_BK.device)
+    for values_B, weight in zip(components_BK.unbind(1), weights_K.tolist(), strict=True):
+        rows = (~values_B.isnan()).nonzero()[:, 0]
+        if weight == 0 or not len(rows):
+            continue
+        sums_B[rows] += weight * group_advantages(values_B[rows], group_B[rows], ddof=ddof, eps=eps)
+        varied_B[rows] |= _has_variance_B(values_B[rows], group_B[rows], groups)
+    if not varied_B.any() or len(sums_B) <= ddof:
+        return torch.zeros_like(sums_B)
+    return torch.where(varied_B, (sums_B - sums_B.mean()) / (sums_B.std(correction=ddof) + eps), 0)
 
 
 def process_advantages(

@@ -27,6 +27,12 @@ class Outcomes:
     """B identities of prompts, the same at each visit."""
     mask_BT: Tensor
     """bool [B, T], True where a token is trained on."""
+    components_BK: Tensor | None = None
+    """float [B, K]: the parts of the task's reward and what the algorithm adds to it; NaN where one does not apply. The three
+    are given where the estimator needs "components"."""
+    component_names: Sequence[str] = ()
+    component_weights_K: Tensor | None = None
+    """float [K]: the reward is the sum of its parts times these."""
     step_rewards: Sequence[Sequence[float]] | None = None
     step_ends: Sequence[Sequence[int]] | None = None
     """B lists each, as in `process_advantages`; None where the task scores no steps."""
@@ -55,7 +61,7 @@ class Estimator(Part):
     """Base of the advantage estimators below, each called with `Outcomes` to give `Credit`."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What it reads beyond a group's rewards: "steps", "critic", "history"."""
+    """What it reads beyond a group's rewards: "components", "steps", "critic", "history"."""
     per_token: ClassVar[bool] = False
     """Whether advantages differ between the tokens of a completion."""
     compares_group: ClassVar[bool] = False
@@ -103,6 +109,28 @@ class LeaveOneOut(Estimator):
 
     def __call__(self, outcomes: Outcomes) -> Credit:
         return Credit(advantages=advantages.leave_one_out_advantages(outcomes.rewards_B, outcomes.group_ids_B))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoupled(Estimator):
+    """`decoupled_advantages` over the components of the reward; a reward without components is one."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"components"})
+    compares_group: ClassVar[bool] = True
+    ddof: Literal[0, 1] = 1
+    advantage_eps: float = 1e-6
+
+    def contradictions(self) -> Iterable[tuple[str, bool, str]]:
+        yield one_of(self, "ddof", (0, 1))
+
+    def __call__(self, outcomes: Outcomes) -> Credit:
+        components_BK, weights_K = outcomes.components_BK, outcomes.component_weights_K
+        if components_BK is None or weights_K is None:
+            raise ValueError("rewards normalised one by one need the components of the rewards, and these have none")
+        values_B = advantages.decoupled_advantages(
+            components_BK, outcomes.group_ids_B, weights_K, ddof=self.ddof, eps=self.advantage_eps
+        )
+        return Credit(advantages=values_B)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

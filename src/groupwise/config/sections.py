@@ -43,6 +43,7 @@ class RolloutsSection(Section):
     sampler: str = "native"
     """The inference engine: "native", or a function of yours, "file.py:name", of ([rollouts], LanguageModel, tokenizer)."""
     group_size: Count = 16
+    """Completions of each prompt; their mean where `algorithm.allocation` gives prompts groups of different sizes."""
     prompts_per_step: Count = 32
     epochs: Count = 1
     """Passes over a rollout batch (GRPO's mu), each in `learner.minibatches` optimiser updates and an order of its own."""
@@ -67,11 +68,11 @@ class RolloutsSection(Section):
     max_rows: Count = 1024
     """Completions generated at once."""
     max_rounds: Count = 10
-    """Dynamic sampling: how often to generate before a step goes on with the mixed groups it has."""
+    """Dynamic sampling: how often to generate before a step goes on with the selected groups it has."""
     max_failed_groups: Count = 8
     """The run stops when scoring failed for every completion of so many groups in a row."""
     max_age: Annotated[int, Field(ge=0)] = 0
-    """Dynamic sampling: for how many steps mixed groups beyond the batch are kept for later batches; 0: dropped. Weights
+    """Dynamic sampling: for how many steps selected groups beyond the batch are kept for later batches; 0: dropped. Weights
     have moved on since they were sampled: `learner.old_logprobs = "sampler"` lets the ratio account for that."""
 
 

@@ -227,6 +227,7 @@ def gradient(groups: Groups) -> Figure | None:
 def dropped(groups: Groups) -> Figure | None:
     names = {
         "dropped/zero_variance": "groups: zero variance (all correct or all wrong)",
+        "dropped/unselected": "groups: mixed, but not selected",
         "dropped/surplus": "groups: more than the batch holds",
         "groups/too_old": "groups: older than max_age",
         "dropped/filtered": "completions: truncated (overlong filtering)",

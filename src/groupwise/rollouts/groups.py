@@ -20,8 +20,8 @@ class Rollouts:
     chat: Chat
     sampling: Sampling
 
-    def groups(self, problems: Sequence[Problem], n: int, seed: int) -> tuple[list[Group], float]:
-        """A group of n completions for each problem, each scored while others are still generated.
+    def groups(self, problems: Sequence[Problem], n: int | Sequence[int], seed: int) -> tuple[list[Group], float]:
+        """A group of n completions for each problem (or of its own n), each scored while others are still generated.
 
         Returns:
             The groups in the order of their problems, and the seconds that scores took longer than generation.

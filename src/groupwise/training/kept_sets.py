@@ -20,7 +20,9 @@ def check_kept(completions: Sequence[Completion], recipe: Recipe, algorithm: Alg
     rollouts, kept = recipe.rollouts, [completion.kept for completion in completions]
     limited = rollouts.top_p < 1 or rollouts.top_k > 0 or rollouts.min_p > 0
     used_by = "learner.old_logprobs = 'sampler'" if recipe.learner.old_logprobs == "sampler" else None
-    used_by = f"algorithm.correction = {algorithm.choice('correction')!r}" if algorithm.corrects_mismatch else used_by
+    if algorithm.needs_rollout_logprobs:
+        kind = "correction" if algorithm.corrects_mismatch else "mask"
+        used_by = f"algorithm.{kind} = {algorithm.choice(kind)!r}"
     if limited and used_by and None in kept:
         raise UserError(
             f"rollouts.sampler, {rollouts.sampler}: gives no kept sets (`Completion.kept`), so the learner cannot compute "
