@@ -25,9 +25,14 @@ def _loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-async def _elsewhere(coroutine: Coroutine[Any, Any, Result]) -> Result:
+async def elsewhere(coroutine: Coroutine[Any, Any, Result]) -> Result:
     """Run a coroutine in the pools' loop; cancelling the one who waits cancels it."""
     return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, _loop()))
+
+
+def wait_elsewhere(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """Run a coroutine in the pools' loop, and wait for its result, whether a loop runs here or not."""
+    return asyncio.run_coroutine_threadsafe(coroutine, _loop()).result()
 
 
 class Pool:
@@ -51,7 +56,7 @@ class Pool:
         Raises:
             WorkerError: it cannot be loaded.
         """
-        return (await _elsewhere(self._alone("describe", target, {}, limit=LOAD_LIMIT))).value  # type: ignore[no-any-return]
+        return (await elsewhere(self._alone("describe", target, {}, limit=LOAD_LIMIT))).value  # type: ignore[no-any-return]
 
     async def call(
         self,
@@ -78,16 +83,16 @@ class Pool:
         """
         fields = {"args": args, "kwargs": dict(kwargs or {}), "handles": {}}
         run = self._together if shared else self._alone
-        return await _elsewhere(run("call", target, fields, limit=limit, logs=logs, cpu_limit=cpu_limit))
+        return await elsewhere(run("call", target, fields, limit=limit, logs=logs, cpu_limit=cpu_limit))
 
     @contextlib.asynccontextmanager
     async def lease(self) -> AsyncIterator["Lease"]:
         """A process of one's own, beyond the pool's size, which keeps instances between calls."""
-        worker = await _elsewhere(self._take())
+        worker = await elsewhere(self._take())
         try:
             yield Lease(worker)
         finally:
-            await asyncio.shield(_elsewhere(self._take_back(worker)))
+            await asyncio.shield(elsewhere(self._take_back(worker)))
 
     # --- in the pools' loop
 
@@ -208,4 +213,4 @@ class Lease:
                 named = {"target": target.key}
             return await self._worker.request(operation, {**named, **fields}, limit, clock="called", **options)
 
-        return await _elsewhere(request())
+        return await elsewhere(request())
