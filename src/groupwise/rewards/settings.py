@@ -145,8 +145,8 @@ class _Builder:
         if is_reference(item):
             return self.in_file(item)
         known = [*CHECKERS, *SLOW_CHECKERS]
-        forms = "" if nearest(item, known) else '; a reward model is written "model:PATH", a function "file.py:function"'
-        raise UserError(f"there is no reward {item!r}{nearest(item, known)}{forms}")
+        forms = 'a function of yours is written "file.py:function", a reward model "model:PATH", a server "http://…"'
+        raise UserError(f"there is no reward {item!r}{nearest(item, known)}; {forms}")
 
     async def in_worker(self, target: Target, *args: Any) -> Any:
         return (await self.pool.call(target, *args, limit=self.limit, cpu_limit=TIME_LIMIT)).value
@@ -165,7 +165,7 @@ class _Builder:
         except ValueError:
             name = getattr(given.function, "__name__", type(given.function).__name__)
             call = in_threads(self.threads, given.function, limit=self.limit)
-            return self.function(name, form_in_this_process(given.function, name), call)
+            return self.function(name, name, form_in_this_process(given.function, name), call)
         return self.in_pool(target, given.reference)
 
     def in_pool(self, target: Target, place: str) -> Reward:
@@ -176,7 +176,8 @@ class _Builder:
                 raise UserError(f"{place}: there is no function {target.name!r}{nearest(target.name, error.known)}") from error
             raise UserError(f"{place}: {error.detail}") from error
         call = in_processes(self.pool, target, limit=self.limit, shared=description["awaited"])
-        return self.function(target.name, Form.of(description, target.name), call)
+        shown = f"{Path(target.file).name}:{target.name}" if target.file else target.name
+        return self.function(target.name, shown, Form.of(description, shown), call)
 
-    def function(self, name: str, form: Form, call: Call) -> Reward:
-        return FunctionReward(name=name, form=form, call=call, **self.keys)
+    def function(self, name: str, place: str, form: Form, call: Call) -> Reward:
+        return FunctionReward(name=name, place=place, form=form, call=call, **self.keys)

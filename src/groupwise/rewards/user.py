@@ -74,6 +74,8 @@ class FunctionReward:
     """A function of the user's."""
 
     name: str
+    place: str
+    """What a person is told that it is."""
     form: Form
     call: Call
     """Calls it with args, kwargs and logs, in a worker process or in a thread."""
@@ -90,9 +92,9 @@ class FunctionReward:
                 arguments = self.form.select(self.arguments(problem, completions, progress))
                 reply = await self.call(kwargs=arguments, logs=self.form.logs)
         except WorkerError as error:
-            return all_failed(len(texts), error.kind, f"{self.name}: {error.detail}")
+            return all_failed(len(texts), error.kind, f"{self.place}: {error.detail}")
         rated = with_logs(rate_values(reply.value, [len(text) for text in texts]), reply)
-        return [_named(one, self.name) for one in rated]
+        return [_named(one, self.place) for one in rated]
 
     def arguments(self, problem: Problem, completions: Sequence[Completion], progress: Progress) -> dict[str, Any]:
         """What TRL passes: everything once for each completion."""
@@ -131,11 +133,11 @@ def _plain(problem: Problem) -> SimpleNamespace:
     return SimpleNamespace(**fields, metadata=dict(problem.metadata))
 
 
-def _named(rated: Rated, name: str) -> Rated:
-    """With the reward's name before what a person reads of a failure."""
+def _named(rated: Rated, place: str) -> Rated:
+    """With the reward's place before what a person reads of a failure."""
     if rated.failure is None:
         return rated
-    return Rated(failure=rated.failure, detail=f"{name}: {rated.detail}", extra=rated.extra)
+    return Rated(failure=rated.failure, detail=f"{place}: {rated.detail}", extra=rated.extra)
 
 
 def in_processes(pool: Pool, target: Target, *, limit: float, shared: bool) -> Call:
