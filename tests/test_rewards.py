@@ -1,6 +1,7 @@
 """Rewards: in every form, and whatever they do. One that fails is set aside; it is never a zero, and changes nothing else."""
 
 import asyncio
+import contextlib
 import json
 import math
 import re
@@ -142,7 +143,7 @@ def test_values_by_hand(value: Any, expected: Rated | str) -> None:
         ("def f(text): return 1", "mine.py:f", r"task.reward: mine.py:f\(text\): a reward is called as reward\(problem"),
         ("def good(problem, completions): pass", "mine.py:god", r"no function 'god'; did you mean 'good'\?"),
         ("1 / 0", "mine.py:f", r"mine.py: ZeroDivisionError: division by zero \(mine.py, line 1\)"),
-        ("", "acme/judge", r"no reward 'acme/judge'; a reward model is written \"model:PATH\""),
+        ("", "acme/judge", r"no reward 'acme/judge'; known: exact.*a reward model \"model:PATH\""),
         ("", "model:acme", r"no model 'acme'"),
         ("", [], r"task.reward: value error, expected a reward"),
         ("", 3, r"task.reward: value error, expected a reward"),
@@ -154,7 +155,7 @@ def test_what_is_no_reward_is_refused(tmp_path: Path, code: str, reward: Any, me
 
 
 def test_many_groups_wait_at_once(tmp_path: Path) -> None:
-    """A judge that takes half a second, asked about 40 groups: half a second; one that sleeps in 2 processes: 8 groups take 2 s."""
+    """A judge that takes half a second, asked about 40 groups: half a second. One that sleeps, in 2 processes: 2 s for 8."""
     code = (
         "import asyncio, time\n"
         "async def judge(completions, **_):\n    await asyncio.sleep(0.5)\n    return [1.0] * len(completions)\n"
@@ -270,6 +271,8 @@ def test_whatever_a_reward_does_only_its_completions_are_set_aside(tmp_path: Pat
     assert len(done.groups) == 4 and all(group.scored for group in done.groups)  # failed groups were drawn again
 
     assert isinstance(done.batch, TrainingBatch)
+    of_rows = cause is not None and "rewards[2]" in code
+    assert any(len(group.scored) == 5 for group in done.groups) == of_rows
     every = [score for group in done.groups for score in group.scores]
     for row, score in enumerate(every):
         assert (score.failure is not None) == bool(not done.batch.mask_BT[row].any())
@@ -288,14 +291,13 @@ def test_whatever_a_reward_does_only_its_completions_are_set_aside(tmp_path: Pat
     other.collect = lambda: Collected(groups=groups, seen=groups, rounds=1)  # type: ignore[method-assign]
     other.train_step()
     pairs = zip(trainer.learner.weights().module.parameters(), other.learner.weights().module.parameters(), strict=True)
-    assert max(float((one - two).abs().max()) for one, two in pairs) < 2e-6
+    assert max(float((one - two).detach().abs().max()) for one, two in pairs) < 2e-6
 
 
 def test_a_run_whose_rewards_all_fail_stops_and_can_go_on(tmp_path: Path) -> None:
     build(tmp_path)
-    code = (
-        "def late(completions, trainer_state, **_):\n    if trainer_state.global_step == 1: raise ValueError('judge is away')\n"
-    )
+    code = "def late(completions, trainer_state, **_):\n    share = trainer_state.global_step / trainer_state.max_steps\n"
+    code += "    if share == 0.5: raise ValueError('away')\n"
     (tmp_path / "mine.py").write_text(code + "    return [float(len(text)) for text in completions]\n")
     recipe = {
         "task": {"name": "dataset", "path": str(tmp_path / "data.jsonl"), "reward": f"{tmp_path}/mine.py:late"},
@@ -304,9 +306,7 @@ def test_a_run_whose_rewards_all_fail_stops_and_can_go_on(tmp_path: Path) -> Non
         "learner": {"minibatches": 1},
         "algorithm": {"name": "grpo"},
     }
-    with pytest.raises(
-        RunError, match=r"failed for every completion of 3 groups in a row: 4 raised; .*ValueError: judge is away"
-    ):
+    with pytest.raises(RunError, match=r"failed for every completion of 3 groups in a row: 4 raised; .*ValueError: away"):
         gw.train(recipe, out=tmp_path / "run", quiet=True)
     (tmp_path / "mine.py").write_text("def late(completions, **_): return [float(len(text)) for text in completions]\n")
     run = gw.train(resume=tmp_path / "run", quiet=True)
@@ -412,9 +412,7 @@ def test_a_reward_model(tmp_path: Path) -> None:
     assert [s.reward for s in scores(task, SUM, texts)] == pytest.approx([alone("1+2=" + text) for text in texts], abs=1e-5)
     assert scores(task, TALK, ["3"])[0].reward == pytest.approx(alone("a:1+2?\nb:3\n"), abs=1e-5)
     classifier(tmp_path / "base", head=False)
-    with pytest.raises(
-        UserError, match=r"task.reward: .*base' is no reward model with one output: its weights lack score.weight"
-    ):
+    with pytest.raises(UserError, match=r"task.reward: .*base' is no reward model with one output: .* lack score.weight"):
         build(tmp_path, reward="model:base")
 
 
@@ -440,7 +438,8 @@ def server() -> Iterator[Callable[..., tuple[str, list[Any]]]]:
                     self.send_header(name, value)
                 self.send_header("content-length", str(len(data)))
                 self.end_headers()
-                self.wfile.write(data)
+                with contextlib.suppress(OSError):  # of a client that has given up
+                    self.wfile.write(data)
 
             def log_message(self, *_: Any) -> None: ...
 

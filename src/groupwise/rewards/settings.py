@@ -21,8 +21,8 @@ from groupwise.rewards.user import Call, Form, FunctionReward, form_in_this_proc
 from groupwise.types import Completion, Problem, Score
 from groupwise.workers import Pool, Target, Threads, WorkerError, wait_elsewhere
 
-MOST_WORKERS = 8
-"""Worker processes that are started unless `reward_workers` says how many."""
+FEWEST_WORKERS, MOST_WORKERS = 4, 8
+"""Worker processes that are started when they are needed, unless `reward_workers` says how many."""
 REQUESTS = 32
 """Requests to a server at once, unless it does."""
 MODEL, HTTP = "model:", ("http://", "https://")
@@ -59,7 +59,7 @@ class RewardSettings(BaseModel):
     """Seconds that a reward may take for the completions of one problem; those are set aside then."""
     reward_workers: Annotated[int, Field(ge=0)] = 0
     """Processes in which rewards compute, or requests that a server is sent at once; 0: as many processes as there are cores, at
-    most 8, and 32 requests."""
+    least 4 and at most 8, and 32 requests."""
 
     _rewards: Rewards | None = PrivateAttr(default=None)
 
@@ -114,7 +114,7 @@ class _Builder:
 
     @classmethod
     def make(cls, settings: RewardSettings, base: Path, prompt_key: str, answer_key: str) -> "_Builder":
-        workers = settings.reward_workers or min(MOST_WORKERS, os.cpu_count() or 1)
+        workers = settings.reward_workers or min(MOST_WORKERS, max(FEWEST_WORKERS, os.cpu_count() or 1))
         return cls(
             pool=Pool(workers),
             threads=Threads(workers),

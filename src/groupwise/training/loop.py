@@ -154,6 +154,7 @@ class Trainer:
     def collect(self) -> Collected:
         """Groups for the next step. If that fails, its problems are put back and a checkpoint is saved, to be resumed from."""
         position = self.collector.state_dict()
+        self.ready.begin_step(self.step)
         try:
             collected = self.collector.collect(self.step)
             if not collected.groups:
@@ -197,6 +198,7 @@ class Trainer:
         return self.evaluation_of(self.ready.make_sampler(self.ready.load_base()))
 
     def evaluation_of(self, sampler: Sampler) -> Evaluation:
+        self.ready.begin_step(self.step)
         return evaluate(self.ready.rollouts(sampler), self.held_out, seed=derive(self.recipe.seed, "evaluation"))
 
     # --- records and state
