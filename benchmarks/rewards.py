@@ -95,6 +95,7 @@ def main() -> None:
     for turn in range(options.turns):
         for case in cases if turn % 2 == 0 else cases[::-1]:
             table.setdefault(case, []).append(rollouts(*case))
+            print(turn, *case, *(f"{value:.2f}" for value in table[case][-1]), flush=True)
     print(f"{sys.version.split()[0]}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     for (reward, workers), found in table.items():
         total, generation = (statistics.median(one[i] for one in found) for i in (0, 1))
