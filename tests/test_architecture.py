@@ -13,7 +13,7 @@ ROOT = Path(groupwise.__file__).parent
 LEVELS = [
     {"algorithms"},
     {"errors", "seeding", "kept"},
-    {"types", "plugins", "kernels"},
+    {"types", "plugins", "kernels", "workers"},
     {"config"},
     {"models"},
     {"tasks", "rewards", "rollouts", "learner"},

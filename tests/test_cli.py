@@ -102,7 +102,7 @@ def test_a_wrong_recipe_gets_one_message_before_anything_is_trained(
     ("body", "message"),
     [
         ("return [1.0]", "returned 1 values for 16 completions"),
-        ("return [float('nan')] * len(completions)", "returned nan for completion 0"),
+        ("return [float('nan')] * len(completions)", "returned nan for a completion"),
         ("return None", "returned None; expected a list of 16 numbers"),
         ("raise KeyError('x')", "KeyError: 'x'"),
     ],

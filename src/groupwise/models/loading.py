@@ -10,7 +10,14 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from groupwise.errors import UserError, nearest
@@ -62,6 +69,29 @@ def load_module(path: str, dtype: torch.dtype = torch.float32) -> Any:
     resolved = resolve(path)
     with _explained(path):
         return AutoModelForCausalLM.from_pretrained(resolved, dtype=dtype).eval()
+
+
+def load_classifier(path: str) -> Any:
+    """The sequence classifier with one output at `path`, in evaluation mode and float32. Weights are read from safetensors, and
+    no code that comes with them is run.
+
+    Raises:
+        UserError: there is no such model, or its files hold no such head.
+    """
+    resolved = resolve(path)
+    with _explained(path):
+        module, info = AutoModelForSequenceClassification.from_pretrained(
+            resolved,
+            num_labels=1,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    missing = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind])
+    if missing:
+        raise UserError(f"{path!r} is no reward model with one output: its weights lack {', '.join(missing[:3])}")
+    return module.eval()
 
 
 def load_config(path: str) -> Any:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from pydantic import ValidationError
 
@@ -39,6 +39,15 @@ class Task(Protocol):
 
     def demonstration(self, position: int, seed: int) -> Demonstration:
         """The supervised example at a position of an endless stream."""
+        ...
+
+
+@runtime_checkable
+class FollowsTraining(Protocol):
+    """A task whose scores may depend on how far training has come."""
+
+    def begin_step(self, step: int, steps: int) -> None:
+        """`step` training steps of `steps` are done."""
         ...
 
 

@@ -14,7 +14,7 @@ from groupwise.rollouts.base import Sampler
 from groupwise.seeding import derive
 from groupwise.training import checkpoints
 from groupwise.training.batching import make_batch, minibatches
-from groupwise.training.collect import Collected, Collector
+from groupwise.training.collect import Collected, Collector, describe_failures
 from groupwise.training.credit import CreditAssigner, Rewards, reward_parts
 from groupwise.training.evaluate import Evaluation, evaluate
 from groupwise.training.events import Evaluated, Event, Recorder, StepDone, Warned
@@ -154,6 +154,7 @@ class Trainer:
     def collect(self) -> Collected:
         """Groups for the next step. If that fails, its problems are put back and a checkpoint is saved, to be resumed from."""
         position = self.collector.state_dict()
+        self.ready.begin_step(self.step)
         try:
             collected = self.collector.collect(self.step)
             if not collected.groups:
@@ -165,6 +166,11 @@ class Trainer:
             self.collector.load_state_dict(position)
             self.save()
             raise
+        failed = [score for group in collected.seen for score in group.scores if score.failure is not None]
+        if failed:
+            total = sum(len(group.scores) for group in collected.seen)
+            text = f"{len(failed)} of {total} completions could not be scored and are set aside: {describe_failures(failed)}"
+            self.warn(text, self.step + 1)
         if not collected.full:
             self.warn(f"dynamic sampling stopped at rollouts.max_rounds with {collected.describe()}", self.step + 1)
         return collected
@@ -192,6 +198,7 @@ class Trainer:
         return self.evaluation_of(self.ready.make_sampler(self.ready.load_base()))
 
     def evaluation_of(self, sampler: Sampler) -> Evaluation:
+        self.ready.begin_step(self.step)
         return evaluate(self.ready.rollouts(sampler), self.held_out, seed=derive(self.recipe.seed, "evaluation"))
 
     # --- records and state

@@ -17,7 +17,7 @@ from groupwise.rollouts.base import Sampler
 from groupwise.rollouts.driver import wait_for
 from groupwise.rollouts.groups import Rollouts
 from groupwise.rollouts.samplers import find_sampler
-from groupwise.tasks.base import Task, build_task
+from groupwise.tasks.base import FollowsTraining, Task, build_task
 from groupwise.training.algorithm import build_algorithm, check_together, try_parts
 from groupwise.training.collect import describe_failures, sampling_of
 from groupwise.training.trackers import MakeRecorder, find_trackers
@@ -50,6 +50,10 @@ class Ready:
     def rollouts(self, sampler: Sampler) -> Rollouts:
         """What makes the recipe's groups, with this engine."""
         return Rollouts(sampler=sampler, task=self.task, chat=self.chat, sampling=sampling_of(self.recipe.rollouts))
+
+    def begin_step(self, step: int) -> None:
+        """Tell a task whose scores may depend on it that so many training steps are done."""
+        begin_step(self.task, step, self.recipe)
 
     def make_learner(self) -> Learner:
         """The learner, which owns the model from now on."""
@@ -114,6 +118,7 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
     chat = build_chat(recipe, tokenizer, source)
     problem = task.problem(0, recipe.seed)
     longest = check_lengths(recipe, config, chat, task, source)
+    begin_step(task, 0, recipe)
     try_scoring(task, problem, chat, algorithm, recipe.rollouts.group_size, source)
     try_parts(algorithm)
     model = load_policy(recipe, source)
@@ -134,6 +139,11 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
         sampler=sampler,
         trackers=trackers,
     )
+
+
+def begin_step(task: Task, step: int, recipe: Recipe) -> None:
+    if isinstance(task, FollowsTraining):
+        task.begin_step(step, recipe.training.steps)
 
 
 def build_chat(recipe: Recipe, tokenizer: Any, source: Source) -> Chat:
