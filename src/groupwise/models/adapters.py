@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 FULL_TRAINING_RATE = 2e-5
 """Learning rates up to here are typical of full training; LoRA learns with about ten times as much."""
+MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+BYPASSED = (".out_proj",)
+"""Layers of these model types that fused kernels of transformers use without calling them; peft refuses to adapt them."""
 
 
 # --- layers with adapters
@@ -131,7 +134,28 @@ def add_adapters(module: Any, settings: "LoraSection", *, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tied output layers, which our export unties, and of GPT-2's transposed layers
         torch.manual_seed(seed)
-        return peft.get_peft_model(module, config).eval()
+        try:
+            return peft.get_peft_model(module, config).eval()
+        except ValueError as error:  # peft refuses some layers of some models
+            raise UserError(f"model.lora.targets: {str(error).splitlines()[0]}") from error
+
+
+def load_adapters(module: Any, path: str) -> Any:
+    """The module with the adapters of a directory that peft wrote merged into its weights."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tied output layers, which are parted here
+        adapted = need_peft().PeftModel.from_pretrained(module, path)
+        if adapts_tied_head(module):
+            head = module.get_output_embeddings()
+            head.base_layer.weight = torch.nn.Parameter(head.base_layer.weight.detach().clone())
+            module.config.tie_word_embeddings = False
+        return adapted.merge_and_unload()
+
+
+def adapts_tied_head(module: Any) -> bool:
+    """Whether an adapter is on an output layer whose matrix is the embedding's too, so that merging it parts the two."""
+    head = module.get_output_embeddings()
+    return is_lora(head) and head.base_layer.weight is module.get_input_embeddings().weight
 
 
 def _targets(module: Any, wanted: list[str]) -> list[str]:
@@ -145,7 +169,8 @@ def _targets(module: Any, wanted: list[str]) -> list[str]:
                 hint = nearest(target, suffixes) or f"; there are {', '.join(sorted(suffixes))}"
                 raise UserError(f"model.lora.targets: {target!r} names no linear layer of the model{hint}")
         return wanted
-    chosen = {name for name, inner in layers.items() if inner is not head}
+    bypassed = BYPASSED if module.config.model_type in MAMBA else ()
+    chosen = {name for name, inner in layers.items() if inner is not head and not name.endswith(bypassed)}
     others = {name for name, _ in module.named_modules()} - chosen
     # The last part of a name stands for all layers that are called so, unless others are called so too.
     ambiguous = {name.rsplit(".", 1)[-1] for name in others}

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from groupwise.errors import UserError
-from groupwise.models.adapters import adapter_layers, is_lora, merged_weight
+from groupwise.models.adapters import adapter_layers, adapts_tied_head, is_lora, merged_weight
 from groupwise.models.patches import patched
 
 
@@ -29,7 +29,7 @@ def save_model(module: Any, directory: Path, dtype: torch.dtype) -> None:
         UserError: its adapters are of a kind that cannot be merged.
     """
     check_mergeable(module)
-    untied = _unties(module)
+    untied = adapts_tied_head(module)
     settings = getattr(module, "generation_config", None)
     directory.mkdir(parents=True, exist_ok=True)
     try:
@@ -84,12 +84,6 @@ def _merged_state(module: Any, dtype: torch.dtype) -> dict[str, Tensor]:
 def _owners(name: str, layers: dict[str, Any]) -> list[str]:
     parts = name.split(".")
     return [owner for i in range(1, len(parts)) if (owner := ".".join(parts[:i])) in layers]
-
-
-def _unties(module: Any) -> bool:
-    """Whether merging parts an output layer from the embedding that it shared its matrix with."""
-    head = module.get_output_embeddings()
-    return is_lora(head) and head.base_layer.weight is module.get_input_embeddings().weight
 
 
 def _correct_config(path: Path, dtype: torch.dtype, *, untied: bool) -> None:

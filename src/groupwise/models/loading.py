@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from groupwise.errors import UserError, nearest
-from groupwise.models.adapters import need_peft
+from groupwise.models.adapters import load_adapters
 from groupwise.models.patches import is_observed
 
 SHIPPED = ("arithmetic-base",)
@@ -101,7 +101,7 @@ def load_module(path: str, dtype: torch.dtype = torch.float32, *, trust_remote_c
         _need_safetensors(resolved)
         module = AutoModelForCausalLM.from_pretrained(resolved, dtype=dtype, **settings)
         if is_adapter(path):
-            module = need_peft().PeftModel.from_pretrained(module, path).merge_and_unload()
+            module = load_adapters(module, path)
     return module.eval()
 
 
