@@ -1,5 +1,6 @@
 """LoRA: what is trained, sampled, referred to, saved and exported is W + s B A, and W stays as it is."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from groupwise.config import CriticSection, LearnerSection, LoraSection
 from groupwise.errors import UserError
 from groupwise.learner.critic import Critic
 from groupwise.learner.local import LocalLearner
-from groupwise.models import LanguageModel
+from groupwise.models import LanguageModel, new_module
 from groupwise.models.adapters import add_adapters, is_lora, linear_weight
 from groupwise.models.checkpoint import fingerprint
 from groupwise.models.value import ValueModel
@@ -137,9 +138,7 @@ def test_other_kinds_of_layers_with_adapters(name: str) -> None:
     model = adapted(module)
     batch = random_batch(model.module)
     with torch.no_grad():
-        torch.testing.assert_close(
-            model.completion_logprobs(batch)[0], plain_logprobs(model.outer, batch), rtol=0, atol=1e-4
-        )
+        torch.testing.assert_close(model.completion_logprobs(batch)[0], plain_logprobs(model.outer, batch), rtol=0, atol=1e-4)
         rollout = as_batch(groups_of(NativeSampler(model, tokenizer), 8))
         torch.testing.assert_close(rollout.rollout_logprobs_BT, plain_logprobs(model.outer, rollout), rtol=0, atol=1e-4)
 
@@ -220,12 +219,12 @@ def test_adapters_and_moments_resume_bit_for_bit_and_the_base_is_not_written(tmp
     second.load(tmp_path)
     for step in range(2, 4):
         second.update(random_batch(second.model.module, seed=step))
-    ours, theirs = ({n: p for n, p in learner.model.module.named_parameters()} for learner in (whole, second))
+    ours, theirs = (dict(learner.model.module.named_parameters()) for learner in (whole, second))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
     written = load_file(tmp_path / "model.safetensors")
     assert written and all("lora_" in name for name in written)
-    with pytest.raises(UserError, match="rank 4, alpha 8.*cannot change in a run"):
+    with pytest.raises(UserError, match=r"rank 4, alpha 8.*cannot change in a run"):
         fresh(alpha=16.0).load(tmp_path)
     other = fresh()
     with torch.no_grad():
@@ -242,8 +241,6 @@ def test_the_critic_has_adapters_of_its_own_on_the_same_base(tmp_path: Path, tok
     assert not {id(p) for p in twin.parameters() if p.requires_grad} & {id(p) for p in model.parameters()}
     critic = Critic(twin, CriticSection(learning_rate=1e-2), LearnerSection(), updates=9)
     batch = random_batch(model.module)
-    from dataclasses import replace
-
     batch = replace(batch, values_BT=torch.zeros(batch.tokens_BT.shape), returns_BT=torch.ones(batch.tokens_BT.shape))
     policy = [p.detach().clone() for p in model.parameters()]
     learner = learner_of(model, "ppo", critic=critic, learning_rate=0.0)
@@ -266,8 +263,6 @@ def test_the_critic_has_adapters_of_its_own_on_the_same_base(tmp_path: Path, tok
 def test_exports_load_in_transformers_and_in_peft(
     tmp_path: Path, tied: bool, targets: list[str], dtype: torch.dtype, tokenizer: Any
 ) -> None:
-    from groupwise.models import new_module
-
     settings = {"model_type": "llama", **ARCHITECTURES["llama"], "tie_word_embeddings": tied}
     module = new_module(settings, tokenizer, seed=1)
     module.to(dtype).save_pretrained(tmp_path / "base")
@@ -309,7 +304,7 @@ def test_adapters_that_are_no_sum_run_as_they_are_and_are_not_merged(tmp_path: P
 def test_hooks_inside_an_adapted_layer_are_called(tokenizer: Any) -> None:
     model = lora("qwen3", tokenizer)
     layer = next(layer for layer in model.module.modules() if is_lora(layer))
-    layer.lora_A["default"].register_forward_hook(lambda module, inputs, output: 2 * output)
+    layer.lora_A["default"].register_forward_hook(lambda *call: 2 * call[2])
     rollout = as_batch(groups_of(NativeSampler(model, tokenizer), 8))
     with torch.no_grad():
         torch.testing.assert_close(rollout.rollout_logprobs_BT, plain_logprobs(model.outer, rollout), rtol=0, atol=1e-4)

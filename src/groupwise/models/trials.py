@@ -100,7 +100,8 @@ def first_trained(module: Any) -> Iterator[list[Tensor]]:
     So a gradient can be taken without calling hooks that somebody has put on the parameter. Empty where nothing is trained. The
     embedding's gradient is a sum over few tokens, so it is exact in 16 bits too, where that of a layer may be mostly rounding.
     """
-    trained = [(inner, name) for inner in module.modules() for name, p in inner.named_parameters(recurse=False) if p.requires_grad]
+    owned = ((inner, name, parameter) for inner in module.modules() for name, parameter in inner.named_parameters(recurse=False))
+    trained = [(inner, name) for inner, name, parameter in owned if parameter.requires_grad]
     if not trained:
         yield []
         return
