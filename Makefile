@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test lint docs format bench bench-families bench-lengths bench-pairs clean setup
+.PHONY: train test lint docs format bench bench-families bench-lengths bench-lora bench-pairs clean setup
 
 train: setup
 	$(BIN)/groupwise train
@@ -37,6 +37,10 @@ bench-families: setup .bench/trl/.ready
 bench-lengths: setup
 	$(BIN)/python benchmarks/lengths.py
 
+# LoRA beside full training, and both beside TRL's.
+bench-lora: setup .bench/trl/.peft
+	$(BIN)/python benchmarks/lora.py
+
 # Two versions in turn: make bench-pairs OLD=../old, after git worktree add ../old COMMIT.
 bench-pairs: setup
 	$(BIN)/python benchmarks/pairs.py $(OLD) .
@@ -44,6 +48,10 @@ bench-pairs: setup
 .bench/trl/.ready:
 	$(PYTHON) -m venv .bench/trl
 	.bench/trl/bin/pip install -q torch==2.13.0 trl==1.16.0
+	@touch $@
+
+.bench/trl/.peft: .bench/trl/.ready
+	.bench/trl/bin/pip install -q peft==0.21.2
 	@touch $@
 
 .bench/vllm/.ready:

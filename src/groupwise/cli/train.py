@@ -47,6 +47,8 @@ def _print_result(result: Any, path: Path) -> None:
         table.add_row(name, form.format(value), form.format(result.after.metrics.get(key, math.nan)))
     console.print(table)
     console.print(_examples(result))
+    if (gap := result.exported.get("export/merge_gap")) is not None:
+        console.print(f"merging the adapters for the export moved logits by at most {gap:.2g}", soft_wrap=True)
     console.print(f"{result.seconds:.0f} s; the trained model is in {path / 'model'}", soft_wrap=True)
 
 
@@ -108,6 +110,7 @@ def check(recipe: Annotated[str, typer.Argument(help="A TOML file, or a shipped 
             "task": f"{ready.task.name}: {len(ready.task.held_out(settings.training.eval_problems))} held-out problems",
             "first prompt": repr(ready.tokenizer.decode(prompt)),
             "algorithm": ready.algorithm.name,
+            **({"adapters": text} if (text := ready.model.describe_adapters()) else {}),
             **ready.model.backends(),
             **({"bfloat16": text} if (text := ready.bfloat16()) else {}),
             "a step": f"{settings.rollouts.prompts_per_step} prompts x {settings.rollouts.group_size} = {rows} completions, "
@@ -118,6 +121,8 @@ def check(recipe: Annotated[str, typer.Argument(help="A TOML file, or a shipped 
         for name, value in facts.items():
             table.add_row(f"[bold]{name}[/bold]", Text(value))
         console.print(table)
+        for hint in ready.hints():
+            console.print(f"hint: {hint}", soft_wrap=True)
         console.print("[green]nothing wrong found[/green]")
 
 

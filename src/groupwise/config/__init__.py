@@ -7,6 +7,7 @@ from groupwise.config.loading import load as load
 from groupwise.config.loading import shipped_recipes as shipped_recipes
 from groupwise.config.sections import CriticSection as CriticSection
 from groupwise.config.sections import LearnerSection as LearnerSection
+from groupwise.config.sections import LoraSection as LoraSection
 from groupwise.config.sections import ModelSection as ModelSection
 from groupwise.config.sections import Recipe as Recipe
 from groupwise.config.sections import RolloutsSection as RolloutsSection

@@ -14,6 +14,18 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+class LoraSection(Section):
+    """[model.lora]: train LoRA adapters and not the model itself; without this table, all of the model is trained."""
+
+    rank: Count = 16
+    """Columns of B and rows of A in W x + (alpha / rank) B A x."""
+    alpha: Positive = 32.0
+    targets: list[Annotated[str, Field(min_length=1)]] = []
+    """Names of linear layers that get an adapter, as in ["q_proj", "v_proj", "lm_head"]; empty: all but the output layer."""
+    export: Literal["merged", "adapter"] = "merged"
+    """What the run's model/ is: a model with the adapters merged into it, or the adapters alone, for peft."""
+
+
 class ModelSection(Section):
     """[model]: what is trained, and what runs it."""
 
@@ -35,6 +47,9 @@ class ModelSection(Section):
     """What runs the model: "auto" takes the fastest that a trial finds exact, and says why it falls back; "kernels" refuses a
     model whose attention cannot run on packed sequences in C++; "torch" uses no C++; "transformers" runs padded batches through
     transformers' own attention."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model's files. Read it first: it can do whatever you can."""
+    lora: LoraSection | None = None
 
 
 class RolloutsSection(Section):
@@ -154,6 +169,8 @@ class SftModelSection(Section):
     path: str = ""
     """The model to start from; empty: a new one."""
     device: str = "auto"
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model's files. Read it first: it can do whatever you can."""
     chat: bool | None = None
     new: dict[str, Any] = {}
     """A new model: `model_type` and any other setting of its transformers configuration."""

@@ -1,5 +1,6 @@
 """Language models: loading, the one owner of a Hugging Face module, and how it runs here."""
 
+from groupwise.models.adapters import FULL_TRAINING_RATE
 from groupwise.models.backend import BACKENDS, Backend
 from groupwise.models.chat import Chat, encode_prompt
 from groupwise.models.language_model import LanguageModel
@@ -13,6 +14,7 @@ from groupwise.models.loading import (
 
 __all__ = [
     "BACKENDS",
+    "FULL_TRAINING_RATE",
     "Backend",
     "Chat",
     "LanguageModel",

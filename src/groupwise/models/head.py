@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from groupwise.kept import KeptTokens
 from groupwise.kernels.blocked import BLOCK
 from groupwise.kernels.blocked_bf16 import blocked_matmul_bf16
+from groupwise.models.adapters import active_layer
 from groupwise.models.bfloat16 import RoundedWeights, is_plain_linear
 from groupwise.models.cut import NEVER, CutLogits
 from groupwise.models.gradients import gradient_of, sum_in_place
@@ -91,7 +92,7 @@ def token_logprobs(
     Returns:
         (logprobs_N, entropy_N), in float32 or the hidden states' dtype if that is wider, in nats.
     """
-    layer = module.get_output_embeddings()
+    layer = active_layer(module.get_output_embeddings())
     if type(layer) is not torch.nn.Linear or is_observed(layer):
         return _through_any_layer(module, hidden_NH, targets_N, temperature, entropy_gradient, kept)
     kind = hidden_NH.device.type

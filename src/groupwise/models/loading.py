@@ -1,5 +1,6 @@
 """Modules and tokenizers: shipped with the package, local, from the Hugging Face hub, new with random weights, or given."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import as_file, files
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import (
@@ -21,9 +23,11 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from groupwise.errors import UserError, nearest
+from groupwise.models.adapters import load_adapters
 from groupwise.models.patches import is_observed
 
 SHIPPED = ("arithmetic-base",)
+ADAPTER_CONFIG = "adapter_config.json"
 END, PAD = "<end>", "<pad>"
 
 
@@ -41,12 +45,34 @@ def resolve(path: str) -> str:
     if path in SHIPPED:
         return str(shipped_path(path))
     if Path(path).is_dir():
-        if not (Path(path) / "config.json").is_file():
+        if not ((Path(path) / "config.json").is_file() or is_adapter(path)):
             raise UserError(f"no config.json in the directory {path}: not a Hugging Face model")
         return path
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise UserError(f"no model {path!r}: not a shipped one, a directory or a Hugging Face id{nearest(path, SHIPPED)}")
     return path
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a directory holds peft adapters and not a model."""
+    return (Path(path) / ADAPTER_CONFIG).is_file() and not (Path(path) / "config.json").is_file()
+
+
+def base_of(path: str) -> str:
+    """The model at `path`, or if adapters are there the one that they belong to.
+
+    Raises:
+        UserError: they do not say which that is.
+    """
+    if not is_adapter(path):
+        return path
+    try:
+        base = json.loads((Path(path) / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
+    except ValueError as error:
+        raise UserError(f"{path}: {ADAPTER_CONFIG} cannot be read: {error}") from error
+    if not base:
+        raise UserError(f"{path}: {ADAPTER_CONFIG} names no base model (base_model_name_or_path)")
+    return str(base)
 
 
 @contextmanager
@@ -55,20 +81,35 @@ def _explained(path: str) -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # files we do not control: missing, damaged, of another kind
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot load the model {path!r}: {first}") from error
+        text = str(error) or type(error).__name__
+        if "trust_remote_code" in text:
+            raise UserError(
+                f"the model {path!r} comes with Python code of its own, which loading it would run; read that code, and if you "
+                "trust it set model.trust_remote_code = true"
+            ) from error
+        raise UserError(f"cannot load the model {path!r}: {text.splitlines()[0]}") from error
 
 
-def load_module(path: str, dtype: torch.dtype = torch.float32) -> Any:
+def load_module(path: str, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False) -> Any:
     """The Hugging Face causal language model at `path`, in evaluation mode (no dropout).
+
+    Of a directory with adapters: their base, with the adapters merged into it. Weights are read from safetensors only, since
+    loading others can run code.
 
     Raises:
         UserError: there is no such model, or it cannot be loaded.
     """
-    resolved = resolve(path)
+    resolved = resolve(base_of(resolve(path)))
+    settings: dict[str, Any] = {"trust_remote_code": trust_remote_code, "use_safetensors": True}
     with _explained(path):
-        return AutoModelForCausalLM.from_pretrained(resolved, dtype=dtype).eval()
+        _need_safetensors(resolved)
+        module = AutoModelForCausalLM.from_pretrained(resolved, dtype=dtype, **settings)
+        if is_adapter(path):
+            module = load_adapters(module, path)
+    return module.eval()
 
 
 def load_classifier(path: str) -> Any:
@@ -80,6 +121,7 @@ def load_classifier(path: str) -> Any:
     """
     resolved = resolve(path)
     with _explained(path):
+        _need_safetensors(resolved)
         module, info = AutoModelForSequenceClassification.from_pretrained(
             resolved,
             num_labels=1,
@@ -94,25 +136,47 @@ def load_classifier(path: str) -> Any:
     return module.eval()
 
 
-def load_config(path: str) -> Any:
+def _need_safetensors(path: str) -> None:
+    names = [file.name for file in Path(path).iterdir()] if Path(path).is_dir() else []
+    if any(name.endswith(".bin") for name in names) and not any(name.endswith(".safetensors") for name in names):
+        raise UserError(
+            f"the weights of {path!r} are pickled (.bin), and reading them can run code; if you trust them, convert them once: "
+            f"AutoModelForCausalLM.from_pretrained({path!r}, use_safetensors=False).save_pretrained(directory), and the tokenizer"
+        )
+
+
+def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
     """The transformers configuration of the model at `path`, without its weights."""
-    resolved = resolve(path)
+    resolved = resolve(base_of(resolve(path)))
     with _explained(path):
-        return AutoConfig.from_pretrained(resolved)
+        return AutoConfig.from_pretrained(resolved, trust_remote_code=trust_remote_code)
 
 
-def load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer at `path`: of a shipped model, a local directory, or a Hugging Face id.
 
     Raises:
         UserError: there is none, or it has no end-of-sequence token.
     """
     resolved = resolve(path)
+    if is_adapter(resolved) and not (Path(resolved) / "tokenizer_config.json").is_file():
+        resolved = resolve(base_of(resolved))
     with _explained(path):
-        tokenizer = AutoTokenizer.from_pretrained(resolved)
+        tokenizer = AutoTokenizer.from_pretrained(resolved, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {path!r} has no end-of-sequence token, so no completion could end")
     return tokenizer
+
+
+def stored_dtype(path: str, *, trust_remote_code: bool = False) -> torch.dtype | None:
+    """The dtype of the weights in the directory at `path`: as its configuration says, else as its files are; None: unknown."""
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    files = sorted(Path(resolve(base_of(resolve(path)))).glob("*.safetensors"))
+    if found is None and files:
+        with _explained(path), safe_open(str(files[0]), "pt") as file:
+            found = file.get_tensor(next(iter(file.keys()))).dtype
+    return getattr(torch, found) if isinstance(found, str) else found
 
 
 def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:

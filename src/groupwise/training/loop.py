@@ -32,6 +32,8 @@ class Result:
     before: Evaluation
     after: Evaluation
     seconds: float
+    exported: dict[str, float]
+    """Of the exported model: `LanguageModel.export`."""
 
 
 LARGEST_GAP = 0.01
@@ -82,8 +84,8 @@ class Trainer:
                     self.save()
                 if self.is_due(self.recipe.training.eval_every):
                     after = self.evaluate()
-        self.learner.export(self.run_directory.model, self.ready.tokenizer)
-        return Result(before=before, after=after, seconds=time.monotonic() - started)
+        exported = self.learner.export(self.run_directory.model, self.ready.tokenizer)
+        return Result(before=before, after=after, seconds=time.monotonic() - started, exported=exported)
 
     def train_step(self) -> None:
         """Rollouts, advantages, updates: one step, recorded."""
@@ -195,7 +197,8 @@ class Trainer:
 
     def evaluate_base(self) -> Evaluation:
         """Held-out results of the untrained base model, which a resumed run shows again as its starting point; not recorded."""
-        return self.evaluation_of(self.ready.make_sampler(self.ready.load_base()))
+        with self.ready.base() as base:
+            return self.evaluation_of(self.ready.make_sampler(base))
 
     def evaluation_of(self, sampler: Sampler) -> Evaluation:
         self.ready.begin_step(self.step)

@@ -94,8 +94,9 @@ def run(session: Session, console: Console) -> Result:
 def _announce(ready: Ready, session: Session, console: Console) -> None:
     model = session.recipe.model.path
     console.print(f"{ready.algorithm.name} on {ready.task.name}, model {model}; writing {session.path}", soft_wrap=True)
-    if fallback := ready.fallback():
-        console.print(fallback, soft_wrap=True)
+    for line in (ready.model.describe_adapters(), ready.fallback(), *ready.hints()):
+        if line:
+            console.print(line, soft_wrap=True)
 
 
 def _how_to_go_on(path: Path) -> str:

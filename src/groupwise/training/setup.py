@@ -1,6 +1,7 @@
 """A recipe made ready: everything that can be wrong is found here, before anything is trained."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from groupwise.config import Recipe, RolloutsSection, Source
 from groupwise.errors import UserError
 from groupwise.learner.base import Learner
 from groupwise.learner.local import LocalLearner
-from groupwise.models import Chat, LanguageModel, load_config, load_tokenizer
+from groupwise.models import FULL_TRAINING_RATE, Chat, LanguageModel, load_config, load_tokenizer
 from groupwise.rollouts.base import Sampler
 from groupwise.rollouts.driver import wait_for
 from groupwise.rollouts.groups import Rollouts
 from groupwise.rollouts.samplers import find_sampler
+from groupwise.seeding import derive
 from groupwise.tasks.base import FollowsTraining, Task, build_task
 from groupwise.training.algorithm import build_algorithm, check_together, try_parts
 from groupwise.training.collect import describe_failures, sampling_of
@@ -93,10 +95,31 @@ class Ready:
             return "linear layers run in bfloat16 in C++, with sums in float32"
         return f"bfloat16 runs on PyTorch's matmuls and attention, which may be slower than float32: {reason}"
 
-    def load_base(self) -> LanguageModel:
-        """The model as training began with it."""
-        model = self.recipe.model
-        return LanguageModel.load(model.path, dtype=self.model.dtype, device=self.model.device, backend=model.backend)
+    @contextmanager
+    def base(self) -> Iterator[LanguageModel]:
+        """Within: the model as training began with it: with adapters the policy with these off, else loaded again."""
+        if self.model.adapted:
+            with self.model.adapters_off():
+                yield self.model
+        else:
+            model, settings = self.model, self.recipe.model
+            yield LanguageModel.load(
+                settings.path,
+                dtype=model.dtype,
+                device=model.device,
+                backend=settings.backend,
+                trust_remote_code=settings.trust_remote_code,
+            )
+
+    def hints(self) -> list[str]:
+        """What is allowed and most likely not meant."""
+        rate = self.recipe.learner.learning_rate
+        if self.model.adapted and 0 < rate <= FULL_TRAINING_RATE:
+            return [
+                f"learner.learning_rate = {rate:g} is typical of full training; LoRA adapters usually learn with about ten times "
+                f"as much, as {10 * rate:g}"
+            ]
+        return []
 
 
 def prepare(recipe: Recipe, source: Source) -> Ready:
@@ -110,9 +133,10 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
     sampler = find_sampler(recipe.rollouts, source)
     trackers = find_trackers(recipe.trackers, source)
     task = build_task(recipe.task, source)
+    trust = recipe.model.trust_remote_code
     try:
-        tokenizer = load_tokenizer(recipe.model.path)
-        config = load_config(recipe.model.path)
+        tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=trust)
+        config = load_config(recipe.model.path, trust_remote_code=trust)
     except UserError as error:
         raise source.error("model.path", str(error)) from error
     chat = build_chat(recipe, tokenizer, source)
@@ -167,10 +191,20 @@ def load_policy(recipe: Recipe, source: Source) -> LanguageModel:
     """
     settings, device = recipe.model, device_of(recipe.model.device, source)
     try:
-        model = LanguageModel.load(settings.path, dtype=getattr(torch, settings.dtype), device=device, backend=settings.backend)
+        model = LanguageModel.load(
+            settings.path,
+            dtype=getattr(torch, settings.dtype),
+            device=device,
+            backend=settings.backend,
+            trust_remote_code=settings.trust_remote_code,
+            lora=settings.lora,
+            seed=derive(recipe.seed, "adapters"),
+        )
     except UserError as error:
-        key, _, message = str(error).partition(" = 'kernels': ")
-        raise source.error("model.backend" if key == "model.backend" else "model.path", message or str(error)) from error
+        for key, beginning in (("model.backend", "model.backend = 'kernels': "), ("model.lora.targets", "model.lora.targets: ")):
+            if str(error).startswith(beginning):
+                raise source.error(key, str(error).removeprefix(beginning)) from error
+        raise source.error("model.path", str(error)) from error
     if settings.compile:
         model.compile()
     return model

@@ -12,7 +12,7 @@ from groupwise.config import SftRecipe, Source
 from groupwise.errors import UserError
 from groupwise.learner.micro_batches import cut_rows
 from groupwise.learner.optimiser import Optimiser
-from groupwise.models import Chat, LanguageModel, character_tokenizer, encode_prompt, load_module, load_tokenizer, new_module
+from groupwise.models import Chat, LanguageModel, character_tokenizer, encode_prompt, load_tokenizer, new_module
 from groupwise.rollouts.base import Sampling
 from groupwise.rollouts.groups import Rollouts
 from groupwise.rollouts.native import NativeSampler
@@ -82,12 +82,13 @@ def start(recipe: SftRecipe, task: Task, source: Source) -> tuple[Any, LanguageM
     device = device_of(settings.device, source)
     try:
         if settings.path:
-            tokenizer, module = load_tokenizer(settings.path), load_module(settings.path)
+            trust = settings.trust_remote_code
+            tokenizer = load_tokenizer(settings.path, trust_remote_code=trust)
+            model = LanguageModel.load(settings.path, device=device, trust_remote_code=trust)
         else:
             tokenizer = character_tokenizer(settings.characters)
-            module = new_module(settings.new, tokenizer, recipe.seed)
-        model = LanguageModel(module.to(device))
-        model.check_logits()
+            model = LanguageModel(new_module(settings.new, tokenizer, recipe.seed).to(device))
+            model.check_logits()
     except UserError as error:
         raise source.error("model.path" if settings.path else "model.new", str(error)) from error
     if settings.chat and not tokenizer.chat_template:
