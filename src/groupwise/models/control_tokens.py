@@ -3,32 +3,45 @@
 from collections.abc import Iterable
 from typing import Any
 
-FIRST = 0xF0000
-"""The k-th control token is written as the character FIRST + k, of Unicode's supplementary private-use area."""
-LAST = 0xFFFFD
+FIRST, LAST = 0xD800, 0xDFFF
+"""A control token is written as a lone surrogate, which no decoded text can contain."""
+
+
+def is_control(character: str) -> bool:
+    """Whether a character of a marked text is a control token."""
+    return FIRST <= ord(character) <= LAST
 
 
 class ControlTokens:
     """The control tokens of a tokenizer: its special tokens, and the added ones that are not whitespace."""
 
     def __init__(self, tokenizer: Any) -> None:
-        added = sorted(tokenizer.added_tokens_decoder.items())
-        kept = [(i, str(token.content)) for i, token in added if token.special or not token.content.isspace()][: LAST - FIRST]
+        added = tokenizer.added_tokens_decoder.items()
         self._tokenizer = tokenizer
-        self._characters = {i: chr(FIRST + k) for k, (i, _) in enumerate(kept)}
-        self._names = {chr(FIRST + k): content for k, (_, content) in enumerate(kept)}
-        self._ids = {chr(FIRST + k): i for k, (i, _) in enumerate(kept)}
+        self._names = {i: str(token.content) for i, token in added if token.special or not token.content.isspace()}
+        self._characters: dict[int, str] = {}
+        """Given at first sight, so that those of the chat template, which is rendered first, always have one."""
+        self._ids: dict[str, int] = {}
 
     def __contains__(self, token: int) -> bool:
-        return token in self._characters
+        return token in self._names
+
+    def _character(self, token: int) -> str:
+        """The surrogate of a control token; its name, once all are given away to others."""
+        if token not in self._characters:
+            if len(self._characters) > LAST - FIRST:
+                return self._names[token]
+            self._characters[token] = chr(FIRST + len(self._characters))
+            self._ids[self._characters[token]] = token
+        return self._characters[token]
 
     def mark(self, ids: Iterable[int]) -> str:
-        """The decoded ids, each control token as its private character. Ordinary text cannot contain one."""
+        """The decoded ids, each control token as its surrogate."""
         parts: list[str] = []
         run: list[int] = []
         for token in ids:
-            if token in self._characters:
-                parts += [self._decode(run), self._characters[token]]
+            if token in self._names:
+                parts += [self._decode(run), self._character(token)]
                 run = []
             else:
                 run.append(token)
@@ -37,18 +50,22 @@ class ControlTokens:
     def _decode(self, run: list[int]) -> str:
         if not run:
             return ""
-        text = str(self._tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        return "".join("\ufffd" if FIRST <= ord(character) <= LAST else character for character in text)
+        return str(self._tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def mark_text(self, text: str) -> str:
-        """A template's own text, each name of a control token as its private character."""
-        for character, name in sorted(self._names.items(), key=lambda item: -len(item[1])):
-            text = text.replace(name, character)
+        """A template's own text, each name of a control token as its surrogate."""
+        for token, name in sorted(self._names.items(), key=lambda item: -len(item[1])):
+            if name in text:
+                text = text.replace(name, self._character(token))
         return text
 
     def unmark(self, text: str) -> str:
         """The text with the names of its control tokens."""
-        return "".join(self._names.get(character, character) for character in text)
+        return "".join(self._names[self._ids[character]] if character in self._ids else character for character in text)
+
+    def drop(self, text: str) -> str:
+        """The text without its control tokens."""
+        return "".join(character for character in text if character not in self._ids)
 
     def find(self, marked: str) -> list[int]:
         """The ids of the control tokens in a marked text, in order."""

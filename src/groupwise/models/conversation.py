@@ -10,6 +10,7 @@ from torch import Tensor
 from groupwise.errors import UserError, nearest
 from groupwise.models.chat import Chat, Tool
 from groupwise.models.control_tokens import ControlTokens
+from groupwise.models.conversation_check import Check
 from groupwise.models.reasoning import Reasoning
 from groupwise.models.tool_calls import BadCall, Call, Parameters, parse_calls, with_ids
 from groupwise.models.turn_ends import TurnEnds
@@ -95,19 +96,32 @@ class Conversations:
             closed: `Said.closed`. If False the suffix begins with the token that ends the turn.
         """
         tail = self.ends.tail(messages)
-        return torch.tensor(tail[1:] if closed else tail, dtype=torch.long)
+        return torch.tensor(tail.rest if closed else [*tail.ending, *tail.rest], dtype=torch.long)
 
     def after(self, tokens: Tensor, messages: Sequence[Message]) -> Tensor:
         """int64 [L]: `suffix` for the sampled turn `tokens`, which tell by themselves whether the turn was closed."""
         tail = self.ends.tail(messages)
-        return torch.tensor(tail[1:] if len(tokens) and int(tokens[-1]) == tail[0] else tail, dtype=torch.long)
+        ids: list[int] = tokens.tolist()
+        written = next(n for n in range(len(tail.ending), -1, -1) if n == 0 or ids[-n:] == tail.ending[:n])
+        return torch.tensor([*tail.ending[written:], *tail.rest], dtype=torch.long)
+
+    def check(self) -> tuple[str, ...]:
+        """Try the template on conversations whose tokens are known, as `groupwise check` does.
+
+        Returns:
+            Remarks for a person to read, such as that the template drops earlier reasoning.
+
+        Raises:
+            UserError: tokens differ from the template's own; the message names the first that does.
+        """
+        return Check(self.ends, self).run()
 
     def _call_end(self, text: str, at: int) -> int | None:
         """Where the call at this place of a marked text ends; None: there is none."""
         if self.ends.form is None:
             return None
         syntax = self.ends.form.syntax
-        if not text.startswith(syntax.opening or "{", at) or (not syntax.opening and text[:at].strip()):
+        if not text.startswith(syntax.opening or "{", at) or (not syntax.opening and self.control.drop(text[:at]).strip()):
             return None
         try:
             return syntax.read(text, at + len(syntax.opening), self.parameters)[1]
@@ -123,7 +137,8 @@ class Conversations:
         return [self._unmark(entry) for entry in value] if isinstance(value, list) else value
 
     def _message(self, reasoning: str, visible: str, calls: Sequence[Call]) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": self.control.unmark(visible).strip()}
+        content = self.control.drop(visible) if calls else self.control.unmark(visible)  # such as what opens a list of calls
+        message: dict[str, Any] = {"role": "assistant", "content": content.strip()}
         if reasoning.strip():
             message["reasoning_content"] = self.control.unmark(reasoning).strip()
         if calls:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from groupwise.models.control_tokens import FIRST, LAST, ControlTokens
+from groupwise.models.control_tokens import ControlTokens, is_control
 
 MARKERS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 """What opens and closes reasoning, as control tokens or as text: the chat template may know of it, or a prompt ask for it."""
@@ -27,7 +27,7 @@ class Reasoning:
         Only what follows the last control token other than the markers counts: the template's opening of the turn.
         """
         markers = {marker for pair in self.pairs for marker in pair}
-        starts = [i + 1 for i, character in enumerate(before) if FIRST <= ord(character) <= LAST and character not in markers]
+        starts = [i + 1 for i, character in enumerate(before) if is_control(character) and character not in markers]
         opening_of_turn = before[starts[-1] if starts else 0 :]
         for opening, closing in self.pairs:
             if opening_of_turn.rfind(opening) > opening_of_turn.rfind(closing):

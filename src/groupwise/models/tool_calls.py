@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from groupwise.models.control_tokens import is_control
+
 T = TypeVar("T")
 Parameters = Mapping[str, Mapping[str, Any]]
 """The JSON schemas of the parameters of each tool, by its name."""
@@ -189,6 +191,8 @@ def parse_calls(text: str, syntax: Syntax, parameters: Parameters) -> tuple[list
     """The calls in a marked text without reasoning, what stands outside of them, and why a call could not be read."""
     if not syntax.opening:
         start = skip(text, 0)
+        while text[start : start + 1] and is_control(text[start]):  # such as Llama's <|python_tag|>
+            start = skip(text, start + 1)
         if not text.startswith(("{", "["), start):
             return [], text, None
         try:

@@ -5,6 +5,7 @@ was sampled. It begins with a control token, before which a tokenizer splits any
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from groupwise.errors import UserError
@@ -18,6 +19,16 @@ USER: Message = {"role": "user", "content": "zqfurtherqz"}
 DEFAULT_ID = "0" * 9
 
 
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """The ids between the end of what a turn says and where the next turn is sampled."""
+
+    ending: list[int]
+    """What ends the turn, and is sampled where the turn was not truncated."""
+    rest: list[int]
+    """What follows, and is never sampled."""
+
+
 class TurnEnds:
     """How turns end and calls are written in one chat template."""
 
@@ -26,25 +37,23 @@ class TurnEnds:
         UserError: turns do not end with a token, or calls are written in an unknown way.
         """
         self.chat, self.tools, self.control = chat, tools, control
-        self._names = tuple(parameters)
-        self._verified: set[tuple[str, int]] = set()
-        self.closing: int | None = None
-        """The id that ends a turn; None: the opening of the next message does."""
+        self.names = tuple(parameters)
+        self._verified: set[str] = set()
+        self.closing = control.find(self._common(self.plain(), ANSWER, [[], [USER]]))
+        """The ids of control tokens that end a turn whatever follows; empty: the opening of the next message ends it."""
+        self._skip = 0
+        """Control tokens between the last argument of the last call and the one that ends the turn."""
         self.form: CallForm | None = None
         """How calls are written; None without tools."""
-        common = self._common(self.plain(), ANSWER, [[], [USER]])
-        if found := control.find(common):
-            self.closing = found[0]
-        self._skip = {"user": 0}
-        """Control tokens between the last synthetic word and the one that ends the turn, by the role of the message after it."""
-        openings = [self.tail([USER])[0]]
+        endings = [self.tail([USER]).ending]
+        self._refuse_several_messages(endings[0][-1])
         if parameters:
-            self.form = infer(chat, tools, control, parameters, control.mark(found[:1]))
-            answer = {"role": "tool", "name": self._names[0], "tool_call_id": DEFAULT_ID, "content": "zqresultqz"}
+            self.form = infer(chat, tools, control, parameters, control.mark(self.closing[-1:]))
+            answer = {"role": "tool", "name": self.names[0], "tool_call_id": DEFAULT_ID, "content": "zqresultqz"}
             inside = control.find(self._common(self.called(), value_word(0), [[], [answer]]))
-            self._skip["tool"] = inside.index(self.closing) if self.closing in inside else len(inside)
-            openings.append(self.tail([answer])[0])
-        self.stop_tokens = tuple(dict.fromkeys(openings))
+            self._skip = inside.index(self.closing[-1]) if self.closing and self.closing[-1] in inside else len(inside)
+            endings.append(self.tail([answer]).ending)
+        self.stop_tokens = tuple(dict.fromkeys(ending[-1] for ending in endings))
         """Ids that end a turn."""
 
     def plain(self) -> list[dict[str, Any]]:
@@ -54,12 +63,20 @@ class TurnEnds:
     def called(self, answers: Sequence[Message] = ()) -> list[dict[str, Any]]:
         """A synthetic conversation that ends with the calls that these messages answer, or with one call of the first tool."""
         assert self.form is not None
-        names = [str(answer.get("name") or self._names[0]) for answer in answers] or [self._names[0]]
+        names = [str(answer.get("name") or self.names[0]) for answer in answers] or [self.names[0]]
         ids = [str(answer.get("tool_call_id") or f"{i:09d}") for i, answer in enumerate(answers)] or [DEFAULT_ID]
         return [{"role": "user", "content": QUESTION}, self.form.message(synthetic_calls(names, ids))]
 
-    def tail(self, messages: Sequence[Message]) -> list[int]:
-        """The ids from the one that ends a turn, through these messages, to the opening of the model's next turn.
+    def _refuse_several_messages(self, stop: int) -> None:
+        """A turn of gpt-oss is a message of reasoning and one of the answer, each with the same end."""
+        message = {"role": "assistant", "content": ANSWER, "reasoning_content": "zqthoughtqz"}
+        text = self.chat.render([{"role": "user", "content": QUESTION}, message], self.tools, generation=False)
+        ids = self.chat.ids(text.rpartition(QUESTION)[2].partition(ANSWER)[0].partition("zqthoughtqz")[2])
+        if stop in ids:
+            raise UserError("the model's chat template makes several messages of a turn: such conversations are not supported")
+
+    def tail(self, messages: Sequence[Message]) -> Tail:
+        """What ends a turn that these messages follow, the messages, and the opening of the model's next turn.
 
         Raises:
             UserError: the template refuses the messages.
@@ -71,25 +88,29 @@ class TurnEnds:
         if answers and self.form is None:
             raise ValueError("messages of tools need tools")
         start = self.called(answers) if answers else self.plain()
-        word, skip = (value_word(len(answers) - 1), self._skip["tool"]) if answers else (ANSWER, self._skip["user"])
+        word, skip = (value_word(len(answers) - 1), self._skip) if answers else (ANSWER, 0)
         text = self.chat.render([*start, *messages], self.tools)
         place = text.find(word) + len(word)
         ids = self.chat.ids(text[place:])
         places = [i for i, token in enumerate(ids) if token in self.control]
-        tail = ids[places[skip] :] if len(places) > skip else []
-        as_text = not answers and bool(self.control.mark(ids[: places[0]] if places else ids).strip())
-        if not tail or as_text or (not answers and self.closing not in (None, tail[0])):
+        if len(places) <= skip or (not answers and self.control.mark(ids[: places[0]]).strip()):
             raise UserError(
                 "the model's chat template ends the assistant's turns with text rather than with a token, so that their end "
                 "cannot be seen in sampled tokens"
             )
-        if (text[:place], skip) not in self._verified:
-            whole = self.chat.ids(text)
-            if whole[-len(tail) :] != tail:
-                found = self.difference(whole[-len(tail) :], tail)
-                raise UserError(f"the tokenizer merges the end of a turn with what precedes it: {found}")
-            self._verified.add((text[:place], skip))
-        return tail
+        last = skip if answers else skip + max(len(self.closing), 1) - 1
+        self._verify(text, text[:place], ids[places[skip] :])
+        return Tail(ids[places[skip] : places[last] + 1], ids[places[last] + 1 :])
+
+    def _verify(self, text: str, head: str, tail: list[int]) -> None:
+        """Assert, once for each synthetic conversation, that the rendered text ends with these ids when it is encoded as one."""
+        if head in self._verified:
+            return
+        whole = self.chat.ids(text)
+        if whole[-len(tail) :] != tail:
+            found = self.difference(whole[-len(tail) :], tail)
+            raise UserError(f"the tokenizer merges the end of a turn with what precedes it: {found}")
+        self._verified.add(head)
 
     def _common(self, start: Sequence[Message], word: str, continuations: Sequence[Sequence[Message]]) -> str:
         """The marked text after a word that does not depend on what follows the turn."""
