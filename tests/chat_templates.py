@@ -1,4 +1,4 @@
-"""Chat templates with the features of real families, written for the tests, and a byte-level BPE tokenizer for each."""
+"""Chat templates with the features of real families, written for the tests, and a BPE tokenizer for each."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -239,6 +239,8 @@ class Family:
     several: bool = True
     """Whether a message may have several calls."""
     system: bool = True
+    sentencepiece: bool = False
+    """Whether the tokenizer is of the kind of SentencePiece (spaces as ▁, one put before a text), not byte-level."""
 
 
 _LLAMA = (
@@ -290,6 +292,7 @@ FAMILIES = {
     "gemma": Family(GEMMA, ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), "<eos>", "<bos>", tools=False, system=False),
     "phi": Family(PHI, ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), "<|endoftext|>", tools=False),
     "mistral": Family(MISTRAL, _MISTRAL, "</s>", "<s>"),
+    "mistral-sentencepiece": Family(MISTRAL, _MISTRAL, "</s>", "<s>", sentencepiece=True),
     "mistral11": Family(MISTRAL11, _MISTRAL, "</s>", "<s>"),
     "glm": Family(GLM, _GLM, "<|endoftext|>"),
     "deepseek": Family(DEEPSEEK, _DEEPSEEK, "<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>"),
@@ -307,14 +310,18 @@ TRAINED_ON = [
 
 @cache
 def tokenizer(name: str, vocabulary: int = 600) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with merges over words, punctuation and runs of whitespace, and the family's special tokens."""
+    """A BPE tokenizer with merges over words, punctuation and runs of whitespace, and the family's special tokens."""
     family = FAMILIES[name]
     inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    inner.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if family.sentencepiece:
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        inner.decoder = decoders.Metaspace(prepend_scheme="first")
+        alphabet = sorted({*map(chr, range(32, 127)), *"".join(TRAINED_ON), *"\n\t\u00a0\U000f0000\U0010fffd"})
+    else:
+        words = pre_tokenizers.Split(Regex(WORDS), "isolated")
+        inner.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        inner.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False, min_frequency=1)
     inner.train_from_iterator(TRAINED_ON * 3, trainer)
     rstrip = name == "phi"  # as Phi 3's tokenizer, whose tokens swallow the whitespace after them

@@ -109,7 +109,7 @@ def canonical_turn(
     """The ids of a turn as the template itself writes it, and of what stands before it (its opening, if not rewritten)."""
     opened = ids_of(talk, talk.chat.render(start, talk.tools))
     whole = ids_of(talk, talk.chat.render([*start, said, *replies], talk.tools))
-    after = talk.suffix(replies, closed=True).tolist()
+    after = talk.ends.tail(replies).rest
     assert whole[len(whole) - len(after) :] == after
     shared = common_start(opened, whole)
     return whole[:shared], whole[shared : len(whole) - len(after)]
@@ -161,7 +161,8 @@ def test_random_conversations(name: str) -> None:
                 assert known(read.calls) == known(calls) and read.problem is None
                 assert read.message["content"] == content.strip()
             suffix = talk.after(torch.tensor(turn, dtype=torch.long), replies)
-            assert suffix.tolist() == talk.suffix(replies, closed=read.closed).tolist()
+            if talk.ends.closing or not read.closed:
+                assert suffix.tolist() == talk.suffix(replies, closed=read.closed).tolist()
             grown = [*S, *turn, *suffix.tolist()]
             assert grown[: len(S)] == S
             S, sampled, mask = grown, sampled + turn, mask + [True] * len(turn) + [False] * len(suffix)
@@ -178,7 +179,7 @@ def test_a_truncated_turn_gets_its_end_and_it_is_not_trained_on(name: str) -> No
     talk = conversations(name)
     replies = [{"role": "user", "content": "Go on."}]
     words = torch.tensor(ids_of(talk, "I was about to say"))
-    closed, opened = talk.suffix(replies, closed=True).tolist(), talk.suffix(replies, closed=False).tolist()
+    closed, opened = talk.ends.tail(replies).rest, talk.suffix(replies, closed=False).tolist()
     assert opened == [*opened[: len(opened) - len(closed)], *closed] and len(opened) == len(closed) + 1
     assert opened[0] in talk.stop_tokens
     assert not talk.parse(words).closed and talk.after(words, replies).tolist() == opened
@@ -191,6 +192,18 @@ def test_a_truncated_turn_gets_its_end_and_it_is_not_trained_on(name: str) -> No
         said = talk.parse(ended)
         assert not said.closed and said.message["content"] == "I was about to say"
         assert talk.after(ended, replies).tolist() == opened
+
+
+def test_a_turn_that_ends_with_the_opening_of_another_message_keeps_it() -> None:
+    """GLM's turns end with <|user|> or <|observation|>. What was sampled stays, and the message gets its own opening."""
+    talk = conversations("glm")
+    user, observation = (ids_of(talk, name) for name in ("<|user|>", "<|observation|>"))
+    assert set(talk.stop_tokens) == {*user, *observation}
+    result = [{"role": "tool", "name": "search", "tool_call_id": "000000000", "content": "rain"}]
+    whole = talk.suffix(result, closed=False).tolist()
+    assert whole[:1] == observation
+    assert talk.after(torch.tensor(observation), result).tolist() == whole[1:]
+    assert talk.after(torch.tensor(user), result).tolist() == whole
 
 
 def turn_with(talk: Conversations, calls: list[Call]) -> tuple[list[int], list[int]]:
@@ -262,6 +275,8 @@ def test_markers_inside_of_arguments_are_arguments() -> None:
         ('{"name": "search"}', "a call is a JSON object with 'name' and 'arguments'"),
         ('"search"', "a call is a JSON object with 'name' and 'arguments'"),
         ("[" * 100_000, "the call is nested too deeply"),
+        ('{"name": "search", "arguments": {"limit": ' + "9" * 5000 + "}}", "not valid JSON: Exceeds the limit"),
+        ('{"name": "search", "arguments": {"limit": NaN}}', "not valid JSON: NaN is no number"),
         ('{"name": "search", "arguments": {}} and more', "the call is not closed"),
     ],
 )
@@ -389,5 +404,7 @@ def test_messages_of_the_wrong_order_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match="messages of tools, then of others"):
             talk.suffix(messages, closed=True)
+    with pytest.raises(ValueError, match=r"use Conversations\.after"):
+        conversations("glm").suffix([{"role": "user", "content": ""}], closed=True)
     with pytest.raises(ValueError, match="need tools"):
         conversations("gemma").suffix([{"role": "tool", "content": ""}], closed=True)

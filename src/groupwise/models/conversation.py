@@ -53,7 +53,8 @@ class Conversations:
         self.ends = TurnEnds(chat, self.tools, self.control, self.parameters)
         self.stop_tokens = self.ends.stop_tokens
         """Ids that end a turn."""
-        self._reasoning = Reasoning.of(self.control)
+        call = None if self.ends.form is None else self.ends.form.syntax.opening or "{"
+        self._reasoning = Reasoning.of(self.control, call)
         self._opening = self.control.mark(self.prompt("a question").tolist())
 
     def prompt(self, prompt: str | Sequence[Message]) -> Tensor:
@@ -88,13 +89,16 @@ class Conversations:
     def suffix(self, messages: Sequence[Message], *, closed: bool) -> Tensor:
         """int64 [L]: what follows a sampled turn, up to where the next one is sampled.
 
-        Where a turn has no end of its own, `closed` says that it ended with the opening of the first of `messages`; `after` sees
-        that by itself.
-
         Args:
             messages: those of tools first.
             closed: `Said.closed`. If False the suffix begins with the token that ends the turn.
+
+        Raises:
+            ValueError: a closed turn in a template without an end of turns, where it may have ended with the opening of another
+                message than the first of `messages`: `after` sees that.
         """
+        if closed and not self.ends.closing:
+            raise ValueError("turns have no end of their own in this chat template: use Conversations.after")
         tail = self.ends.tail(messages)
         return torch.tensor(tail.rest if closed else [*tail.ending, *tail.rest], dtype=torch.long)
 

@@ -1,5 +1,6 @@
 """Reasoning apart from what a turn says: calls inside of it are thoughts, not calls."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,11 +16,15 @@ class Reasoning:
 
     pairs: tuple[tuple[str, str], ...]
     """Marked openings and closings."""
+    places: re.Pattern[str]
+    """Where one of them stands, or a call may begin."""
 
     @classmethod
-    def of(cls, control: ControlTokens) -> "Reasoning":
-        """The markers as this tokenizer has them."""
-        return cls(tuple((control.mark_text(opening), control.mark_text(closing)) for opening, closing in MARKERS))
+    def of(cls, control: ControlTokens, call: str | None) -> "Reasoning":
+        """The markers as this tokenizer has them, and the marked text that begins a call, if there are calls."""
+        pairs = tuple((control.mark_text(opening), control.mark_text(closing)) for opening, closing in MARKERS)
+        words = [*(marker for pair in pairs for marker in pair), *([call] if call else [])]
+        return cls(pairs, re.compile("|".join(re.escape(word) for word in words)))
 
     def opened(self, before: str) -> str | None:
         """What closes the reasoning that the marked text before a turn leaves open; None: it leaves none open.
@@ -63,15 +68,10 @@ class Reasoning:
 
     def _next(self, text: str, at: int, call_end: Callable[[str, int], int | None]) -> tuple[int, str, str | None]:
         """The next marker outside of calls: its place, itself, and what closes it if it opens reasoning."""
-        while at < len(text):
-            end = call_end(text, at)
-            if end is not None and end > at:
-                at = end
-                continue
-            for opening, closing in self.pairs:
-                if text.startswith(opening, at):
-                    return at, opening, closing
-                if text.startswith(closing, at):
-                    return at, closing, None
-            at += 1
+        closings: dict[str, str | None] = dict.fromkeys((closing for _, closing in self.pairs), None)
+        closings.update(dict(self.pairs))
+        while (found := self.places.search(text, at)) is not None:
+            if found[0] in closings:
+                return found.start(), found[0], closings[found[0]]
+            at = call_end(text, found.start()) or found.end()
         return len(text), "", None

@@ -55,11 +55,17 @@ class Syntax(Protocol):
 def read_json(text: str, at: int) -> tuple[Any, int]:
     """The JSON value at `at`, and where it ends."""
     try:
-        return json.JSONDecoder().raw_decode(text, at)
+        return json.JSONDecoder(parse_constant=_refuse_constant).raw_decode(text, at)
     except json.JSONDecodeError as error:
         raise BadCall(f"the call is not valid JSON: {error.msg} at character {error.pos - at} of it") from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise BadCall(f"the call is not valid JSON: {error}") from error
     except RecursionError as error:
         raise BadCall("the call is nested too deeply") from error
+
+
+def _refuse_constant(name: str) -> Any:
+    raise BadCall(f"the call is not valid JSON: {name} is no number of JSON")
 
 
 def expect(text: str, at: int, closing: str) -> int:
