@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from groupwise.errors import UserError
-from groupwise.models import Call, Chat, Conversations
+from groupwise.models import Call, Chat, Conversations, character_tokenizer
 from groupwise.models.tool_calls import common_start
 from tests import chat_templates
 from tests.chat_templates import FAMILIES, HARMONY, TEXT, Family
@@ -393,6 +393,26 @@ def test_templates_cannot_leave_their_sandbox() -> None:
     escape = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     with pytest.raises(UserError, match="refuses messages"):
         custom(escape)
+
+
+def test_a_tokenizer_of_few_characters() -> None:
+    """The synthetic conversations need no letters of the tokenizer: only what is rendered in earnest must be in it."""
+    tokenizer = character_tokenizer('0123456789+-*/=.,:?{}[]"_ \nabcdefgimnrtuso')
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<tool>", "<call>"]})
+    tokenizer.chat_template = (
+        "{{ tools | map(attribute='function.name') | join(',') if tools }}{% for m in messages %}"
+        "{% if m.role == 'assistant' %}{{ m.content }}{% for call in m.tool_calls or [] %}"
+        "{{ '<call>' + call.function.name + ':' + (call.function.arguments | tojson) }}{% endfor %}<end>"
+        "{% else %}{{ '<' + m.role + '>' + m.content + '\n' }}{% endif %}{% endfor %}"
+    )
+    tool = {"type": "function", "function": {"name": "sum", "parameters": {"properties": {"a": {}, "b": {}}}}}
+    talk = Conversations(Chat.build(tokenizer), [tool])
+    assert "lacks letters" in " ".join(talk.check())
+    turn = torch.tensor(tokenizer('<call>sum:{"a": 1, "b": 2}<end>').input_ids)
+    said = talk.parse(turn)
+    assert known(said.calls) == [("sum", {"a": 1, "b": 2})] and said.closed
+    assert tokenizer.decode(talk.after(turn, [{"role": "tool", "content": "3"}])) == "<tool>3\n"
+    assert tokenizer.decode(talk.after(turn[:-1], [{"role": "user", "content": "4+4="}])) == "<end><user>4+4=\n"
 
 
 def test_messages_of_the_wrong_order_are_refused() -> None:

@@ -118,8 +118,8 @@ def _block(
     """What the template writes for calls, marked: from the end of the message's content to the end of the turn."""
     question = {"role": "user", "content": QUESTION}
     message = assistant(synthetic_calls(names), content, as_text)
-    text = control.mark(chat.ids(chat.render([question, message], tools, generation=False))).split(QUESTION)[-1]
-    opened = control.mark(chat.ids(chat.render([question], tools))).split(QUESTION)[-1]
+    text = control.mark_text(chat.render([question, message], tools, generation=False)).split(QUESTION)[-1]
+    opened = control.mark_text(chat.render([question], tools)).split(QUESTION)[-1]
     start = text.find(ANSWER) + len(ANSWER) if ANSWER in text else common_start(text, opened)
     last = text.find(value_word(len(names) - 1))
     end = text.find(closing, max(last, 0)) if closing else len(text)

@@ -38,6 +38,9 @@ class Check:
         self.question: Message = {"role": "user", "content": QUESTION}
         self.opened = self._ids([self.question], generation=True)
         self.remarks: dict[str, str] = {}
+        words = f"<think>{QUESTION}{ANSWER}</think>" + "".join(f" {call.name} {call.arguments}" for call in self._calls(2))
+        self.readable = ends.control.mark(ends.chat.ids(words)) == ends.control.mark_text(words)
+        """Whether the tokenizer has the characters of the synthetic conversations, so that they can be read back."""
 
     def run(self) -> tuple[str, ...]:
         """The remarks.
@@ -49,12 +52,17 @@ class Check:
         form = self.ends.form
         if form is not None:
             for count in (1, 2) if form.several else (1,):
-                calls = synthetic_calls([self.ends.names[0]] * count)
+                calls = self._calls(count)
                 answers = [self._answer(call, f"zqresult{i}qz") for i, call in enumerate(calls)]
                 self._round([self.question, form.message(calls)], answers, calls)
             self._later_round()
         self._reasoning()
+        if not self.readable:
+            self.remarks["characters"] = "the tokenizer lacks letters or signs: whether calls are read rightly could not be tried"
         return tuple(self.remarks.values())
+
+    def _calls(self, count: int) -> list[Call]:
+        return synthetic_calls(self.ends.names[:1] * count)
 
     def _ids(self, messages: Sequence[Message], generation: bool = False) -> list[int]:
         return self.ends.chat.ids(self.ends.chat.render(messages, self.ends.tools, generation=generation))
@@ -79,7 +87,7 @@ class Check:
         before, turn = self._turn(start, messages)
         said = self.conversations.parse(torch.tensor(turn), torch.tensor(before))
         read = [(call.name, call.arguments) for call in said.calls]
-        if said.problem or not said.closed or read != [(call.name, call.arguments) for call in calls]:
+        if self.readable and (said.problem or not said.closed or read != [(call.name, call.arguments) for call in calls]):
             text = self.ends.control.unmark(self.ends.control.mark(turn))
             raise UserError(f"a turn that the model's chat template wrote itself is read wrongly ({said.problem}): {text!r}")
         whole, tail = self._ids([*start, *messages], generation=True), self.ends.tail(messages)
@@ -92,7 +100,7 @@ class Check:
     def _later_round(self) -> None:
         """The same messages later in a conversation must be written as after the first turn."""
         assert self.ends.form is not None
-        call = synthetic_calls(self.ends.names[:1])[0]
+        (call,) = self._calls(1)
         called = self.ends.form.message([call])
         plain = {"role": "assistant", "content": ANSWER}
         for said, answer in ((called, self._answer(call, "zqresult1qz")), (plain, USER)):
@@ -106,8 +114,8 @@ class Check:
     def _reasoning(self) -> None:
         """Calls inside of reasoning must not be executed; whether the template drops earlier reasoning is remarked."""
         form = self.ends.form
-        if form is not None:
-            calls = synthetic_calls(self.ends.names[:1])
+        if form is not None and self.readable:
+            calls = self._calls(1)
             _, turn = self._turn([self.question, form.message(calls)], [self._answer(calls[0], "zqresultqz")])
             thought = [*self.ends.chat.ids("<think>"), *turn[:-1], *self.ends.chat.ids("</think>"), *turn[-1:]]
             if self.conversations.parse(torch.tensor(thought)).calls:

@@ -71,8 +71,8 @@ class TurnEnds:
         """A turn of gpt-oss is a message of reasoning and one of the answer, each with the same end."""
         message = {"role": "assistant", "content": ANSWER, "reasoning_content": "zqthoughtqz"}
         text = self.chat.render([{"role": "user", "content": QUESTION}, message], self.tools, generation=False)
-        ids = self.chat.ids(text.rpartition(QUESTION)[2].partition(ANSWER)[0].partition("zqthoughtqz")[2])
-        if stop in ids:
+        between = text.rpartition(QUESTION)[2].partition(ANSWER)[0].partition("zqthoughtqz")[2]
+        if stop in self.control.find(self.control.mark_text(between)):
             raise UserError("the model's chat template makes several messages of a turn: such conversations are not supported")
 
     def tail(self, messages: Sequence[Message]) -> Tail:
@@ -117,7 +117,7 @@ class TurnEnds:
         tails = []
         for more in continuations:
             text = self.chat.render([*start, *more], self.tools, generation=bool(more))
-            tails.append(self.control.mark(self.chat.ids(text)).rpartition(word)[2])
+            tails.append(self.control.mark_text(text).rpartition(word)[2])
         return tails[0][: common_start(*tails)]
 
     def difference(self, first: Sequence[int], second: Sequence[int]) -> str:
