@@ -82,6 +82,29 @@ CODER = (
 """
 )
 
+MINIMAX = (
+    CODER.replace(
+        "'<tool_call>\\n<function=' + call.function.name + '>\\n'", """'<invoke name="' + call.function.name + '">\\n'"""
+    )
+    .replace("'<parameter=' + key + '>\\n'", """'<parameter name="' + key + '">'""")
+    .replace("'\\n</parameter>\\n'", "'</parameter>\\n'")
+    .replace(
+        "{{- '</function>\\n</tool_call>' }}\n{%- endfor %}",
+        "{{- '</invoke>' }}\n{%- if loop.last %}{{- '\\n</tool_call>' }}{%- endif %}\n{%- endfor %}",
+    )
+    .replace(
+        "{%- if m.content or not loop.first %}{{- '\\n' }}{%- endif %}", "{{- '\\n<tool_call>\\n' if loop.first else '\\n' }}"
+    )
+)
+"""All calls of a turn between one pair of markers."""
+
+PHI4 = (
+    QWEN25.replace('\'<tool_call>\\n{"name": "\'', "('<tool_call>[' if loop.first else ', ') + '{\"name\": \"'")
+    .replace("'}\\n</tool_call>'", "('}]</tool_call>' if loop.last else '}')")
+    .replace("{%- if content or not loop.first %}{{- '\\n' }}{%- endif %}", "")
+)
+"""A list of all calls between one pair of markers."""
+
 LLAMA3 = r"""
 {{- bos_token }}
 {%- set date = date_string if date_string is defined else '26 Jul 2024' %}
@@ -287,6 +310,8 @@ FAMILIES = {
     "qwen2.5": Family(QWEN25, QWEN_ADDED, "<|im_end|>"),
     "hermes": Family(QWEN25, CHATML, "<|im_end|>"),  # its markers of calls are ordinary text
     "coder": Family(CODER, QWEN_ADDED, "<|im_end|>"),
+    "minimax": Family(MINIMAX, QWEN_ADDED, "<|im_end|>"),
+    "phi4": Family(PHI4, QWEN_ADDED, "<|im_end|>"),
     "base": Family(QWEN25, QWEN_ADDED, "<|endoftext|>"),  # turns do not end with the end-of-sequence token
     "llama3": Family(LLAMA3, _LLAMA, "<|eot_id|>", "<|begin_of_text|>", several=False),
     "gemma": Family(GEMMA, ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), "<eos>", "<bos>", tools=False, system=False),

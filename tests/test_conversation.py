@@ -139,7 +139,7 @@ def test_random_conversations(name: str) -> None:
     talk = conversations(name)
     chance = random.Random(name)
     exact = turns = 0
-    for _ in range(90):
+    for _ in range(70):
         messages: list[dict[str, Any]] = [{"role": "user", "content": text(chance, markers=True)}]
         if FAMILIES[name].system and chance.random() < 0.5:
             messages.insert(0, {"role": "system", "content": "Be brief." + text(chance)})

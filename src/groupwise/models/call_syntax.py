@@ -29,11 +29,12 @@ QUESTION, ANSWER, KEYS = "zqquestionqz", "zqanswerqz", ("zqkeyqz", "zqotherqz")
 """Words of the synthetic conversation, which a template has no reason to change or to contain."""
 
 TAGS = (
-    {"before": "<function=", "name_end": ">", "key_open": "<parameter=", "key_end": ">", "value_end": "</parameter>"},
-    {"before": '<invoke name="', "name_end": '">', "key_open": '<parameter name="', "key_end": '">', "value_end": "</parameter>"},
-    {"before": "", "name_end": "", "key_open": "<arg_key>", "key_end": "</arg_key>", "value_end": "</arg_value>"},
+    (">", "<parameter=", ">", "</parameter>"),
+    ('">', '<parameter name="', '">', "</parameter>"),
+    ("", "<arg_key>", "</arg_key>", "</arg_value>"),
 )
-"""Tags around names and arguments: Qwen3-Coder and Nemotron, MiniMax, GLM. What closes a call is inferred."""
+"""What ends the name, opens an argument's name, ends it, and ends its value: Qwen3-Coder and Nemotron, MiniMax, GLM. What opens
+and closes a call is inferred, and what stands between the name and the value of an argument."""
 
 
 def value_word(index: int) -> str:
@@ -138,7 +139,7 @@ def _reads_back(syntax: Syntax, blocks: Sequence[str], name: str, parameters: Pa
 def _candidates(blocks: Sequence[str], name: str, control: ControlTokens) -> Iterator[Syntax]:
     yield from _json_candidates(blocks, name)
     yield from _named_candidates(blocks, name)
-    yield from _tagged_candidates(blocks[0], control)
+    yield from _tagged_candidates(blocks[0], name, control)
 
 
 def _values(block: str) -> list[tuple[int, int, Any]]:
@@ -207,29 +208,24 @@ def _named_candidates(blocks: Sequence[str], name: str) -> Iterator[Syntax]:
     yield NamedJsonCalls(opening, pattern.replace(r"\ ", r"\s*").replace("\\\n", r"\s*"), closing)
 
 
-def _tagged_candidates(block: str, control: ControlTokens) -> Iterator[Syntax]:
+def _tagged_candidates(block: str, name: str, control: ControlTokens) -> Iterator[Syntax]:
     for tags in TAGS:
-        marked = {key: control.mark_text(tag) for key, tag in tags.items()}
-        last = block.rfind(marked["value_end"])
-        first = block.find(marked["key_open"])
-        if last < 0 or first < 0:
-            continue
-        if marked["before"] and marked["before"] not in block:
-            continue
-        head = block[:first]
-        opening = head[: head.find(marked["before"]) + len(marked["before"])] if marked["before"] else head[: head.find("zq")]
-        name = re.search(r"[\w.\-]+\s*" + re.escape(marked["name_end"]) + r"\s*$", head)
-        if name and not marked["before"]:
-            opening = head[: name.start()]
+        name_end, key_open, key_end, value_end = (control.mark_text(tag) for tag in tags)
+        head, last = block[: max(block.find(key_open), 0)], block.rfind(value_end)
         value = re.search(f"{re.escape(KEYS[1])}(.*?){value_word(0)}", block, re.DOTALL)
-        if not value or not opening.strip():
+        opening = head[: max(head.rfind(name), 0)].strip()
+        if last < 0 or not value or not opening:
             continue
-        yield TaggedCalls(
-            opening=opening.strip(),
-            name_end=marked["name_end"],
-            key_open=marked["key_open"],
-            key_end=value[1].strip() or marked["key_end"],
-            value_end=marked["value_end"],
-            closing=block[last + len(marked["value_end"]) :].strip(),
-            trims_newlines=value[1].endswith("\n"),
-        )
+        closing = block[last + len(value_end) :].strip()
+        around = [(opening, closing)]
+        around.append((opening.rpartition("\n")[2], closing.partition("\n")[0]))  # markers around all calls of a turn
+        for call_open, call_end in around:
+            yield TaggedCalls(
+                opening=call_open,
+                name_end=name_end,
+                key_open=key_open,
+                key_end=value[1].strip() or key_end,
+                value_end=value_end,
+                closing=call_end,
+                trims_newlines=value[1].endswith("\n"),
+            )
