@@ -155,21 +155,23 @@ def test_what_is_no_reward_is_refused(tmp_path: Path, code: str, reward: Any, me
 
 
 def test_many_groups_wait_at_once(tmp_path: Path) -> None:
-    """A judge that takes half a second, asked about 40 groups: half a second. One that sleeps, in 2 processes: 2 s for 8."""
+    """40 groups in one judge at the same time, and 2 in a function that blocks: each waits until the others have come."""
     code = (
-        "import asyncio, time\n"
-        "async def judge(completions, **_):\n    await asyncio.sleep(0.5)\n    return [1.0] * len(completions)\n"
-        "def sleeper(completions, **_):\n    time.sleep(0.5)\n    return [1.0] * len(completions)\n"
+        "import asyncio, os, time\nfrom pathlib import Path\nhere = []\n"
+        "async def judge(completions, **_):\n    here.append(1)\n"
+        "    while len(here) < 40:\n        await asyncio.sleep(0.01)\n    return [1.0] * len(completions)\n"
+        f"folder = Path({str(tmp_path / 'here')!r})\n"
+        "def blocking(completions, **_):\n    folder.mkdir(exist_ok=True)\n    (folder / str(os.getpid())).touch()\n"
+        "    while len(list(folder.iterdir())) < 2:\n        time.sleep(0.01)\n    return [1.0] * len(completions)\n"
     )
 
-    async def many(task: Any, count: int) -> float:
-        await task.score(SUM, [said("3")])  # which starts the processes
-        started = time.monotonic()
-        await asyncio.gather(*(task.score(SUM, [said("3")]) for _ in range(count)))
-        return time.monotonic() - started
+    async def many(task: Any, count: int) -> list[float]:
+        scores = await asyncio.gather(*(task.score(SUM, [said("3")]) for _ in range(count)))
+        return [score.reward for (score,) in scores]
 
-    assert asyncio.run(many(build(tmp_path, code, reward="mine.py:judge"), 40)) < 1.0
-    assert 1.9 < asyncio.run(many(build(tmp_path, code, reward="mine.py:sleeper", reward_workers=2), 8)) < 3.5
+    limit = {"reward_timeout": 60.0}
+    assert asyncio.run(many(build(tmp_path, code, reward="mine.py:judge", **limit), 40)) == [1.0] * 40
+    assert asyncio.run(many(build(tmp_path, code, reward="mine.py:blocking", reward_workers=2, **limit), 8)) == [1.0] * 8
 
 
 # --- through real runs
