@@ -322,3 +322,10 @@ def test_a_value_model_in_bfloat16_has_a_head_in_float32(tokenizer: Any) -> None
     values = ValueModel(model)
     assert values.values(random_batch(model.module), share_prompts=True).dtype == torch.float32
     assert values.state_dict()["head.weight"].dtype == torch.float32
+
+
+def test_adapters_that_are_merged_already_are_refused(tokenizer: Any) -> None:
+    outer = lora("qwen3", tokenizer).outer
+    outer.merge_adapter()
+    with pytest.raises(UserError, match="unmerge_adapter"):
+        LanguageModel(outer)

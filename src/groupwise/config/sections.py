@@ -20,6 +20,7 @@ class LoraSection(Section):
     rank: Count = 16
     """Columns of B and rows of A in W x + (alpha / rank) B A x."""
     alpha: Positive = 32.0
+    """What the adapters add is multiplied by alpha / rank."""
     targets: list[Annotated[str, Field(min_length=1)]] = []
     """Names of linear layers that get an adapter, as in ["q_proj", "v_proj", "lm_head"]; empty: all but the output layer."""
     export: Literal["merged", "adapter"] = "merged"
@@ -50,6 +51,7 @@ class ModelSection(Section):
     trust_remote_code: bool = False
     """Run Python code that comes with the model's files. Read it first: it can do whatever you can."""
     lora: LoraSection | None = None
+    """[model.lora]: train LoRA adapters; left out: the whole model is trained."""
 
 
 class RolloutsSection(Section):

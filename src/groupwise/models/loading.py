@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from groupwise.errors import UserError, nearest
-from groupwise.models.adapters import load_adapters
+from groupwise.models.adapters import adapter_layers, load_adapters
 from groupwise.models.patches import is_observed
 
 SHIPPED = ("arithmetic-base",)
@@ -235,6 +235,10 @@ def causal_model(module: Any) -> Any:
     if getattr(getattr(module, "active_peft_config", None), "is_prompt_learning", False):
         raise UserError(
             "peft's prompt learning changes the model's inputs, which groupwise gives to its decoder itself; use LoRA"
+        )
+    if any(getattr(layer, "merged", False) for layer in adapter_layers(inner)):
+        raise UserError(
+            "peft's adapters are merged into the model's weights; call unmerge_adapter() first, or merge_and_unload()"
         )
     if not isinstance(inner, PreTrainedModel):
         raise UserError(f"{type(module).__name__} is not a transformers causal language model")
