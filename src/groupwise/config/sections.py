@@ -134,7 +134,19 @@ class TrackersSection(Section):
     """[trackers]: who else records the run."""
 
     names: list[str] = []
-    """Further recorders of the run, as "file.py:name": called with the run's directory and recipe, they are given every event."""
+    """"trackio", "wandb", "swanlab", "tensorboard", "mlflow", each an extra of the same name; or a recorder of yours,
+    "file.py:name": called with the run's directory and recipe, it is given every event."""
+    project: str = "groupwise"
+    """What runs are filed under: a project, or mlflow's experiment."""
+    name: str = ""
+    """What the run is called there; empty: as its directory."""
+    offline: bool = False
+    """Nothing leaves this machine: wandb, swanlab and mlflow write below RUN/trackers, to be sent later with their own tools."""
+    samples_every: Annotated[int, Field(ge=0)] = 25
+    """Every so many steps, the first one and the last included, the best and worst completions of each group are sent as a
+    table; 0: never."""
+    timeout: Positive = 60.0
+    """Seconds that the end of a run waits for a tracker; what it has not sent by then, `groupwise track RUN` sends."""
 
 
 class TrainingSection(Section):
