@@ -314,7 +314,7 @@ def test_names_are_checked_before_anything_is_trained(tmp_path: Path, monkeypatc
     assert "did you mean 'wandb'?" in run("check", "quick", "--set", "trackers.names=['wandbb']").stderr
     twice = run("check", "quick", "--set", "trackers.names=['tensorboard', 'tensorboard']")
     assert twice.exit_code == 2 and "names a tracker twice" in twice.stderr
-    monkeypatch.setattr("groupwise.training.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("groupwise.training.trackers.find_spec", lambda _: None)
     missing = run("check", "quick", "--set", "trackers.names=['mlflow']")
     assert missing.exit_code == 2 and "pip install 'groupwise[mlflow]'" in missing.stderr
 
