@@ -70,8 +70,8 @@ def _tasks() -> Iterator[str]:
 
 
 def _algorithm() -> Iterator[str]:
-    yield "`name` is one of the algorithms below, described in [algorithms.md](algorithms.md), and brings settings of its own: those"
-    yield 'that `groupwise algorithms NAME` prints. Every other key changes one of them. A number that may be absent is `"none"`.'
+    yield "`name` is one of the algorithms below, described in [algorithms.md](algorithms.md), and brings settings of its own,"
+    yield 'which `groupwise algorithms NAME` prints. Every other key changes one. A number that may be absent is `"none"`.'
     yield from ("", "| name | what it is | paper |", "|---|---|---|")
     yield from (f"| `{name}` | {_cell(entry.summary)} | {entry.paper} |" for name, entry in NAMED.items())
     yield from ("", "Settings of every algorithm:", "", *_header())

@@ -18,7 +18,8 @@ class Evaluation:
 
     metrics: dict[str, float]
     """eval/pass@1 (mean over samples, so also avg@k) and eval/pass@k where the task says what is right, eval/reward and its
-    standard deviation over problems, eval/reward_std, eval/length, eval/truncated, eval/grade_N; eval/failed where a completion could not be scored."""
+    standard deviation over problems, eval/reward_std, eval/length, eval/truncated, eval/grade_N; eval/failed where a completion
+    could not be scored."""
     groups: Sequence[Group]
     """The answers, in the order of the problems."""
     values: dict[str, list[float]]
