@@ -38,6 +38,7 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self.run.finish()
+        wandb.teardown()  # waits until its own process has written everything, which finish() does not
 
 
 def open_destination(opening: Opening) -> WeightsAndBiases:
