@@ -83,7 +83,8 @@ class Sender:
 
     def _why(self, code: int) -> str:
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        return f"{lines[-1] if code > 0 and lines else f'its process ended with code {code}'}{self._later()}"
+        said = lines[-1].rstrip(".") if code > 0 and lines else f"its process ended with code {code}"
+        return f"{said}{self._later()}"
 
     def _later(self) -> str:
         return f". More is in {self.log}; to send the rest later: groupwise track {self.run} --to {self.tracker}"
