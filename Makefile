@@ -17,8 +17,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The documentation as one site, docs/_build/html/index.html; a warning is an error.
+# The documentation as one site, docs/_build/html/index.html; a warning is an error. The keys of a recipe come from the code.
 docs: setup
+	$(BIN)/python docs/make_recipe.py
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 
 format: setup

@@ -18,7 +18,7 @@ LEVELS = [
     {"models"},
     {"tasks", "rewards", "rollouts", "learner"},
     {"training", "evidence"},
-    {"experiments"},
+    {"experiments", "trackers"},
     {"api", "cli"},
     {"__init__", "__main__"},
 ]

@@ -164,7 +164,7 @@ class Algorithm:
     """Share of the token limit over which the soft overlong punishment grows; 0: none."""
     outcome_rewards: tuple[float, float, float] | None = None
     """Rewards of a correct, a wrong and an unparsable answer, where the task's reward is nothing but that verdict;
-    None: the task's own."""
+    None ("none" in a recipe): the task's own."""
 
     references: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Of parts from the user's files: kind -> "file.py:name"."""

@@ -73,9 +73,13 @@ class Group(Estimator):
     """`group_advantages`."""
 
     center: Literal["group", "batch", "none"] = "group"
+    """Whose mean is subtracted from a reward."""
     scale: Literal["group", "batch", "mean", "none"] = "group"
+    """What it is divided by: the standard deviation of the group or of the batch, the group's mean, or nothing."""
     ddof: Literal[0, 1] = 1
+    """A standard deviation divides by n - ddof."""
     advantage_eps: float = 1e-6
+    """Added to the standard deviation."""
 
     @property
     def compares_group(self) -> bool:  # type: ignore[override]
@@ -140,7 +144,9 @@ class Process(Estimator):
     needs: ClassVar[frozenset[str]] = frozenset({"steps"})
     per_token: ClassVar[bool] = True
     ddof: Literal[0, 1] = 1
+    """The standard deviation of the group's step rewards divides by n - ddof."""
     advantage_eps: float = 1e-6
+    """Added to the standard deviation."""
 
     def contradictions(self) -> Iterable[tuple[str, bool, str]]:
         yield one_of(self, "ddof", (0, 1))
@@ -179,7 +185,9 @@ class Gae(Estimator):
     needs: ClassVar[frozenset[str]] = frozenset({"critic"})
     per_token: ClassVar[bool] = True
     gamma: float = 1.0
+    """Discount per token."""
     gae_lambda: float = 0.95
+    """Between one step of the critic's values (0) and the whole return (1)."""
 
     def contradictions(self) -> Iterable[tuple[str, bool, str]]:
         for key in ("gamma", "gae_lambda"):

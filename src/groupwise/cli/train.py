@@ -50,6 +50,7 @@ def _print_result(result: Any, path: Path) -> None:
     if (gap := result.exported.get("export/merge_gap")) is not None:
         console.print(f"merging the adapters for the export moved logits by at most {gap:.2g}", soft_wrap=True)
     console.print(f"{result.seconds:.0f} s; the trained model is in {path / 'model'}", soft_wrap=True)
+    console.print(f"groupwise report {path} draws what happened, groupwise eval {path} measures it again", soft_wrap=True)
 
 
 def _examples(result: Any, count: int = 3) -> Table:
@@ -124,6 +125,7 @@ def check(recipe: Annotated[str, typer.Argument(help="A TOML file, or a shipped 
         for hint in ready.hints():
             console.print(f"hint: {hint}", soft_wrap=True)
         console.print("[green]nothing wrong found[/green]")
+        console.print(f"groupwise train {recipe} trains it", soft_wrap=True)
 
 
 def _check_sft(path: Path, overrides: list[str]) -> None:

@@ -62,15 +62,19 @@ class RolloutsSection(Section):
     group_size: Count = 16
     """Completions of each prompt; their mean where `algorithm.allocation` gives prompts groups of different sizes."""
     prompts_per_step: Count = 32
+    """Prompts, each with a group, in a rollout batch."""
     epochs: Count = 1
     """Passes over a rollout batch (GRPO's mu), each in `learner.minibatches` optimiser updates and an order of its own."""
     max_tokens: Count = 64
     """Completion tokens, the end-of-sequence token included."""
     temperature: Positive = 1.0
+    """What logits are divided by before sampling, and in the log-probabilities that are trained on."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the fewest tokens whose probabilities sum to this; 1: from all."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """0: no limit."""
+    """Sample from so many of the likeliest tokens; 0: from all."""
     min_p: Share = 0.0
+    """Sample from tokens with at least this share of the likeliest one's probability; 0: from all."""
     stop: list[Annotated[str, Field(min_length=1)]] = []
     """Strings that end a completion; they stay part of it."""
     stop_tokens: list[Annotated[int, Field(ge=0)]] = []
@@ -97,6 +101,7 @@ class LearnerSection(Section):
     """[learner]: how the policy is updated."""
 
     learning_rate: NotNegative = 1e-4
+    """Of AdamW, after the warm-up. 1e-4 and above suit models of some million parameters; 1e-6 one of some billion."""
     minibatches: Count = 4
     """Optimiser updates in each pass over a rollout batch."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -104,8 +109,11 @@ class LearnerSection(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After the warm-up: constant, or falling to 0 at the end of training."""
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    """AdamW's decay per update of its means of gradients and of squared gradients."""
     weight_decay: NotNegative = 0.0
+    """AdamW's decoupled weight decay: each update takes this, times the learning rate, of every weight."""
     max_grad_norm: Positive = 1.0
+    """A gradient with a larger L2 norm, over all weights, is scaled down to it."""
     micro_batch_tokens: Count = 4096
     """Tokens, prompts and completions, that go through the model at once; changes memory and time, not results. More suits
     a GPU; on a CPU this many keep the intermediate results in its caches."""
@@ -123,11 +131,14 @@ class LearnerSection(Section):
 
 
 class CriticSection(Section):
-    """The critic of algorithms that have one; a second copy of the model with a scalar head."""
+    """[critic]: the critic of algorithms that have one; a second copy of the model with a scalar head."""
 
     learning_rate: NotNegative = 1e-4
+    """Of the critic's AdamW."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimiser updates over which it rises from 0."""
     max_grad_norm: Positive = 1.0
+    """A gradient of the critic with a larger L2 norm is scaled down to it."""
     value_clip: Positive = 0.2
     """How far a value may move from the one before the update and still lower the loss."""
 
@@ -136,17 +147,34 @@ class TrackersSection(Section):
     """[trackers]: who else records the run."""
 
     names: list[str] = []
-    """Further recorders of the run, as "file.py:name": called with the run's directory and recipe, they are given every event."""
+    """"trackio", "wandb", "swanlab", "tensorboard", "mlflow", each an extra of the same name; or a recorder of yours,
+    "file.py:name": called with the run's directory and recipe, it is given every event."""
+    project: str = "groupwise"
+    """What runs are filed under: a project, or mlflow's experiment."""
+    name: str = ""
+    """What the run is called there; empty: as its directory."""
+    offline: bool = False
+    """Nothing leaves this machine: wandb, swanlab and mlflow write below RUN/trackers, to be sent later with their own tools."""
+    samples_every: Annotated[int, Field(ge=0)] = 25
+    """Every so many steps, the first one and the last included, the best and worst completions of each group are sent as a
+    table; 0: never."""
+    timeout: Positive = 60.0
+    """Seconds that the end of a run waits for a tracker; what it has not sent by then, `groupwise track RUN` sends."""
 
 
 class TrainingSection(Section):
     """[training]: how long, and what is saved when."""
 
     steps: Count = 100
+    """Training steps: rollout batches, each followed by its optimiser updates."""
     eval_every: Count = 25
+    """Steps between two evaluations on held-out problems; there is one before the first step and one after the last."""
     eval_problems: Count = 500
+    """The most held-out problems that an evaluation tries, one completion each."""
     checkpoint_every: Count = 25
+    """Steps between two checkpoints, from which a run can be resumed; there is one after the last step."""
     keep_checkpoints: Count = 2
+    """How many of the newest checkpoints stay on the disk."""
     tokens_every: Annotated[int, Field(ge=0)] = 25
     """Every so many steps, the first one and the last included, every token is written to tokens/ as Parquet; 0: never."""
 
@@ -155,6 +183,7 @@ class Recipe(Section):
     """What `groupwise train` reads."""
 
     seed: int = 0
+    """Of everything that is drawn. The same recipe, seed and machine give the same run."""
     model: ModelSection = ModelSection()
     task: dict[str, Any] = {"name": "arithmetic"}
     """`name`, then the task's own settings; see `groupwise.tasks`."""
@@ -168,12 +197,16 @@ class Recipe(Section):
 
 
 class SftModelSection(Section):
+    """[model] of `groupwise sft`: what is trained."""
+
     path: str = ""
     """The model to start from; empty: a new one."""
     device: str = "auto"
+    """"auto" takes a CUDA device where there is one."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model's files. Read it first: it can do whatever you can."""
     chat: bool | None = None
+    """Whether prompts go through the tokenizer's chat template; left out: whenever it has one."""
     new: dict[str, Any] = {}
     """A new model: `model_type` and any other setting of its transformers configuration."""
     characters: str = ""
@@ -181,24 +214,36 @@ class SftModelSection(Section):
 
 
 class SftSection(Section):
+    """[sft]: how long and how it is trained."""
+
     steps: Count = 1000
+    """Optimiser updates."""
     batch_size: Count = 128
+    """Demonstrations in an update."""
     learning_rate: Positive = 1e-3
+    """Of AdamW, after the warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] = 50
+    """Updates over which the learning rate rises from 0."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """After the warm-up: constant, or falling to 0 at the end."""
     weight_decay: NotNegative = 0.0
+    """AdamW's decoupled weight decay."""
     max_grad_norm: Positive = 1.0
+    """A gradient with a larger L2 norm is scaled down to it."""
     micro_batch_tokens: Count = 16384
     """Padded tokens that go through the model at once; changes memory and time, not results."""
     max_tokens: Count = 64
-    """The longest completion sampled for the pass rates recorded beside the model."""
+    """The longest completion, in tokens, sampled for the pass rates recorded beside the model."""
     eval_problems: Count = 500
+    """Held-out problems that those are of."""
 
 
 class SftRecipe(Section):
     """What `groupwise sft` reads."""
 
     seed: int = 0
+    """Of everything that is drawn. The same recipe, seed and machine give the same run."""
     model: SftModelSection = SftModelSection()
     task: dict[str, Any] = {"name": "arithmetic"}
+    """As in a recipe of `groupwise train`; its demonstrations are learnt."""
     sft: SftSection = SftSection()

@@ -20,10 +20,13 @@ class DatasetTask(RewardSettings):
     path: str
     """A .jsonl file, beside the recipe or from here."""
     prompt_key: str = "prompt"
+    """The key of a line's prompt."""
     answer_key: str = "answer"
+    """The key of its reference answer."""
     held_out_path: str = ""
     """A .jsonl file of held-out problems; empty: a share of `path`."""
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """What share of `path` is held out where there is no `held_out_path`."""
 
     _train: list[Problem] = PrivateAttr(default_factory=list)
     _held_out: list[Problem] = PrivateAttr(default_factory=list)

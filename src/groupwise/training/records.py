@@ -52,10 +52,10 @@ class RunDirectory:
     def record(self, event: Event) -> None:
         """Write what an event holds; the directory is a `Recorder`."""
         if isinstance(event, StepDone):
-            self.write_metrics(event.step, event.metrics)
             self.write_rollouts(event.step, event.groups)
             if event.tokens and isinstance(event.batch, TrainingBatch):
                 self.write_tokens(event.step, event.groups, event.batch, event.tokens)
+            self.write_metrics(event.step, event.metrics)  # last: who reads the line finds the step's other files complete
         elif isinstance(event, Evaluated):
             problems = float(len(event.evaluation.groups))
             self.write_metrics(event.step, {**event.evaluation.metrics, "eval_problems": problems})
@@ -67,9 +67,11 @@ class RunDirectory:
             file.write(json.dumps({"step": step, **finite}) + "\n")
 
     def write_rollouts(self, step: int, groups: Sequence[Group]) -> None:
-        """The best and the worst completion of each group, for a person to read."""
+        """The best and the worst completion of each group: as text for a person to read, and as a line of JSON each."""
         text = "\n".join(_readable(group) for group in groups)
         (self.path / "rollouts" / f"step-{step:06d}.txt").write_text(text)
+        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for group in groups for sample in _samples(group)]
+        (self.path / "rollouts" / f"step-{step:06d}.jsonl").write_text("".join(lines), encoding="utf-8")
 
     def write_tokens(self, step: int, groups: Sequence[Group], batch: TrainingBatch, records: Sequence[TokenRecord]) -> None:
         """Every completion token as a row of Parquet; what only the learner knows is null where a row was not run."""
@@ -141,8 +143,29 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
+def _ranked(group: Group) -> list[int]:
+    """The completions that could be scored, by reward."""
+    return sorted((i for i, s in enumerate(group.scores) if s.failure is None), key=lambda i: group.scores[i].reward)
+
+
+def _samples(group: Group) -> list[dict[str, Any]]:
+    ranked = _ranked(group)
+    return [
+        {
+            "rank": rank,
+            "prompt": group.problem.text,
+            "answer": group.problem.answer,
+            "completion": group.completions[i].text,
+            "reward": group.scores[i].reward,
+            "correct": group.scores[i].correct,
+            "stop": group.completions[i].stop,
+        }
+        for rank, i in (("best", ranked[-1]), ("worst", ranked[0]))
+    ] if ranked else []  # fmt: skip
+
+
 def _readable(group: Group) -> str:
-    ranked = sorted((i for i, s in enumerate(group.scores) if s.failure is None), key=lambda i: group.scores[i].reward)
+    ranked = _ranked(group)
     failed = len(group.scores) - len(ranked)
     right = "" if any(score.correct is None for score in group.scored) else f"{group.correct_count} of {len(ranked)} right; "
     note = f"; {failed} could not be scored" if failed else ""

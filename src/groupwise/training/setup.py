@@ -22,7 +22,7 @@ from groupwise.seeding import derive
 from groupwise.tasks.base import FollowsTraining, Task, build_task
 from groupwise.training.algorithm import build_algorithm, check_together, try_parts
 from groupwise.training.collect import describe_failures, sampling_of
-from groupwise.training.trackers import MakeRecorder, find_trackers
+from groupwise.training.trackers import Tracker, find_trackers
 from groupwise.types import Completion, Problem
 
 LOOKED_AT = 256
@@ -42,7 +42,7 @@ class Ready:
     """The first of them, for a trial."""
     sampler: Callable[[RolloutsSection, LanguageModel, Any], Sampler]
     """Makes the recipe's sampler."""
-    trackers: list[MakeRecorder]
+    trackers: list[Tracker]
     """Make the recipe's further recorders."""
 
     @property
@@ -272,6 +272,7 @@ def resolved(ready: Ready) -> dict[str, Any]:
     if Path(ready.recipe.model.path).is_dir():
         tree["model"]["path"] = str(Path(ready.recipe.model.path).resolve())
     tree["task"] = ready.task.model_dump()
+    tree["trackers"]["names"] = [tracker.name for tracker in ready.trackers]
     settings = {key: _written(value) for key, value in ready.algorithm.settings().items()}
     tree["algorithm"] = {"name": ready.algorithm.name, **settings}
     return tree
