@@ -29,15 +29,6 @@ BOUNDS = {Ge: ("at least", "ge"), Gt: ("above", "gt"), Le: ("at most", "le"), Lt
     MinLen: ("length at least", "min_length"),
     MaxLen: ("length at most", "max_length"),
 }
-KINDS = {
-    "advantage": "From rewards to advantages.",
-    "ratio": "The importance ratio of a token.",
-    "bounds": "Outside which bounds the ratio is clipped.",
-    "surrogate": "The loss of a token, to minimise.",
-    "aggregation": "What each token counts in the loss.",
-    "kl": "The estimate of the KL to the reference, where `beta` is above 0.",
-    "correction": "Importance weights for a sampler that differs from the learner.",
-}
 
 
 def keys() -> str:
@@ -80,7 +71,7 @@ def _algorithm() -> Iterator[str]:
         formula = f" `{FORMULAS[key]}`" if key in FORMULAS else ""
         yield _row(key, kind, getattr(defaults, key), meanings.get(key, ""), formula, absent='"none"')
     for kind, choices in PARTS.items():
-        yield from ("", f"#### algorithm.{kind}", "", f'{KINDS[kind]} Or one of yours, `"file.py:name"`.', "")
+        yield from ("", f"#### algorithm.{kind}", "", f'{_cell(meanings[kind])} Or one of yours, `"file.py:name"`.', "")
         yield from ("| choice | formula |", "|---|---|")
         yield from (f'| `"{name}"` | `{_cell(choice.formula)}` |' for name, choice in choices.items())
         rows = list(_part_settings({name: choice.make for name, choice in choices.items()}))

@@ -122,7 +122,9 @@ class Decoupled(Estimator):
     needs: ClassVar[frozenset[str]] = frozenset({"components"})
     compares_group: ClassVar[bool] = True
     ddof: Literal[0, 1] = 1
+    """A standard deviation, of each component in its group and of the batch, divides by n - ddof."""
     advantage_eps: float = 1e-6
+    """Added to those standard deviations."""
 
     def contradictions(self) -> Iterable[tuple[str, bool, str]]:
         yield one_of(self, "ddof", (0, 1))

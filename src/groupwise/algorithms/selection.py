@@ -47,7 +47,9 @@ class Band(Part):
     """band_low <= pass rate <= band_high; of graded rewards, their mean."""
 
     band_low: float = 0.2
+    """The lowest pass rate, or mean reward, of a group that is kept."""
     band_high: float = 0.8
+    """The highest."""
 
     def contradictions(self) -> Iterable[tuple[str, bool, str]]:
         yield "band_low", self.band_low > self.band_high, "is above band_high, so no group would be kept"

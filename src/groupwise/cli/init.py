@@ -94,7 +94,7 @@ def recipe_text(answers: Answers, algorithm: str, out: Path) -> str:
         UserError: something is missing, or wrong.
     """
     from groupwise.models.loading import SHIPPED
-    from groupwise.rewards.checkers import CHECKERS
+    from groupwise.rewards.checkers import CHECKERS, SLOW_CHECKERS
     from groupwise.tasks.base import TASKS, build_task
     from groupwise.training.algorithm import build_algorithm
 
@@ -110,12 +110,12 @@ def recipe_text(answers: Answers, algorithm: str, out: Path) -> str:
     else:
         row = first_row(data)
         console.print(Text(f"first row of {data}: {json.dumps(row, ensure_ascii=False)[:300]}"), soft_wrap=True)
-        kinds = ", ".join(CHECKERS)
-        question = f"Reward: {kinds}, or your own file.py:function"
-        reward = answers.get("reward", question, lambda name: _check_reward(name, CHECKERS), "math")
+        checkers = (*CHECKERS, *SLOW_CHECKERS)
+        question = f"Reward: {', '.join(checkers)}, or your own file.py:function"
+        reward = answers.get("reward", question, lambda name: _check_reward(name, checkers), "math")
         prompt = answers.get("prompt-key", "Key of the prompt", lambda key: _check_key(key, row), _likely(PROMPT_KEYS, row))
         task = ['name = "dataset"', f"path = {_toml(_from(out, data))}", f"prompt_key = {_toml(prompt)}"]
-        if not is_reference(reward):
+        if reward in checkers:
             rest = {key: value for key, value in row.items() if key != prompt}
             likely = _likely(ANSWER_KEYS, rest)
             answer = answers.get("answer-key", "Key of the answer", lambda key: _check_key(key, row), likely)
@@ -198,10 +198,12 @@ def _check_data(name: str, alone: Iterable[str]) -> None:
             raise UserError(f"{error}; a task without data is {', '.join(alone)}") from error
 
 
-def _check_reward(name: str, checkers: Mapping[str, object]) -> None:
+def _check_reward(name: str, checkers: Iterable[str]) -> None:
+    from groupwise.rewards.settings import HTTP, MODEL
+
     if is_reference(name):
         load_function(name, Path())
-    elif name not in checkers:
+    elif name not in checkers and not name.startswith((MODEL, *HTTP)):
         raise UserError(f'there is no reward {name!r}{nearest(name, checkers)}; your own is "file.py:function"')
 
 
