@@ -236,12 +236,10 @@ def causal_model(module: Any) -> Any:
         raise UserError(
             "peft's prompt learning changes the model's inputs, which groupwise gives to its decoder itself; use LoRA"
         )
-    if any(getattr(layer, "merged", False) for layer in adapter_layers(inner)):
-        raise UserError(
-            "peft's adapters are merged into the model's weights; call unmerge_adapter() first, or merge_and_unload()"
-        )
     if not isinstance(inner, PreTrainedModel):
         raise UserError(f"{type(module).__name__} is not a transformers causal language model")
+    if any(getattr(layer, "merged", False) for layer in adapter_layers(inner)):
+        raise UserError("peft's adapters are merged into the model's weights; call unmerge_adapter() or merge_and_unload() first")
     for outer in {id(module): module, id(inner): inner}.values():
         if is_observed(outer):
             raise UserError(
