@@ -77,10 +77,6 @@ def test_check_finds_nothing_wrong_with_a_shipped_recipe(name: str) -> None:
             "[algorithm]\nname = 'grpo'\nallocation = 'hit_utility'\nsmallest_group = 9\n[rollouts]\ngroup_size = 8",
             "line 4, algorithm.smallest_group: is above rollouts.group_size (8)",
         ),
-        (
-            "[algorithm]\nmask = 'off_policy'\nmask_divergence = 0.1\n[rollouts]\ntop_p = 0.5",
-            "line 2, algorithm.mask: the sampler's",
-        ),
         ("[algorithm]\nname = 'grpo'\nband_low = 0.1", "line 3, algorithm.band_low: selection = 'mixed' does not use it"),
         ("[rollouts]\ngroup_size = 1", "rollouts.group_size: dapo compares the completions of a prompt"),
     ],
