@@ -5,6 +5,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from groupwise.algorithms import Candidates, Results, named
 from groupwise.algorithms.allocation import PRIOR, HitUtility, Thompson, hit_utility, hit_utility_sizes, uniform
 from groupwise.algorithms.credit import Outcomes
 from groupwise.algorithms.selection import Band, Mixed
-from groupwise.config import Recipe
+from groupwise.config import Recipe, Source
 from groupwise.errors import RunError
 from groupwise.models import Chat
 from groupwise.rollouts.base import Sampling, requests
@@ -25,6 +26,7 @@ from groupwise.rollouts.driver import generate_all, wait_for
 from groupwise.rollouts.groups import Rollouts
 from groupwise.rollouts.native import NativeSampler
 from groupwise.tasks.arithmetic import ArithmeticTask
+from groupwise.tasks.base import build_task
 from groupwise.training.batching import make_batch, minibatches
 from groupwise.training.collect import Collector, is_selected, sampling_of
 from groupwise.training.credit import CreditAssigner, reward_components, reward_parts
@@ -195,6 +197,21 @@ def test_components_reach_the_estimator_with_their_weights() -> None:
     ours = advantages_of([first, second], named("gdpo"))
     near(ours[kept], expected, 1e-6)
     assert ours[3] == 0
+
+
+def test_the_rewards_of_a_dataset_are_normalised_one_by_one(tmp_path: Path) -> None:
+    """Two rewards in TRL's form, of which one gives None for a completion: from the recipe's weights to the advantages."""
+    (tmp_path / "mine.py").write_text(
+        "def brief(completions, **_): return [None if 'x' in text else -float(len(text)) for text in completions]\n"
+    )
+    (tmp_path / "data.jsonl").write_text("".join(f'{{"prompt": "{i}+2=", "answer": "{i + 2}"}}\n' for i in range(9)))
+    settings = {"name": "dataset", "path": "data.jsonl", "reward": ["exact", "mine.py:brief"], "reward_weights": [1.0, 0.5]}
+    task = build_task(settings, Source(tmp_path / "recipe.toml", ""))
+    problem = Problem(id="1+2=", prompt="1+2=", answer="3")
+    scores = wait_for(task.score(problem, [said(text) for text in ("3", "1234", "5x", "12", "3")]))
+    ours = advantages_of([group_of(scores)], named("gdpo"))
+    components = [[1, -1], [0, -4], [0, NAN], [0, -2], [1, -1]]
+    near(ours, gw.decoupled_advantages(doubles(components), torch.zeros(5).long(), doubles([1, 0.5])), 1e-6)
 
 
 def test_what_the_algorithm_adds_to_the_reward_is_a_component() -> None:
