@@ -54,6 +54,7 @@ def evaluate(rollouts: Rollouts, problems: Sequence[Problem], *, samples: int = 
     values |= {f"eval/grade_{grade}": of_grade for grade, of_grade in sorted(by_grade.items())}
     metrics = {key: _mean(of) for key, of in values.items()}
     metrics["eval/reward_std"] = statistics.stdev(rewards) if len(rewards) > 1 else 0.0
+    metrics |= {f"eval/{name}": value for name, value in turn_metrics(every).items()}
     if failed:
         metrics["eval/failed"] = failed / len(every)
     return Evaluation(groups=groups, values=values, metrics=metrics)
