@@ -103,6 +103,33 @@ def process(
     return result
 
 
+def turns(
+    turn_rewards: Sequence[Sequence[float]],
+    turn_ends: Sequence[Sequence[int]],
+    ids: Sequence[int],
+    length: int,
+    gamma: float = 1.0,
+    ddof: int = 1,
+    eps: float = 1e-6,
+) -> list[list[float]]:
+    def to_go(rewards: Sequence[float], k: int) -> float:
+        return sum(gamma ** (j - k) * rewards[j] for j in range(k, len(rewards)))
+
+    result = []
+    for rewards, ends, i in zip(turn_rewards, turn_ends, ids, strict=True):
+        group = [other for other, j in zip(turn_rewards, ids, strict=True) if j == i]
+        counts = max(len(other) for other in group)
+        baselines = [mean([to_go(other, k) for other in group if len(other) > k]) for k in range(counts)]
+        squares = [(to_go(other, k) - baselines[k]) ** 2 for other in group for k in range(len(other))]
+        s = math.sqrt(sum(squares) / max(1, len(squares) - ddof * counts))
+        row = []
+        for t in range(length):
+            k = sum(end < t for end in ends)
+            row.append((to_go(rewards, k) - baselines[k]) / (s + eps) if k < len(ends) else 0.0)
+        result.append(row)
+    return result
+
+
 def gae(
     rewards: Sequence[float], values: Sequence[float], mask: Sequence[bool], gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[list[float], list[float]]:

@@ -106,6 +106,29 @@ def test_process_advantages_by_hand() -> None:
     near(ours, [[-1.0, -1.0, -1.5, -1.5], [1.0, 0.5, 0.5, 0.0]])
 
 
+def test_turn_advantages_by_hand() -> None:
+    """Turns 1 0 | 0 1 | 0 with gamma 1/2: to go 1, 0 | 1/2, 1 | 0. Baselines 1/2 and 1/2; centred 1/2, -1/2 | 0, 1/2 | -1/2.
+
+    Four squares of 1/4 over 5 values and 2 baselines: s^2 = 1/3. Over the tokens 0-1, 2 | 0, 1-3 | 0-2.
+    """
+    ours = gw.turn_advantages([[1, 0], [0, 1], [0]], [[1, 2], [0, 3], [2]], [7, 7, 7], 4, gamma=0.5, eps=0.0)
+    a = 0.5 * 3**0.5
+    near(ours, [[a, a, -a, 0.0], [0.0, a, a, a], [-a, -a, -a, 0.0]])
+
+
+def test_credit_of_one_turn_each_is_that_of_outcomes() -> None:
+    rewards = torch.tensor([1.0, 0, 0.5, 2, 2]).double()
+    ids = torch.tensor([0, 0, 0, 1, 1])
+    ours = gw.turn_advantages([[r] for r in rewards.tolist()], [[1]] * 5, ids, 2)
+    near(ours, gw.group_advantages(rewards, ids)[:, None].expand(5, 2))
+
+
+def test_turns_need_ends_that_fit() -> None:
+    for rewards, ends in (([1.0], [2]), ([1.0, 1.0], [1]), ([1.0, 1.0], [1, 1])):
+        with pytest.raises(ValueError, match="do not fit"):
+            gw.turn_advantages([rewards], [ends], [0], 2)
+
+
 def test_smoothing_by_hand() -> None:
     """First 1 1 0 0, then 1 0 0 0. A_new of the one = 3/4 / (sqrt(3)/4) = 1.7321; totals 3 of 8: (5/8) / (sqrt(15)/8) = 1.2910.
 
@@ -336,6 +359,7 @@ def test_groups_of_one_and_equal_rewards_give_exact_zeros() -> None:
         assert gw.group_advantages(rewards, ids, scale=scale).tolist() == [0, 0, 0, 0]
     assert gw.leave_one_out_advantages(rewards, ids).tolist() == [0, 0, 0, 0]
     assert gw.process_advantages([[0.1, 0.1], [0.1]], [[0, 1], [2]], [1, 1], 3).abs().sum() == 0
+    assert gw.turn_advantages([[0.1, 0.1], [0.1, 0.1], [1.0]], [[0, 1], [0, 2], [0]], [1, 1, 2], 3).abs().sum() == 0
     history: Any = {}
     for _ in range(3):
         smoothed, history = gw.smoothed_advantages(rewards, ids, ["p"] * 3 + ["q"], history)

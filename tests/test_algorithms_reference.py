@@ -157,6 +157,16 @@ def test_process_advantages(ddof: int) -> None:
         close(ours, reference.process(rewards, ends, c.ids, c.length, ddof))
 
 
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_turn_advantages(ddof: int) -> None:
+    for seed in range(CASES):
+        c = case(seed)
+        rewards, ends = steps_of(c)
+        gamma = c.rng.choice([1.0, 0.9, 0.0])
+        ours = gw.turn_advantages(rewards, ends, c.ids, c.length, gamma=gamma, ddof=ddof)
+        close(ours, reference.turns(rewards, ends, c.ids, c.length, gamma, ddof))
+
+
 def test_gae() -> None:
     for seed in range(CASES):
         c = case(seed)

@@ -61,6 +61,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _own_code(key: str, value: Any) -> Any:
     """A part or reward given as a Python object, with the name by which the run's recipe can find it again."""
     table, _, kind = key.partition(".")
+    if table == "environment":
+        return [_own_tool(item) for item in value] if isinstance(value, list | tuple) else _own_tool(value)
     if key == "task.reward" and isinstance(value, list | tuple):
         return [_own_code(key, item) for item in value]
     if key == "task.reward" and callable(value):
@@ -68,6 +70,11 @@ def _own_code(key: str, value: Any) -> Any:
     if table != "algorithm" or kind not in PARTS or not callable(value):
         return value
     return OwnPart(target=value, reference=_reference(value))
+
+
+def _own_tool(value: Any) -> Any:
+    """An environment class or a tool given as a Python object, with its name."""
+    return UserFunction(value, _reference(value)) if callable(value) else value
 
 
 def _reference(value: Callable[..., Any]) -> str:

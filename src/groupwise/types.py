@@ -42,12 +42,15 @@ class Problem:
 class Demonstration:
     """One supervised example for `groupwise sft`."""
 
-    prompt: str
+    prompt: str | tuple[Message, ...]
     """What the model reads; carries no loss."""
-    completion: str
+    completion: str = ""
     """What it should say; an end-of-sequence token follows it."""
+    messages: tuple[Message, ...] = ()
+    """Instead of `completion`: what is said after the prompt, in a conversation. The assistant's messages are trained on."""
     skip_first: bool = False
-    """Leave the first token out of the loss: the skill is taught, the choice to use it is not."""
+    """Leave the first token, or that of each turn that calls a tool, out of the loss: the skill is taught, the choice to use it
+    is not."""
 
 
 Metrics = dict[str, float | list[float]]
@@ -68,6 +71,10 @@ class Turn:
     """Index after the last."""
     reward: float | None = None
     """What the environment gave for it; None: nothing."""
+    calls: int = 0
+    """Tool calls in it."""
+    errors: int = 0
+    """Calls in it that could not be parsed; in a tool's turn, results that are errors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +121,26 @@ class Completion:
         turns, versions = (Turn(**turn) for turn in tree["turns"]), (VersionSpan(**span) for span in tree["versions"])
         changes = {"versions": tuple(versions), "turns": tuple(turns), "kept": None if kept is None else KeptTokens(**kept)}
         return cls(**{**tree, **changes})
+
+    @property
+    def answer(self) -> str:
+        """What it ends with: the assistant's last message of a conversation; otherwise all of it."""
+        if not self.messages:
+            return self.text
+        said = [message for message in self.messages if message["role"] == "assistant"]
+        return str(said[-1].get("content") or "") if said else ""
+
+    @property
+    def lead(self) -> int:
+        """Tokens before the policy's first: the part of its prompt that is not the same for its whole group."""
+        return self.turns[0].end if self.turns and self.turns[0].role != "assistant" else 0
+
+    @property
+    def said(self) -> tuple[Turn, ...]:
+        """The turns of the policy; one of all tokens where the completion has no turns."""
+        if not self.turns:
+            return (Turn(role="assistant", start=0, end=len(self.tokens)),)
+        return tuple(turn for turn in self.turns if turn.role == "assistant")
 
     @property
     def oldest_version(self) -> int:

@@ -12,6 +12,7 @@ from groupwise.algorithms.advantages import (
     leave_one_out_advantages,
     process_advantages,
     smoothed_advantages,
+    turn_advantages,
     whiten,
 )
 from groupwise.algorithms.aggregation import token_weights
@@ -60,5 +61,6 @@ __all__ = [
     "soft_overlong_penalty",
     "token_log_ratio",
     "token_weights",
+    "turn_advantages",
     "whiten",
 ]

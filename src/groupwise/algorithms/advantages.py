@@ -4,6 +4,8 @@ The critic-free estimates compare the completions of one prompt (GRPO, arXiv 240
 arXiv 2402.14740; DCPO, arXiv 2509.02333; GDPO, arXiv 2601.05242); `gae` uses a critic's values (arXiv 1506.02438).
 """
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -159,6 +161,75 @@ def process_advantages(
         for reward, end in zip(rewards, ends, strict=True):
             advantages_BT[row, : end + 1] += (reward - mean) / deviation
     return advantages_BT
+
+
+def turn_advantages(
+    turn_rewards: Sequence[Sequence[float]],
+    turn_ends: Sequence[Sequence[int]],
+    group_ids: Sequence[int] | Tensor,
+    length: int,
+    *,
+    gamma: float = 1.0,
+    ddof: int = 1,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Credit for turns: each turn gets what it and later turns earned, compared with the same turn of the group's others.
+
+    Turn k of completion i earned r_ik, such as how much better the state became: the difference of a state's score after and
+    before the turn. Discounted backwards from the last turn K_i, G_ik = r_ik + gamma G_i,k+1 and G_iK = r_iK, where r_iK includes
+    the reward of the whole completion. Its baseline b_k is the mean of G_jk over the completions j of the group that have a k-th
+    turn, and s is the standard deviation of all G_ik - b_k of the group, with one degree of freedom less for each k if ddof = 1:
+
+        A_ik = (G_ik - b_k) / (s + eps)
+
+    on all tokens of the turn. With one turn each this is `group_advantages`. A turn that no other completion of the group has, or
+    at which all have the same G, gets exactly 0. (Differences of scores, discounted backwards: prime-rl, pull request 3282.)
+
+    Args:
+        turn_rewards: B lists, the reward of each turn of the policy.
+        turn_ends: B lists of the same lengths, the index of each turn's last token; a turn begins after the one before.
+        group_ids: B ids.
+        length: T.
+        gamma: discount of one turn.
+        ddof, eps: as in `group_advantages`.
+
+    Returns:
+        float64 [B, T].
+
+    Raises:
+        ValueError: the lists do not match, or ends do not increase or lie outside the completion.
+    """
+    ids = [int(i) for i in group_ids]
+    advantages_BT = torch.zeros(len(ids), length, dtype=torch.float64)
+    rows_of: dict[int, list[int]] = {}
+    for row, (i, rewards, ends) in enumerate(zip(ids, turn_rewards, turn_ends, strict=True)):
+        increasing = all(a < b for a, b in itertools.pairwise([-1, *ends, length]))
+        if len(rewards) != len(ends) or not increasing:
+            raise ValueError(f"turn_ends {list(ends)} do not fit {len(rewards)} turn rewards in {length} tokens")
+        rows_of.setdefault(i, []).append(row)
+    for rows in rows_of.values():
+        returns = {row: _discounted(turn_rewards[row], gamma) for row in rows}
+        centred: dict[tuple[int, int], float] = {}
+        turns = max(len(values) for values in returns.values())
+        for k in range(turns):
+            at_k = {row: values[k] for row, values in returns.items() if k < len(values)}
+            equal = len(set(at_k.values())) == 1
+            mean = sum(at_k.values()) / len(at_k)
+            centred |= {(row, k): 0.0 if equal else value - mean for row, value in at_k.items()}
+        freedom = max(1, len(centred) - ddof * turns)
+        scale = math.sqrt(sum(value**2 for value in centred.values()) / freedom) + eps
+        for (row, k), value in centred.items():
+            start = turn_ends[row][k - 1] + 1 if k else 0
+            advantages_BT[row, start : turn_ends[row][k] + 1] = value / scale
+    return advantages_BT
+
+
+def _discounted(rewards: Sequence[float], gamma: float) -> list[float]:
+    """Of each reward, itself and those after it, discounted."""
+    found: list[float] = []
+    for reward in reversed(rewards):
+        found.append(reward + gamma * (found[-1] if found else 0.0))
+    return found[::-1]
 
 
 def gae(

@@ -34,6 +34,9 @@ PARTS: dict[str, dict[str, Choice]] = {
             credit.Decoupled, "A_i = sum_k w_k (r_ik - mean_k) / std_k of the group, normalised over the batch; r = sum_k w_k r_k"
         ),
         "process": Choice(credit.Process, "A_it = sum of normalised rewards of the steps that end at t or later"),
+        "turns": Choice(
+            credit.Turns, "A_ik = (G_ik - b_k)/s, G_ik = sum_{j >= k} gamma^(j-k) r_ij over turns, b_k the group's mean at turn k"
+        ),
         "smoothed": Choice(
             credit.Smoothed, "the smaller of ((i-1) A_new + A_total)/i and (A_new + (i-1) A_total)/i, visit i of the prompt"
         ),
@@ -252,7 +255,7 @@ class Algorithm:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What its advantage reads beyond a group's rewards: "components", "steps", "critic", "history"."""
+        """What its advantage reads beyond a group's rewards: "components", "steps", "turns", "critic", "history"."""
         return frozenset(getattr(self.advantage, "needs", ()))
 
     @property

@@ -27,6 +27,10 @@ class Outcomes:
     """B identities of prompts, the same at each visit."""
     mask_BT: Tensor
     """bool [B, T], True where a token is trained on."""
+    turn_rewards: Sequence[Sequence[float]] | None = None
+    """For each row, the reward of each of the policy's turns; they sum to `rewards_B`, whose rest is the last turn's."""
+    turn_ends: Sequence[Sequence[int]] | None = None
+    """For each row, the index of the last token of each of these turns."""
     components_BK: Tensor | None = None
     """float [B, K]: the parts of the task's reward and what the algorithm adds to it; NaN where one does not apply. The three
     are given where the estimator needs "components"."""
@@ -61,7 +65,7 @@ class Estimator(Part):
     """Base of the advantage estimators below, each called with `Outcomes` to give `Credit`."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What it reads beyond a group's rewards: "components", "steps", "critic", "history"."""
+    """What it reads beyond a group's rewards: "components", "steps", "turns", "critic", "history"."""
     per_token: ClassVar[bool] = False
     """Whether advantages differ between the tokens of a completion."""
     compares_group: ClassVar[bool] = False
@@ -159,6 +163,36 @@ class Process(Estimator):
             outcomes.step_ends,
             outcomes.group_ids_B,
             outcomes.mask_BT.shape[1],
+            ddof=self.ddof,
+            eps=self.advantage_eps,
+        )
+        return Credit(advantages=values_BT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turns(Estimator):
+    """`turn_advantages`, for conversations of several turns."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"turns"})
+    per_token: ClassVar[bool] = True
+    compares_group: ClassVar[bool] = True
+    gamma: float = 1.0
+    ddof: Literal[0, 1] = 1
+    advantage_eps: float = 1e-6
+
+    def contradictions(self) -> Iterable[tuple[str, bool, str]]:
+        yield one_of(self, "ddof", (0, 1))
+        yield "gamma", self.gamma > 1, "must lie in 0 to 1"
+
+    def __call__(self, outcomes: Outcomes) -> Credit:
+        if outcomes.turn_rewards is None or outcomes.turn_ends is None:
+            raise ValueError("credit for turns needs the turns of completions")
+        values_BT = advantages.turn_advantages(
+            outcomes.turn_rewards,
+            outcomes.turn_ends,
+            outcomes.group_ids_B,
+            outcomes.mask_BT.shape[1],
+            gamma=self.gamma,
             ddof=self.ddof,
             eps=self.advantage_eps,
         )

@@ -6,6 +6,7 @@ from groupwise.config.loading import is_sft as is_sft
 from groupwise.config.loading import load as load
 from groupwise.config.loading import shipped_recipes as shipped_recipes
 from groupwise.config.sections import CriticSection as CriticSection
+from groupwise.config.sections import EnvironmentSection as EnvironmentSection
 from groupwise.config.sections import LearnerSection as LearnerSection
 from groupwise.config.sections import LoraSection as LoraSection
 from groupwise.config.sections import ModelSection as ModelSection

@@ -2,7 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf
+
+from groupwise.plugins import UserFunction
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -97,6 +99,28 @@ class RolloutsSection(Section):
     have moved on since they were sampled: `learner.old_logprobs = "sampler"` lets the ratio account for that."""
 
 
+Reference = Annotated[str, Field(pattern=r"\.py:")] | InstanceOf[UserFunction]
+"""A function or class of the user's: "file.py:name", or from Python the object itself."""
+
+
+class EnvironmentSection(Section):
+    """[environment]: conversations with tools."""
+
+    kind: Reference | dict[str, Reference] | None = Field(default=None, alias="class")
+    """An environment class, "file.py:Class", in the form of TRL's; or several by name, among which a problem's column
+    `environment` chooses."""
+    tools: list[Reference] = []
+    """Functions that the model can call beside the methods of the class, as "file.py:function"."""
+    max_turns: Count = 16
+    """Turns of the model in a conversation; calls in the last one are not carried out."""
+    time_limit: Positive = 60.0
+    """Seconds for each call of a tool, and of the environment."""
+    correct_above: float | None = None
+    """A conversation counts as correct when what get_reward() returns is above this. Left out: the reward is graded."""
+    task_reward: bool = False
+    """Add the task's rewards to what get_reward() returns. An environment without get_reward() is scored by the task alone."""
+
+
 class LearnerSection(Section):
     """[learner]: how the policy is updated."""
 
@@ -189,6 +213,7 @@ class Recipe(Section):
     """`name`, then the task's own settings; see `groupwise.tasks`."""
     algorithm: dict[str, Any] = {"name": "dapo"}
     """`name`, then settings of the algorithm and of its parts; see `groupwise.named`."""
+    environment: EnvironmentSection = EnvironmentSection()
     rollouts: RolloutsSection = RolloutsSection()
     learner: LearnerSection = LearnerSection()
     critic: CriticSection = CriticSection()
@@ -211,6 +236,12 @@ class SftModelSection(Section):
     """A new model: `model_type` and any other setting of its transformers configuration."""
     characters: str = ""
     """A new model's vocabulary, one token per character."""
+    words: list[Annotated[str, Field(min_length=1)]] = []
+    """Further tokens of a new model's vocabulary: these texts, wherever they occur."""
+    special_tokens: list[Annotated[str, Field(min_length=1)]] = []
+    """Special tokens of a new model's vocabulary, the last of which ends a turn; left out: one that ends completions."""
+    chat_template: str = ""
+    """A new model's chat template, in Jinja; empty: none."""
 
 
 class SftSection(Section):
@@ -246,4 +277,6 @@ class SftRecipe(Section):
     model: SftModelSection = SftModelSection()
     task: dict[str, Any] = {"name": "arithmetic"}
     """As in a recipe of `groupwise train`; its demonstrations are learnt."""
+    more_tasks: list[dict[str, Any]] = []
+    """Further tasks, each as in [task]: demonstrations are taken from all of them in turn."""
     sft: SftSection = SftSection()

@@ -72,4 +72,4 @@ def _table(annotation: Any) -> Any:
 def _known_keys(kind: Any, location: Iterable[str]) -> list[str]:
     for part in location:
         kind = _table(kind.model_fields[part].annotation)
-    return list(kind.model_fields)
+    return [field.alias or name for name, field in kind.model_fields.items()]

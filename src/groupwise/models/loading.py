@@ -1,7 +1,8 @@
 """Modules and tokenizers: shipped with the package, local, from the Hugging Face hub, new with random weights, or given."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -26,7 +27,7 @@ from groupwise.errors import UserError, nearest
 from groupwise.models.adapters import adapter_layers, load_adapters
 from groupwise.models.patches import is_observed
 
-SHIPPED = ("arithmetic-base",)
+SHIPPED = ("arithmetic-base", "tools-base")
 ADAPTER_CONFIG = "adapter_config.json"
 END, PAD = "<end>", "<pad>"
 
@@ -179,13 +180,29 @@ def stored_dtype(path: str, *, trust_remote_code: bool = False) -> torch.dtype |
     return getattr(torch, found) if isinstance(found, str) else found
 
 
-def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
-    """One token per character of `characters`, and an end and a padding token."""
-    vocabulary = {token: i for i, token in enumerate([PAD, END, *characters])}
+def character_tokenizer(
+    characters: str, words: Sequence[str] = (), *, special: Sequence[str] = (), chat_template: str = ""
+) -> PreTrainedTokenizerFast:
+    """One token per character of `characters`, and an end and a padding token.
+
+    Args:
+        characters: of one token each.
+        words: texts that are one token each, wherever they occur; of two that begin alike the longer is taken.
+        special: special tokens; the last one ends a turn, in place of "<end>".
+        chat_template: Jinja; empty: none.
+    """
+    end = special[-1] if special else END
+    vocabulary = {token: i for i, token in enumerate([PAD, *(special or [END]), *characters, *words])}
     tokenizer = Tokenizer(tokenizer_models.WordLevel(vocabulary, unk_token=PAD))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    longest_first = sorted(words, key=len, reverse=True)
+    pattern = "|".join([*(re.sub(r"(\W)", r"\\\1", word) for word in longest_first), r"[\s\S]"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False)
+    tokenizer.add_special_tokens(list(special))
+    found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=PAD, clean_up_tokenization_spaces=False)
+    if chat_template:
+        found.chat_template = chat_template
+    return found
 
 
 def new_module(architecture: dict[str, Any], tokenizer: Any, seed: int) -> Any:

@@ -59,8 +59,8 @@ class CheckerReward:
 
     async def rate(self, problem: Problem, completions: Sequence[Completion], progress: Progress) -> Sequence[Rated]:
         if self.name in CHECKERS:
-            return [_rated(CHECKERS[self.name](problem.answer, completion.text)) for completion in completions]
-        return await asyncio.gather(*(self._slow(problem.answer, completion.text) for completion in completions))
+            return [_rated(CHECKERS[self.name](problem.answer, completion.answer)) for completion in completions]
+        return await asyncio.gather(*(self._slow(problem.answer, completion.answer) for completion in completions))
 
     async def _slow(self, answer: str, text: str) -> Rated:
         try:

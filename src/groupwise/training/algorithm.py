@@ -117,6 +117,8 @@ def try_parts(algorithm: Algorithm) -> None:
         group_ids_B=torch.tensor([0, 0]),
         prompt_ids=["a", "a"],
         mask_BT=mask_BT,
+        turn_rewards=[[1.0], [0.0]],
+        turn_ends=[[1], [1]],
         components_BK=torch.tensor([[1.0], [0.0]], dtype=torch.float64),
         component_names=["task"],
         component_weights_K=torch.ones(1, dtype=torch.float64),

@@ -32,7 +32,7 @@ def reward_parts(groups: Sequence[Group], algorithm: Algorithm, max_tokens: int)
     scores = [score for group in groups for score in group.scores]
     parts = {"task": torch.tensor([_priced(score, algorithm) for score in scores], dtype=torch.float64)}
     if algorithm.overlong_cache:
-        lengths_B = torch.tensor([len(c.tokens) for group in groups for c in group.completions])
+        lengths_B = torch.tensor([len(c.tokens) - c.lead for group in groups for c in group.completions])
         parts["overlong"] = soft_overlong_penalty(lengths_B, max_tokens, round(algorithm.overlong_cache * max_tokens))
     return parts
 
@@ -128,12 +128,16 @@ class CreditAssigner:
         rewards_B = torch.stack(list(rewards.values())).sum(0)
         ids = [group.problem.id for group in groups for _ in group.completions]
         steps = step_positions(groups, self.tokenizer) if "steps" in self.algorithm.needs else None
+        shaped_B = rewards_B - penalty_BT.sum(1)
+        turns = turn_positions(groups, shaped_B) if "turns" in self.algorithm.needs else None
         components = reward_components(groups, rewards) if "components" in self.algorithm.needs else None
         outcomes = Outcomes(
-            rewards_B=(rewards_B - penalty_BT.sum(1))[rows],
+            rewards_B=shaped_B[rows],
             group_ids_B=batch.group_ids_B[rows],
             prompt_ids=[ids[i] for i in rows.tolist()],
             mask_BT=batch.mask_BT[rows],
+            turn_rewards=[turns[i][0] for i in rows.tolist()] if turns else None,
+            turn_ends=[turns[i][1] for i in rows.tolist()] if turns else None,
             components_BK=components[1][rows] if components else None,
             component_names=components[0] if components else (),
             component_weights_K=components[2] if components else None,
@@ -160,6 +164,20 @@ class CreditAssigner:
 def last_token(mask_BT: Tensor) -> Tensor:
     """bool [B, T], True at each row's last trained token."""
     return mask_BT & (mask_BT.flip(1).cumsum(1).flip(1) == 1)
+
+
+def turn_positions(groups: Sequence[Group], rewards_B: Tensor) -> list[tuple[list[float], list[int]]]:
+    """For each completion the rewards of the policy's turns and the index of each turn's last token.
+
+    `rewards_B`: of completions, the sum of their turns included; what no turn earned is the last one's.
+    """
+    result = []
+    completions = [completion for group in groups for completion in group.completions]
+    for completion, total in zip(completions, rewards_B.tolist(), strict=True):
+        rewards = [turn.reward or 0.0 for turn in completion.said]
+        rewards[-1] += total - sum(rewards)
+        result.append((rewards, [turn.end - 1 for turn in completion.said]))
+    return result
 
 
 def step_positions(groups: Sequence[Group], tokenizer: Any) -> list[tuple[list[float], list[int]]]:

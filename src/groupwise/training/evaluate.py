@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from groupwise.errors import RunError
 from groupwise.rollouts.groups import Rollouts
 from groupwise.training.collect import describe_failures
+from groupwise.training.metrics import turn_metrics
 from groupwise.types import Group, Problem
 
 
@@ -54,6 +55,7 @@ def evaluate(rollouts: Rollouts, problems: Sequence[Problem], *, samples: int = 
     values |= {f"eval/grade_{grade}": of_grade for grade, of_grade in sorted(by_grade.items())}
     metrics = {key: _mean(of) for key, of in values.items()}
     metrics["eval/reward_std"] = statistics.stdev(rewards) if len(rewards) > 1 else 0.0
+    metrics |= {f"eval/{name}": value for name, value in turn_metrics(every).items()}
     if failed:
         metrics["eval/failed"] = failed / len(every)
     return Evaluation(groups=groups, values=values, metrics=metrics)

@@ -7,15 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from groupwise.algorithms import Algorithm
 from groupwise.config import Recipe, RolloutsSection, Source
+from groupwise.environments.find import find_environments
+from groupwise.environments.instance import EnvironmentFailed
 from groupwise.errors import UserError
 from groupwise.learner.base import Learner
 from groupwise.learner.local import LocalLearner
 from groupwise.models import FULL_TRAINING_RATE, Chat, LanguageModel, load_config, load_tokenizer
+from groupwise.plugins import UserFunction, load_function
 from groupwise.rollouts.base import Sampler
 from groupwise.rollouts.driver import wait_for
+from groupwise.rollouts.episodes import Episodes
 from groupwise.rollouts.groups import Rollouts
 from groupwise.rollouts.samplers import find_sampler
 from groupwise.seeding import derive
@@ -34,6 +39,7 @@ class Ready:
     """What a run is made of."""
 
     recipe: Recipe
+    source: Source
     algorithm: Algorithm
     task: Task
     chat: Chat
@@ -44,6 +50,8 @@ class Ready:
     """Makes the recipe's sampler."""
     trackers: list[Tracker]
     """Make the recipe's further recorders."""
+    episodes: Episodes | None
+    """Holds the recipe's conversations; None: a completion is one turn."""
 
     @property
     def tokenizer(self) -> Any:
@@ -51,7 +59,13 @@ class Ready:
 
     def rollouts(self, sampler: Sampler) -> Rollouts:
         """What makes the recipe's groups, with this engine."""
-        return Rollouts(sampler=sampler, task=self.task, chat=self.chat, sampling=sampling_of(self.recipe.rollouts))
+        return Rollouts(
+            sampler=sampler, task=self.task, chat=self.chat, sampling=sampling_of(self.recipe.rollouts), episodes=self.episodes
+        )
+
+    def prompt(self, problem: Problem) -> Tensor:
+        """int64 [L]: a problem's prompt as the model reads it, but for what an environment's reset() appends."""
+        return prompt_of(problem, self.chat, self.episodes)
 
     def begin_step(self, step: int) -> None:
         """Tell a task whose scores may depend on it that so many training steps are done."""
@@ -141,9 +155,13 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
         raise source.error("model.path", str(error)) from error
     chat = build_chat(recipe, tokenizer, source)
     problem = task.problem(0, recipe.seed)
-    longest = check_lengths(recipe, config, chat, task, source)
+    episodes = build_episodes(recipe, chat, task, source)
+    longest = check_lengths(recipe, config, chat, episodes, task, source)
     begin_step(task, 0, recipe)
-    try_scoring(task, problem, chat, algorithm, recipe.rollouts.group_size, source)
+    if episodes is not None:
+        try_episode(episodes, problem)
+    if episodes is None or episodes.asks_task(problem):
+        try_scoring(task, problem, chat, algorithm, recipe.rollouts.group_size, source)
     try_parts(algorithm)
     model = load_policy(recipe, source)
     try:
@@ -155,6 +173,7 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
         raise source.error("rollouts.cache_dtype", f"the model generates on a cache of its own, in its own dtype: {reason}")
     return Ready(
         recipe=recipe,
+        source=source,
         algorithm=algorithm,
         task=task,
         chat=chat,
@@ -162,6 +181,7 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
         problem=problem,
         sampler=sampler,
         trackers=trackers,
+        episodes=episodes,
     )
 
 
@@ -181,6 +201,39 @@ def build_chat(recipe: Recipe, tokenizer: Any, source: Source) -> Chat:
         return Chat.build(tokenizer, model.chat, model.system_prompt, model.chat_template_kwargs)
     except UserError as error:
         raise source.error("model.chat", f"{error}: {model.path!r}") from error
+
+
+def build_episodes(recipe: Recipe, chat: Chat, task: Task, source: Source) -> Episodes | None:
+    """What holds the recipe's conversations, its chat template tried; None if neither recipe nor task has an environment.
+
+    Raises:
+        UserError: an environment or a tool cannot be found or used, or the chat template not with these tools.
+    """
+    environments = find_environments(recipe.environment, task, source)
+    if environments is None:
+        return None
+    try:
+        episodes = Episodes(environments, recipe.environment, chat)
+        episodes.check()
+    except UserError as error:
+        raise source.error("environment", f"{error}: {recipe.model.path!r}") from error
+    return episodes
+
+
+def try_episode(episodes: Episodes, problem: Problem) -> None:
+    """Begin a conversation, and end it before anything is said.
+
+    Raises:
+        UserError: the environment fails.
+    """
+    try:
+        wait_for(episodes.trial(problem))
+    except EnvironmentFailed as error:
+        raise UserError(f"the environment fails: {error} (problem {problem.id!r})") from error
+
+
+def prompt_of(problem: Problem, chat: Chat, episodes: Episodes | None) -> Tensor:
+    return chat.encode(problem.prompt) if episodes is None else episodes.prompt(problem)
 
 
 def load_policy(recipe: Recipe, source: Source) -> LanguageModel:
@@ -210,7 +263,7 @@ def load_policy(recipe: Recipe, source: Source) -> LanguageModel:
     return model
 
 
-def check_lengths(recipe: Recipe, config: Any, chat: Chat, task: Task, source: Source) -> int:
+def check_lengths(recipe: Recipe, config: Any, chat: Chat, episodes: Episodes | None, task: Task, source: Source) -> int:
     """Refuse stop tokens outside the vocabulary, and prompts too long for the model's positions.
 
     Returns the tokens of the longest prompt that was looked at and of a completion.
@@ -222,7 +275,7 @@ def check_lengths(recipe: Recipe, config: Any, chat: Chat, task: Task, source: S
     limit = getattr(text_config, "max_position_embeddings", None)
     problems = [task.problem(i, recipe.seed) for i in range(LOOKED_AT)] + task.held_out(recipe.training.eval_problems)
     longest = max(problems, key=lambda problem: len(problem.text))
-    length = len(chat.encode(longest.prompt))
+    length = len(prompt_of(longest, chat, episodes))
     if limit is not None and length + recipe.rollouts.max_tokens > limit:
         raise source.error(
             "rollouts.max_tokens",
@@ -268,7 +321,9 @@ def resolved(ready: Ready) -> dict[str, Any]:
 
     So a default that changes later changes nothing of an old run.
     """
-    tree = ready.recipe.model_dump()
+    tree = ready.recipe.model_dump(by_alias=True)
+    environment, base = ready.recipe.environment, Path(ready.source.path).parent
+    tree["environment"] |= {"class": _references(environment.kind, base), "tools": _references(environment.tools, base)}
     if Path(ready.recipe.model.path).is_dir():
         tree["model"]["path"] = str(Path(ready.recipe.model.path).resolve())
     tree["task"] = ready.task.model_dump()
@@ -276,6 +331,17 @@ def resolved(ready: Ready) -> dict[str, Any]:
     settings = {key: _written(value) for key, value in ready.algorithm.settings().items()}
     tree["algorithm"] = {"name": ready.algorithm.name, **settings}
     return tree
+
+
+def _references(value: Any, base: Path) -> Any:
+    """Functions and classes of [environment] as "file.py:name", by absolute paths."""
+    if isinstance(value, dict):
+        return {key: _references(item, base) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_references(item, base) for item in value]
+    if isinstance(value, UserFunction):
+        return value.reference
+    return value and load_function(value, base).reference
 
 
 def _written(value: Any) -> Any:

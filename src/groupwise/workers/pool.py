@@ -194,10 +194,16 @@ class Lease:
         handles: Mapping[str, Sequence[int]] | None = None,
         limit: float,
         logs: bool = False,
+        text: bool = False,
     ) -> Reply:
-        """Call a function; `handles`: keyword arguments that are lists of instances."""
+        """Call a function.
+
+        Args:
+            handles: keyword arguments that are lists of instances.
+            text: return `str()` of the result.
+        """
         fields = {"args": args, "kwargs": dict(kwargs or {}), "handles": dict(handles or {})}
-        return await self._request("call", target, fields, limit, logs=logs)
+        return await self._request("call", target, fields, limit, logs=logs, text=text)
 
     async def drop(self, handle: int) -> None:
         """Forget an instance."""
