@@ -16,7 +16,7 @@ LEVELS = [
     {"types", "plugins", "kernels", "workers"},
     {"config"},
     {"models"},
-    {"tasks", "rewards", "rollouts", "learner"},
+    {"tasks", "environments", "rewards", "rollouts", "learner"},
     {"training", "evidence"},
     {"experiments", "trackers"},
     {"api", "cli"},

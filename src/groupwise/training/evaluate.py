@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from groupwise.errors import RunError
 from groupwise.rollouts.groups import Rollouts
 from groupwise.training.collect import describe_failures
+from groupwise.training.metrics import turn_metrics
 from groupwise.types import Group, Problem
 
 

@@ -165,7 +165,7 @@ def _samples(group: Group) -> list[dict[str, Any]]:
             "rank": rank,
             "prompt": group.problem.text,
             "answer": group.problem.answer,
-            "completion": group.completions[i].text,
+            "completion": "\n".join(spoken(group.completions[i])),
             "reward": group.scores[i].reward,
             "correct": group.scores[i].correct,
             "stop": group.completions[i].stop,
