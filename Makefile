@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test lint docs format bench bench-families bench-lengths bench-pairs clean setup
+.PHONY: train test lint docs format bench bench-families bench-lengths bench-lora bench-pairs clean setup
 
 train: setup
 	$(BIN)/groupwise train
@@ -17,8 +17,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The documentation as one site, docs/_build/html/index.html; a warning is an error.
+# The documentation as one site, docs/_build/html/index.html; a warning is an error. The keys of a recipe come from the code.
 docs: setup
+	$(BIN)/python docs/make_recipe.py
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 
 format: setup
@@ -37,6 +38,10 @@ bench-families: setup .bench/trl/.ready
 bench-lengths: setup
 	$(BIN)/python benchmarks/lengths.py
 
+# LoRA beside full training, and both beside TRL's.
+bench-lora: setup .bench/trl/.peft
+	$(BIN)/python benchmarks/lora.py
+
 # Two versions in turn: make bench-pairs OLD=../old, after git worktree add ../old COMMIT.
 bench-pairs: setup
 	$(BIN)/python benchmarks/pairs.py $(OLD) .
@@ -44,6 +49,10 @@ bench-pairs: setup
 .bench/trl/.ready:
 	$(PYTHON) -m venv .bench/trl
 	.bench/trl/bin/pip install -q torch==2.13.0 trl==1.16.0
+	@touch $@
+
+.bench/trl/.peft: .bench/trl/.ready
+	.bench/trl/bin/pip install -q peft==0.21.2
 	@touch $@
 
 .bench/vllm/.ready:

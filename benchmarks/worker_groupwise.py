@@ -74,6 +74,11 @@ class Step:
         """On what `workloads.make` wrote."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         module = load_module(str(directory), getattr(torch, work.dtype)).to(device)
+        if work.lora_rank:
+            from groupwise.models.adapters import add_adapters  # which earlier versions lack
+
+            form = SimpleNamespace(rank=work.lora_rank, alpha=2.0 * work.lora_rank, targets=[])
+            module = add_adapters(module, form, seed=0)
         texts = json.loads((directory / "prompts.json").read_text())
         return cls(work, module, load_tokenizer(str(directory)), texts, **settings)
 

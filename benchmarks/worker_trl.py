@@ -42,6 +42,12 @@ class Clock(TrainerCallback):
         print("REPORT " + json.dumps(report), flush=True)
 
 
+def lora(rank: int) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+
+
 def main() -> None:
     work = dataclasses.replace(WORKS["reasoning"], **json.loads(sys.argv[1]))
     torch.set_num_threads(work.threads)
@@ -85,6 +91,7 @@ def main() -> None:
         args=config,
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         callbacks=[clock],
+        peft_config=lora(work.lora_rank) if work.lora_rank else None,
     )
     generate = trainer._generate
 

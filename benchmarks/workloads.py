@@ -50,6 +50,8 @@ class Work:
     """Of groupwise's sampler and learner."""
     cache_dtype: str | None = None
     """Of keys and values while groupwise generates; None: the model's."""
+    lora_rank: int = 0
+    """Groupwise and TRL train LoRA adapters of this rank, alpha twice that, on all linear layers; 0: the whole model."""
 
 
 WORKS = {

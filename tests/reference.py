@@ -61,6 +61,26 @@ def leave_one_out(rewards: Sequence[float], ids: Sequence[int]) -> list[float]:
     return result
 
 
+def decoupled(
+    components: Sequence[Sequence[float]], ids: Sequence[int], w: Sequence[float], ddof: int = 1, eps: float = 1e-6
+) -> list[float]:
+    """GDPO, equations 4 to 6; a component that is NaN is no member of its group."""
+    sums, varied = [], []
+    for row, i in zip(components, ids, strict=True):
+        total, differs = 0.0, False
+        for k, weight in enumerate(w):
+            pool = [other[k] for other, j in zip(components, ids, strict=True) if j == i and not math.isnan(other[k])]
+            if not math.isnan(row[k]) and min(pool) != max(pool):
+                total += weight * (row[k] - mean(pool)) / (deviation(pool, ddof) + eps)
+                differs = differs or weight != 0
+        sums.append(total)
+        varied.append(differs)
+    if not any(varied):
+        return [0.0] * len(sums)
+    m, s = mean(sums), deviation(sums, ddof) + eps
+    return [(a - m) / s if differs else 0.0 for a, differs in zip(sums, varied, strict=True)]
+
+
 def process(
     step_rewards: Sequence[Sequence[float]],
     step_ends: Sequence[Sequence[int]],
@@ -79,6 +99,33 @@ def process(
                 if end >= t and max(pool) != min(pool):
                     a += (reward - mean(pool)) / (deviation(pool, ddof) + eps)
             row.append(a)
+        result.append(row)
+    return result
+
+
+def turns(
+    turn_rewards: Sequence[Sequence[float]],
+    turn_ends: Sequence[Sequence[int]],
+    ids: Sequence[int],
+    length: int,
+    gamma: float = 1.0,
+    ddof: int = 1,
+    eps: float = 1e-6,
+) -> list[list[float]]:
+    def to_go(rewards: Sequence[float], k: int) -> float:
+        return sum(gamma ** (j - k) * rewards[j] for j in range(k, len(rewards)))
+
+    result = []
+    for rewards, ends, i in zip(turn_rewards, turn_ends, ids, strict=True):
+        group = [other for other, j in zip(turn_rewards, ids, strict=True) if j == i]
+        counts = max(len(other) for other in group)
+        baselines = [mean([to_go(other, k) for other in group if len(other) > k]) for k in range(counts)]
+        squares = [(to_go(other, k) - baselines[k]) ** 2 for other in group for k in range(len(other))]
+        s = math.sqrt(sum(squares) / max(1, len(squares) - ddof * counts))
+        row = []
+        for t in range(length):
+            k = sum(end < t for end in ends)
+            row.append((to_go(rewards, k) - baselines[k]) / (s + eps) if k < len(ends) else 0.0)
         result.append(row)
     return result
 
@@ -161,6 +208,22 @@ def soft_overlong(length: int, max_length: int, cache: int) -> float:
 def k3(logprob: Tensor, ref: Tensor) -> Tensor:
     ratio = torch.exp(ref) / torch.exp(logprob)
     return ratio - torch.log(ratio) - 1
+
+
+def dropped(a: float, rollout: Row, logprobs: Row, mask: Sequence[bool], delta: float) -> bool:
+    """DeepSeek-V3.2, equation 9: M = 0 where A < 0 and 1/|o| sum_t log(pi_old / pi_theta) > delta."""
+    logs = [math.log(math.exp(o) / math.exp(lp)) for o, lp, on in zip(rollout, logprobs, mask, strict=True) if on]
+    return a < 0 and mean(logs) > delta
+
+
+# --- allocation -------------------------------------------------------------------------------------------------------
+
+
+def hit_probability(a: float, b: float, n: int, cells: int = 20_000) -> float:
+    """P(at least one of n is right) for a pass rate from Beta(a, b): 1 - integral of (1 - p)^n over its density, by midpoints."""
+    norm = math.gamma(a + b) / math.gamma(a) / math.gamma(b)
+    points = [(i + 0.5) / cells for i in range(cells)]
+    return 1 - sum(norm * p ** (a - 1) * (1 - p) ** (b - 1 + n) for p in points) / cells
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -246,7 +309,17 @@ def loss(
         outside = (a[i][t] > 0 and moved > 0.2) or (a[i][t] < 0 and -moved > 0.2)
         return 0 * lp[i][t] if outside else -ratio(i, t) * a[i][t]
 
+    def vespo(i: int, t: int) -> Tensor:
+        w = 1.0
+        for u, trained in enumerate(mask[i]):
+            if trained:
+                w *= float(ratio(i, u))
+        c1, c2 = (2.0, 3.0) if a[i][t] >= 0 else (3.0, 2.0)
+        return -(w**c1) * math.exp(c2 * (1 - w)) * a[i][t] * lp[i][t]
+
     token, mode = {
+        "vespo": (vespo, "token_mean"),
+        "gdpo": (clipped(0.2, 0.2), "sequence_mean"),
         "ppo": (clipped(0.2, 0.2), "sequence_mean"),
         "reinforce": (policy_gradient, "sequence_mean"),
         "grpo": (grpo, "sequence_mean"),
@@ -266,3 +339,32 @@ def loss(
         "maxrl": (clipped(0.2, 0.2), "token_mean"),
     }[name]
     return total(mask, mode, ids, max_length, token)
+
+
+# --- truncated sampling -----------------------------------------------------------------------------------------------
+
+
+def limited(logits: Sequence[float], top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0) -> list[int]:
+    """The tokens that top-k, then top-p of what is left, then min-p leave, ascending."""
+    ranked = sorted(range(len(logits)), key=lambda j: -logits[j])
+    if top_k:
+        ranked = ranked[:top_k]
+    total = sum(math.exp(logits[j] - logits[ranked[0]]) for j in ranked)
+    nucleus, before = [], 0.0
+    for j in ranked:
+        if before < top_p:
+            nucleus.append(j)
+        before += math.exp(logits[j] - logits[ranked[0]]) / total
+    return sorted(j for j in nucleus if math.exp(logits[j] - logits[ranked[0]]) >= min_p)
+
+
+def replayed(logits: Sequence[Tensor], kept: Sequence[int], token: int) -> tuple[Tensor, Tensor]:
+    """(log-probability of the token, entropy) of the softmax over the kept tokens alone, arXiv 2512.02556 section 3.1."""
+    total = torch.zeros((), dtype=torch.float64)
+    for j in kept:
+        total = total + torch.exp(logits[j])
+    entropy = torch.zeros((), dtype=torch.float64)
+    for j in kept:
+        p = torch.exp(logits[j]) / total
+        entropy = entropy - p * torch.log(p)
+    return logits[token] - torch.log(total), entropy

@@ -29,6 +29,8 @@ CLIPPED = [
     "lite_ppo",
     "dr_grpo",
     "maxrl",
+    "vespo",
+    "gdpo",
 ]
 
 
@@ -102,6 +104,29 @@ def test_process_advantages_by_hand() -> None:
     """Steps 1 0 | 1 1: mean 3/4, deviation 1/2; normalised 1/2, -3/2 | 1/2, 1/2."""
     ours = gw.process_advantages([[1, 0], [1, 1]], [[1, 3], [0, 2]], [7, 7], 4, eps=0.0)
     near(ours, [[-1.0, -1.0, -1.5, -1.5], [1.0, 0.5, 0.5, 0.0]])
+
+
+def test_turn_advantages_by_hand() -> None:
+    """Turns 1 0 | 0 1 | 0 with gamma 1/2: to go 1, 0 | 1/2, 1 | 0. Baselines 1/2 and 1/2; centred 1/2, -1/2 | 0, 1/2 | -1/2.
+
+    Four squares of 1/4 over 5 values and 2 baselines: s^2 = 1/3. Over the tokens 0-1, 2 | 0, 1-3 | 0-2.
+    """
+    ours = gw.turn_advantages([[1, 0], [0, 1], [0]], [[1, 2], [0, 3], [2]], [7, 7, 7], 4, gamma=0.5, eps=0.0)
+    a = 0.5 * 3**0.5
+    near(ours, [[a, a, -a, 0.0], [0.0, a, a, a], [-a, -a, -a, 0.0]])
+
+
+def test_credit_of_one_turn_each_is_that_of_outcomes() -> None:
+    rewards = torch.tensor([1.0, 0, 0.5, 2, 2]).double()
+    ids = torch.tensor([0, 0, 0, 1, 1])
+    ours = gw.turn_advantages([[r] for r in rewards.tolist()], [[1]] * 5, ids, 2)
+    near(ours, gw.group_advantages(rewards, ids)[:, None].expand(5, 2))
+
+
+def test_turns_need_ends_that_fit() -> None:
+    for rewards, ends in (([1.0], [2]), ([1.0, 1.0], [1]), ([1.0, 1.0], [1, 1])):
+        with pytest.raises(ValueError, match="do not fit"):
+            gw.turn_advantages([rewards], [ends], [0], 2)
 
 
 def test_smoothing_by_hand() -> None:
@@ -334,6 +359,7 @@ def test_groups_of_one_and_equal_rewards_give_exact_zeros() -> None:
         assert gw.group_advantages(rewards, ids, scale=scale).tolist() == [0, 0, 0, 0]
     assert gw.leave_one_out_advantages(rewards, ids).tolist() == [0, 0, 0, 0]
     assert gw.process_advantages([[0.1, 0.1], [0.1]], [[0, 1], [2]], [1, 1], 3).abs().sum() == 0
+    assert gw.turn_advantages([[0.1, 0.1], [0.1, 0.1], [1.0]], [[0, 1], [0, 2], [0]], [1, 1, 2], 3).abs().sum() == 0
     history: Any = {}
     for _ in range(3):
         smoothed, history = gw.smoothed_advantages(rewards, ids, ["p"] * 3 + ["q"], history)
@@ -367,7 +393,7 @@ def test_a_users_own_part() -> None:
         ("gspo", {"advantage": "process"}, "ratio: one ratio for the sequence cannot carry"),
         ("gspo", {"advantage": "gae"}, "ratio: one ratio for the sequence cannot carry"),
         ("gspo", {"bounds": "dynamic"}, "bounds: dynamic bounds follow from a token's own probability"),
-        ("grpo", {"surrogate": "gmpo", "ratio": "sequence"}, "surrogate: gmpo takes its own mean"),
+        ("grpo", {"surrogate": "gmpo", "ratio": "sequence"}, "surrogate: gmpo takes its own mean or product"),
         ("grpo", {"scale": "mean", "center": "none"}, "scale: dividing by the group's mean"),
         ("grpo", {"surrogate": "cispo"}, "ratio_cap: the surrogate cispo needs one"),
         ("grpo", {"kl_target": 0.1}, "kl_target: needs kl_reward"),
@@ -399,6 +425,25 @@ def test_a_users_own_part() -> None:
         ("gmpo", {"advantage": "process"}, "ratio: one ratio for the sequence cannot carry"),
         ("dapo", {"advantage": "process"}, "overlong_cache: changes the reward of a completion"),
         ("grpo", {"correction": "icepop", "correction_low": 3.0}, "correction_low: is above correction_high"),
+        ("vespo", {"ratio": "sequence"}, "surrogate: vespo takes its own mean or product"),
+        ("vespo", {"advantage": "process"}, "ratio: one ratio for the sequence cannot carry"),
+        ("vespo", {"decay_negative": 0.0}, "decay_negative: must be above 0"),
+        ("vespo", {"bounds": "fixed"}, "bounds: the surrogate vespo clips nothing to bounds"),
+        ("grpo", {"power_positive": 1.0}, "power_positive: surrogate = 'clip' does not use it; it belongs to surrogate vespo"),
+        ("gdpo", {"kl_reward": 0.1}, "kl_reward: takes from the reward as a whole"),
+        ("gdpo", {"ddof": 2}, "ddof: 2 is not one of"),
+        ("grpo", {"mask": "off_policy"}, "mask_divergence: the mask off_policy needs one"),
+        ("grpo", {"mask_divergence": 0.1}, "mask_divergence: mask = 'none' does not use it; it belongs to mask off_policy"),
+        ("grpo", {"selection": "band"}, "selection: is how dynamic sampling chooses groups; set dynamic_sampling"),
+        ("grpo", {"spread_above": 0.1}, "selection: is how dynamic sampling chooses groups; set dynamic_sampling"),
+        ("dapo", {"selection": "band", "band_low": 0.9}, "band_low: is above band_high"),
+        ("dapo", {"band_low": 0.1}, "band_low: selection = 'mixed' does not use it; it belongs to selection band"),
+        ("grpo", {"allocation": "thompson", "target_rate": 1.5}, "target_rate: must lie in 0 to 1"),
+        ("grpo", {"allocation": "thompson", "candidates": 0.5}, "candidates: must be at least 1"),
+        ("grpo", {"allocation": "hit_utility", "target_rate": 0.6}, "target_rate: chooses among candidates"),
+        ("grpo", {"allocation": "hit_utility", "smallest_group": 0}, "smallest_group: must be at least 1"),
+        ("grpo", {"target_rate": 0.5}, "target_rate: allocation = 'uniform' does not use it"),
+        ("grpo", {"allocation": "mopps"}, "allocation: there is no 'mopps'"),
         ("grpo", {"dual_clip": 0.5}, "dual_clip: must be above 1"),
         ("grpo", {"aggregation": "tokens_mean"}, "aggregation: there is no 'tokens_mean'; did you mean 'token_mean'"),
     ],
@@ -413,6 +458,7 @@ def test_what_is_missing_is_named() -> None:
     for changes, message in (
         ({"beta": 0.1}, "beta above 0 needs ref_logprobs_BT"),
         ({"correction": "tis"}, "an importance-sampling correction needs rollout_logprobs_BT"),
+        ({"mask": "off_policy", "mask_divergence": 0.1}, "the mask off_policy needs rollout_logprobs_BT"),
         ({"entropy_bonus": 0.1}, "an entropy bonus needs entropy_BT"),
         ({"aggregation": "prompt_token_mean"}, "prompt_token_mean needs group_ids_B"),
     ):

@@ -1,5 +1,6 @@
 """Every public function and every named algorithm against tests/reference.py: 200 random ragged cases each, to 1e-10."""
 
+import itertools
 import math
 import random
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import groupwise as gw
 from groupwise.algorithms import NAMED
+from groupwise.algorithms.allocation import hit_utility, hit_utility_sizes
 from groupwise.algorithms.credit import Outcomes
 from tests import reference
 
@@ -85,6 +87,10 @@ def close(ours: Tensor, theirs: Any) -> None:
     torch.testing.assert_close(ours.double(), theirs, rtol=1e-10, atol=1e-10)
 
 
+def _double(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
 def gradient_of(loss: Tensor, values: Tensor) -> Tensor:
     """Of a reference loss, which may have been clipped to a constant."""
     return torch.autograd.grad(loss + 0 * values.sum(), values)[0]
@@ -109,6 +115,30 @@ def test_leave_one_out_advantages() -> None:
         close(ours, reference.leave_one_out(c.rewards, c.ids))
 
 
+def components_of(c: Case) -> tuple[list[list[float]], list[float]]:
+    """Up to three rewards of each completion; some apply to some completions only."""
+    count = c.rng.randint(1, 3)
+    graded = c.rng.random() < 0.5
+
+    def value() -> float:
+        if count > 1 and c.rng.random() < 0.2:
+            return math.nan
+        return c.rng.gauss(0, 1) if graded else float(c.rng.random() < 0.5)
+
+    return [[value() for _ in range(count)] for _ in c.ids], [c.rng.choice([0.0, 0.5, 1.0, 2.0]) for _ in range(count)]
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_decoupled_advantages(ddof: int) -> None:
+    for seed in range(CASES):
+        c = case(seed)
+        components, weights = components_of(c)
+        if len(c.ids) <= ddof:
+            continue
+        ours = gw.decoupled_advantages(_double(components), c.ids_B, _double(weights), ddof=ddof, eps=1e-4)
+        close(ours, reference.decoupled(components, c.ids, weights, ddof, 1e-4))
+
+
 def steps_of(c: Case) -> tuple[list[list[float]], list[list[int]]]:
     rewards, ends = [], []
     for _ in c.ids:
@@ -125,6 +155,16 @@ def test_process_advantages(ddof: int) -> None:
         rewards, ends = steps_of(c)
         ours = gw.process_advantages(rewards, ends, c.ids, c.length, ddof=ddof)
         close(ours, reference.process(rewards, ends, c.ids, c.length, ddof))
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_turn_advantages(ddof: int) -> None:
+    for seed in range(CASES):
+        c = case(seed)
+        rewards, ends = steps_of(c)
+        gamma = c.rng.choice([1.0, 0.9, 0.0])
+        ours = gw.turn_advantages(rewards, ends, c.ids, c.length, gamma=gamma, ddof=ddof)
+        close(ours, reference.turns(rewards, ends, c.ids, c.length, gamma, ddof))
 
 
 def test_gae() -> None:
@@ -269,7 +309,10 @@ def test_named_advantages(name: str) -> None:
     for seed in range(CASES):
         c = case(seed)
         step_rewards, step_ends = steps_of(c)
+        components, weights = components_of(c)
         outcomes = Outcomes(
+            components_BK=_double(components),
+            component_weights_K=_double(weights),
             rewards_B=torch.tensor(c.rewards, dtype=torch.float64),
             group_ids_B=c.ids_B,
             prompt_ids=[str(i) for i in c.ids],
@@ -298,6 +341,8 @@ def test_named_advantages(name: str) -> None:
             expected = torch.where(c.mask_BT, (torch.tensor(to_go, dtype=torch.float64) - mean) / deviation, 0)
         elif name == "grpo_process":
             expected = reference.process(step_rewards, step_ends, c.ids, c.length)
+        elif name == "gdpo":
+            expected = reference.decoupled(components, c.ids, weights) if len(c.ids) > 1 else [0.0]
         elif name == "rloo":
             expected = reference.leave_one_out(c.rewards, c.ids)
         elif name == "dcpo":
@@ -364,6 +409,62 @@ def test_corrections(kind: str, level: Any) -> None:
         close(loss.detach(), expected.detach())
         close(torch.autograd.grad(loss, ours)[0], gradient_of(expected, theirs))
         assert algorithm.correction(c.old, c.rollout, c.mask_BT).max() <= 1.6
+
+
+@pytest.mark.parametrize("correction", ["none", "tis", "mis", "icepop"])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_off_policy_sequence_mask(correction: str, per_token: bool) -> None:
+    """Also beside each importance-sampling correction, and with a KL, which the mask leaves alone; denominators stay."""
+    algorithm = gw.named("grpo", mask="off_policy", mask_divergence=0.2, correction=correction)
+    masked = 0
+    for seed in range(CASES):
+        c = case(seed)
+        tilt = torch.linspace(-1, 1, c.length, dtype=torch.float64) if per_token else 1.0
+        advantages = c.advantages * tilt
+        ours, theirs = c.logprobs.clone().requires_grad_(), c.logprobs.clone().requires_grad_()
+        loss, metrics = gw.policy_loss(
+            algorithm, ours, c.old, advantages, c.mask_BT, ref_logprobs_BT=c.ref, rollout_logprobs_BT=c.rollout
+        )
+        count = 0
+
+        def token(i: int, t: int, c: Case = c, theirs: Tensor = theirs, advantages: Tensor = advantages) -> Tensor:
+            nonlocal count
+            a, w = float(advantages[i, t]), math.exp(c.old[i, t]) / math.exp(c.rollout[i, t])
+            if correction == "tis":
+                w = min(w, 2.0)
+            elif w > 2 or (correction == "icepop" and w < 0.5):
+                w = 0.0
+            w = 1.0 if correction == "none" else w
+            gone = reference.dropped(a, rows(c.rollout)[i], rows(theirs.detach())[i], c.mask[i], 0.2)
+            count += gone
+            clip = reference.clip_token(torch.exp(theirs[i, t]) / torch.exp(c.old[i, t]), a, 0.8, 1.2)
+            return 0.04 * reference.k3(theirs[i, t], c.ref[i, t]) + (0.0 if gone else w * clip)
+
+        expected = reference.total(c.mask, "sequence_mean", c.ids, c.length, token)
+        close(loss.detach(), expected.detach())
+        close(torch.autograd.grad(loss, ours)[0], gradient_of(expected, theirs))
+        close(metrics["masked_fraction"], count / int(c.mask_BT.sum()))
+        masked += count
+    assert masked > 100
+
+
+def test_hit_utility_is_the_probability_of_a_hit() -> None:
+    for a, b, n in [(1, 1, 1), (1, 1, 8), (3, 9, 4), (9.5, 2.5, 3), (1, 17, 16)]:
+        assert hit_utility(a, b, n) == pytest.approx(reference.hit_probability(a, b, n), abs=1e-6)
+
+
+def test_hit_utility_sizes_against_every_division() -> None:
+    """The largest sum of hit utilities over all ways to divide the completions."""
+    for seed in range(CASES):
+        rng = random.Random(seed)
+        posteriors = [(rng.randint(1, 12), rng.randint(1, 12)) for _ in range(rng.randint(1, 4))]
+        smallest = rng.randint(1, 2)
+        total = smallest * len(posteriors) + rng.randint(0, 8)
+        ways = [w for w in itertools.product(range(smallest, total + 1), repeat=len(posteriors)) if sum(w) == total]
+        best = max(sum(hit_utility(*p, n) for p, n in zip(posteriors, w, strict=True)) for w in ways)
+        sizes = hit_utility_sizes(posteriors, total, smallest)
+        assert sum(sizes) == total and min(sizes) >= smallest
+        assert sum(hit_utility(*p, n) for p, n in zip(posteriors, sizes, strict=True)) == pytest.approx(best, abs=1e-12)
 
 
 def test_dual_clip_and_entropy_bonus() -> None:

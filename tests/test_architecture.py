@@ -12,13 +12,13 @@ import groupwise
 ROOT = Path(groupwise.__file__).parent
 LEVELS = [
     {"algorithms"},
-    {"errors", "seeding"},
-    {"types", "plugins", "kernels"},
+    {"errors", "seeding", "kept"},
+    {"types", "plugins", "kernels", "workers"},
     {"config"},
     {"models"},
-    {"tasks", "rewards", "rollouts", "learner"},
+    {"tasks", "environments", "rewards", "rollouts", "learner"},
     {"training", "evidence"},
-    {"experiments"},
+    {"experiments", "trackers"},
     {"api", "cli"},
     {"__init__", "__main__"},
 ]

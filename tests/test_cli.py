@@ -72,8 +72,13 @@ def test_check_finds_nothing_wrong_with_a_shipped_recipe(name: str) -> None:
             "[algorithm]\ncorrection = 'tis'\n[learner]\nold_logprobs = 'sampler'",
             "line 4, learner.old_logprobs: algorithm.correction compares",
         ),
+        ("[algorithm]\nname = 'gdpo'\n[rollouts]\ngroup_size = 1", "rollouts.group_size: gdpo compares the completions"),
+        (
+            "[algorithm]\nname = 'grpo'\nallocation = 'hit_utility'\nsmallest_group = 9\n[rollouts]\ngroup_size = 8",
+            "line 4, algorithm.smallest_group: is above rollouts.group_size (8)",
+        ),
+        ("[algorithm]\nname = 'grpo'\nband_low = 0.1", "line 3, algorithm.band_low: selection = 'mixed' does not use it"),
         ("[rollouts]\ngroup_size = 1", "rollouts.group_size: dapo compares the completions of a prompt"),
-        ("[rollouts]\ntop_p = 0.5\n[learner]\nold_logprobs = 'sampler'", "learner.old_logprobs: the sampler's"),
     ],
 )
 @pytest.mark.parametrize("command", ["check", "train"])
@@ -93,7 +98,7 @@ def test_a_wrong_recipe_gets_one_message_before_anything_is_trained(
     ("body", "message"),
     [
         ("return [1.0]", "returned 1 values for 16 completions"),
-        ("return [float('nan')] * len(completions)", "returned nan for completion 0"),
+        ("return [float('nan')] * len(completions)", "returned nan for a completion"),
         ("return None", "returned None; expected a list of 16 numbers"),
         ("raise KeyError('x')", "KeyError: 'x'"),
     ],

@@ -40,6 +40,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "my.toml").write_text(recipe)
     lines = "".join(f'{{"prompt": "{i}+2=", "answer": "{i + 2}"}}\n' for i in range(1, 19))
     (tmp_path / "problems.jsonl").write_text(lines)
+    for page in PAGES:  # a block that begins with a file's name is that file
+        for name, text in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -223,6 +223,9 @@ def test_rules_stay_silent_where_they_do_not_apply() -> None:
     looping = made(**{"length__truncated": [0.0] * 3 + [0.9] * 7})
     assert "More and more completions are truncated" in titles(looping)
     assert "Sampler and learner log-probabilities differ" not in titles(
+        made(recipe={"rollouts": {"top_p": 0.9, "sampler": "mine.py:Mine"}}, sampler_gap_mean=0.3)
+    )
+    assert "Sampler and learner log-probabilities differ" in titles(
         made(recipe={"rollouts": {"top_p": 0.9}}, sampler_gap_mean=0.3)
     )
     assert titles(Run(path=Path("made"), recipe={}, steps=[], evaluations=[])) == {"No step was recorded"}

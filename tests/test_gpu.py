@@ -353,3 +353,50 @@ def test_float32_samples_have_the_learners_logprobs(architecture: str, character
     with torch.no_grad():
         logprobs_BT = model.completion_logprobs(batch.to(DEVICE))[0].cpu()
     torch.testing.assert_close(logprobs_BT, batch.rollout_logprobs_BT, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.95])
+def test_truncated_sampling_is_replayed_as_on_a_cpu(top_p: float, characters: Any) -> None:
+    """The sampler's log-probabilities over its kept sets are the learner's, whose gradients are those of a CPU."""
+    model = LanguageModel(tiny("qwen3", characters, FLOAT32))
+    prompts, groups = sampled(model, characters, top_p=top_p)
+    batch = replace(as_batch(prompts, groups), kept=tuple(row.kept for group in groups for row in group))
+    on_cpu = LanguageModel(copy.deepcopy(model.module).cpu())
+    ours_BT, _ = model.completion_logprobs(batch.to(DEVICE))
+    theirs_BT, _ = on_cpu.completion_logprobs(batch)
+    torch.testing.assert_close(ours_BT.detach().cpu(), batch.rollout_logprobs_BT, rtol=0, atol=1e-3)
+    torch.testing.assert_close(ours_BT.detach().cpu(), theirs_BT.detach(), rtol=0, atol=1e-3)
+    ours, theirs = gradients(model.module, weighted(ours_BT)), gradients(on_cpu.module, weighted(theirs_BT))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert error(mine.cpu(), other) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32])
+def test_adapters_are_sampled_trained_and_switched_off(dtype: torch.dtype, characters: Any) -> None:
+    """Captured decoding steps call the layers with adapters, and see them after an update; the base keeps its bits."""
+    pytest.importorskip("peft")
+    from groupwise.models.adapters import add_adapters
+
+    module = tiny("qwen3", characters, dtype)
+    model = LanguageModel(add_adapters(module, SimpleNamespace(rank=4, alpha=8.0, targets=[]), seed=0))
+    assert all(p.dtype == FLOAT32 and p.device == DEVICE for p in model.parameters() if p.requires_grad)
+    before = {name: p.detach().clone() for name, p in model.module.named_parameters() if not p.requires_grad}
+    prompts, batch = random_batch(model.config.vocab_size)
+    batch = batch.to(DEVICE)
+    with torch.no_grad():
+        start = model.completion_logprobs(batch)[0]
+        for name, parameter in model.module.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+        moved = model.completion_logprobs(batch)[0]
+        with model.adapters_off():
+            assert torch.equal(model.completion_logprobs(batch)[0], start)
+    assert not torch.allclose(moved, start, atol=1e-2)
+    sampler = NativeSampler(model, characters)
+    groups = generate_all(sampler, requests(prompts, 8, Sampling(max_tokens=40), 0))
+    sampled = as_batch(prompts, groups).to(DEVICE)
+    with torch.no_grad():
+        gap = (model.completion_logprobs(sampled)[0] - sampled.rollout_logprobs_BT).abs()[sampled.mask_BT]
+    assert float(gap.mean()) < (1e-4 if dtype == FLOAT32 else 0.05)
+    after = {name: p for name, p in model.module.named_parameters() if not p.requires_grad}
+    assert all(torch.equal(after[name], value) for name, value in before.items())

@@ -18,6 +18,7 @@ from groupwise.models.attention.attend import PLAIN, AttentionForm
 from groupwise.models.attention.cuda_graphs import FixedSteps
 from groupwise.models.attention.decoding_torch import StepLayout
 from groupwise.models.attention.training import PackedAttention
+from groupwise.models.caches import Caches
 from groupwise.models.decoder import Decoder, HeadShape
 from tests.conftest import owned, packs, tiny_model
 from tests.test_sampler import sample, spoken
@@ -118,7 +119,7 @@ def test_rows_are_as_many_as_a_gpu_has_memory_for(monkeypatch: pytest.MonkeyPatc
     shapes = dict.fromkeys(range(28), HeadShape(kv_heads=8, size=128))
     decoder = SimpleNamespace(device=torch.device("cuda"), shapes=shapes, dtype=torch.bfloat16, state_elements=0)
     model = LanguageModel.__new__(LanguageModel)
-    model.decoder = decoder
+    model.decoder, model.caches = decoder, Caches(decoder)
     for name, found in (("mem_get_info", (50e9, 80e9)), ("memory_reserved", 12e9), ("memory_allocated", 2e9)):
         monkeypatch.setattr(torch.cuda, name, lambda _, found=found: found)
     # 28 layers x 2 x 8 heads x 128 x 1,024 tokens x 2 bytes are 117.4 MB a row; 0.6 of 60 GB.

@@ -128,10 +128,12 @@ def test_a_users_reward(tmp_path: Path) -> None:
 
 
 def test_an_answer_that_takes_forever_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("groupwise.rewards.checkers.TIME_LIMIT", 2.0)
+    monkeypatch.setattr("groupwise.rewards.settings.TIME_LIMIT", 1.0)
     task = write_dataset(tmp_path, rows(5), reward="math")
     problem = Problem(id="x", prompt="x", answer="8")
-    assert [score.verdict for score in scores_of(task, problem, ["$9^{9^{9^{9}}}$", "$8$"])] == ["unparsed", "correct"]
+    found = scores_of(task, problem, ["$9^{9^{9^{9}}}$", "$8$"])
+    assert [(score.failure, score.verdict) for score in found] == [("timeout", None), (None, "correct")]
+    assert "9^{9^" in found[0].detail
 
 
 @pytest.mark.parametrize(

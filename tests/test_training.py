@@ -18,7 +18,7 @@ from groupwise.models import Chat, LanguageModel
 from groupwise.rollouts.groups import Rollouts
 from groupwise.tasks.arithmetic import score_answer
 from groupwise.training.batching import make_batch, minibatches
-from groupwise.training.collect import Collector, is_mixed, sampling_of
+from groupwise.training.collect import Collector, is_selected, sampling_of
 from groupwise.training.credit import CreditAssigner, last_token, reward_parts, step_positions
 from groupwise.types import Completion, Group, LogprobBatch, Problem, Score, TrainingBatch, VersionSpan, upgrade
 from tests.test_cli import run
@@ -92,8 +92,19 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
         [],
         ["--set", "algorithm.name=grpo", "--set", "learner.warmup_steps=3"],
         ["--set", "algorithm.name=dcpo", "--set", "task.problems=24"],
-        ["--set", "rollouts.max_age=2", "--set", "learner.old_logprobs=sampler"],
+        ["--set", "rollouts.max_age=2", "--set", "learner.old_logprobs=sampler", "--set", "rollouts.top_p=0.8"],
         ["--set", "algorithm.name=ppo", "--set", "algorithm.kl_target=1e-3"],
+        ["--set", "algorithm.allocation=thompson", "--set", "algorithm.candidates=2", "--set", "task.problems=40"],
+        [
+            "--set",
+            "algorithm.name=gdpo",
+            "--set",
+            "task.steps_weight=0.5",
+            "--set",
+            "algorithm.allocation=hit_utility",
+            "--set",
+            "task.problems=24",
+        ],
     ],
 )
 def test_same_seed_same_bits_also_across_a_resume(tmp_path: Path, extra: list[str]) -> None:
@@ -210,12 +221,16 @@ def test_dynamic_sampling_gives_up_with_a_report(tmp_path: Path) -> None:
     )
     result = run("train", recipe, "--out", tmp_path / "run")
     assert result.exit_code == 1
-    assert "0 mixed groups after 3 rounds" in result.stderr
+    assert "0 groups to train on after 3 rounds" in result.stderr
     assert "and 18 prompts: 18 all wrong" in result.stderr
     assert list((tmp_path / "run" / "checkpoints").glob("step-000000/state.pt"))
 
 
-@pytest.mark.parametrize("name", [*NAMED, "default"])
+METHODS = ["opsm", "band", "mopps", "hora", "grpo-top-p", "grpo-epochs"]
+"""Recipes of parts that no named algorithm has."""
+
+
+@pytest.mark.parametrize("name", [*NAMED, *METHODS, "default"])
 def test_every_shipped_recipe_runs_two_steps(tmp_path: Path, name: str) -> None:
     small = ["training.steps=2", "training.eval_problems=10", "rollouts.prompts_per_step=4", "rollouts.group_size=8"]
     result = run("train", name, "--out", tmp_path / "run", *(part for item in small for part in ("--set", item)))
@@ -390,12 +405,12 @@ def test_the_kl_coefficient_waits_for_the_first_update() -> None:
 
 
 @pytest.mark.parametrize("in_baseline", [False, True])
-def test_a_group_that_is_mixed_only_through_a_truncated_answer_does_not_fill_the_batch(in_baseline: bool) -> None:
+def test_a_group_that_is_selected_only_through_a_truncated_answer_does_not_fill_the_batch(in_baseline: bool) -> None:
     filtered = named("dapo", overlong_filter=True, overlong_in_baseline=in_baseline)
     only_truncated_wrong = make_group([1, 1, 0], [2, 3, 8], [False, False, True])
-    assert is_mixed(only_truncated_wrong, named("dapo"))
-    assert is_mixed(only_truncated_wrong, filtered) == in_baseline  # in the baseline it gives the others an advantage
-    assert not is_mixed(make_group([1, 0], [8, 8], [True, True]), filtered)
+    assert is_selected(only_truncated_wrong, named("dapo"))
+    assert is_selected(only_truncated_wrong, filtered) == in_baseline  # in the baseline it gives the others an advantage
+    assert not is_selected(make_group([1, 0], [8, 8], [True, True]), filtered)
 
 
 def collector_of(script: Any, tokenizer: Any, recipe: Recipe, algorithm: Any) -> Collector:

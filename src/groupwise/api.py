@@ -7,6 +7,7 @@ from typing import Any
 
 from groupwise.algorithms import PARTS, OwnPart
 from groupwise.evidence.runs import Run, open_run
+from groupwise.plugins import UserFunction
 
 
 def train(
@@ -26,7 +27,8 @@ def train(
         resume: go on with the run in this directory instead.
         quiet: show no progress.
         overrides: settings by table, as in `learner={"learning_rate": 1e-5}`, or by dotted key, as in
-            `**{"learner.learning_rate": 1e-5}`. Parts of the algorithm may be Python functions or dataclasses of yours.
+            `**{"learner.learning_rate": 1e-5}`. Parts of the algorithm may be Python functions or dataclasses of yours, and
+            rewards functions or other callable objects.
 
     Raises:
         UserError: the recipe is wrong; the message names the place.
@@ -40,7 +42,7 @@ def train(
     changes |= _flat(overrides)
     plan = session.plan(
         None if isinstance(recipe, Mapping) else recipe,
-        changes={key: _own_part(key, value) for key, value in changes.items()},
+        changes={key: _own_code(key, value) for key, value in changes.items()},
         out=None if out is None else Path(out),
         resume=None if resume is None else Path(resume),
     )
@@ -56,12 +58,23 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _own_part(key: str, value: Any) -> Any:
-    """A part given as a Python object, with the name by which the run's recipe can find it again."""
+def _own_code(key: str, value: Any) -> Any:
+    """A part or reward given as a Python object, with the name by which the run's recipe can find it again."""
     table, _, kind = key.partition(".")
+    if table == "environment":
+        return [_own_tool(item) for item in value] if isinstance(value, list | tuple) else _own_tool(value)
+    if key == "task.reward" and isinstance(value, list | tuple):
+        return [_own_code(key, item) for item in value]
+    if key == "task.reward" and callable(value):
+        return UserFunction(value, _reference(value))
     if table != "algorithm" or kind not in PARTS or not callable(value):
         return value
     return OwnPart(target=value, reference=_reference(value))
+
+
+def _own_tool(value: Any) -> Any:
+    """An environment class or a tool given as a Python object, with its name."""
+    return UserFunction(value, _reference(value)) if callable(value) else value
 
 
 def _reference(value: Callable[..., Any]) -> str:

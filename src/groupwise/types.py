@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 import torch
 from torch import Tensor
 
+from groupwise.kept import KeptTokens
+
 Message = Mapping[str, Any]
 """One message of a conversation: "role", "content", and whatever else the model's chat template reads."""
 
@@ -40,12 +42,15 @@ class Problem:
 class Demonstration:
     """One supervised example for `groupwise sft`."""
 
-    prompt: str
+    prompt: str | tuple[Message, ...]
     """What the model reads; carries no loss."""
-    completion: str
+    completion: str = ""
     """What it should say; an end-of-sequence token follows it."""
+    messages: tuple[Message, ...] = ()
+    """Instead of `completion`: what is said after the prompt, in a conversation. The assistant's messages are trained on."""
     skip_first: bool = False
-    """Leave the first token out of the loss: the skill is taught, the choice to use it is not."""
+    """Leave the first token, or that of each turn that calls a tool, out of the loss: the skill is taught, the choice to use it
+    is not."""
 
 
 Metrics = dict[str, float | list[float]]
@@ -66,6 +71,10 @@ class Turn:
     """Index after the last."""
     reward: float | None = None
     """What the environment gave for it; None: nothing."""
+    calls: int = 0
+    """Tool calls in it."""
+    errors: int = 0
+    """Calls in it that could not be parsed; in a tool's turn, results that are errors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +109,38 @@ class Completion:
     """Who said what, in order and without gaps; empty: all of it is one turn of the policy."""
     messages: tuple[Message, ...] = ()
     """The completion as messages, those of tools included; empty: one of the assistant, with `text` as its content."""
+    kept: KeptTokens | None = None
+    """What top-k, top-p and min-p left to draw each token from; None: there were no limits, or the sampler does not say."""
     handle: int | None = None
     """What a later request names in `Request.continues`, so that the sampler reuses the keys and values of this completion."""
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> "Completion":
         """The completion that `dataclasses.asdict` made a tree of."""
-        versions = tuple(VersionSpan(**span) for span in tree["versions"])
-        return cls(**{**tree, "versions": versions, "turns": tuple(Turn(**turn) for turn in tree["turns"])})
+        kept = tree.get("kept")
+        turns, versions = (Turn(**turn) for turn in tree["turns"]), (VersionSpan(**span) for span in tree["versions"])
+        changes = {"versions": tuple(versions), "turns": tuple(turns), "kept": None if kept is None else KeptTokens(**kept)}
+        return cls(**{**tree, **changes})
+
+    @property
+    def answer(self) -> str:
+        """What it ends with: the assistant's last message of a conversation; otherwise all of it."""
+        if not self.messages:
+            return self.text
+        said = [message for message in self.messages if message["role"] == "assistant"]
+        return str(said[-1].get("content") or "") if said else ""
+
+    @property
+    def lead(self) -> int:
+        """Tokens before the policy's first: the part of its prompt that is not the same for its whole group."""
+        return self.turns[0].end if self.turns and self.turns[0].role != "assistant" else 0
+
+    @property
+    def said(self) -> tuple[Turn, ...]:
+        """The turns of the policy; one of all tokens where the completion has no turns."""
+        if not self.turns:
+            return (Turn(role="assistant", start=0, end=len(self.tokens)),)
+        return tuple(turn for turn in self.turns if turn.role == "assistant")
 
     @property
     def oldest_version(self) -> int:
@@ -211,6 +244,12 @@ class Batch:
     """bool [B, T], True where a token is trained on."""
     rollout_logprobs_BT: Tensor
     """float32 [B, T], as sampled; 0 after the row's end."""
+    kept: tuple[KeptTokens | None, ...] = ()
+    """The kept sets of each row's tokens, on the CPU; empty where no row has any."""
+
+    def kept_tokens(self) -> KeptTokens | None:
+        """The kept sets of all tokens, row after row, without padding; None where no row has any."""
+        return KeptTokens.join(self.kept, self.lengths_B.tolist()) if self.kept else None
 
     def __len__(self) -> int:
         return len(self.tokens_BT)
@@ -225,6 +264,7 @@ class Batch:
             "group_ids_B": torch.searchsorted(self.group_ids_B.new_tensor(kept), self.group_ids_B[rows]),
             "rows_B": self.rows_B[rows],
             "lengths_B": self.lengths_B[rows],
+            "kept": tuple(self.kept[row] for row in rows.tolist()) if self.kept else (),
             **{name: value[rows, :length] for name, value in per_token.items() if value is not None},
         }
         return replace(self, **changes)
@@ -248,7 +288,7 @@ class LogprobBatch(Batch):
     old_logprobs_BT: Tensor
     """float32 [B, T], the policy at the start of the step."""
     ref_logprobs_BT: Tensor | None = None
-    """float32 [B, T], the frozen reference; None where the algorithm uses none."""
+    """float32 [B, T], the frozen reference, over the whole vocabulary; None where the algorithm uses none."""
     values_BT: Tensor | None = None
     """float32 [B, T], the critic's values; None where the algorithm has none."""
 

@@ -6,15 +6,18 @@ Shapes in names: B completions, T completion tokens (right-padded).
 """
 
 from groupwise.algorithms.advantages import (
+    decoupled_advantages,
     gae,
     group_advantages,
     leave_one_out_advantages,
     process_advantages,
     smoothed_advantages,
+    turn_advantages,
     whiten,
 )
 from groupwise.algorithms.aggregation import token_weights
 from groupwise.algorithms.algorithm import PARTS, Algorithm
+from groupwise.algorithms.allocation import Candidates
 from groupwise.algorithms.clipping import dynamic_bounds, exponential_bounds, fixed_bounds
 from groupwise.algorithms.credit import Credit, Outcomes
 from groupwise.algorithms.kl import k1, k2, k3
@@ -22,7 +25,7 @@ from groupwise.algorithms.loss import policy_loss
 from groupwise.algorithms.named import NAMED, named
 from groupwise.algorithms.part import OwnPart, Part
 from groupwise.algorithms.ratios import sequence_log_ratio, sequence_token_log_ratio, token_log_ratio
-from groupwise.algorithms.selection import mixed_groups
+from groupwise.algorithms.selection import Results, mixed_groups
 from groupwise.algorithms.shaping import adaptive_coefficient, soft_overlong_penalty
 from groupwise.algorithms.surrogates import Terms
 
@@ -30,12 +33,15 @@ __all__ = [
     "NAMED",
     "PARTS",
     "Algorithm",
+    "Candidates",
     "Credit",
     "Outcomes",
     "OwnPart",
     "Part",
+    "Results",
     "Terms",
     "adaptive_coefficient",
+    "decoupled_advantages",
     "dynamic_bounds",
     "exponential_bounds",
     "fixed_bounds",
@@ -55,5 +61,6 @@ __all__ = [
     "soft_overlong_penalty",
     "token_log_ratio",
     "token_weights",
+    "turn_advantages",
     "whiten",
 ]

@@ -1,9 +1,11 @@
 """How much better each completion, or token, was than expected.
 
 The critic-free estimates compare the completions of one prompt (GRPO, arXiv 2402.03300, section 4.1.2 and 4.1.3; RLOO,
-arXiv 2402.14740; DCPO, arXiv 2509.02333); `gae` uses a critic's values (arXiv 1506.02438).
+arXiv 2402.14740; DCPO, arXiv 2509.02333; GDPO, arXiv 2601.05242); `gae` uses a critic's values (arXiv 1506.02438).
 """
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -88,6 +90,38 @@ def leave_one_out_advantages(rewards_B: Tensor, group_ids_B: Tensor) -> Tensor:
     return torch.where(_has_variance_B(rewards_B, group_B, len(ids)), advantages_B, 0)
 
 
+def decoupled_advantages(
+    components_BK: Tensor, group_ids_B: Tensor, weights_K: Tensor, *, ddof: int = 1, eps: float = 1e-6
+) -> Tensor:
+    """Each reward normalised within the group, their weighted sum normalised over the batch (GDPO, arXiv 2601.05242, eq. 4-6).
+
+    The weighted sums of a group add up to 0, and so do the batch's: what the paper subtracts as the batch's mean is rounding.
+
+    Args:
+        components_BK: float [B, K], one reward a column; NaN where it does not apply to the completion, which then counts in no
+            mean and no deviation of that reward.
+        group_ids_B: int [B].
+        weights_K: float [K], what each normalised reward counts.
+        ddof, eps: as in `group_advantages`, for the deviations of groups and of the batch.
+
+    Returns:
+        float [B]; exact zeros where no reward with a weight differs within the group.
+    """
+    _, group_B = torch.unique(group_ids_B, return_inverse=True)
+    groups = int(group_B.max()) + 1 if len(group_B) else 0
+    sums_B = torch.zeros(len(group_B), dtype=components_BK.dtype, device=components_BK.device)
+    varied_B = torch.zeros(len(group_B), dtype=torch.bool, device=components_BK.device)
+    for values_B, weight in zip(components_BK.unbind(1), weights_K.tolist(), strict=True):
+        rows = (~values_B.isnan()).nonzero()[:, 0]
+        if weight == 0 or not len(rows):
+            continue
+        sums_B[rows] += weight * group_advantages(values_B[rows], group_B[rows], ddof=ddof, eps=eps)
+        varied_B[rows] |= _has_variance_B(values_B[rows], group_B[rows], groups)
+    if not varied_B.any() or len(sums_B) <= ddof:
+        return torch.zeros_like(sums_B)
+    return torch.where(varied_B, (sums_B - sums_B.mean()) / (sums_B.std(correction=ddof) + eps), 0)
+
+
 def process_advantages(
     step_rewards: Sequence[Sequence[float]],
     step_ends: Sequence[Sequence[int]],
@@ -127,6 +161,75 @@ def process_advantages(
         for reward, end in zip(rewards, ends, strict=True):
             advantages_BT[row, : end + 1] += (reward - mean) / deviation
     return advantages_BT
+
+
+def turn_advantages(
+    turn_rewards: Sequence[Sequence[float]],
+    turn_ends: Sequence[Sequence[int]],
+    group_ids: Sequence[int] | Tensor,
+    length: int,
+    *,
+    gamma: float = 1.0,
+    ddof: int = 1,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Credit for turns: each turn gets what it and later turns earned, compared with the same turn of the group's others.
+
+    Turn k of completion i earned r_ik, such as how much better the state became: the difference of a state's score after and
+    before the turn. Discounted backwards from the last turn K_i, G_ik = r_ik + gamma G_i,k+1 and G_iK = r_iK, where r_iK includes
+    the reward of the whole completion. Its baseline b_k is the mean of G_jk over the completions j of the group that have a k-th
+    turn, and s is the standard deviation of all G_ik - b_k of the group, with one degree of freedom less for each k if ddof = 1:
+
+        A_ik = (G_ik - b_k) / (s + eps)
+
+    on all tokens of the turn. With one turn each this is `group_advantages`. A turn that no other completion of the group has, or
+    at which all have the same G, gets exactly 0. (Differences of scores, discounted backwards: prime-rl, pull request 3282.)
+
+    Args:
+        turn_rewards: B lists, the reward of each turn of the policy.
+        turn_ends: B lists of the same lengths, the index of each turn's last token; a turn begins after the one before.
+        group_ids: B ids.
+        length: T.
+        gamma: discount of one turn.
+        ddof, eps: as in `group_advantages`.
+
+    Returns:
+        float64 [B, T].
+
+    Raises:
+        ValueError: the lists do not match, or ends do not increase or lie outside the completion.
+    """
+    ids = [int(i) for i in group_ids]
+    advantages_BT = torch.zeros(len(ids), length, dtype=torch.float64)
+    rows_of: dict[int, list[int]] = {}
+    for row, (i, rewards, ends) in enumerate(zip(ids, turn_rewards, turn_ends, strict=True)):
+        increasing = all(a < b for a, b in itertools.pairwise([-1, *ends, length]))
+        if len(rewards) != len(ends) or not increasing:
+            raise ValueError(f"turn_ends {list(ends)} do not fit {len(rewards)} turn rewards in {length} tokens")
+        rows_of.setdefault(i, []).append(row)
+    for rows in rows_of.values():
+        returns = {row: _discounted(turn_rewards[row], gamma) for row in rows}
+        centred: dict[tuple[int, int], float] = {}
+        turns = max(len(values) for values in returns.values())
+        for k in range(turns):
+            at_k = {row: values[k] for row, values in returns.items() if k < len(values)}
+            equal = len(set(at_k.values())) == 1
+            mean = sum(at_k.values()) / len(at_k)
+            centred |= {(row, k): 0.0 if equal else value - mean for row, value in at_k.items()}
+        freedom = max(1, len(centred) - ddof * turns)
+        scale = math.sqrt(sum(value**2 for value in centred.values()) / freedom) + eps
+        for (row, k), value in centred.items():
+            start = turn_ends[row][k - 1] + 1 if k else 0
+            advantages_BT[row, start : turn_ends[row][k] + 1] = value / scale
+    return advantages_BT
+
+
+def _discounted(rewards: Sequence[float], gamma: float) -> list[float]:
+    """Of each reward, itself and those after it, discounted."""
+    found: list[float] = []
+    for reward in reversed(rewards):
+        found.append(reward + gamma * (found[-1] if found else 0.0))
+    return found[::-1]
 
 
 def gae(

@@ -10,14 +10,33 @@ from typing import Any
 
 from torch import Tensor
 
-from groupwise.algorithms import aggregation, clipping, correction, credit, kl, ratios, surrogates
+from groupwise.algorithms import (
+    aggregation,
+    allocation,
+    clipping,
+    correction,
+    credit,
+    kl,
+    masks,
+    ratios,
+    selection,
+    surrogates,
+)
+from groupwise.algorithms.allocation import Allocation, Candidates
 from groupwise.algorithms.part import Choice, negative_numbers, refuse, settings_of
+from groupwise.algorithms.selection import Results
 
 PARTS: dict[str, dict[str, Choice]] = {
     "advantage": {
         "group": Choice(credit.Group, "A_i = (r_i - center) / scale"),
         "leave_one_out": Choice(credit.LeaveOneOut, "A_i = r_i - mean of the group's other rewards"),
+        "decoupled": Choice(
+            credit.Decoupled, "A_i = sum_k w_k (r_ik - mean_k) / std_k of the group, normalised over the batch; r = sum_k w_k r_k"
+        ),
         "process": Choice(credit.Process, "A_it = sum of normalised rewards of the steps that end at t or later"),
+        "turns": Choice(
+            credit.Turns, "A_ik = (G_ik - b_k)/s, G_ik = sum_{j >= k} gamma^(j-k) r_ij over turns, b_k the group's mean at turn k"
+        ),
         "smoothed": Choice(
             credit.Smoothed, "the smaller of ((i-1) A_new + A_total)/i and (A_new + (i-1) A_total)/i, visit i of the prompt"
         ),
@@ -45,6 +64,9 @@ PARTS: dict[str, dict[str, Choice]] = {
         "sapo": Choice(surrogates.Sapo, "-(4/tau) sigmoid(tau (rho - 1)) A, tau by the sign of A"),
         "gmpo": Choice(surrogates.Gmpo, "-A (prod_t clip(rho_t))^(1/|o|)"),
         "dppo": Choice(surrogates.Dppo, "-rho A, 0 where |pi - pi_old| > divergence_limit the way A pushes"),
+        "vespo": Choice(
+            surrogates.Vespo, "-sg[w^power e^(decay (1 - w))] A log pi, w = prod_t rho_t; power and decay by the sign of A"
+        ),
     },
     "aggregation": {
         "sequence_mean": Choice(aggregation.sequence_mean, "1/n sum_i 1/|o_i| sum_t"),
@@ -64,13 +86,30 @@ PARTS: dict[str, dict[str, Choice]] = {
         "mis": Choice(correction.MaskAbove, "w if w <= correction_high else 0, w = pi_old/pi_rollout"),
         "icepop": Choice(correction.MaskOutside, "w if correction_low <= w <= correction_high else 0, w = pi_old/pi_rollout"),
     },
+    "mask": {
+        "none": Choice(masks.keep_all, "none"),
+        "off_policy": Choice(masks.OffPolicySequence, "loss 0 where A < 0 and mean_t log(pi_rollout/pi) > mask_divergence"),
+    },
+    "selection": {
+        "mixed": Choice(selection.Mixed, "0 < #correct < G; of graded rewards, std(r) > spread_above"),
+        "band": Choice(selection.Band, "band_low <= pass rate, or mean reward where it is graded, <= band_high"),
+    },
+    "allocation": {
+        "uniform": Choice(allocation.uniform, "the next prompts, group_size completions each"),
+        "thompson": Choice(
+            allocation.Thompson, "of the candidates those with the least (p - target_rate)^2, p ~ Beta(1 + right, 1 + wrong)"
+        ),
+        "hit_utility": Choice(
+            allocation.HitUtility, "n_q with the largest sum_q P(at least one of n_q is right), p ~ Beta(1 + right, 1 + wrong)"
+        ),
+    },
 }
 """Kind of part -> name in a recipe -> the part. To add one: write it beside its kin, and one line here."""
 
 FORMULAS = {
     "beta": "beta kl(pi, pi_ref) added to each token's loss",
     "kl_reward": "r_t = r [t = last] - kl_reward log(pi_old / pi_ref)",
-    "dynamic_sampling": "0 < #correct < G",
+    "dynamic_sampling": "generate until the batch is full of groups that the selection keeps",
     "overlong_filter": "truncated completions have no trained token",
     "overlong_cache": "r += -clip((|o| - (L - c)) / c, 0, 1), L = max_tokens, c = overlong_cache L",
     "outcome_rewards": "r of a correct, a wrong and an unparsable answer",
@@ -101,6 +140,12 @@ class Algorithm:
     """(logprobs_BT, ref_logprobs_BT) -> estimate of the KL [B, T]."""
     correction: Callable[[Tensor, Tensor, Tensor], Tensor] = correction.no_correction
     """(old_logprobs_BT, rollout_logprobs_BT, mask_BT) -> importance weights [B, T]."""
+    mask: Callable[[surrogates.Terms, Tensor], Tensor] = masks.keep_all
+    """(Terms, rollout_logprobs_BT) -> bool [B, T], False where the surrogate's loss is dropped."""
+    selection: Callable[[Results], bool] = selection.Mixed()
+    """The results of a group -> whether dynamic sampling keeps it."""
+    allocation: Callable[[Candidates], Allocation] = allocation.uniform
+    """The prompts at hand -> which to generate completions for, and how many."""
 
     beta: float = 0.0
     """Weight of the KL to the reference in the loss; 0: no reference is loaded for it."""
@@ -113,7 +158,7 @@ class Algorithm:
     entropy_bonus: float = 0.0
     """Weight of each token's entropy, subtracted from its loss."""
     dynamic_sampling: bool = False
-    """Generate until the batch is full of groups with both right and wrong answers."""
+    """Generate until the batch is full of groups that `selection` keeps."""
     overlong_filter: bool = False
     """Truncated completions carry no weight in the loss."""
     overlong_in_baseline: bool = False
@@ -122,7 +167,7 @@ class Algorithm:
     """Share of the token limit over which the soft overlong punishment grows; 0: none."""
     outcome_rewards: tuple[float, float, float] | None = None
     """Rewards of a correct, a wrong and an unparsable answer, where the task's reward is nothing but that verdict;
-    None: the task's own."""
+    None ("none" in a recipe): the task's own."""
 
     references: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Of parts from the user's files: kind -> "file.py:name"."""
@@ -142,6 +187,16 @@ class Algorithm:
         for key in ("kl_reward", "overlong_cache"):
             wrong = "steps" in self.needs and bool(getattr(self, key))
             yield key, wrong, "changes the reward of a completion, and process supervision reads those of its steps; set it to 0"
+        yield (
+            "kl_reward",
+            self.kl_reward > 0 and "components" in self.needs,
+            f"takes from the reward as a whole, and the advantage {self.choice('advantage')} reads its components; set it to 0",
+        )
+        yield (
+            "selection",
+            self.selection != selection.Mixed() and not self.dynamic_sampling,
+            "is how dynamic sampling chooses groups; set dynamic_sampling = true",
+        )
         one_ratio = self.ratio is ratios.sequence_log_ratio or getattr(self.surrogate, "one_ratio_per_sequence", False)
         yield (
             "ratio",
@@ -171,7 +226,7 @@ class Algorithm:
         yield (
             "surrogate",
             sequence and getattr(self.surrogate, "one_ratio_per_sequence", False),
-            f"{self.choice('surrogate')} takes its own mean over the sequence, so it asks for ratio = 'token'",
+            f"{self.choice('surrogate')} takes its own mean or product over the sequence, so it asks for ratio = 'token'",
         )
         yield (
             "bounds",
@@ -200,7 +255,7 @@ class Algorithm:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What its advantage reads beyond a group's rewards: "steps", "critic", "history"."""
+        """What its advantage reads beyond a group's rewards: "components", "steps", "turns", "critic", "history"."""
         return frozenset(getattr(self.advantage, "needs", ()))
 
     @property
@@ -212,6 +267,11 @@ class Algorithm:
     def needs_reference(self) -> bool:
         """Whether a frozen reference model is compared with."""
         return self.beta > 0 or self.kl_reward > 0
+
+    @property
+    def needs_rollout_logprobs(self) -> bool:
+        """Whether the loss reads the log-probabilities as the sampler returned them."""
+        return self.corrects_mismatch or self.mask is not masks.keep_all
 
     @property
     def corrects_mismatch(self) -> bool:

@@ -38,7 +38,9 @@ class Fixed(Part):
     """`fixed_bounds` as a part."""
 
     clip_low: float = 0.2
+    """How far the ratio may fall below 1."""
     clip_high: float = 0.2
+    """How far it may rise above 1."""
 
     def contradictions(self) -> Iterable[tuple[str, bool, str]]:
         yield "clip_low", self.clip_low > 1, "a ratio cannot fall below 0, so 1 is the most"
@@ -52,7 +54,9 @@ class Exponential(Part):
     """`exponential_bounds` as a part."""
 
     clip_low: float = 0.2
+    """How far the log ratio may fall below 0."""
     clip_high: float = 0.2
+    """How far it may rise above 0."""
 
     def __call__(self, old_logprobs_BT: Tensor) -> tuple[Tensor, Tensor]:
         return exponential_bounds(old_logprobs_BT, self.clip_low, self.clip_high)
@@ -63,7 +67,9 @@ class Dynamic(Part):
     """`dynamic_bounds` as a part."""
 
     clip_low: float = 0.16
+    """The lower bound is the ratio rho at which q rho (1 - rho) has grown to this, q the token's old probability."""
     clip_high: float = 0.2
+    """The upper bound is the ratio rho at which q rho (rho - 1) has grown to this."""
     ratio_cap: float | None = None
     """The largest upper bound; DCPO: 10."""
 

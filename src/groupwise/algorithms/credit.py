@@ -27,6 +27,16 @@ class Outcomes:
     """B identities of prompts, the same at each visit."""
     mask_BT: Tensor
     """bool [B, T], True where a token is trained on."""
+    turn_rewards: Sequence[Sequence[float]] | None = None
+    """For each row, the reward of each of the policy's turns; they sum to `rewards_B`, whose rest is the last turn's."""
+    turn_ends: Sequence[Sequence[int]] | None = None
+    """For each row, the index of the last token of each of these turns."""
+    components_BK: Tensor | None = None
+    """float [B, K]: the parts of the task's reward and what the algorithm adds to it; NaN where one does not apply. The three
+    are given where the estimator needs "components"."""
+    component_names: Sequence[str] = ()
+    component_weights_K: Tensor | None = None
+    """float [K]: the reward is the sum of its parts times these."""
     step_rewards: Sequence[Sequence[float]] | None = None
     step_ends: Sequence[Sequence[int]] | None = None
     """B lists each, as in `process_advantages`; None where the task scores no steps."""
@@ -55,7 +65,7 @@ class Estimator(Part):
     """Base of the advantage estimators below, each called with `Outcomes` to give `Credit`."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What it reads beyond a group's rewards: "steps", "critic", "history"."""
+    """What it reads beyond a group's rewards: "components", "steps", "turns", "critic", "history"."""
     per_token: ClassVar[bool] = False
     """Whether advantages differ between the tokens of a completion."""
     compares_group: ClassVar[bool] = False
@@ -67,9 +77,13 @@ class Group(Estimator):
     """`group_advantages`."""
 
     center: Literal["group", "batch", "none"] = "group"
+    """Whose mean is subtracted from a reward."""
     scale: Literal["group", "batch", "mean", "none"] = "group"
+    """What it is divided by: the standard deviation of the group or of the batch, the group's mean, or nothing."""
     ddof: Literal[0, 1] = 1
+    """A standard deviation divides by n - ddof."""
     advantage_eps: float = 1e-6
+    """Added to the standard deviation."""
 
     @property
     def compares_group(self) -> bool:  # type: ignore[override]
@@ -106,13 +120,39 @@ class LeaveOneOut(Estimator):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Decoupled(Estimator):
+    """`decoupled_advantages` over the components of the reward; a reward without components is one."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"components"})
+    compares_group: ClassVar[bool] = True
+    ddof: Literal[0, 1] = 1
+    """A standard deviation, of each component in its group and of the batch, divides by n - ddof."""
+    advantage_eps: float = 1e-6
+    """Added to those standard deviations."""
+
+    def contradictions(self) -> Iterable[tuple[str, bool, str]]:
+        yield one_of(self, "ddof", (0, 1))
+
+    def __call__(self, outcomes: Outcomes) -> Credit:
+        components_BK, weights_K = outcomes.components_BK, outcomes.component_weights_K
+        if components_BK is None or weights_K is None:
+            raise ValueError("rewards normalised one by one need the components of the rewards, and these have none")
+        values_B = advantages.decoupled_advantages(
+            components_BK, outcomes.group_ids_B, weights_K, ddof=self.ddof, eps=self.advantage_eps
+        )
+        return Credit(advantages=values_B)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Process(Estimator):
     """`process_advantages`, for tasks that score steps."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"steps"})
     per_token: ClassVar[bool] = True
     ddof: Literal[0, 1] = 1
+    """The standard deviation of the group's step rewards divides by n - ddof."""
     advantage_eps: float = 1e-6
+    """Added to the standard deviation."""
 
     def contradictions(self) -> Iterable[tuple[str, bool, str]]:
         yield one_of(self, "ddof", (0, 1))
@@ -125,6 +165,36 @@ class Process(Estimator):
             outcomes.step_ends,
             outcomes.group_ids_B,
             outcomes.mask_BT.shape[1],
+            ddof=self.ddof,
+            eps=self.advantage_eps,
+        )
+        return Credit(advantages=values_BT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turns(Estimator):
+    """`turn_advantages`, for conversations of several turns."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"turns"})
+    per_token: ClassVar[bool] = True
+    compares_group: ClassVar[bool] = True
+    gamma: float = 1.0
+    ddof: Literal[0, 1] = 1
+    advantage_eps: float = 1e-6
+
+    def contradictions(self) -> Iterable[tuple[str, bool, str]]:
+        yield one_of(self, "ddof", (0, 1))
+        yield "gamma", self.gamma > 1, "must lie in 0 to 1"
+
+    def __call__(self, outcomes: Outcomes) -> Credit:
+        if outcomes.turn_rewards is None or outcomes.turn_ends is None:
+            raise ValueError("credit for turns needs the turns of completions")
+        values_BT = advantages.turn_advantages(
+            outcomes.turn_rewards,
+            outcomes.turn_ends,
+            outcomes.group_ids_B,
+            outcomes.mask_BT.shape[1],
+            gamma=self.gamma,
             ddof=self.ddof,
             eps=self.advantage_eps,
         )
@@ -151,7 +221,9 @@ class Gae(Estimator):
     needs: ClassVar[frozenset[str]] = frozenset({"critic"})
     per_token: ClassVar[bool] = True
     gamma: float = 1.0
+    """Discount per token."""
     gae_lambda: float = 0.95
+    """Between one step of the critic's values (0) and the whole return (1)."""
 
     def contradictions(self) -> Iterable[tuple[str, bool, str]]:
         for key in ("gamma", "gae_lambda"):

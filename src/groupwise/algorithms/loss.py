@@ -7,6 +7,7 @@ from torch import Tensor
 
 from groupwise.algorithms.algorithm import Algorithm
 from groupwise.algorithms.kl import k3
+from groupwise.algorithms.masks import keep_all
 from groupwise.algorithms.ratios import bounded_exp, sequence_log_ratio, token_log_ratio
 from groupwise.algorithms.surrogates import Terms
 
@@ -36,15 +37,16 @@ def policy_loss(
         mask_BT: bool [B, T], True where a token is trained on. What the other tensors hold elsewhere is never read.
         group_ids_B: int [B]; needed where `weights_BT` is left out and the aggregation counts by prompt.
         ref_logprobs_BT: float [B, T], the reference; needed where beta > 0.
-        rollout_logprobs_BT: float [B, T], as the sampler returned them; needed where the algorithm corrects for mismatch.
+        rollout_logprobs_BT: float [B, T], as the sampler returned them; needed where the algorithm corrects for mismatch or has
+            a mask.
         weights_BT: float [B, T], from `token_weights` over the whole optimiser step; left out: this batch is the whole step,
             and T is the max_length of the aggregation "constant".
         entropy_BT: float [B, T]; needed where there is an entropy bonus.
         examine: called with the terms of the loss and with clipped_BT, for diagnostics of single tokens.
 
     Returns:
-        (loss, metrics): a scalar, and detached scalars over the trained tokens of this batch; see `token_metrics`. kl_ref and
-        correction_mean are there where a reference or a correction is used.
+        (loss, metrics): a scalar, and detached scalars over the trained tokens of this batch; see `token_metrics`. kl_ref,
+        correction_mean and masked_fraction are there where a reference, a correction or a mask is used.
 
     Raises:
         ValueError: something needed is missing, or a log-probability or an advantage of a trained token is not finite.
@@ -55,7 +57,7 @@ def policy_loss(
         old_logprobs_BT=(old_logprobs_BT, "the loss"),
         advantages=(advantages if advantages.dim() == 2 else advantages[:, None], "the loss"),
         ref_logprobs_BT=(ref_logprobs_BT, "beta above 0" if algorithm.beta > 0 else None),
-        rollout_logprobs_BT=(rollout_logprobs_BT, "an importance-sampling correction" if algorithm.corrects_mismatch else None),
+        rollout_logprobs_BT=(rollout_logprobs_BT, _reader_of_rollouts(algorithm)),
         entropy_BT=(entropy_BT, "an entropy bonus" if algorithm.entropy_bonus else None),
     )
     if weights_BT is None:
@@ -68,6 +70,13 @@ def policy_loss(
     token_loss_BT, of_terms = _with_other_terms(algorithm, token_loss_BT, terms, given)
     loss = (weights_BT.to(terms.logprobs_BT.dtype) * torch.where(mask_BT, token_loss_BT, 0)).sum()
     return loss, {**metrics, **of_terms}
+
+
+def _reader_of_rollouts(algorithm: Algorithm) -> str | None:
+    """What reads the sampler's log-probabilities."""
+    if algorithm.corrects_mismatch:
+        return "an importance-sampling correction"
+    return f"the mask {algorithm.choice('mask')}" if algorithm.needs_rollout_logprobs else None
 
 
 def _terms(algorithm: Algorithm, given: dict[str, Tensor], mask_BT: Tensor) -> Terms:
@@ -87,13 +96,18 @@ def _terms(algorithm: Algorithm, given: dict[str, Tensor], mask_BT: Tensor) -> T
 def _with_other_terms(
     algorithm: Algorithm, token_loss_BT: Tensor, terms: Terms, given: dict[str, Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The surrogate loss times its importance-sampling correction, plus the KL penalty, minus the entropy bonus; and metrics."""
+    """The surrogate loss masked and times its importance-sampling correction, plus the KL penalty, minus the entropy bonus; and
+    metrics."""
     metrics = {}
     old_BT, mask_BT = terms.old_logprobs_BT, terms.mask_BT
     if algorithm.corrects_mismatch:
         correction_BT = algorithm.correction(old_BT, given["rollout_logprobs_BT"].detach(), mask_BT)
         token_loss_BT = token_loss_BT * correction_BT
         metrics["correction_mean"] = _mean(correction_BT, mask_BT)
+    if algorithm.mask is not keep_all:
+        keep_BT = algorithm.mask(terms, given["rollout_logprobs_BT"].detach())
+        token_loss_BT = torch.where(keep_BT, token_loss_BT, 0)
+        metrics["masked_fraction"] = _mean((~keep_BT).to(token_loss_BT.dtype), mask_BT)
     if algorithm.beta > 0:
         kl_BT = algorithm.kl(terms.logprobs_BT, given["ref_logprobs_BT"].detach())
         metrics["kl_ref"] = _mean(kl_BT.detach(), mask_BT)

@@ -88,6 +88,16 @@ NAMED: dict[str, Entry] = {
         "tokens masked by how far their probability moved",
         "arXiv 2602.04879",
     ),
+    "vespo": Entry(
+        {"surrogate": "vespo", "bounds": "none", "aggregation": "token_mean"},
+        "log pi weighted by a smooth kernel of the whole sequence's ratio",
+        "arXiv 2602.10693",
+    ),
+    "gdpo": Entry(
+        {"advantage": "decoupled"},
+        "each of several rewards normalised within the group, their sum over the batch",
+        "arXiv 2601.05242",
+    ),
     "maxrl": Entry(
         {"scale": "mean", "aggregation": "token_mean"},
         "advantages over the group's pass rate: hard prompts count more",

@@ -154,3 +154,34 @@ class Dppo(Surrogate):
         moved = terms.logprobs_BT.detach().exp() - terms.old_logprobs_BT.exp()
         clipped = moved * terms.advantages_BT.sign() > self.divergence_limit
         return torch.where(clipped, 0, -bounded_exp(terms.log_ratio_BT) * terms.advantages_BT), clipped
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vespo(Surrogate):
+    """-sg[w^k e^(lambda (1 - w))] A log pi_theta, w the product of the row's token ratios (arXiv 2602.10693, eq. 20).
+
+    The ratio of the whole sequence's probabilities, without a root. k and lambda go by the sign of A.
+    """
+
+    one_ratio_per_sequence: ClassVar[bool] = True
+    power_positive: float = 2.0
+    """k where A >= 0: how fast a completion that has become less likely loses its gradient."""
+    decay_positive: float = 3.0
+    """lambda where A >= 0: how fast one that has become more likely does."""
+    power_negative: float = 3.0
+    """k where A < 0."""
+    decay_negative: float = 2.0
+    """lambda where A < 0."""
+
+    def contradictions(self) -> Iterable[tuple[str, bool, str]]:
+        for key in ("decay_positive", "decay_negative"):
+            yield key, getattr(self, key) == 0, "must be above 0, or nothing would bound the gradient of a large ratio"
+
+    def __call__(self, terms: Terms) -> tuple[Tensor, Tensor]:
+        log_w_B1 = torch.where(terms.mask_BT, terms.log_ratio_BT.detach(), 0).sum(1, keepdim=True)
+        negative_BT = terms.advantages_BT < 0
+        power_BT = torch.full_like(terms.log_ratio_BT, self.power_positive).masked_fill(negative_BT, self.power_negative)
+        decay_BT = torch.full_like(terms.log_ratio_BT, self.decay_positive).masked_fill(negative_BT, self.decay_negative)
+        # In logarithms: w alone may overflow where the kernel is 0.
+        kernel_BT = (power_BT * log_w_B1 + decay_BT * (1 - bounded_exp(log_w_B1))).exp()
+        return -kernel_BT * terms.advantages_BT * terms.logprobs_BT, torch.zeros_like(terms.mask_BT)

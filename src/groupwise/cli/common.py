@@ -1,7 +1,9 @@
 """What every command shares: the application, its consoles, options, and how errors become exit codes."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +22,22 @@ app = typer.Typer(
 console = Console(highlight=False)
 complaints = Console(stderr=True, highlight=False)
 
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"groupwise {version('groupwise')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version_asked: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options without a command. Typer takes the help of the application from `app`."""
+
+
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as in learner.learning_rate=1e-4.")
 ]
@@ -27,19 +45,16 @@ Out = Annotated[Path | None, typer.Option("--out", help="Where to write; by defa
 
 
 @contextmanager
-def exit_codes() -> Iterator[None]:
-    """Errors that have a message become that message and an exit code."""
+def exit_codes(*, as_json: bool = False) -> Iterator[None]:
+    """Errors that have a message become that message and an exit code; with `as_json` also {"error": ...} on standard output."""
     try:
         yield
-    except UserError as error:
-        complaints.print(Text(f"error: {error}"), style="red", soft_wrap=True)
-        raise typer.Exit(2) from error
-    except RunError as error:
-        complaints.print(Text(f"the run failed: {error}"), style="red", soft_wrap=True)
-        raise typer.Exit(1) from error
-    except OSError as error:  # a full disk, a file that cannot be written
-        complaints.print(Text(f"the run failed: {error}"), style="red", soft_wrap=True)
-        raise typer.Exit(1) from error
+    except (UserError, RunError, OSError) as error:  # OSError: a full disk, a file that cannot be written
+        wrong = isinstance(error, UserError)
+        complaints.print(Text(f"{'error' if wrong else 'the run failed'}: {error}"), style="red", soft_wrap=True)
+        if as_json:
+            typer.echo(json.dumps({"error": str(error)}))
+        raise typer.Exit(2 if wrong else 1) from error
     except KeyboardInterrupt as error:
         complaints.print("interrupted", style="yellow")
         raise typer.Exit(130) from error

@@ -1,8 +1,9 @@
 """groupwise eval."""
 
 import json
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -10,6 +11,10 @@ from rich.table import Table
 from groupwise.cli.common import Overrides, app, console, exit_codes
 from groupwise.config import Recipe, find_recipe, load
 from groupwise.errors import UserError
+from groupwise.evidence.statistics import clustered_share, interval
+
+if TYPE_CHECKING:
+    from groupwise.training.evaluate import Evaluation
 
 
 @app.command("eval")
@@ -17,14 +22,15 @@ def evaluate_command(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A model, or a run's directory.")],
     recipe: Annotated[str | None, typer.Argument(help="Whose task to use; by default the run's own, or the default.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Completions per problem.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Measure pass@1, pass@k and avg@k on held-out problems."""
+    """Measure pass@1, pass@k and avg@k, or the mean of graded rewards, on held-out problems, with 95 % intervals."""
     from groupwise.seeding import derive
     from groupwise.training.evaluate import evaluate
     from groupwise.training.setup import prepare
 
-    with exit_codes():
+    with exit_codes(as_json=as_json):
         run = Path(model)
         is_run = (run / "recipe.toml").is_file()
         if is_run and not (run / "model").is_dir():
@@ -36,10 +42,44 @@ def evaluate_command(
         problems = ready.task.held_out(settings.training.eval_problems)
         rollouts, seed = ready.rollouts(ready.make_sampler(ready.model)), derive(settings.seed, "evaluation")
         result = evaluate(rollouts, problems, samples=samples, seed=seed)
-        metrics = dict(result.metrics)
-        if samples > 1 and "eval/pass@1" in metrics:
-            metrics[f"eval/avg@{samples}"] = metrics["eval/pass@1"]
-        table = Table("held-out", where, title=f"{len(result.groups)} problems, {samples} samples each")
-        for key, value in metrics.items():
-            table.add_row(key.removeprefix("eval/").replace("_", " "), f"{value:.3f}")
+        rows = measures(result, samples)
+        if as_json:
+            facts = {
+                "model": where,
+                "task": ready.task.name,
+                "problems": len(result.groups),
+                "samples": samples,
+                "seed": settings.seed,
+            }
+            typer.echo(json.dumps({**facts, "confidence": 0.95, "metrics": rows}))
+            return
+        table = Table("held-out", where, "95 % interval", title=f"{len(result.groups)} problems, {samples} samples each")
+        for name, row in rows.items():
+            low, high = row["low"], row["high"]
+            ends = "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
+            table.add_row(name.replace("_", " "), f"{row['value']:.3f}", ends)
         console.print(table)
+
+
+def measures(result: "Evaluation", samples: int) -> dict[str, dict[str, float | None]]:
+    """Each metric's value and the ends of its 95 % interval, which is over problems: those of the set stand for others like them.
+
+    Shares have the interval of `clustered_share`; rewards and lengths Student's, of the means of the problems.
+    """
+    rows: dict[str, dict[str, float | None]] = {}
+    for key, value in result.metrics.items():
+        name, of_problems = key.removeprefix("eval/"), result.values.get(key, [])
+        low = high = math.nan
+        if name.startswith("pass@"):
+            low, high = clustered_share(of_problems, samples / int(name.removeprefix("pass@")))
+        elif name == "truncated" or (name.startswith("grade_") and "eval/pass@1" in result.metrics):
+            low, high = clustered_share(of_problems, samples)
+        elif of_problems:
+            mean = interval(of_problems)
+            low, high = mean.low, mean.high
+        rows[name] = {
+            end: number if math.isfinite(number) else None for end, number in (("value", value), ("low", low), ("high", high))
+        }
+    if samples > 1 and "pass@1" in rows:
+        rows[f"avg@{samples}"] = rows["pass@1"]
+    return rows

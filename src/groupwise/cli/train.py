@@ -40,6 +40,8 @@ def _print_result(result: Any, path: Path) -> None:
         "eval/reward": "mean reward",
         "eval/length": "mean length, tokens",
         "eval/truncated": "truncated",
+        "eval/turns/mean": "turns",
+        "eval/tools/calls": "tool calls per problem",
     }
     for key, value in result.before.metrics.items():
         name = names.get(key, key.removeprefix("eval/").replace("_", " "))
@@ -47,7 +49,10 @@ def _print_result(result: Any, path: Path) -> None:
         table.add_row(name, form.format(value), form.format(result.after.metrics.get(key, math.nan)))
     console.print(table)
     console.print(_examples(result))
+    if (gap := result.exported.get("export/merge_gap")) is not None:
+        console.print(f"merging the adapters for the export moved logits by at most {gap:.2g}", soft_wrap=True)
     console.print(f"{result.seconds:.0f} s; the trained model is in {path / 'model'}", soft_wrap=True)
+    console.print(f"groupwise report {path} draws what happened, groupwise eval {path} measures it again", soft_wrap=True)
 
 
 def _examples(result: Any, count: int = 3) -> Table:
@@ -101,30 +106,48 @@ def check(recipe: Annotated[str, typer.Argument(help="A TOML file, or a shipped 
             return
         settings, source = load(path, Recipe, overrides or [])
         ready = prepare(settings, source)
-        prompt = ready.chat.encode(ready.problem.prompt)
+        prompt = ready.prompt(ready.problem)
         rows = settings.rollouts.prompts_per_step * settings.rollouts.group_size
         facts = {
             "model": f"{settings.model.path}: {ready.model.name}, {ready.model.num_parameters():,} parameters",
             "task": f"{ready.task.name}: {len(ready.task.held_out(settings.training.eval_problems))} held-out problems",
             "first prompt": repr(ready.tokenizer.decode(prompt)),
+            **(_conversations(ready.episodes, ready.problem) if ready.episodes else {}),
             "algorithm": ready.algorithm.name,
+            **({"adapters": text} if (text := ready.model.describe_adapters()) else {}),
             **ready.model.backends(),
             **({"bfloat16": text} if (text := ready.bfloat16()) else {}),
             "a step": f"{settings.rollouts.prompts_per_step} prompts x {settings.rollouts.group_size} = {rows} completions, "
-            f"at most {rows * settings.rollouts.max_tokens:,} tokens, {settings.learner.minibatches} updates",
+            f"at most {rows * settings.rollouts.max_tokens:,} tokens, "
+            f"{settings.rollouts.epochs * settings.learner.minibatches} updates",
         }
         table = Table.grid(padding=(0, 2))
         for name, value in facts.items():
             table.add_row(f"[bold]{name}[/bold]", Text(value))
         console.print(table)
+        for hint in ready.hints():
+            console.print(f"hint: {hint}", soft_wrap=True)
         console.print("[green]nothing wrong found[/green]")
+        console.print(f"groupwise train {recipe} trains it", soft_wrap=True)
+
+
+def _conversations(episodes: Any, problem: Any) -> dict[str, str]:
+    """What can be called in conversations about a problem, and what is remarkable about the chat template."""
+    remarks = "; ".join(episodes.check())
+    tools = ", ".join(_signature(tool["function"]) for tool in episodes.kind(problem).schemas)
+    return {"tools": tools or "none", **({"chat template": remarks} if remarks else {})}
+
+
+def _signature(tool: Any) -> str:
+    parameters = tool.get("parameters", {}).get("properties", {})
+    typed = ", ".join(f"{name}: {schema.get('type', 'any')}" for name, schema in parameters.items())
+    return f"{tool['name']}({typed})"
 
 
 def _check_sft(path: Path, overrides: list[str]) -> None:
-    from groupwise.tasks.base import build_task
-    from groupwise.training.sft import start
+    from groupwise.training.sft import Sources, start
 
     settings, source = load(path, SftRecipe, overrides)
-    _, model = start(settings, build_task(settings.task, source), source)
+    _, model = start(settings, Sources.of(settings, source), source)
     console.print(f"{model.name}, {model.num_parameters():,} parameters; {settings.sft.steps} steps")
     console.print("[green]nothing wrong found[/green]")

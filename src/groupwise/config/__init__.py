@@ -6,7 +6,9 @@ from groupwise.config.loading import is_sft as is_sft
 from groupwise.config.loading import load as load
 from groupwise.config.loading import shipped_recipes as shipped_recipes
 from groupwise.config.sections import CriticSection as CriticSection
+from groupwise.config.sections import EnvironmentSection as EnvironmentSection
 from groupwise.config.sections import LearnerSection as LearnerSection
+from groupwise.config.sections import LoraSection as LoraSection
 from groupwise.config.sections import ModelSection as ModelSection
 from groupwise.config.sections import Recipe as Recipe
 from groupwise.config.sections import RolloutsSection as RolloutsSection

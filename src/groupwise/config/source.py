@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -60,10 +60,16 @@ def explain(error: ValidationError, kind: Any, source: Source, prefix: str = "")
 
 
 def _is_table(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return _table(annotation) is not None
+
+
+def _table(annotation: Any) -> Any:
+    """The table that a field holds, always or unless it is None; None if it holds another value."""
+    kinds = [annotation, *get_args(annotation)]
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _known_keys(kind: Any, location: Iterable[str]) -> list[str]:
     for part in location:
-        kind = kind.model_fields[part].annotation
-    return list(kind.model_fields)
+        kind = _table(kind.model_fields[part].annotation)
+    return [field.alias or name for name, field in kind.model_fields.items()]

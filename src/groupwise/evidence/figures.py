@@ -203,6 +203,13 @@ def truncated(groups: Groups) -> Figure | None:
     )  # fmt: skip
 
 
+def turns(groups: Groups) -> Figure | None:
+    return figure(
+        "turns", "Turns and tool calls", "In each completion: the turns of the policy, and the tools that it called.",
+        lines(groups, {"turns/mean": "turns", "tools/calls": "tool calls"}, y="mean number"),
+    )  # fmt: skip
+
+
 def divergences(groups: Groups) -> Figure | None:
     names = {
         "approx_kl": "KL(π_old ‖ π) within a step",
@@ -227,6 +234,7 @@ def gradient(groups: Groups) -> Figure | None:
 def dropped(groups: Groups) -> Figure | None:
     names = {
         "dropped/zero_variance": "groups: zero variance (all correct or all wrong)",
+        "dropped/unselected": "groups: mixed, but not selected",
         "dropped/surplus": "groups: more than the batch holds",
         "groups/too_old": "groups: older than max_age",
         "dropped/filtered": "completions: truncated (overlong filtering)",
@@ -305,6 +313,6 @@ def _summed(lists: Sequence[list[float]]) -> list[float]:
 
 FIGURES: tuple[Callable[[Groups], Figure | None], ...] = (
     accuracy, accuracy_by_rollouts, accuracy_by_time, rewards, entropy, group_shares, utilisation, clipping, clipped_probability,
-    clipping_by_probability, ratio_by_probability, log_ratios, log_ratios_by_length, lengths, truncated, divergences, gradient, dropped,
+    clipping_by_probability, ratio_by_probability, log_ratios, log_ratios_by_length, lengths, turns, truncated, divergences, gradient, dropped,
     times, memory, speed,
 )  # fmt: skip

@@ -251,7 +251,9 @@ def zero_variance_groups(run: Run) -> Finding | None:
 def sampler_mismatch(run: Run) -> Finding | None:
     """Report sampler and learner log-probabilities that differ where the settings do not explain it."""
     rollouts = run.recipe.get("rollouts", {})
-    by_design = rollouts.get("top_p", 1) < 1 or rollouts.get("top_k", 0) or rollouts.get("min_p", 0) or rollouts.get("max_age", 0)
+    limited = rollouts.get("top_p", 1) < 1 or rollouts.get("top_k", 0) or rollouts.get("min_p", 0)
+    not_recorded = limited and rollouts.get("sampler", "native") != "native"  # which tokens the limits left
+    by_design = not_recorded or rollouts.get("max_age", 0)
     gap = run.last("sampler_gap_mean", len(run.steps))
     if by_design or not gap > 0.02:
         return None

@@ -125,7 +125,8 @@ def readable_completions(run: Run) -> list[dict[str, Any]]:
             "clipped",
             "old_logprob",
         )
-        table = table.filter(pc.less(table["group"], 4 * SHOWN_GROUPS)).select(names)
+        roles = [name for name in ("role",) if name in table.column_names]
+        table = table.filter(pc.less(table["group"], 4 * SHOWN_GROUPS)).select([*names, *roles])
         rows: dict[tuple[int, int], list[dict[str, Any]]] = {}
         for token in table.to_pylist():
             rows.setdefault((token["group"], token["row"]), []).append(token)
@@ -155,8 +156,13 @@ def _completion(tokens: list[dict[str, Any]]) -> dict[str, Any]:
         "ratio": [_round(token["ratio"]) for token in tokens],
         "entropy": [_round(token["entropy"]) for token in tokens],
         "clipped": [token["clipped"] for token in tokens],
-        "probability": [_round(math.exp(token["old_logprob"])) for token in tokens],
+        "probability": [_round(_exp(token["old_logprob"])) for token in tokens],
+        "role": [token.get("role", "assistant") for token in tokens],
     }
+
+
+def _exp(value: float | None) -> float | None:
+    return None if value is None else math.exp(value)
 
 
 def _round(value: float | None) -> float | None:

@@ -110,14 +110,15 @@ class Run:
         return sorted(int(name) for name in names if name.isdecimal())
 
     def tokens(self, step: int) -> pa.Table:
-        """`TOKEN_COLUMNS` of a step, one row per completion token.
+        """`TOKEN_COLUMNS` of a step, and where it was recorded the `role` of who said a token; one row per completion token.
 
         Raises:
             UserError: the file is missing or damaged, or lacks a column.
         """
         path = self.path / "tokens" / f"step-{step:06d}.parquet"
         try:
-            return pq.read_table(path, columns=list(TOKEN_COLUMNS))
+            known = pq.read_schema(path).names
+            return pq.read_table(path, columns=[*TOKEN_COLUMNS, *(name for name in ("role",) if name in known)])
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
 

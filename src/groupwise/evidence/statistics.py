@@ -41,7 +41,7 @@ def interval(values: Sequence[float]) -> Interval:
     n = len(values)
     if n < 2:
         return Interval(values[0] if values else math.nan, math.nan, n)
-    t = _T_975[min(n - 2, len(_T_975) - 1)]
+    t = _T_975[n - 2] if n - 2 < len(_T_975) else 1.96 + 2.4 / (n - 1)  # within 0.01 of the quantile
     return Interval(statistics.mean(values), t * statistics.stdev(values) / math.sqrt(n), n)
 
 
@@ -54,3 +54,29 @@ def binomial(share: float, count: int) -> float:
     """Half the width of the 95 % interval of a proportion of `count` independent trials (Agresti and Coull)."""
     shrunk = (share * count + 2) / (count + 4)
     return 1.96 * math.sqrt(shrunk * (1 - shrunk) / (count + 4))
+
+
+def clustered_share(rates: Sequence[float], per_cluster: float = 1.0) -> tuple[float, float]:
+    """The ends of the 95 % interval of a share that is measured in clusters: problems, each tried several times.
+
+    Tries of one problem resemble each other, so that n problems of k tries hold less than n k independent ones. Wilson's score
+    interval is taken with the effective number of tries, n p (1 - p) / (variance of the rates between problems): exactly n where
+    each problem is tried once (Wilson's own), n k where problems do not differ (Korn and Graubard 1998, Wilson in place of
+    Clopper and Pearson). It stays inside 0 to 1, and has a width where all rates are 0 or 1.
+
+    Args:
+        rates: the share in each cluster, 0 to 1.
+        per_cluster: independent tries in a cluster, which bounds the effective number.
+    """
+    n = len(rates)
+    if n == 0:
+        return math.nan, math.nan
+    share = statistics.fmean(rates)
+    variance, independent = statistics.pvariance(rates, share), share * (1 - share)
+    effective = (
+        n * min(max(independent / variance, 1.0), per_cluster) if variance > 0 else n * (per_cluster if independent else 1)
+    )
+    z2 = 1.96**2
+    centre = (share + z2 / (2 * effective)) / (1 + z2 / effective)
+    half = 1.96 * math.sqrt(independent / effective + z2 / (4 * effective**2)) / (1 + z2 / effective)
+    return max(0.0, centre - half), min(1.0, centre + half)

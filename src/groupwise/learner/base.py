@@ -47,6 +47,6 @@ class Learner(Protocol):
         """
         ...
 
-    def export(self, directory: Path, tokenizer: Any) -> None:
-        """Write the policy as a Hugging Face model directory."""
+    def export(self, directory: Path, tokenizer: Any) -> dict[str, float]:
+        """Write the policy as a Hugging Face model directory or adapter; returns metrics of it (`LanguageModel.export`)."""
         ...

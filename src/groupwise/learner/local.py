@@ -1,6 +1,8 @@
 """The learner in this process, on one device."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -39,11 +41,17 @@ class LocalLearner:
         max_tokens: int,
         reference: LanguageModel | None = None,
         critic: Critic | None = None,
+        merge_adapters: bool = True,
     ) -> None:
         """`settings`: a `LearnerSection`, or anything with its attributes. `updates`: how many the schedule spans.
 
-        `reference` (a frozen model) and `critic`: where the algorithm needs one."""
+        `reference` (a frozen model) and `critic`: where the algorithm needs one. Without a reference, that of a model with
+        adapters is the model with its adapters off. `merge_adapters`: whether the exported model has them merged.
+        """
+        if reference is None and algorithm.needs_reference and model.adapted:
+            reference = model
         self.model, self.reference, self.critic = model, reference, critic
+        self.merge_adapters = merge_adapters
         self.algorithm, self.settings = algorithm, settings
         self.temperature, self.max_tokens = temperature, max_tokens
         self.optimiser = Optimiser(
@@ -61,11 +69,21 @@ class LocalLearner:
     @classmethod
     def build(cls, recipe: "Recipe", algorithm: Algorithm, model: LanguageModel) -> "LocalLearner":
         """The learner of a recipe, with a frozen copy of the base model as reference, and another with a value head as critic,
-        where the algorithm needs them."""
-        updates = recipe.training.steps * recipe.learner.minibatches
+        where the algorithm needs them. With adapters all of them share one base, and the critic has adapters of its own."""
+        updates = recipe.training.steps * recipe.rollouts.epochs * recipe.learner.minibatches
+        settings = recipe.model
 
         def base() -> LanguageModel:
-            return LanguageModel.load(recipe.model.path, dtype=model.dtype, device=model.device, backend=recipe.model.backend)
+            return LanguageModel.load(
+                settings.path,
+                dtype=model.dtype,
+                device=model.device,
+                backend=settings.backend,
+                trust_remote_code=settings.trust_remote_code,
+            )
+
+        def of_critic() -> LanguageModel:
+            return model.with_shared_base() if model.adapted else base()
 
         return cls(
             model,
@@ -74,8 +92,9 @@ class LocalLearner:
             updates=updates,
             temperature=recipe.rollouts.temperature,
             max_tokens=recipe.rollouts.max_tokens,
-            reference=base().freeze() if algorithm.needs_reference else None,
-            critic=Critic(base(), recipe.critic, recipe.learner, updates=updates) if "critic" in algorithm.needs else None,
+            reference=base().freeze() if algorithm.needs_reference and not model.adapted else None,
+            critic=Critic(of_critic(), recipe.critic, recipe.learner, updates=updates) if "critic" in algorithm.needs else None,
+            merge_adapters=settings.lora is None or settings.lora.export == "merged",
         )
 
     @property
@@ -100,12 +119,18 @@ class LocalLearner:
             # Nothing is recomputed: minus the log-probability of a sampled token is an unbiased estimate of the entropy.
             old_BT, entropy_BT, metrics = batch.rollout_logprobs_BT, -batch.rollout_logprobs_BT, {}
         metrics["entropy"] = float(entropy_BT[mask_BT].mean())
-        ref_BT = self._logprobs(self.reference, batch)[0] if self.reference is not None else None
+        ref_BT = self._reference_logprobs(self.reference, batch) if self.reference is not None else None
         values_BT = self._values(self.critic, batch) if self.critic is not None else None
         for name, found in (("the policy", old_BT), ("the reference", ref_BT), ("the critic", values_BT)):
             if found is not None and not torch.isfinite(found).all():
                 raise RunError(f"{name} gives numbers that are not finite; {DIVERGED}")
         return upgrade(LogprobBatch, batch, old_logprobs_BT=old_BT, ref_logprobs_BT=ref_BT, values_BT=values_BT), metrics
+
+    def _reference_logprobs(self, reference: LanguageModel, batch: Batch) -> Tensor:
+        # The reference is not truncated: within the policy's kept sets it would agree with any policy sure of a token, and the
+        # KL could not hold it.
+        with reference.adapters_off() if reference is self.model else nullcontext():
+            return self._logprobs(reference, replace(batch, kept=()))[0]
 
     @torch.no_grad()
     def _logprobs(self, model: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -212,9 +237,9 @@ class LocalLearner:
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"])
 
-    def export(self, directory: Path, tokenizer: Any) -> None:
-        """Write the policy as a Hugging Face model directory, tokenizer included."""
-        self.model.export(directory, tokenizer)
+    def export(self, directory: Path, tokenizer: Any) -> dict[str, float]:
+        """See `Learner.export`."""
+        return self.model.export(directory, tokenizer, merge=self.merge_adapters)
 
 
 def _examine(

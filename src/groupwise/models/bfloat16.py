@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from groupwise.kernels.blocked_bf16 import blocked_matmul_bf16, to_blocked_bf16, why_not_bf16
+from groupwise.models.adapters import is_lora, linear_layers, linear_weight
 from groupwise.models.patches import Forwards, is_observed
 
 
@@ -99,13 +100,29 @@ def rounded_weights(decoder: Any, head: list[Any], *, packed: bool) -> tuple[For
     `packed`: it runs packed sequences; otherwise the decoder is called as it is, and forwards inside it are among the first.
     """
     copies = RoundedWeights()
-    of_head, inside = rounded_forwards(head, copies), rounded_forwards(list(decoder.module.modules()), copies)
+    of_head, inside = _merged_forwards(head, copies), _merged_forwards(list(decoder.module.modules()), copies)
     return (of_head, decoder, inside) if packed else ([*of_head, *inside], None, [])
 
 
 def rounded_forwards(modules: list[Any], rounded: RoundedWeights) -> Forwards:
     """Forwards on bfloat16 copies of their weights for those of the modules that are plain float32 Linear layers."""
     return [(module, partial(_linear, module, rounded)) for module in modules if is_plain_linear(module)]
+
+
+def _merged_forwards(modules: list[Any], rounded: RoundedWeights) -> Forwards:
+    """The same for generation: layers with adapters run on one rounded copy of W + s B A."""
+    layers = linear_layers(modules)
+    plain = [layer for layer in layers if not is_lora(layer)]
+    adapted = [layer for layer in layers if is_lora(layer) and not is_observed(layer) and layer.in_features % 2 == 0]
+    adapted = [layer for layer in adapted if layer.weight.dtype == torch.float32]
+    merged = [(layer, partial(_merged, layer, rounded, to_blocked_bf16(linear_weight(layer)))) for layer in adapted]
+    return [*rounded_forwards(plain, rounded), *merged]
+
+
+def _merged(layer: Any, rounded: RoundedWeights, blocked: Tensor, x: Tensor) -> Tensor:
+    if x.dtype != torch.float32 or torch.is_grad_enabled():
+        return type(layer).forward(layer, x)  # type: ignore[no-any-return]
+    return blocked_matmul_bf16(rounded.input(x), blocked, layer.bias, layer.out_features)
 
 
 def is_plain_linear(module: Any) -> bool:

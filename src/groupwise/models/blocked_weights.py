@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from groupwise.kernels.blocked import blocked_matmul_kernel, to_blocked
+from groupwise.models.adapters import linear_layers, linear_weight
 from groupwise.models.patches import Forwards, has_own_forward, is_hooked, patched
 
 
@@ -33,10 +34,10 @@ class BlockedWeights:
 
 
 def blocked_forwards(modules: list[Any]) -> Forwards:
-    """Forwards on blocked copies of their weights for those of the modules that are plain float32 Linear layers."""
+    """Forwards on blocked copies of their weights, adapters included, for those of the modules that are float32 linear layers."""
     kernel = blocked_matmul_kernel()
-    layers = [module for module in modules if kernel is not None and _is_plain(module)]
-    return [(layer, partial(_linear, layer, kernel, to_blocked(layer.weight))) for layer in layers]
+    layers = [layer for layer in linear_layers(modules) if kernel is not None and _is_plain(layer)]
+    return [(layer, partial(_linear, layer, kernel, to_blocked(linear_weight(layer)))) for layer in layers]
 
 
 def is_blocked(module: Any) -> bool:
@@ -44,12 +45,12 @@ def is_blocked(module: Any) -> bool:
     return isinstance(vars(module).get("forward"), partial) and module.forward.func is _linear and not is_hooked(module)
 
 
-def _is_plain(module: Any) -> bool:
-    return type(module) is torch.nn.Linear and module.weight.dtype == torch.float32 and not has_own_forward(module)
+def _is_plain(layer: Any) -> bool:
+    return bool(layer.weight.dtype == torch.float32) and not has_own_forward(layer)
 
 
-def _linear(layer: torch.nn.Linear, kernel: Any, blocked: Tensor, x: Tensor) -> Tensor:
+def _linear(layer: Any, kernel: Any, blocked: Tensor, x: Tensor) -> Tensor:
     if not torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu") or x.dtype != layer.weight.dtype:
-        return torch.nn.functional.linear(x, layer.weight, layer.bias)
+        return type(layer).forward(layer, x)  # type: ignore[no-any-return]
     output: Tensor = kernel(x, blocked, layer.bias, layer.out_features)
     return output

@@ -1,5 +1,6 @@
 """Which cache a model generates with: the fastest that a trial has shown to be exact."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,11 @@ from groupwise.models.decoder import Decoder, HeadShape
 from groupwise.models.padded import NoCache, PaddedCache
 from groupwise.models.recurrent import cached_forwards
 from groupwise.models.trials import LENGTHS, first_line, generate, no_constants, small_windows, tolerance_in
+
+STATE_BYTES = 4
+"""Of a number in a recurrent state, which layers keep in float32."""
+ROWS_SHARE = 0.6
+"""Share of a GPU's free memory for the KV cache of completions; the rest is for that of prompts, and for activations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +108,17 @@ class Caches:
             decoder.find_shapes()
             reason = self._try(new, dtype)
         return reason
+
+    def affordable_rows(self, tokens: int, dtype: torch.dtype | None = None) -> float:
+        """See `LanguageModel.affordable_rows`: as many as fit `ROWS_SHARE` of the free memory."""
+        decoder = self._decoder
+        if decoder.device.type != "cuda":
+            return math.inf
+        reserved = torch.cuda.memory_reserved(decoder.device) - torch.cuda.memory_allocated(decoder.device)
+        free = torch.cuda.mem_get_info(decoder.device)[0] + reserved
+        per_token = sum(2 * shape.kv_heads * shape.size for shape in decoder.shapes.values())
+        row_bytes = per_token * tokens * (dtype or decoder.dtype).itemsize + decoder.state_elements * STATE_BYTES
+        return ROWS_SHARE * float(free / max(1, row_bytes))
 
     def blocked_weights(self, module: Any) -> BlockedWeights:
         """See `LanguageModel.blocked_weights`; `module`: the decoder with its output layer."""

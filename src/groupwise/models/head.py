@@ -4,6 +4,7 @@ No more than `LOGITS_AT_ONCE` logits exist at once, in the forward pass or in th
 block of the output matrix is read once a pass, and its gradient is written once.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,9 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from groupwise.kept import KeptTokens
 from groupwise.kernels.blocked import BLOCK
 from groupwise.kernels.blocked_bf16 import blocked_matmul_bf16
+from groupwise.models.adapters import active_layer
 from groupwise.models.bfloat16 import RoundedWeights, is_plain_linear
+from groupwise.models.cut import NEVER, CutLogits
 from groupwise.models.gradients import gradient_of, sum_in_place
 from groupwise.models.patches import is_observed
 
@@ -27,6 +31,10 @@ TOKENS_AT_ONCE = 32
 """At least, where the output layer is not a plain Linear: each chunk then has a gradient of the whole matrix."""
 WIDTH = 64
 """Blocks of the vocabulary are a multiple of it: a matmul into rows of 4,096 runs half as fast again as into rows of 4,194."""
+
+NEGLIGIBLE = -80.0
+"""Below the largest logit: e^-80 adds nothing to a sum of at least 1, in float64 either. Where it underflows, exp is 5 times as
+slow on a CPU, and nearly all logits of a small kept set would."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +81,20 @@ def token_logprobs(
     temperature: float,
     entropy_gradient: bool = False,
     rounded: RoundedWeights | None = None,
+    kept: KeptTokens | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of `targets_N` and entropies, from the last hidden states; differentiable, the entropy on demand.
 
-    `rounded`: run matmuls in bfloat16, on its copy of the output matrix; the logits are float32.
+    Args:
+        rounded: run matmuls in bfloat16, on its copy of the output matrix; the logits are float32.
+        kept: of the N targets: the softmax runs over their kept sets alone. None: over the whole vocabulary.
 
     Returns:
         (logprobs_N, entropy_N), in float32 or the hidden states' dtype if that is wider, in nats.
     """
-    layer = module.get_output_embeddings()
+    layer = active_layer(module.get_output_embeddings())
     if type(layer) is not torch.nn.Linear or is_observed(layer):
-        return _through_any_layer(module, hidden_NH, targets_N, temperature, entropy_gradient)
+        return _through_any_layer(module, hidden_NH, targets_N, temperature, entropy_gradient, kept)
     kind = hidden_NH.device.type
     copy = None if rounded is None or not is_plain_linear(layer) else rounded.weight(layer.weight)
     if copy is not None:
@@ -91,7 +102,9 @@ def token_logprobs(
     elif torch.is_autocast_enabled(kind):
         hidden_NH = hidden_NH.to(torch.get_autocast_dtype(kind))
     shape = LogitShape.of(module, temperature)
-    output: tuple[Tensor, Tensor] = _Head.apply(hidden_NH, layer.weight, layer.bias, targets_N, shape, entropy_gradient, copy)  # type: ignore[no-untyped-call]
+    cut = None if kept is None else CutLogits(kept, hidden_NH.device)
+    arguments = hidden_NH, layer.weight, layer.bias, targets_N, shape, entropy_gradient, copy, cut
+    output: tuple[Tensor, Tensor] = _Head.apply(*arguments)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -108,17 +121,22 @@ class _Head(torch.autograd.Function):
         shape: LogitShape,
         entropy_gradient: bool,
         copy: Tensor | None,
+        cut: CutLogits | None,
     ) -> tuple[Tensor, Tensor]:
-        """`copy`: the matrix as `to_blocked_bf16` makes it, for hidden states in bfloat16."""
+        """`copy`: the matrix as `to_blocked_bf16` makes it, for hidden states in bfloat16. `cut`: what the softmax leaves out."""
         total_N = hidden_NH.new_zeros(len(hidden_NH), dtype=torch.promote_types(hidden_NH.dtype, torch.float32))
         moment_N, of_target_N = torch.zeros_like(total_N), torch.zeros_like(total_N)
-        top_N = torch.full_like(total_N, -1e30)
-        for _, z_NV, inside_N, column_N1 in _blocks(hidden_NH, weight_VH, bias_V, targets_N, shape, copy):
+        top_N = torch.full_like(total_N, NEVER)
+        for _, z_NV, inside_N, column_N1, cut_NV in _blocks(hidden_NH, weight_VH, bias_V, targets_N, shape, copy, cut):
             of_target_N = torch.where(inside_N, z_NV.gather(1, column_N1)[:, 0], of_target_N)
+            if cut_NV is not None:
+                z_NV.masked_fill_(cut_NV, NEVER)  # in a block that is cut as a whole, sums that the next maximum sets to 0
             higher_N = torch.maximum(top_N, z_NV.amax(1))
             shrink_N = (top_N - higher_N).exp()
             moment_N = shrink_N * (moment_N + total_N * (top_N - higher_N))
             z_NV -= higher_N[:, None]
+            if cut_NV is not None:
+                z_NV.clamp_(min=NEGLIGIBLE)
             weights_NV = z_NV.exp()
             total_N = shrink_N * total_N + weights_NV.sum(1)  # of exp(z - top)
             moment_N = moment_N + z_NV.mul_(weights_NV).sum(1)  # of (z - top) exp(z - top)
@@ -127,7 +145,7 @@ class _Head(torch.autograd.Function):
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropy_N)
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, logs_N, entropy_N)
-        ctx.shape, ctx.entropy_gradient, ctx.copy = shape, entropy_gradient, copy
+        ctx.shape, ctx.entropy_gradient, ctx.copy, ctx.cut = shape, entropy_gradient, copy, cut
         ctx.parameter = weight_VH if sum_in_place(weight_VH) else None
         return of_target_N - top_N - total_N.log(), entropy_N
 
@@ -141,8 +159,11 @@ class _Head(torch.autograd.Function):
             d_weight_VH = torch.zeros_like(weight_VH) if ctx.parameter is None else gradient_of(ctx.parameter)
         d_bias_V = torch.empty_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
         mean_N = logs_N - entropy_N  # E[z] under the distribution
-        for block, z_NV, inside_N, column_N1 in _blocks(hidden_NH, weight_VH, bias_V, targets_N, ctx.shape, ctx.copy):
+        blocks = _blocks(hidden_NH, weight_VH, bias_V, targets_N, ctx.shape, ctx.copy, ctx.cut)
+        for block, z_NV, inside_N, column_N1, cut_NV in blocks:
             d_NV = (z_NV - logs_N[:, None]).exp_()  # probabilities p, then the gradient with respect to z
+            if cut_NV is not None:
+                d_NV.masked_fill_(cut_NV, 0)
             if ctx.entropy_gradient:
                 d_NV *= -(d_logprobs_N[:, None] + d_entropy_N[:, None] * (z_NV - mean_N[:, None]))
             else:
@@ -155,7 +176,7 @@ class _Head(torch.autograd.Function):
             if d_bias_V is not None:
                 d_bias_V[block] = d_NV.sum(0)
         returned = d_weight_VH if ctx.parameter is None else None
-        return d_hidden_NH.to(hidden_NH.dtype), returned, d_bias_V, None, None, None, None
+        return d_hidden_NH.to(hidden_NH.dtype), returned, d_bias_V, None, None, None, None, None
 
 
 def _add_matmul(to: Tensor, a: Tensor, b: Tensor) -> None:
@@ -172,8 +193,10 @@ def _blocks(
     targets_N: Tensor,
     shape: LogitShape,
     copy: Tensor | None,
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """(block of the vocabulary, z of all tokens there [N, block], whether their targets lie there [N], and where [N, 1]).
+    cut: CutLogits | None,
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor | None]]:
+    """(block of the vocabulary, z of all tokens there [N, block], whether their targets lie there [N], and where [N, 1], and what
+    the softmax leaves out there [N, block]).
 
     The column is any for a target elsewhere. A list of those inside would have to be counted, which makes the CPU wait for a GPU.
     """
@@ -181,7 +204,8 @@ def _blocks(
     size = max(1, size if size < WIDTH else size // WIDTH * WIDTH)
     if copy is not None:
         size = max(BLOCK, size // BLOCK * BLOCK)
-    for start in range(0, len(weight_VH), size):
+    cuts = itertools.repeat(None) if cut is None else cut.blocks(len(weight_VH), size)
+    for start, cut_NV in zip(range(0, len(weight_VH), size), cuts, strict=False):  # repeat has no end
         block = slice(start, start + size)
         bias = None if bias_V is None else bias_V[block]
         if copy is not None:
@@ -194,7 +218,7 @@ def _blocks(
         z_NV = shape(scores_NV.to(torch.promote_types(scores_NV.dtype, torch.float32)))
         column_N = targets_N - start
         inside_N = (column_N >= 0) & (column_N < z_NV.shape[1])
-        yield block, z_NV, inside_N, column_N.clamp(0, z_NV.shape[1] - 1)[:, None]
+        yield block, z_NV, inside_N, column_N.clamp(0, z_NV.shape[1] - 1)[:, None], cut_NV
 
 
 def _at_once(hidden_NH: Tensor) -> int:
@@ -202,12 +226,16 @@ def _at_once(hidden_NH: Tensor) -> int:
 
 
 def _through_any_layer(
-    module: Any, hidden_NH: Tensor, targets_N: Tensor, temperature: float, entropy_gradient: bool
+    module: Any, hidden_NH: Tensor, targets_N: Tensor, temperature: float, entropy_gradient: bool, kept: KeptTokens | None
 ) -> tuple[Tensor, Tensor]:
     """Fallback for an output layer that is no plain Linear, or that hooks observe: a few tokens at a time, with recomputation."""
 
-    def chunk(hidden_CH: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs_CV = torch.log_softmax(logits(module, hidden_CH, temperature), dim=-1)
+    def chunk(hidden_CH: Tensor, targets_C: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        z_CV = logits(module, hidden_CH, temperature)
+        if kept is not None:
+            cut = CutLogits(kept.slice(start, start + len(z_CV)), z_CV.device)
+            z_CV = z_CV.masked_fill(next(cut.blocks(z_CV.shape[1], z_CV.shape[1])), NEVER)
+        logprobs_CV = torch.log_softmax(z_CV, dim=-1)
         of_targets_C = logprobs_CV.gather(1, targets_C[:, None])[:, 0]
         if not entropy_gradient:
             logprobs_CV = logprobs_CV.detach()
@@ -215,8 +243,8 @@ def _through_any_layer(
 
     size = max(TOKENS_AT_ONCE, _at_once(hidden_NH) // module.config.get_text_config().vocab_size)
     pieces = [
-        checkpoint(chunk, hidden, targets, use_reentrant=False, preserve_rng_state=False)
-        for hidden, targets in zip(torch.split(hidden_NH, size), torch.split(targets_N, size), strict=True)
+        checkpoint(chunk, hidden, targets, i * size, use_reentrant=False, preserve_rng_state=False)
+        for i, (hidden, targets) in enumerate(zip(torch.split(hidden_NH, size), torch.split(targets_N, size), strict=True))
     ]
     logprobs, entropies = zip(*pieces, strict=True)
     return torch.cat(logprobs), torch.cat(entropies)

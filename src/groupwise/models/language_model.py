@@ -1,20 +1,19 @@
 """LanguageModel: the one owner of a Hugging Face causal language model, its output layer, its backends and every patch on it."""
 
 import copy
-import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from groupwise.errors import UserError
 from groupwise.kernels.compiled import unavailable
 from groupwise.kernels.decode_attention import decode_kernel
 from groupwise.kernels.sample import sample_kernel
+from groupwise.models import adapters, checkpoint, export
 from groupwise.models.attention.decoding import DecodingCache
 from groupwise.models.attention.layers import matches
 from groupwise.models.backend import Backend, backend_of
@@ -26,15 +25,13 @@ from groupwise.models.gradients import gradients_in_place
 from groupwise.models.head import logits, token_logprobs
 from groupwise.models.hidden import checkpointing as checkpointed
 from groupwise.models.hidden import completion_hidden, inside_rows
-from groupwise.models.loading import causal_model, decoder_of, load_module
+from groupwise.models.loading import causal_model, decoder_of, load_module, stored_dtype
 from groupwise.models.padded import NoCache, PaddedCache
 from groupwise.models.trials import first_line, tolerance_in
 from groupwise.types import Batch
 
-STATE_BYTES = 4
-"""Of a number in a recurrent state, which layers keep in float32."""
-ROWS_SHARE = 0.6
-"""Share of a GPU's free memory for the KV cache of completions; the rest is for that of prompts, and for activations."""
+if TYPE_CHECKING:
+    from groupwise.config import LoraSection
 
 
 class LanguageModel:
@@ -62,20 +59,37 @@ class LanguageModel:
         self.caches = Caches(self.decoder)
         self._checked = False
         """Whether `check_logits` has accepted it."""
+        self.stored_dtype = self.dtype
+        """In which it is exported; of a model that was loaded, that of the directory it came from."""
         self.bfloat16 = Bfloat16(self.decoder)
         if self.backend.strict and (reason := self.fallback()):
             raise UserError(f"model.backend = 'kernels': {reason}")
 
     @classmethod
     def load(
-        cls, path: str, *, dtype: torch.dtype = torch.float32, device: Any = "cpu", backend: str = "auto"
+        cls,
+        path: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: Any = "cpu",
+        backend: str = "auto",
+        trust_remote_code: bool = False,
+        lora: "LoraSection | None" = None,
+        seed: int = 0,
     ) -> "LanguageModel":
         """The model at `path`: a shipped one, a local directory, or a Hugging Face id.
 
+        Args:
+            trust_remote_code: run code that comes with the model.
+            lora: train new adapters on it, and not the model itself; `seed` is of their random start.
+
         Raises:
-            UserError: there is no such model, it cannot be loaded, or its output layer is of an unknown kind.
+            UserError: there is no such model, it cannot be loaded, its output layer is of an unknown kind, or it has no such
+                layers for adapters.
         """
-        model = cls(load_module(path, dtype).to(device), backend)
+        module = load_module(path, dtype, trust_remote_code=trust_remote_code).to(device)
+        model = cls(module if lora is None else adapters.add_adapters(module, lora, seed=seed), backend)
+        model.stored_dtype = stored_dtype(path, trust_remote_code=trust_remote_code) or dtype
         model.check_logits()
         return model
 
@@ -161,7 +175,8 @@ class LanguageModel:
     def completion_logprobs(
         self, batch: Batch, *, temperature: float = 1.0, share_prompts: bool = True, entropy_gradient: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """The log-probability of each completion token, and the entropy of the distribution it was drawn from.
+        """The log-probability of each completion token, and the entropy of the distribution it was drawn from; both within its
+        kept set, where the batch has one (sampling replay).
 
         Args:
             batch: the rows.
@@ -176,7 +191,8 @@ class LanguageModel:
         inside_BT = inside_rows(batch)
         targets_N = batch.tokens_BT[inside_BT]
         copies = self.bfloat16.copies
-        logprobs_N, entropy_N = token_logprobs(self.module, hidden_NH, targets_N, temperature, entropy_gradient, copies)
+        kept = batch.kept_tokens()
+        logprobs_N, entropy_N = token_logprobs(self.module, hidden_NH, targets_N, temperature, entropy_gradient, copies, kept)
         zeros_BT = torch.zeros(batch.tokens_BT.shape, device=logprobs_N.device)
         return zeros_BT.masked_scatter(inside_BT, logprobs_N), zeros_BT.masked_scatter(inside_BT, entropy_N)
 
@@ -246,17 +262,11 @@ class LanguageModel:
         return self.caches.why_not_ours(cache_dtype)
 
     def affordable_rows(self, tokens: int, cache_dtype: torch.dtype | None = None) -> float:
-        """The most completions of so many tokens that fit `ROWS_SHARE` of a GPU's free memory; on other devices no limit.
+        """The most completions of so many tokens that fit a GPU's free memory beside all else; on other devices no limit.
 
         `cache_dtype`: of keys and values; None: the model's.
         """
-        if self.device.type != "cuda":
-            return math.inf
-        reserved = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        free = torch.cuda.mem_get_info(self.device)[0] + reserved
-        per_token = sum(2 * shape.kv_heads * shape.size for shape in self.decoder.shapes.values())
-        row_bytes = per_token * tokens * (cache_dtype or self.dtype).itemsize + self.decoder.state_elements * STATE_BYTES
-        return ROWS_SHARE * float(free / max(1, row_bytes))
+        return self.caches.affordable_rows(tokens, cache_dtype)
 
     def sampling_kernel(self) -> Any:
         """A function (logits [R, V], uniforms [R]) -> (tokens, log-probabilities) in C++; None to do it in PyTorch."""
@@ -335,47 +345,55 @@ class LanguageModel:
         self.decoder.module.compile(dynamic=True)
         self.decoder.compiled = True
 
-    @contextmanager
-    def adapters_off(self) -> Iterator[None]:
+    # --- adapters
+
+    @property
+    def adapted(self) -> bool:
+        """Whether peft has put adapters on it."""
+        return bool(adapters.adapter_layers(self.module))
+
+    def adapters_off(self) -> AbstractContextManager[None]:
         """Within: the base model without its peft adapters; a model without any stays as it is."""
-        layers = [
-            layer for layer in self.module.modules() if hasattr(layer, "enable_adapters") and hasattr(layer, "disable_adapters")
-        ]
-        layers = [layer for layer in layers if layer is not self.module and not layer.disable_adapters]
-        trained = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
-        try:
-            for layer in layers:
-                layer.enable_adapters(False)
-            yield
-        finally:
-            for layer in layers:
-                layer.enable_adapters(True)
-            for parameter, required in trained:
-                parameter.requires_grad_(required)  # which peft changes when it switches adapters
+        return adapters.adapters_off(self.module)
+
+    def with_shared_base(self) -> "LanguageModel":
+        """Another model with adapters of its own, as these are now, on the same base: no weight of that is copied."""
+        return LanguageModel(adapters.with_shared_base(self.outer), self.backend)
+
+    def describe_adapters(self) -> str | None:
+        """What adapters it has, in words; None if it has none."""
+        return adapters.describe(self.module)
+
+    # --- files
 
     def save_weights(self, path: Path) -> None:
-        """Write the weights alone, as one safetensors file; tensors that share memory are written once."""
-        save_file(self._unique_weights(), str(path))
+        """Write the weights for a checkpoint, as one safetensors file; of a model with adapters only what is trained."""
+        checkpoint.save_weights(self.module, path)
 
     def load_weights(self, path: Path) -> None:
         """Read weights that `save_weights` wrote.
 
         Raises:
+            UserError: adapters of another form, or on another base.
             Exception: whatever safetensors and torch say of a file that is damaged or of another model.
         """
-        found, wanted = load_file(str(path), device=str(self.device)), self._unique_weights()
-        if found.keys() != wanted.keys():
-            raise ValueError(f"weights of another model: {sorted(found.keys() ^ wanted.keys())[:3]}")
-        self.module.load_state_dict(found, strict=False)
+        checkpoint.load_weights(self.module, path, self.device)
 
-    def _unique_weights(self) -> dict[str, Tensor]:
-        """The module's parameters and buffers, each memory under the first of its names."""
-        unique: dict[tuple[int, torch.Size], tuple[str, Tensor]] = {}
-        for name, tensor in self.module.state_dict().items():
-            unique.setdefault((tensor.data_ptr() or id(tensor), tensor.shape), (name, tensor.contiguous()))
-        return dict(unique.values())
+    def export(self, directory: Path, tokenizer: Any, *, merge: bool = True) -> dict[str, float]:
+        """Write a Hugging Face model directory in the dtype that the model was stored in, tokenizer and settings included.
 
-    def export(self, directory: Path, tokenizer: Any) -> None:
-        """Write a Hugging Face model directory, tokenizer included."""
-        self.outer.save_pretrained(directory)
+        Args:
+            merge: write adapters merged into the model, whose own weights stay as they are; otherwise the adapters alone.
+
+        Returns:
+            {"export/merge_gap": the most by which merging, and rounding to that dtype, moved a logit}; {} without adapters.
+
+        Raises:
+            UserError: adapters of a kind that cannot be merged.
+        """
         tokenizer.save_pretrained(directory)
+        if not merge and self.adapted:
+            export.save_adapters(self.outer, directory)
+            return {}
+        export.save_model(self.module, directory, self.stored_dtype)
+        return {"export/merge_gap": export.merge_gap(self.module, self.stored_dtype)} if self.adapted else {}

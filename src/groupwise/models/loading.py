@@ -1,6 +1,8 @@
 """Modules and tokenizers: shipped with the package, local, from the Hugging Face hub, new with random weights, or given."""
 
-from collections.abc import Iterator
+import json
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -8,15 +10,25 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from groupwise.errors import UserError, nearest
+from groupwise.models.adapters import adapter_layers, load_adapters
 from groupwise.models.patches import is_observed
 
-SHIPPED = ("arithmetic-base",)
+SHIPPED = ("arithmetic-base", "tools-base")
+ADAPTER_CONFIG = "adapter_config.json"
 END, PAD = "<end>", "<pad>"
 
 
@@ -34,12 +46,34 @@ def resolve(path: str) -> str:
     if path in SHIPPED:
         return str(shipped_path(path))
     if Path(path).is_dir():
-        if not (Path(path) / "config.json").is_file():
+        if not ((Path(path) / "config.json").is_file() or is_adapter(path)):
             raise UserError(f"no config.json in the directory {path}: not a Hugging Face model")
         return path
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise UserError(f"no model {path!r}: not a shipped one, a directory or a Hugging Face id{nearest(path, SHIPPED)}")
     return path
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a directory holds peft adapters and not a model."""
+    return (Path(path) / ADAPTER_CONFIG).is_file() and not (Path(path) / "config.json").is_file()
+
+
+def base_of(path: str) -> str:
+    """The model at `path`, or if adapters are there the one that they belong to.
+
+    Raises:
+        UserError: they do not say which that is.
+    """
+    if not is_adapter(path):
+        return path
+    try:
+        base = json.loads((Path(path) / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
+    except ValueError as error:
+        raise UserError(f"{path}: {ADAPTER_CONFIG} cannot be read: {error}") from error
+    if not base:
+        raise UserError(f"{path}: {ADAPTER_CONFIG} names no base model (base_model_name_or_path)")
+    return str(base)
 
 
 @contextmanager
@@ -48,50 +82,127 @@ def _explained(path: str) -> Iterator[None]:
     transformers_logging.disable_progress_bar()
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # files we do not control: missing, damaged, of another kind
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot load the model {path!r}: {first}") from error
+        text = str(error) or type(error).__name__
+        if "trust_remote_code" in text:
+            raise UserError(
+                f"the model {path!r} comes with Python code of its own, which loading it would run; read that code, and if you "
+                "trust it set model.trust_remote_code = true"
+            ) from error
+        raise UserError(f"cannot load the model {path!r}: {text.splitlines()[0]}") from error
 
 
-def load_module(path: str, dtype: torch.dtype = torch.float32) -> Any:
+def load_module(path: str, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False) -> Any:
     """The Hugging Face causal language model at `path`, in evaluation mode (no dropout).
+
+    Of a directory with adapters: their base, with the adapters merged into it. Weights are read from safetensors only, since
+    loading others can run code.
 
     Raises:
         UserError: there is no such model, or it cannot be loaded.
     """
+    resolved = resolve(base_of(resolve(path)))
+    settings: dict[str, Any] = {"trust_remote_code": trust_remote_code, "use_safetensors": True}
+    with _explained(path):
+        _need_safetensors(resolved)
+        module = AutoModelForCausalLM.from_pretrained(resolved, dtype=dtype, **settings)
+        if is_adapter(path):
+            module = load_adapters(module, path)
+    return module.eval()
+
+
+def load_classifier(path: str) -> Any:
+    """The sequence classifier with one output at `path`, in evaluation mode and float32. Weights are read from safetensors, and
+    no code that comes with them is run.
+
+    Raises:
+        UserError: there is no such model, or its files hold no such head.
+    """
     resolved = resolve(path)
     with _explained(path):
-        return AutoModelForCausalLM.from_pretrained(resolved, dtype=dtype).eval()
+        _need_safetensors(resolved)
+        module, info = AutoModelForSequenceClassification.from_pretrained(
+            resolved,
+            num_labels=1,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    missing = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in info[kind])
+    if missing:
+        raise UserError(f"{path!r} is no reward model with one output: its weights lack {', '.join(missing[:3])}")
+    return module.eval()
 
 
-def load_config(path: str) -> Any:
+def _need_safetensors(path: str) -> None:
+    names = [file.name for file in Path(path).iterdir()] if Path(path).is_dir() else []
+    if any(name.endswith(".bin") for name in names) and not any(name.endswith(".safetensors") for name in names):
+        raise UserError(
+            f"the weights of {path!r} are pickled (.bin), and reading them can run code; if you trust them, convert them once: "
+            f"AutoModelForCausalLM.from_pretrained({path!r}, use_safetensors=False).save_pretrained(directory), and the tokenizer"
+        )
+
+
+def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
     """The transformers configuration of the model at `path`, without its weights."""
-    resolved = resolve(path)
+    resolved = resolve(base_of(resolve(path)))
     with _explained(path):
-        return AutoConfig.from_pretrained(resolved)
+        return AutoConfig.from_pretrained(resolved, trust_remote_code=trust_remote_code)
 
 
-def load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer at `path`: of a shipped model, a local directory, or a Hugging Face id.
 
     Raises:
         UserError: there is none, or it has no end-of-sequence token.
     """
     resolved = resolve(path)
+    if is_adapter(resolved) and not (Path(resolved) / "tokenizer_config.json").is_file():
+        resolved = resolve(base_of(resolved))
     with _explained(path):
-        tokenizer = AutoTokenizer.from_pretrained(resolved)
+        tokenizer = AutoTokenizer.from_pretrained(resolved, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {path!r} has no end-of-sequence token, so no completion could end")
     return tokenizer
 
 
-def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
-    """One token per character of `characters`, and an end and a padding token."""
-    vocabulary = {token: i for i, token in enumerate([PAD, END, *characters])}
+def stored_dtype(path: str, *, trust_remote_code: bool = False) -> torch.dtype | None:
+    """The dtype of the weights in the directory at `path`: as its configuration says, else as its files are; None: unknown."""
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    files = sorted(Path(resolve(base_of(resolve(path)))).glob("*.safetensors"))
+    if found is None and files:
+        with _explained(path), safe_open(str(files[0]), "pt") as file:
+            found = file.get_tensor(next(iter(file.keys()))).dtype
+    return getattr(torch, found) if isinstance(found, str) else found
+
+
+def character_tokenizer(
+    characters: str, words: Sequence[str] = (), *, special: Sequence[str] = (), chat_template: str = ""
+) -> PreTrainedTokenizerFast:
+    """One token per character of `characters`, and an end and a padding token.
+
+    Args:
+        characters: of one token each.
+        words: texts that are one token each, wherever they occur; of two that begin alike the longer is taken.
+        special: special tokens; the last one ends a turn, in place of "<end>".
+        chat_template: Jinja; empty: none.
+    """
+    end = special[-1] if special else END
+    vocabulary = {token: i for i, token in enumerate([PAD, *(special or [END]), *characters, *words])}
     tokenizer = Tokenizer(tokenizer_models.WordLevel(vocabulary, unk_token=PAD))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    longest_first = sorted(words, key=len, reverse=True)
+    pattern = "|".join([*(re.sub(r"(\W)", r"\\\1", word) for word in longest_first), r"[\s\S]"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False)
+    tokenizer.add_special_tokens(list(special))
+    found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=PAD, clean_up_tokenization_spaces=False)
+    if chat_template:
+        found.chat_template = chat_template
+    return found
 
 
 def new_module(architecture: dict[str, Any], tokenizer: Any, seed: int) -> Any:
@@ -144,6 +255,8 @@ def causal_model(module: Any) -> Any:
         )
     if not isinstance(inner, PreTrainedModel):
         raise UserError(f"{type(module).__name__} is not a transformers causal language model")
+    if any(getattr(layer, "merged", False) for layer in adapter_layers(inner)):
+        raise UserError("peft's adapters are merged into the model's weights; call unmerge_adapter() or merge_and_unload() first")
     for outer in {id(module): module, id(inner): inner}.values():
         if is_observed(outer):
             raise UserError(

@@ -97,14 +97,16 @@ def no_constants(module: Any) -> Iterator[None]:
 def first_trained(module: Any) -> Iterator[list[Tensor]]:
     """Within: another parameter of the same values stands in for the embedding, or the first trained one, and is given.
 
-    So a gradient can be taken without calling hooks that somebody has put on the parameter. Empty where nothing is trained.
+    So a gradient can be taken without calling hooks that somebody has put on the parameter. Empty where nothing is trained. The
+    embedding's gradient is a sum over few tokens, so it is exact in 16 bits too, where that of a layer may be mostly rounding.
     """
-    modules = [module.get_input_embeddings(), *module.modules()]
-    owners = ((inner, name) for inner in modules for name, p in inner.named_parameters(recurse=False) if p.requires_grad)
-    found = next(owners, None)
-    if found is None:
+    owned = ((inner, name, parameter) for inner in module.modules() for name, parameter in inner.named_parameters(recurse=False))
+    trained = [(inner, name) for inner, name, parameter in owned if parameter.requires_grad]
+    if not trained:
         yield []
         return
+    embedding = module.get_input_embeddings()
+    found = next(((embedding, name) for name, _ in embedding.named_parameters(recurse=False)), trained[0])
     owner, name = found
     parameter = owner._parameters[name]
     stand_in = torch.nn.Parameter(parameter.data)

@@ -1,13 +1,17 @@
 """Judges of one answer against the reference answer."""
 
-import functools
-import logging
-import multiprocessing
-from collections.abc import Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from pebble import ProcessPool
+from groupwise.rewards.base import Progress, Rated
+from groupwise.types import Completion, Problem, Verdict
+from groupwise.workers import Target, WorkerError
 
-from groupwise.types import Verdict
+InWorker = Callable[..., Awaitable[Any]]
+"""Calls a `Target` with the given arguments in a worker process."""
 
 
 def exact(answer: str, text: str) -> Verdict:
@@ -24,35 +28,46 @@ def last_line(answer: str, text: str) -> Verdict:
 
 
 TIME_LIMIT = 5.0
-"""Seconds for one answer; simplifying what a model wrote can take forever."""
+"""Seconds of computing for one answer: simplifying what a model wrote can take forever."""
+MATH = Target.in_file(Path(__file__).with_name("math_answers.py"), "verdict")
 
 
-def math(answer: str, text: str) -> Verdict:
+async def math(answer: str, text: str, in_worker: InWorker) -> Verdict:
     """Right when the mathematical expression at the end of the completion equals the answer's (the library math-verify).
 
-    An answer that takes longer than `TIME_LIMIT` counts as unparsed. It is judged in a process of its own, which is killed
-    then, since some expressions hold the interpreter in one call that nothing else can stop.
+    It is judged in a worker process, since some expressions hold the interpreter in one call that nothing else can stop.
+
+    Raises:
+        WorkerError: it takes longer than `TIME_LIMIT`.
     """
-    try:
-        verdict: Verdict = _pool().schedule(_math, args=[answer, text], timeout=TIME_LIMIT).result()
-    except TimeoutError:
-        return "unparsed"
+    verdict: Verdict = await in_worker(MATH, answer, text)
     return verdict
 
 
-@functools.cache
-def _pool() -> ProcessPool:
-    return ProcessPool(max_workers=1, context=multiprocessing.get_context("spawn"))
+CHECKERS: dict[str, Callable[[str, str], Verdict]] = {"exact": exact, "last_line": last_line}
+"""Those that answer at once."""
+SLOW_CHECKERS: dict[str, Callable[[str, str, InWorker], Awaitable[Verdict]]] = {"math": math}
+"""Those that wait for a worker process."""
 
 
-def _math(answer: str, text: str) -> Verdict:
-    from math_verify import parse, verify
+@dataclass(frozen=True, slots=True)
+class CheckerReward:
+    """A checker as a reward: 1 for a right answer, else 0."""
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of having no time limit of its own, once an answer
-    said = parse(text, parsing_timeout=None)
-    if not said:
-        return "unparsed"
-    return "correct" if verify(parse(answer, parsing_timeout=None), said, timeout_seconds=None) else "wrong"
+    name: str
+    in_worker: InWorker
+
+    async def rate(self, problem: Problem, completions: Sequence[Completion], progress: Progress) -> Sequence[Rated]:
+        if self.name in CHECKERS:
+            return [_rated(CHECKERS[self.name](problem.answer, completion.answer)) for completion in completions]
+        return await asyncio.gather(*(self._slow(problem.answer, completion.answer) for completion in completions))
+
+    async def _slow(self, answer: str, text: str) -> Rated:
+        try:
+            return _rated(await SLOW_CHECKERS[self.name](answer, text, self.in_worker))
+        except WorkerError as error:
+            return Rated(failure=error.kind, detail=f"{self.name}: {error.detail}, on {text[-80:]!r}")
 
 
-CHECKERS: dict[str, Callable[[str, str], Verdict]] = {"exact": exact, "last_line": last_line, "math": math}
+def _rated(verdict: Verdict) -> Rated:
+    return Rated(reward=float(verdict == "correct"), verdict=verdict)

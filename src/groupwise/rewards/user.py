@@ -1,39 +1,165 @@
-"""The user's own reward function: `def reward(problem, completions) -> list`, one float per completion.
+"""The user's own reward function, in TRL's form or in ours.
 
-Or one mapping of floats per completion, {"right": 1.0, "short": 0.2}: the reward is their sum, and each is recorded.
+TRL's: called with keywords only, `prompts`, `completions`, `completion_ids`, the dataset's other columns, `trainer_state`,
+`log_extra` and `log_metric`; of these it is given what it names, or everything if it takes `**kwargs`. Ours:
+`reward(problem, completions)`. Both return a list with a number, a mapping of numbers, or None for each completion, and both may
+be asynchronous.
 """
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 from groupwise.errors import UserError
-from groupwise.plugins import UserFunction
-from groupwise.types import Problem, Score
+from groupwise.rewards.base import Progress, Rated, all_failed
+from groupwise.rewards.values import rate_values, with_logs
+from groupwise.types import Completion, Problem
+from groupwise.workers import Pool, Reply, Target, Threads, WorkerError
+from groupwise.workers.child import describe
+
+TRL = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+"""The arguments that TRL gives each reward beside the dataset's columns."""
+LOGS = {"log_extra", "log_metric"}
+NOT_COLUMNS = {"prompt", "completion", "completion_ids"}
+"""Columns that TRL does not pass on."""
 
 
-def call_reward(function: UserFunction, problem: Problem, texts: Sequence[str], correct_above: float | None) -> list[Score]:
-    """Scores from a user's reward function, checked.
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a function is called."""
 
-    Raises:
-        UserError: it raised, or did not return one finite number per completion.
-    """
-    name = function.reference
-    try:
-        values = function(problem, list(texts))
-        values = list(values) if isinstance(values, Iterable) else values
-    except Exception as error:  # the user's function may raise anything
-        raise UserError(f"reward {name}: {type(error).__name__}: {error} (problem {problem.id!r})") from error
-    try:
-        parts = [{key: float(part) for key, part in value.items()} if isinstance(value, Mapping) else {} for value in values]
-        rewards = [sum(part.values()) if part else float(value) for value, part in zip(values, parts, strict=True)]
-    except (TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"reward {name}: returned {values!r}; expected a list of {len(texts)} numbers") from error
-    if len(rewards) != len(texts):
-        raise UserError(f"reward {name}: returned {len(rewards)} values for {len(texts)} completions; expected one for each")
-    for i, reward in enumerate(rewards):
-        if not math.isfinite(reward):
-            raise UserError(f"reward {name}: returned {reward} for completion {i} of problem {problem.id!r}; must be finite")
-    return [
-        Score(reward=reward, correct=None if correct_above is None else reward > correct_above, components=part)
-        for reward, part in zip(rewards, parts, strict=True)
-    ]
+    ours: bool
+    named: frozenset[str]
+    """The parameters that it names."""
+    takes_all: bool
+    """It has `**kwargs`."""
+
+    @classmethod
+    def of(cls, description: Mapping[str, Any], name: str) -> "Form":
+        """From what `describe` says of a function.
+
+        Raises:
+            UserError: it can be called in neither form.
+        """
+        parameters = description["parameters"] or []
+        named = [item["name"] for item in parameters if item["kind"] in ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY")]
+        takes_all = any(item["kind"] == "VAR_KEYWORD" for item in parameters)
+        required = [item["name"] for item in parameters if item["required"] and not item["kind"].startswith("VAR_")]
+        if required == ["problem", "completions"] and not takes_all:
+            return cls(ours=True, named=frozenset(named), takes_all=False)
+        if "completions" in named or takes_all:
+            return cls(ours=False, named=frozenset(named), takes_all=takes_all)
+        listed = ", ".join(item["name"] for item in parameters)
+        raise UserError(
+            f"{name}({listed}): a reward is called as reward(problem, completions), or as TRL calls it, by keyword: "
+            "prompts, completions, completion_ids, columns of the dataset, trainer_state, log_extra, log_metric"
+        )
+
+    def select(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the arguments that the function takes."""
+        return {name: value for name, value in arguments.items() if self.takes_all or name in self.named}
+
+    @property
+    def logs(self) -> bool:
+        return not self.ours and (self.takes_all or bool(self.named & LOGS))
+
+
+Call = Callable[..., Awaitable[Reply]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FunctionReward:
+    """A function of the user's."""
+
+    name: str
+    place: str
+    """What a person is told that it is."""
+    form: Form
+    call: Call
+    """Calls it with args, kwargs and logs, in a worker process or in a thread."""
+    answer_key: str
+    """The dataset's column with the answer."""
+    prompt_key: str
+
+    async def rate(self, problem: Problem, completions: Sequence[Completion], progress: Progress) -> Sequence[Rated]:
+        texts = [completion.text for completion in completions]
+        try:
+            if self.form.ours:
+                reply = await self.call(_plain(problem), texts, kwargs={}, logs=False)
+            else:
+                arguments = self.form.select(self.arguments(problem, completions, progress))
+                reply = await self.call(kwargs=arguments, logs=self.form.logs)
+        except WorkerError as error:
+            return all_failed(len(texts), error.kind, f"{self.place}: {error.detail}")
+        rated = with_logs(rate_values(reply.value, [len(text) for text in texts]), reply)
+        return [_named(one, self.place) for one in rated]
+
+    def arguments(self, problem: Problem, completions: Sequence[Completion], progress: Progress) -> dict[str, Any]:
+        """What TRL passes: everything once for each completion."""
+        n = len(completions)
+        columns = columns_of(problem, self.prompt_key, self.answer_key)
+        return {
+            **{key: [value] * n for key, value in columns.items()},
+            "prompts": [prompt_of(problem)] * n,
+            "completions": [said(problem, completion) for completion in completions],
+            "completion_ids": [completion.tokens.tolist() for completion in completions],
+            "trainer_state": SimpleNamespace(global_step=progress.step, max_steps=progress.steps),
+        }
+
+
+def columns_of(problem: Problem, prompt_key: str, answer_key: str) -> dict[str, Any]:
+    """The columns of a problem's row, without those that TRL keeps to itself."""
+    columns = {prompt_key: prompt_of(problem), answer_key: problem.answer, **problem.metadata}
+    return {key: value for key, value in columns.items() if key not in NOT_COLUMNS}
+
+
+def prompt_of(problem: Problem) -> Any:
+    """A text, or a list of messages."""
+    return problem.prompt if isinstance(problem.prompt, str) else [dict(message) for message in problem.prompt]
+
+
+def said(problem: Problem, completion: Completion) -> Any:
+    """A completion in the form of its prompt: a text, or a list of messages."""
+    if isinstance(problem.prompt, str):
+        return completion.text
+    return [dict(message) for message in completion.messages] or [{"role": "assistant", "content": completion.text}]
+
+
+def _plain(problem: Problem) -> SimpleNamespace:
+    """A problem's fields in an object that a worker process knows without importing torch."""
+    fields = {"id": problem.id, "prompt": prompt_of(problem), "answer": problem.answer, "text": problem.text}
+    return SimpleNamespace(**fields, metadata=dict(problem.metadata))
+
+
+def _named(rated: Rated, place: str) -> Rated:
+    """With the reward's place before what a person reads of a failure."""
+    if rated.failure is None:
+        return rated
+    return Rated(failure=rated.failure, detail=f"{place}: {rated.detail}", extra=rated.extra)
+
+
+def in_processes(pool: Pool, target: Target, *, limit: float, shared: bool) -> Call:
+    """Calls of a function in the pool's worker processes; asynchronous ones share a process."""
+
+    async def call(*args: Any, kwargs: Mapping[str, Any], logs: bool) -> Reply:
+        return await pool.call(target, *args, kwargs=kwargs, limit=limit, shared=shared, logs=logs)
+
+    return call
+
+
+def in_threads(threads: Threads, function: Callable[..., Any], *, limit: float) -> Call:
+    """Calls of a function that cannot be pickled, in threads of this process."""
+
+    async def call(*args: Any, kwargs: Mapping[str, Any], logs: bool) -> Reply:
+        def wait() -> Reply:
+            return threads.call(function, *args, kwargs=kwargs, limit=limit, logs=logs)
+
+        return await asyncio.get_running_loop().run_in_executor(None, wait)
+
+    return call
+
+
+def form_in_this_process(function: Callable[..., Any], name: str) -> Form:
+    return Form.of(describe(function), name)

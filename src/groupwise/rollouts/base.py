@@ -1,5 +1,6 @@
 """What the training loop asks of a sampler."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,6 +28,11 @@ class Sampling:
     """Strings that end a completion; they stay part of it."""
     stop_tokens: tuple[int, ...] = ()
     """Token ids that end a completion, in addition to the end-of-sequence token."""
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether it may leave tokens of the vocabulary out; completions then need `Completion.kept`."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -65,7 +71,11 @@ class Sampler(Protocol):
         ...
 
 
-def requests(prompts: Sequence[Tensor], n: int, sampling: Sampling, seed: int) -> list[Request]:
-    """A request for each prompt, with random numbers of its own from one seed."""
-    stride = n * sampling.max_tokens
-    return [Request(prompt=p, n=n, sampling=sampling, seed=seed, offset=i * stride) for i, p in enumerate(prompts)]
+def requests(prompts: Sequence[Tensor], n: int | Sequence[int], sampling: Sampling, seed: int) -> list[Request]:
+    """A request for each prompt, with random numbers of its own from one seed; `n`: of every prompt, or of each."""
+    sizes = [n] * len(prompts) if isinstance(n, int) else n
+    offsets = itertools.accumulate(sizes, initial=0)
+    return [
+        Request(prompt=prompt, n=size, sampling=sampling, seed=seed, offset=before * sampling.max_tokens)
+        for prompt, size, before in zip(prompts, sizes, list(offsets)[:-1], strict=True)
+    ]

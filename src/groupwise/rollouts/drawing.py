@@ -10,6 +10,7 @@ from transformers import LogitsProcessorList
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from groupwise.errors import DIVERGED, RunError
+from groupwise.kept import KeptTokens
 from groupwise.models import LanguageModel
 from groupwise.rollouts.base import Sampling
 
@@ -30,8 +31,8 @@ class Drawing:
         self.tail = max((len(stop.encode()) for stop in sampling.stop), default=-4) + 4
         """Tokens that must be seen to find a stop string; 0: there is none."""
 
-    def choose(self, hidden_RH: Tensor, uniforms_R: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [R], and their log-probabilities [R] under the distribution that they were drawn from.
+    def choose(self, hidden_RH: Tensor, uniforms_R: Tensor) -> tuple[Tensor, Tensor, KeptTokens | None]:
+        """Tokens [R], their log-probabilities [R] under the distribution that they were drawn from, and their kept sets.
 
         Raises:
             RunError: the logits are not finite.
@@ -41,7 +42,7 @@ class Drawing:
         tokens_R, logprobs_R = self._kernel(z_RV, uniforms_R) if in_kernel else draw(z_RV, uniforms_R)
         if int(tokens_R.max()) >= z_RV.shape[1]:
             raise RunError(f"the logits of the next token are not finite; {DIVERGED}")
-        return tokens_R, logprobs_R
+        return tokens_R, logprobs_R, KeptTokens.of(z_RV > -torch.inf) if self._sampling.is_limited else None
 
     def ended(self, tokens_R: Tensor, tails: Callable[[], list[list[int]]]) -> Tensor:
         """bool [R]: which rows their newest token has ended; `tails` gives the last `tail` tokens of each."""

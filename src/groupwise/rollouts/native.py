@@ -302,7 +302,9 @@ class NativeSampler:
 
     def _draw_with(self, drawing: Drawing, slots_R: Tensor, hidden_RH: Tensor) -> tuple[Tensor, Tensor]:
         """The same, for rows that share their sampling parameters."""
-        tokens_R, logprobs_R = drawing.choose(hidden_RH, self._table.uniforms(slots_R))
+        tokens_R, logprobs_R, kept = drawing.choose(hidden_RH, self._table.uniforms(slots_R))
+        if kept is not None:
+            self._table.kept.append(slots_R.tolist(), kept)
         tails = functools.partial(self._table.tails, slots_R, drawing.tail)
         return tokens_R, self._table.write(slots_R, tokens_R, logprobs_R, functools.partial(drawing.ended, tokens_R, tails))
 
@@ -363,6 +365,7 @@ class NativeSampler:
                 mask=torch.ones(len(tokens), dtype=torch.bool),
                 stop="stop" if stopped[i] else "length",
                 versions=_spans(job.versions, i, len(tokens)),
+                kept=table.kept.of(job.slots[i]),
                 handle=job.handles.get(job.slots[i]),
             )
             for i, (tokens, text) in enumerate(zip(written, texts, strict=True))

@@ -1,10 +1,14 @@
 """The tokens of the rows being generated, and the random numbers that they are drawn with."""
 
+from array import array
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from groupwise.kept import KeptTokens
 
 CHUNK = 2**20
 """Numbers that are passed over at once."""
@@ -32,6 +36,38 @@ class RandomNumbers:
         return torch.rand(count, generator=self._generator, dtype=torch.float64)
 
 
+class KeptTokensTable:
+    """The kept sets of the rows being generated whose sampling is limited, by slot."""
+
+    def __init__(self) -> None:
+        # Arrays that grow: an object for each token would take more memory than most sets.
+        self._rows: dict[int, tuple[array[int], array[int], int]] = {}
+
+    def append(self, slots: list[int], kept: KeptTokens) -> None:
+        """Add the kept set of the next token of each slot, from those of these tokens."""
+        words, start = kept.words.numpy().tobytes(), 0
+        for slot, end in zip(slots, kept.ends.tolist(), strict=True):
+            if slot not in self._rows:
+                self._rows[slot] = array("i"), array("q"), kept.vocabulary
+            row, ends, _ = self._rows[slot]
+            row.frombytes(words[4 * start : 4 * end])
+            ends.append(len(row))
+            start = end
+
+    def of(self, slot: int) -> KeptTokens | None:
+        """What was added for a slot; None where nothing was."""
+        if slot not in self._rows:
+            return None
+        words, ends, vocabulary = self._rows[slot]
+        with torch.inference_mode(False):
+            found = [torch.from_numpy(np.array(numbers)) for numbers in (words, ends)]
+        return KeptTokens(words=found[0], ends=found[1], vocabulary=vocabulary)
+
+    def drop(self, slots: list[int]) -> None:
+        for slot in slots:
+            self._rows.pop(slot, None)
+
+
 class RowTable:
     """What has been generated so far, in a slot for each row; slots are taken and given back."""
 
@@ -44,6 +80,7 @@ class RowTable:
         self.lengths_B = torch.zeros(0, dtype=torch.long, device=device)
         self._limits_B = torch.zeros(0, dtype=torch.long, device=device)
         self.stopped_B = torch.zeros(0, dtype=torch.bool, device=device)
+        self.kept = KeptTokensTable()
 
     def reserve(self, rows: int, tokens: int) -> None:
         """Have at least so many free slots, for rows of so many tokens."""
@@ -73,6 +110,7 @@ class RowTable:
 
     def give_back(self, slots: list[int]) -> None:
         self._free += slots
+        self.kept.drop(slots)
 
     def uniforms(self, slots_R: Tensor) -> Tensor:
         """The numbers for the next token of each row."""

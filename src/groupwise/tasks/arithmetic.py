@@ -14,7 +14,7 @@ import hashlib
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -121,6 +121,8 @@ class ArithmeticTask(BaseModel):
     """Which grades to draw from, evenly. 1: two operands, + and -; 2: three; 3: four; 4: four, one *; 5: five, one *."""
     problems: Annotated[int, Field(ge=0)] = 0
     """Size of the training pool, revisited in turn; 0: never the same draw twice."""
+    steps_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of a second reward, the share of a completion's steps that are right, added to that of the answer; 0: none."""
     habits: Habits = Habits()
 
     def problem(self, position: int, seed: int) -> Problem:
@@ -145,7 +147,8 @@ class ArithmeticTask(BaseModel):
         return Problem(id=str(expression), prompt=f"{expression}=", answer=str(expression.value()), metadata={"grade": grade})
 
     async def score(self, problem: Problem, completions: Sequence[Completion]) -> list[Score]:
-        return [score_answer(problem, completion.text) for completion in completions]
+        scores = [score_answer(problem, completion.text) for completion in completions]
+        return [with_steps(score, self.steps_weight) for score in scores] if self.steps_weight else scores
 
     def demonstration(self, position: int, seed: int) -> Demonstration:
         """A supervised example: the working (with or without a loss on its first token), or an immediate answer; see `Habits`."""
@@ -175,6 +178,18 @@ def score_answer(problem: Problem, text: str) -> Score:
     if not scratchpad or scratchpad[0]:
         return Score(reward=float(correct), correct=correct, verdict=verdict, steps=((len(text), float(correct)),))
     return Score(reward=float(correct), correct=correct, verdict=verdict, steps=score_steps(problem, text))
+
+
+def with_steps(score: Score, weight: float) -> Score:
+    """A score of two rewards: of the answer, and of the share of right steps."""
+    components = {"answer": score.reward, "steps": sum(right for _, right in score.steps) / len(score.steps)}
+    return replace(
+        score,
+        reward=components["answer"] + weight * components["steps"],
+        verdict=None,
+        components=components,
+        weights={"steps": weight},
+    )
 
 
 def score_steps(problem: Problem, text: str) -> tuple[tuple[int, float], ...]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from pydantic import ValidationError
 
@@ -10,6 +10,7 @@ from groupwise.config import Source, explain
 from groupwise.errors import nearest
 from groupwise.tasks.arithmetic import ArithmeticTask
 from groupwise.tasks.dataset import DatasetTask
+from groupwise.tasks.tools import CalculatorTask, SearchTask
 from groupwise.types import Completion, Demonstration, Problem, Score
 
 
@@ -42,7 +43,22 @@ class Task(Protocol):
         ...
 
 
-TASKS: dict[str, type[ArithmeticTask] | type[DatasetTask]] = {"arithmetic": ArithmeticTask, "dataset": DatasetTask}
+@runtime_checkable
+class FollowsTraining(Protocol):
+    """A task whose scores may depend on how far training has come."""
+
+    def begin_step(self, step: int, steps: int) -> None:
+        """`step` training steps of `steps` are done."""
+        ...
+
+
+TASKS: dict[str, Any] = {
+    "arithmetic": ArithmeticTask,
+    "calculator": CalculatorTask,
+    "dataset": DatasetTask,
+    "search": SearchTask,
+}
+"""Name -> a pydantic model of the task's settings that is a `Task`."""
 
 
 def build_task(settings: dict[str, Any], source: Source) -> Task:
@@ -56,7 +72,7 @@ def build_task(settings: dict[str, Any], source: Source) -> Task:
     if not isinstance(name, str) or name not in TASKS:
         raise source.error("task.name", f"there is no task {name!r}{nearest(str(name), TASKS)}")
     try:
-        task = TASKS[name].model_validate(settings)
+        task: Task = TASKS[name].model_validate(settings)
     except ValidationError as error:
         raise explain(error, TASKS[name], source, "task.") from error
     if isinstance(task, DatasetTask):

@@ -1,44 +1,35 @@
 """Problems from a JSON-lines file: one object a line, with a prompt and an answer."""
 
-import asyncio
 import json
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import Field, PrivateAttr
 
 from groupwise.config import Source
 from groupwise.errors import UserError, nearest
-from groupwise.plugins import UserFunction, is_reference, load_function
-from groupwise.rewards.checkers import CHECKERS
-from groupwise.rewards.user import call_reward
-from groupwise.types import Completion, Demonstration, Problem, Score
+from groupwise.rewards.settings import RewardSettings
+from groupwise.types import Demonstration, Problem
 
 
-class DatasetTask(BaseModel):
+class DatasetTask(RewardSettings):
     """Problems of the user's own. Its settings are the keys of [task] in a recipe."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     name: Literal["dataset"] = "dataset"
     path: str
     """A .jsonl file, beside the recipe or from here."""
     prompt_key: str = "prompt"
+    """The key of a line's prompt."""
     answer_key: str = "answer"
-    reward: str = "exact"
-    """"exact", "last_line", "math", or a function of yours: "file.py:function" taking (problem, completions)."""
-    correct_above: float | None = None
-    """A completion counts as correct when your function's reward is above this. Left out: the reward is graded, no completion
-    is right or wrong, and what is measured is the mean reward."""
+    """The key of its reference answer."""
     held_out_path: str = ""
     """A .jsonl file of held-out problems; empty: a share of `path`."""
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """What share of `path` is held out where there is no `held_out_path`."""
 
     _train: list[Problem] = PrivateAttr(default_factory=list)
     _held_out: list[Problem] = PrivateAttr(default_factory=list)
-    _reward: UserFunction | None = PrivateAttr(default=None)
     _order: tuple[str, list[int]] = PrivateAttr(default=("", []))
 
     def open(self, source: Source, base: Path) -> None:
@@ -57,14 +48,7 @@ class DatasetTask(BaseModel):
             self._train, self._held_out = problems[count:], problems[:count]
         if not self._train:
             raise source.error("task.path", f"{self.path} has too few problems to hold any out")
-        if is_reference(self.reward):
-            try:
-                self._reward = load_function(self.reward, base)
-            except UserError as error:
-                raise source.error("task.reward", str(error)) from error
-            self.reward = self._reward.reference
-        elif self.reward not in CHECKERS:
-            raise source.error("task.reward", f"there is no reward {self.reward!r}{nearest(self.reward, CHECKERS)}")
+        self.open_rewards(source, base, prompt_key=self.prompt_key, answer_key=self.answer_key)
 
     def _read(self, source: Source, key: str, name: str, base: Path) -> tuple[list[Problem], str]:
         """The problems of a file, each prompt once, and the file's absolute path."""
@@ -92,7 +76,7 @@ class DatasetTask(BaseModel):
             raise UserError(f"{place}: not JSON: {error.msg} at column {error.colno}") from error
         if not isinstance(columns, dict):
             raise UserError(f"{place}: expected an object with {self.prompt_key!r}, not {type(columns).__name__}")
-        needed = [self.prompt_key] if is_reference(self.reward) else [self.prompt_key, self.answer_key]
+        needed = [self.prompt_key, self.answer_key] if self.needs_answer else [self.prompt_key]
         for key in needed:
             if key not in columns:
                 raise UserError(f"{place}: no {key!r}{nearest(key, columns)}")
@@ -113,18 +97,6 @@ class DatasetTask(BaseModel):
 
     def held_out(self, count: int) -> list[Problem]:
         return self._held_out[:count]
-
-    async def score(self, problem: Problem, completions: Sequence[Completion]) -> list[Score]:
-        texts = [completion.text for completion in completions]
-        if self._reward is not None:
-            return call_reward(self._reward, problem, texts, self.correct_above)
-        check = CHECKERS[self.reward]
-        if self.reward == "math":  # which waits for another process
-            loop = asyncio.get_running_loop()
-            verdicts = [await loop.run_in_executor(None, check, problem.answer, text) for text in texts]
-        else:
-            verdicts = [check(problem.answer, text) for text in texts]
-        return [Score(reward=float(v == "correct"), correct=v == "correct", verdict=v) for v in verdicts]
 
     def demonstration(self, position: int, seed: int) -> Demonstration:
         problem = self.problem(position, seed)

@@ -6,7 +6,7 @@ from typing import Any, get_args
 import torch
 from pydantic import ConfigDict, ValidationError, create_model
 
-from groupwise.algorithms import NAMED, PARTS, Algorithm, Outcomes, OwnPart, named, policy_loss
+from groupwise.algorithms import NAMED, PARTS, Algorithm, Candidates, Outcomes, OwnPart, Results, named, policy_loss
 from groupwise.algorithms.named import general_settings, merged, part_settings, target_of
 from groupwise.config import Recipe, Source, explain
 from groupwise.errors import UserError, nearest
@@ -81,7 +81,7 @@ def check_together(recipe: Recipe, algorithm: Algorithm, source: Source) -> None
     """Settings that are fine alone and meaningless together."""
     rollouts, learner = recipe.rollouts, recipe.learner
     alone_is_nothing = getattr(algorithm.advantage, "compares_group", False) or algorithm.dynamic_sampling
-    if rollouts.group_size == 1 and alone_is_nothing and not algorithm.needs:
+    if rollouts.group_size == 1 and alone_is_nothing and not algorithm.needs - {"components"}:
         raise source.error(
             "rollouts.group_size", f"{algorithm.name} compares the completions of a prompt, so it needs at least 2"
         )
@@ -89,12 +89,10 @@ def check_together(recipe: Recipe, algorithm: Algorithm, source: Source) -> None
         raise source.error(
             "learner.minibatches", f"a minibatch holds whole groups, and a step has {rollouts.prompts_per_step} of them"
         )
-    limited = rollouts.top_p < 1 or rollouts.top_k > 0 or rollouts.min_p > 0
-    if limited and (learner.old_logprobs == "sampler" or algorithm.corrects_mismatch):
+    smallest = getattr(algorithm.allocation, "smallest_group", 1)
+    if smallest > rollouts.group_size:
         raise source.error(
-            "learner.old_logprobs" if learner.old_logprobs == "sampler" else "algorithm.correction",
-            "the sampler's log-probabilities are those of the distribution cut by top_p, top_k or min_p, "
-            "which the learner does not compute, so the two cannot be compared",
+            "algorithm.smallest_group", f"is above rollouts.group_size ({rollouts.group_size}), the mean of all groups"
         )
     if algorithm.corrects_mismatch and learner.old_logprobs == "sampler":
         raise source.error(
@@ -119,6 +117,11 @@ def try_parts(algorithm: Algorithm) -> None:
         group_ids_B=torch.tensor([0, 0]),
         prompt_ids=["a", "a"],
         mask_BT=mask_BT,
+        turn_rewards=[[1.0], [0.0]],
+        turn_ends=[[1], [1]],
+        components_BK=torch.tensor([[1.0], [0.0]], dtype=torch.float64),
+        component_names=["task"],
+        component_weights_K=torch.ones(1, dtype=torch.float64),
         step_rewards=[[1.0], [0.0]],
         step_ends=[[1], [1]],
         token_rewards_BT=zeros_BT,
@@ -132,6 +135,10 @@ def try_parts(algorithm: Algorithm) -> None:
         weights_BT = algorithm.aggregation(mask_BT, group_ids_B=outcomes.group_ids_B, max_length=2)
         others: dict[str, Any] = {"ref_logprobs_BT": zeros_BT, "rollout_logprobs_BT": zeros_BT, "entropy_BT": zeros_BT}
         loss, _ = policy_loss(algorithm, logprobs_BT, zeros_BT, credit.advantages, mask_BT, weights_BT=weights_BT, **others)
+        algorithm.selection(Results(rewards_G=outcomes.rewards_B, correct_G=torch.tensor([True, False])))
+        candidates = Candidates(prompt_ids=["a", "b"], count=2, completions=4, history={}, seed=0)
+        if sum(n for _, n in algorithm.allocation(candidates)) != candidates.completions:
+            raise ValueError(f"the allocation is to give away all {candidates.completions} completions")
         loss.backward()  # type: ignore[no-untyped-call]
     except Exception as error:  # the user's functions may raise or return anything
         raise UserError(f"trying {names}: {type(error).__name__}: {error}") from error

@@ -29,16 +29,23 @@ def make_batch(groups: Sequence[Group], algorithm: Algorithm) -> Batch:
         lengths_B=torch.tensor([len(completion.tokens) for completion in completions]),
         mask_BT=pad_rows(masks),
         rollout_logprobs_BT=pad_rows([completion.logprobs for completion in completions]),
+        kept=tuple(completion.kept for completion in completions),
     )
 
 
-def minibatches(batch: TrainingBatch, count: int, seed: int) -> Iterator[TrainingBatch]:
-    """The batch in `count` minibatches of complete groups, shuffled by `seed`; fewer when there are fewer groups."""
-    order = list(range(len(batch.prompts)))
-    random.Random(seed).shuffle(order)
-    count = min(count, len(order))
-    for i in range(count):
-        part = torch.tensor(order[i * len(order) // count : (i + 1) * len(order) // count])
-        rows = torch.isin(batch.group_ids_B, part).nonzero()[:, 0]
-        if batch.mask_BT[rows].any():
-            yield batch.select(rows)
+def minibatches(batch: TrainingBatch, count: int, seed: int, epochs: int = 1) -> Iterator[TrainingBatch]:
+    """The batch in `count` minibatches of complete groups, once for each epoch, shuffled anew; fewer when there are fewer groups.
+
+    `seed`: of the order of all epochs.
+    """
+    random_numbers = random.Random(seed)
+    P = len(batch.prompts)
+    count = min(count, P)
+    for _ in range(epochs):
+        order = list(range(P))
+        random_numbers.shuffle(order)
+        for i in range(count):
+            part = torch.tensor(order[i * P // count : (i + 1) * P // count])
+            rows = torch.isin(batch.group_ids_B, part).nonzero()[:, 0]
+            if batch.mask_BT[rows].any():
+                yield batch.select(rows)

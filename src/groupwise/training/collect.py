@@ -3,16 +3,19 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from groupwise.algorithms import Algorithm
+import torch
+
+from groupwise.algorithms import Algorithm, Candidates, Results
 from groupwise.config import Recipe, RolloutsSection
 from groupwise.errors import RunError
 from groupwise.rollouts.base import Sampling
 from groupwise.rollouts.groups import Rollouts
 from groupwise.seeding import derive
+from groupwise.training.kept_sets import check_kept
 from groupwise.types import Group, Outcome, Problem, Score
 
 LARGEST_ROUND = 4
@@ -47,13 +50,15 @@ class Collected:
     """Whether the batch was filled."""
     reused: int = 0
     """Groups among those kept that an earlier step generated."""
+    unselected: int = 0
+    """Groups among those dropped that the selection refused although their rewards differ."""
 
     def describe(self) -> str:
         """Why a batch could not be filled."""
         outcomes = Counter(group.outcome for group in self.seen)
-        return f"{len(self.groups)} mixed groups after {self.rounds} rounds and {len(self.seen)} prompts: " + ", ".join(
-            f"{outcomes[name]} {text}" for name, text in OUTCOMES.items() if outcomes[name]
-        )
+        why = [f"{outcomes[name]} {text}" for name, text in OUTCOMES.items() if outcomes[name]]
+        why += [f"{self.unselected} mixed but not selected"] if self.unselected else []
+        return f"{len(self.groups)} groups to train on after {self.rounds} rounds and {len(self.seen)} prompts: " + ", ".join(why)
 
 
 class Collector:
@@ -68,7 +73,9 @@ class Collector:
         self.failed_groups = 0
         """How many groups in a row, up to the last one, scoring failed for."""
         self.surplus: list[tuple[int, Group]] = []
-        """Mixed groups beyond the last batch, and the step that generated each."""
+        """Selected groups beyond the last batch, and the step that generated each."""
+        self.history: Mapping[str, tuple[float, float]] = {}
+        """Of each prompt, for allocations that need it."""
 
     def collect(self, step: int) -> Collected:
         """The groups of one step. Without dynamic sampling: one round, everything kept that could be scored.
@@ -85,20 +92,22 @@ class Collector:
         kept, seen, dropped = list(young), list[Group](), list[Group]()
         rounds, replaced, scoring = 0, 0, 0.0
         while len(kept) < wanted and rounds < limit + replaced:
-            problems = self._draw(self._count(wanted - len(kept)))
-            seed = derive(self.recipe.seed, "rollouts", step, rounds)
-            groups, seconds = self.rollouts.groups(problems, self.recipe.rollouts.group_size, seed)
+            problems, sizes = self._draw(self._count(wanted - len(kept)), derive(self.recipe.seed, "allocation", step, rounds))
+            groups, seconds = self.rollouts.groups(problems, sizes, derive(self.recipe.seed, "rollouts", step, rounds))
             seen += groups
             for group in groups:
-                if group.scored and (not self.algorithm.dynamic_sampling or is_mixed(group, self.algorithm)):
+                check_kept(group.completions, self.recipe, self.algorithm)
+                if group.scored and (not self.algorithm.dynamic_sampling or is_selected(group, self.algorithm)):
                     kept.append((step, group))
                 else:
                     dropped.append(group)
             self._check_failures(groups)
+            self._remember(groups)
             replaced += any(not group.scored for group in groups)  # groups that failed are drawn again, of other problems
             scoring += seconds
             rounds += 1
             self.keep_rate = (len(kept) - len(young)) / len(seen)
+        unselected = sum(group.outcome == "mixed" for group in dropped)
         self.surplus = kept[wanted:] if max_age else []
         dropped += [] if max_age else [group for _, group in kept[wanted:]]
         return Collected(
@@ -111,6 +120,7 @@ class Collector:
             scoring_seconds=scoring,
             full=len(kept) >= wanted,
             reused=min(len(young), wanted),
+            unselected=unselected,
         )
 
     def _count(self, missing: int) -> int:
@@ -120,10 +130,49 @@ class Collector:
         wanted = self.recipe.rollouts.prompts_per_step
         return min(LARGEST_ROUND * wanted, math.ceil(missing / max(self.keep_rate, 1 / LARGEST_ROUND)))
 
-    def _draw(self, count: int) -> list[Problem]:
-        problems = [self.rollouts.task.problem(self.position + i, self.recipe.seed) for i in range(count)]
-        self.position += count
-        return problems
+    def _draw(self, count: int, seed: int) -> tuple[list[Problem], list[int]]:
+        """The problems that the algorithm allocates completions to, and how many each: `group_size` on average.
+
+        Raises:
+            RunError: an allocation of the user's own gave away more or less.
+        """
+        ahead = math.ceil(count * getattr(self.algorithm.allocation, "candidates", 1))
+        problems = [self.rollouts.task.problem(self.position + i, self.recipe.seed) for i in range(ahead)]
+        self.position += ahead
+        candidates = Candidates(
+            prompt_ids=[problem.id for problem in problems],
+            count=count,
+            completions=count * self.recipe.rollouts.group_size,
+            history=self.history,
+            seed=seed,
+        )
+        chosen = self.algorithm.allocation(candidates)
+        if len(chosen) != count or sum(n for _, n in chosen) != candidates.completions:
+            given = f"{sum(n for _, n in chosen)} completions to {len(chosen)} prompts"
+            name = self.algorithm.choice("allocation")
+            raise RunError(f"the allocation {name} gave {given}, and not {candidates.completions} to {count}")
+        return [problems[i] for i, _ in chosen], [n for _, n in chosen]
+
+    def _remember(self, groups: Sequence[Group]) -> None:
+        """Tell the allocation how each prompt fared, where it keeps a history.
+
+        Raises:
+            RunError: a graded reward is no share of a success.
+        """
+        remember = getattr(self.algorithm.allocation, "remember", None)
+        if remember is None:
+            return
+        visits = []
+        for group in groups:
+            for score in group.scored:
+                if score.correct is None and not 0 <= score.reward <= 1:
+                    raise RunError(
+                        f"the allocation {self.algorithm.choice('allocation')} counts pass rates, or rewards from 0 to 1 "
+                        f"as a share of one, and a completion of {group.problem.id!r} got {score.reward:g}"
+                    )
+            rewards = [score.reward if score.correct is None else float(score.correct) for score in group.scored]
+            visits.append((group.problem.id, sum(rewards), len(rewards) - sum(rewards)))
+        self.history = remember(self.history, visits)
 
     def _check_failures(self, groups: list[Group]) -> None:
         """Count groups in a row of which no completion could be scored.
@@ -146,24 +195,32 @@ class Collector:
             "keep_rate": self.keep_rate,
             "failed_groups": self.failed_groups,
             "surplus": surplus,
+            "history": self.history,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.position, self.keep_rate, self.failed_groups = state["position"], state["keep_rate"], state["failed_groups"]
+        self.history = state["history"]
         self.surplus = [(born, Group.from_dict(group)) for born, group in state["surplus"]]
 
 
-def is_mixed(group: Group, algorithm: Algorithm) -> bool:
-    """DAPO's condition 0 < #correct < G, over the completions that enter the baseline (arXiv 2503.14476, equation 11); for a
-    graded reward, that they do not all have the same.
+def is_selected(group: Group, algorithm: Algorithm) -> bool:
+    """Whether the algorithm's selection keeps the group, by its completions that enter the baseline.
 
     Those are all with `overlong_in_baseline`, else those that overlong filtering leaves in the loss. False if none is trained on.
     """
     scored = [(c, s) for c, s in zip(group.completions, group.scores, strict=True) if s.failure is None]
     trained = [score for completion, score in scored if not (algorithm.overlong_filter and completion.stop == "length")]
     counted = [score for _, score in scored] if algorithm.overlong_in_baseline else trained
+    if not trained:
+        return False
     graded = any(score.correct is None for score in counted)
-    return bool(trained) and len({score.reward if graded else score.correct for score in counted}) > 1
+    return algorithm.selection(
+        Results(
+            rewards_G=torch.tensor([score.reward for score in counted], dtype=torch.float64),
+            correct_G=None if graded else torch.tensor([score.correct is True for score in counted]),
+        )
+    )
 
 
 def describe_failures(scores: Sequence[Score]) -> str:

@@ -3,6 +3,7 @@
 import bisect
 import functools
 import itertools
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,7 +32,7 @@ def reward_parts(groups: Sequence[Group], algorithm: Algorithm, max_tokens: int)
     scores = [score for group in groups for score in group.scores]
     parts = {"task": torch.tensor([_priced(score, algorithm) for score in scores], dtype=torch.float64)}
     if algorithm.overlong_cache:
-        lengths_B = torch.tensor([len(c.tokens) for group in groups for c in group.completions])
+        lengths_B = torch.tensor([len(c.tokens) - c.lead for group in groups for c in group.completions])
         parts["overlong"] = soft_overlong_penalty(lengths_B, max_tokens, round(algorithm.overlong_cache * max_tokens))
     return parts
 
@@ -40,6 +41,30 @@ def _priced(score: Score, algorithm: Algorithm) -> float:
     if algorithm.outcome_rewards is None or score.verdict is None:
         return score.reward
     return algorithm.outcome_rewards[("correct", "wrong", "unparsed").index(score.verdict)]
+
+
+def reward_components(groups: Sequence[Group], rewards: Rewards) -> tuple[list[str], Tensor, Tensor]:
+    """What rewards consist of: names, values (float64 [B, K], NaN where a completion has no such one), weights (float64 [K]).
+
+    The components of the task's reward as it names them ("task", where it names none), and what the algorithm adds.
+
+    Raises:
+        RunError: a component counts more in one completion than in another.
+    """
+    scores = [score for group in groups for score in group.scores]
+    parts = {key: value.tolist() for key, value in rewards.items()}
+    task = parts.pop("task")
+    columns, weights = dict[str, list[float]](), dict[str, float]()
+    for i, score in enumerate(scores):
+        for name, value in (score.components or {"task": task[i]}).items() if score.failure is None else ():
+            columns.setdefault(name, [math.nan] * len(scores))[i] = value
+            weight = score.weights.get(name, 1.0)
+            if weights.setdefault(name, weight) != weight:
+                raise RunError(f"the reward {name!r} has weight {weights[name]:g} in one completion and {weight:g} in another")
+    for name, values in parts.items():
+        columns[name], weights[name] = values, 1.0
+    values_BK = torch.tensor(list(columns.values()), dtype=torch.float64).T
+    return list(columns), values_BK, torch.tensor(list(weights.values()), dtype=torch.float64)
 
 
 class CreditAssigner:
@@ -103,11 +128,19 @@ class CreditAssigner:
         rewards_B = torch.stack(list(rewards.values())).sum(0)
         ids = [group.problem.id for group in groups for _ in group.completions]
         steps = step_positions(groups, self.tokenizer) if "steps" in self.algorithm.needs else None
+        shaped_B = rewards_B - penalty_BT.sum(1)
+        turns = turn_positions(groups, shaped_B) if "turns" in self.algorithm.needs else None
+        components = reward_components(groups, rewards) if "components" in self.algorithm.needs else None
         outcomes = Outcomes(
-            rewards_B=(rewards_B - penalty_BT.sum(1))[rows],
+            rewards_B=shaped_B[rows],
             group_ids_B=batch.group_ids_B[rows],
             prompt_ids=[ids[i] for i in rows.tolist()],
             mask_BT=batch.mask_BT[rows],
+            turn_rewards=[turns[i][0] for i in rows.tolist()] if turns else None,
+            turn_ends=[turns[i][1] for i in rows.tolist()] if turns else None,
+            components_BK=components[1][rows] if components else None,
+            component_names=components[0] if components else (),
+            component_weights_K=components[2] if components else None,
             step_rewards=[steps[i][0] for i in rows.tolist()] if steps else None,
             step_ends=[steps[i][1] for i in rows.tolist()] if steps else None,
             token_rewards_BT=(last_token(batch.mask_BT) * rewards_B[:, None] - penalty_BT)[rows],
@@ -131,6 +164,20 @@ class CreditAssigner:
 def last_token(mask_BT: Tensor) -> Tensor:
     """bool [B, T], True at each row's last trained token."""
     return mask_BT & (mask_BT.flip(1).cumsum(1).flip(1) == 1)
+
+
+def turn_positions(groups: Sequence[Group], rewards_B: Tensor) -> list[tuple[list[float], list[int]]]:
+    """For each completion the rewards of the policy's turns and the index of each turn's last token.
+
+    `rewards_B`: of completions, the sum of their turns included; what no turn earned is the last one's.
+    """
+    result = []
+    completions = [completion for group in groups for completion in group.completions]
+    for completion, total in zip(completions, rewards_B.tolist(), strict=True):
+        rewards = [turn.reward or 0.0 for turn in completion.said]
+        rewards[-1] += total - sum(rewards)
+        result.append((rewards, [turn.end - 1 for turn in completion.said]))
+    return result
 
 
 def step_positions(groups: Sequence[Group], tokenizer: Any) -> list[tuple[list[float], list[int]]]:

@@ -19,6 +19,7 @@ COLUMNS = {
     "entropy": ("entropy", "{:.3f}"),
     "groups/zero_variance": ("zero-variance groups", "{:.0%}"),
     "length/mean": ("length", "{:.1f}"),
+    "tools/calls": ("tool calls", "{:.2f}"),
     "clip_fraction": ("clipped", "{:.4f}"),
     "tokens_per_second": ("tokens/s", "{:,.0f}"),
 }

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from groupwise.errors import RunError
 from groupwise.rollouts.groups import Rollouts
 from groupwise.training.collect import describe_failures
+from groupwise.training.metrics import turn_metrics
 from groupwise.types import Group, Problem
 
 
@@ -18,10 +19,12 @@ class Evaluation:
 
     metrics: dict[str, float]
     """eval/pass@1 (mean over samples, so also avg@k) and eval/pass@k where the task says what is right, eval/reward and its
-    standard deviation over problems, eval/reward_std,
-    eval/length, eval/truncated, eval/grade_N; eval/failed where a completion could not be scored."""
+    standard deviation over problems, eval/reward_std, eval/length, eval/truncated, eval/grade_N; eval/failed where a completion
+    could not be scored."""
     groups: Sequence[Group]
     """The answers, in the order of the problems."""
+    values: dict[str, list[float]]
+    """Each metric's value of each problem that it is a mean over."""
 
 
 def evaluate(rollouts: Rollouts, problems: Sequence[Problem], *, samples: int = 1, seed: int) -> Evaluation:
@@ -38,30 +41,34 @@ def evaluate(rollouts: Rollouts, problems: Sequence[Problem], *, samples: int = 
     failed = sum(len(group.scores) - len(group.scored) for group in groups)
     graded = any(score.correct is None for group in scored for score in group.scored)
     rewards = [_mean([score.reward for score in group.scored]) for group in scored]
-    metrics = {
+    values = {
         **({} if graded else _pass_rates(scored, samples)),
-        "eval/reward": _mean(rewards),
-        "eval/reward_std": statistics.stdev(rewards) if len(rewards) > 1 else 0.0,
-        "eval/length": _mean([len(completion.tokens) for completion in every]),
-        "eval/truncated": _mean([completion.stop == "length" for completion in every]),
-        **({"eval/failed": failed / len(every)} if failed else {}),
+        "eval/reward": rewards,
+        "eval/length": [_mean([len(completion.tokens) for completion in group.completions]) for group in groups],
+        "eval/truncated": [_mean([completion.stop == "length" for completion in group.completions]) for group in groups],
     }
     by_grade = defaultdict(list)
     for group in scored:
         if "grade" in group.problem.metadata:
-            values = [score.reward if graded else float(score.correct is True) for score in group.scored]
-            by_grade[group.problem.metadata["grade"]].append(_mean(values))
-    metrics |= {f"eval/grade_{grade}": _mean(values) for grade, values in sorted(by_grade.items())}
-    return Evaluation(groups=groups, metrics=metrics)
+            of_group = [score.reward if graded else float(score.correct is True) for score in group.scored]
+            by_grade[group.problem.metadata["grade"]].append(_mean(of_group))
+    values |= {f"eval/grade_{grade}": of_grade for grade, of_grade in sorted(by_grade.items())}
+    metrics = {key: _mean(of) for key, of in values.items()}
+    metrics["eval/reward_std"] = statistics.stdev(rewards) if len(rewards) > 1 else 0.0
+    metrics |= {f"eval/{name}": value for name, value in turn_metrics(every).items()}
+    if failed:
+        metrics["eval/failed"] = failed / len(every)
+    return Evaluation(groups=groups, values=values, metrics=metrics)
 
 
-def _pass_rates(groups: Sequence[Group], samples: int) -> dict[str, float]:
+def _pass_rates(groups: Sequence[Group], samples: int) -> dict[str, list[float]]:
     """pass@1, and pass@k for powers of two and for `samples`; a k counts only groups of which k completions were scored."""
-    metrics = {"eval/pass@1": _mean([group.correct_count / len(group.scored) for group in groups])}
+    rates = {"eval/pass@1": [group.correct_count / len(group.scored) for group in groups]}
     for k in sorted({2**i for i in range(1, samples.bit_length())} | {samples} - {1}):
-        rates = [pass_at(k, len(group.scored), group.correct_count) for group in groups if len(group.scored) >= k]
-        metrics[f"eval/pass@{k}"] = _mean(rates)
-    return metrics
+        rates[f"eval/pass@{k}"] = [
+            pass_at(k, len(group.scored), group.correct_count) for group in groups if len(group.scored) >= k
+        ]
+    return rates
 
 
 def pass_at(k: int, samples: int, correct: int) -> float:

@@ -14,7 +14,7 @@ from groupwise.rollouts.base import Sampler
 from groupwise.seeding import derive
 from groupwise.training import checkpoints
 from groupwise.training.batching import make_batch, minibatches
-from groupwise.training.collect import Collected, Collector
+from groupwise.training.collect import Collected, Collector, describe_failures
 from groupwise.training.credit import CreditAssigner, Rewards, reward_parts
 from groupwise.training.evaluate import Evaluation, evaluate
 from groupwise.training.events import Evaluated, Event, Recorder, StepDone, Warned
@@ -32,6 +32,8 @@ class Result:
     before: Evaluation
     after: Evaluation
     seconds: float
+    exported: dict[str, float]
+    """Of the exported model: `LanguageModel.export`."""
 
 
 LARGEST_GAP = 0.01
@@ -42,9 +44,8 @@ def in_float32(recipe: Recipe) -> bool:
     """Whether the recipe's sampler and learner compute the same distribution, but for float32's rounding."""
     rollouts = recipe.rollouts
     dtypes = recipe.model.dtype, recipe.learner.precision, rollouts.dtype, rollouts.cache_dtype
-    limited = rollouts.top_p < 1 or rollouts.top_k > 0 or rollouts.min_p > 0
     same_weights = rollouts.max_age == 0 and rollouts.sampler == "native"
-    return set(dtypes) <= {"float32", None} and same_weights and not limited
+    return set(dtypes) <= {"float32", None} and same_weights
 
 
 class Trainer:
@@ -83,8 +84,8 @@ class Trainer:
                     self.save()
                 if self.is_due(self.recipe.training.eval_every):
                     after = self.evaluate()
-        self.learner.export(self.run_directory.model, self.ready.tokenizer)
-        return Result(before=before, after=after, seconds=time.monotonic() - started)
+        exported = self.learner.export(self.run_directory.model, self.ready.tokenizer)
+        return Result(before=before, after=after, seconds=time.monotonic() - started, exported=exported)
 
     def train_step(self) -> None:
         """Rollouts, advantages, updates: one step, recorded."""
@@ -125,7 +126,8 @@ class Trainer:
         self.check_gap(metrics.get("sampler_gap_mean", 0.0))
         training, kl_metrics = self.credit.assign(with_logprobs, collected.groups, rewards, policy_moved=self.learner.version > 0)
         self.remember_dropped(collected)
-        parts = minibatches(training, self.recipe.learner.minibatches, derive(self.recipe.seed, "minibatches", self.step))
+        settings, seed = self.recipe.learner, derive(self.recipe.seed, "minibatches", self.step)
+        parts = minibatches(training, settings.minibatches, seed, self.recipe.rollouts.epochs)
         record = tokens.append if self.tokens_are_due() else None
         updates = [self.learner.update(minibatch, record) for minibatch in parts]
         advantages = advantage_metrics(training.advantages_BT, training.mask_BT)
@@ -154,6 +156,7 @@ class Trainer:
     def collect(self) -> Collected:
         """Groups for the next step. If that fails, its problems are put back and a checkpoint is saved, to be resumed from."""
         position = self.collector.state_dict()
+        self.ready.begin_step(self.step)
         try:
             collected = self.collector.collect(self.step)
             if not collected.groups:
@@ -165,6 +168,11 @@ class Trainer:
             self.collector.load_state_dict(position)
             self.save()
             raise
+        failed = [score for group in collected.seen for score in group.scores if score.failure is not None]
+        if failed:
+            total = sum(len(group.scores) for group in collected.seen)
+            text = f"{len(failed)} of {total} completions could not be scored and are set aside: {describe_failures(failed)}"
+            self.warn(text, self.step + 1)
         if not collected.full:
             self.warn(f"dynamic sampling stopped at rollouts.max_rounds with {collected.describe()}", self.step + 1)
         return collected
@@ -189,9 +197,11 @@ class Trainer:
 
     def evaluate_base(self) -> Evaluation:
         """Held-out results of the untrained base model, which a resumed run shows again as its starting point; not recorded."""
-        return self.evaluation_of(self.ready.make_sampler(self.ready.load_base()))
+        with self.ready.base() as base:
+            return self.evaluation_of(self.ready.make_sampler(base))
 
     def evaluation_of(self, sampler: Sampler) -> Evaluation:
+        self.ready.begin_step(self.step)
         return evaluate(self.ready.rollouts(sampler), self.held_out, seed=derive(self.recipe.seed, "evaluation"))
 
     # --- records and state

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from groupwise.algorithms.diagnostics import effective_share
 from groupwise.training.collect import Collected
-from groupwise.types import Group, Outcome
+from groupwise.types import Completion, Group, Outcome
 
 
 def rollout_metrics(collected: Collected, version: int) -> dict[str, float]:
@@ -35,16 +35,37 @@ def rollout_metrics(collected: Collected, version: int) -> dict[str, float]:
         **{f"groups/{name}": share for name, share in shares.items()},
         "groups/zero_variance": 1 - shares["mixed"],
         "groups/kept": float(len(collected.groups)),
+        "groups/smallest": float(min(len(group.completions) for group in seen)),
+        "groups/largest": float(max(len(group.completions) for group in seen)),
         "rollouts/completions": float(sum(len(group.completions) for group in collected.seen)),
         "rollouts/rounds": float(collected.rounds),
         "rollouts/age": sum(ages) / len(ages),
         "groups/reused": float(collected.reused),
         "groups/too_old": float(len(collected.expired)),
         "dropped/zero_variance": float(sum(group.outcome != "mixed" for group in collected.dropped)),
-        "dropped/surplus": float(sum(group.outcome == "mixed" for group in collected.dropped)),
+        "dropped/unselected": float(collected.unselected),
+        "dropped/surplus": float(sum(group.outcome == "mixed" for group in collected.dropped) - collected.unselected),
         "length/mean": sum(len(completion.tokens) for completion in completions) / len(completions),
         "length/finished": sum(finished) / len(finished) if finished else math.nan,
         "length/truncated": sum(completion.stop == "length" for completion in completions) / len(completions),
+        **turn_metrics(completions),
+    }
+
+
+def turn_metrics(completions: Sequence[Completion]) -> dict[str, float]:
+    """Of conversations: turns of the policy, tool calls and calls that could not be read in each; the shares of calls that failed
+    and of turns that the limit of tokens cut. Nothing where no completion has turns."""
+    if not any(completion.turns for completion in completions):
+        return {}
+    said = [turn for completion in completions for turn in completion.said]
+    results = [turn for completion in completions for turn in completion.turns if turn.role == "tool"]
+    calls = sum(turn.calls for turn in said)
+    return {
+        "turns/mean": len(said) / len(completions),
+        "turns/truncated": sum(c.stop == "length" and c.turns[-1].role == "assistant" for c in completions) / len(said),
+        "tools/calls": calls / len(completions),
+        "tools/errors": sum(turn.errors for turn in results) / max(1, calls + sum(turn.errors for turn in said)),
+        "tools/unread": sum(turn.errors for turn in said) / len(completions),
     }
 
 

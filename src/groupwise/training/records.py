@@ -15,7 +15,7 @@ from groupwise.config import dump
 from groupwise.errors import UserError
 from groupwise.learner.base import TokenRecord
 from groupwise.training.events import Evaluated, Event, StepDone
-from groupwise.types import Group, TrainingBatch
+from groupwise.types import Completion, Group, Message, TrainingBatch, pad_rows
 
 
 class RunDirectory:
@@ -52,10 +52,10 @@ class RunDirectory:
     def record(self, event: Event) -> None:
         """Write what an event holds; the directory is a `Recorder`."""
         if isinstance(event, StepDone):
-            self.write_metrics(event.step, event.metrics)
             self.write_rollouts(event.step, event.groups)
             if event.tokens and isinstance(event.batch, TrainingBatch):
                 self.write_tokens(event.step, event.groups, event.batch, event.tokens)
+            self.write_metrics(event.step, event.metrics)  # last: who reads the line finds the step's other files complete
         elif isinstance(event, Evaluated):
             problems = float(len(event.evaluation.groups))
             self.write_metrics(event.step, {**event.evaluation.metrics, "eval_problems": problems})
@@ -67,9 +67,11 @@ class RunDirectory:
             file.write(json.dumps({"step": step, **finite}) + "\n")
 
     def write_rollouts(self, step: int, groups: Sequence[Group]) -> None:
-        """The best and the worst completion of each group, for a person to read."""
+        """The best and the worst completion of each group: as text for a person to read, and as a line of JSON each."""
         text = "\n".join(_readable(group) for group in groups)
         (self.path / "rollouts" / f"step-{step:06d}.txt").write_text(text)
+        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for group in groups for sample in _samples(group)]
+        (self.path / "rollouts" / f"step-{step:06d}.jsonl").write_text("".join(lines), encoding="utf-8")
 
     def write_tokens(self, step: int, groups: Sequence[Group], batch: TrainingBatch, records: Sequence[TokenRecord]) -> None:
         """Every completion token as a row of Parquet; what only the learner knows is null where a row was not run."""
@@ -100,9 +102,11 @@ def token_columns(
     scores = [score for group in groups for score in group.scores]
     prompts = [group.problem.text for group in groups for _ in group.completions]
     old_BT = batch.old_logprobs_BT
-    measured_BT = torch.where(batch.mask_BT, 1.0, math.nan)  # a masked token has no ratio
+    measured_BT = torch.where(batch.mask_BT, 1.0, math.nan)  # a masked token has no ratio, one of a tool no probability
+    sampled_BT = torch.where(pad_rows([completion.mask for completion in completions]), 1.0, math.nan)
     texts = {token: tokenizer.decode([token]) for token in set(batch.tokens_BT[inside_BT].tolist())}
     rows = rows_N.tolist()
+    turns = [place for completion in completions for place in _turns_of_tokens(completion)]
 
     def of_rows(values: Sequence[Any]) -> list[Any]:
         return [values[row] for row in rows]
@@ -121,10 +125,12 @@ def token_columns(
         "reward": pa.array(of_rows([score.reward if score.failure is None else None for score in scores]), pa.float32()),
         "correct": pa.array(of_rows([score.correct for score in scores])),
         "stop": pa.array(of_rows([completion.stop for completion in completions])).dictionary_encode(),
+        "turn": pa.array([turn for turn, _ in turns], pa.int32()),
+        "role": pa.array([role for _, role in turns]).dictionary_encode(),
         "trained": pa.array(batch.mask_BT[inside_BT].numpy()),
         "advantage": floats(batch.advantages_BT),
-        "rollout_logprob": floats(batch.rollout_logprobs_BT),
-        "old_logprob": floats(old_BT),
+        "rollout_logprob": floats(batch.rollout_logprobs_BT * sampled_BT),
+        "old_logprob": floats(old_BT * sampled_BT),
         "logprob": floats(known["logprob"] * measured_BT),
         "ratio": floats((known["logprob"] - old_BT).exp() * measured_BT),
         "low": floats(known["low"] * measured_BT),
@@ -134,6 +140,12 @@ def token_columns(
     }
 
 
+def _turns_of_tokens(completion: Completion) -> list[tuple[int, str]]:
+    """For each token the number of its turn, from 0, and who said it."""
+    spans = completion.turns or completion.said
+    return [(number, turn.role) for number, turn in enumerate(spans) for _ in range(turn.start, turn.end)]
+
+
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
@@ -141,8 +153,64 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
+def _ranked(group: Group) -> list[int]:
+    """The completions that could be scored, by reward."""
+    return sorted((i for i, s in enumerate(group.scores) if s.failure is None), key=lambda i: group.scores[i].reward)
+
+
+def _samples(group: Group) -> list[dict[str, Any]]:
+    ranked = _ranked(group)
+    return [
+        {
+            "rank": rank,
+            "prompt": group.problem.text,
+            "answer": group.problem.answer,
+            "completion": "\n".join(spoken(group.completions[i])),
+            "reward": group.scores[i].reward,
+            "correct": group.scores[i].correct,
+            "stop": group.completions[i].stop,
+        }
+        for rank, i in (("best", ranked[-1]), ("worst", ranked[0]))
+    ] if ranked else []  # fmt: skip
+
+
+def spoken(completion: Completion) -> list[str]:
+    """A completion for a person to read: its text, or the turns of a conversation, each with who said it and what it earned."""
+    if not completion.turns:
+        return [completion.text]
+    turns = [turn for turn in completion.turns if turn.start >= completion.lead]
+    lines = []
+    for turn, messages in zip(turns, _messages_of_turns(completion), strict=False):
+        earned = "" if turn.reward is None else f", reward {turn.reward:g}"
+        errors = f", {turn.errors} failed" if turn.errors else ""
+        lines.append(f"[{turn.role}{earned}{errors}] " + "\n".join(map(_written, messages)))
+    return lines
+
+
+def _messages_of_turns(completion: Completion) -> list[list[Message]]:
+    """The messages of each turn: one of the assistant, or what was said before the assistant's next."""
+    found: list[list[Message]] = []
+    for message in completion.messages:
+        if message["role"] == "assistant" or not found or found[-1][0]["role"] == "assistant":
+            found.append([])
+        found[-1].append(message)
+    return found
+
+
+def _written(message: Message) -> str:
+    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    said = [str(message.get(key) or "") for key in ("reasoning_content", "content")]
+    return " ".join([*(text for text in said if text), *(f"{call['name']}({_arguments(call['arguments'])})" for call in calls)])
+
+
+def _arguments(arguments: Any) -> str:
+    if not isinstance(arguments, Mapping):
+        return str(arguments)
+    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+
+
 def _readable(group: Group) -> str:
-    ranked = sorted((i for i, s in enumerate(group.scores) if s.failure is None), key=lambda i: group.scores[i].reward)
+    ranked = _ranked(group)
     failed = len(group.scores) - len(ranked)
     right = "" if any(score.correct is None for score in group.scored) else f"{group.correct_count} of {len(ranked)} right; "
     note = f"; {failed} could not be scored" if failed else ""
@@ -150,5 +218,5 @@ def _readable(group: Group) -> str:
     for name, i in (("best", ranked[-1]), ("worst", ranked[0])) if ranked else ():
         completion, score = group.completions[i], group.scores[i]
         truncated = ", truncated" if completion.stop == "length" else ""
-        lines += [f"--- {name}: reward {score.reward:g}{truncated}", completion.text]
+        lines += [f"--- {name}: reward {score.reward:g}{truncated}", *spoken(completion)]
     return "\n".join(lines) + "\n"

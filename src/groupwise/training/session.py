@@ -1,6 +1,7 @@
 """One run from its recipe to its end, as the command line and `groupwise.train` start it."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from groupwise.training.interrupts import Interrupted
 from groupwise.training.loop import Result, Trainer
 from groupwise.training.records import RunDirectory
 from groupwise.training.setup import Ready, prepare, resolved
-from groupwise.training.trackers import make_trackers
+from groupwise.training.trackers import Guarded, make_trackers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,9 +78,14 @@ def run(session: Session, console: Console) -> Result:
     else:
         directory.write_recipe(tree)
     trackers = make_trackers(ready.trackers, session.path, tree)
+    patience = session.recipe.trackers.timeout
     _announce(ready, session, console)
-    with Display(console, session.recipe.training.steps) as display:
-        trainer = Trainer(ready, directory, [display, *trackers])
+    with Display(console, session.recipe.training.steps) as display, ExitStack() as closing:
+        named = zip(ready.trackers, trackers, strict=True)
+        guarded = [Guarded(tracker.name, recorder, display.note, patience) for tracker, recorder in named]
+        for tracker in guarded:
+            closing.callback(tracker.close)
+        trainer = Trainer(ready, directory, [display, *guarded])
         if session.checkpoint is not None:
             trainer.resume(session.checkpoint)
             display.begin_at(trainer.step)
@@ -94,8 +100,9 @@ def run(session: Session, console: Console) -> Result:
 def _announce(ready: Ready, session: Session, console: Console) -> None:
     model = session.recipe.model.path
     console.print(f"{ready.algorithm.name} on {ready.task.name}, model {model}; writing {session.path}", soft_wrap=True)
-    if fallback := ready.fallback():
-        console.print(fallback, soft_wrap=True)
+    for line in (ready.model.describe_adapters(), ready.fallback(), *ready.hints()):
+        if line:
+            console.print(line, soft_wrap=True)
 
 
 def _how_to_go_on(path: Path) -> str:

@@ -1,26 +1,33 @@
 """A recipe made ready: everything that can be wrong is found here, before anything is trained."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from groupwise.algorithms import Algorithm
 from groupwise.config import Recipe, RolloutsSection, Source
+from groupwise.environments.find import find_environments
+from groupwise.environments.instance import EnvironmentFailed
 from groupwise.errors import UserError
 from groupwise.learner.base import Learner
 from groupwise.learner.local import LocalLearner
-from groupwise.models import Chat, LanguageModel, load_config, load_tokenizer
+from groupwise.models import FULL_TRAINING_RATE, Chat, LanguageModel, load_config, load_tokenizer
+from groupwise.plugins import UserFunction, load_function
 from groupwise.rollouts.base import Sampler
 from groupwise.rollouts.driver import wait_for
+from groupwise.rollouts.episodes import Episodes
 from groupwise.rollouts.groups import Rollouts
 from groupwise.rollouts.samplers import find_sampler
-from groupwise.tasks.base import Task, build_task
+from groupwise.seeding import derive
+from groupwise.tasks.base import FollowsTraining, Task, build_task
 from groupwise.training.algorithm import build_algorithm, check_together, try_parts
 from groupwise.training.collect import describe_failures, sampling_of
-from groupwise.training.trackers import MakeRecorder, find_trackers
+from groupwise.training.trackers import Tracker, find_trackers
 from groupwise.types import Completion, Problem
 
 LOOKED_AT = 256
@@ -32,6 +39,7 @@ class Ready:
     """What a run is made of."""
 
     recipe: Recipe
+    source: Source
     algorithm: Algorithm
     task: Task
     chat: Chat
@@ -40,8 +48,10 @@ class Ready:
     """The first of them, for a trial."""
     sampler: Callable[[RolloutsSection, LanguageModel, Any], Sampler]
     """Makes the recipe's sampler."""
-    trackers: list[MakeRecorder]
+    trackers: list[Tracker]
     """Make the recipe's further recorders."""
+    episodes: Episodes | None
+    """Holds the recipe's conversations; None: a completion is one turn."""
 
     @property
     def tokenizer(self) -> Any:
@@ -49,7 +59,17 @@ class Ready:
 
     def rollouts(self, sampler: Sampler) -> Rollouts:
         """What makes the recipe's groups, with this engine."""
-        return Rollouts(sampler=sampler, task=self.task, chat=self.chat, sampling=sampling_of(self.recipe.rollouts))
+        return Rollouts(
+            sampler=sampler, task=self.task, chat=self.chat, sampling=sampling_of(self.recipe.rollouts), episodes=self.episodes
+        )
+
+    def prompt(self, problem: Problem) -> Tensor:
+        """int64 [L]: a problem's prompt as the model reads it, but for what an environment's reset() appends."""
+        return prompt_of(problem, self.chat, self.episodes)
+
+    def begin_step(self, step: int) -> None:
+        """Tell a task whose scores may depend on it that so many training steps are done."""
+        begin_step(self.task, step, self.recipe)
 
     def make_learner(self) -> Learner:
         """The learner, which owns the model from now on."""
@@ -89,10 +109,31 @@ class Ready:
             return "linear layers run in bfloat16 in C++, with sums in float32"
         return f"bfloat16 runs on PyTorch's matmuls and attention, which may be slower than float32: {reason}"
 
-    def load_base(self) -> LanguageModel:
-        """The model as training began with it."""
-        model = self.recipe.model
-        return LanguageModel.load(model.path, dtype=self.model.dtype, device=self.model.device, backend=model.backend)
+    @contextmanager
+    def base(self) -> Iterator[LanguageModel]:
+        """Within: the model as training began with it: with adapters the policy with these off, else loaded again."""
+        if self.model.adapted:
+            with self.model.adapters_off():
+                yield self.model
+        else:
+            model, settings = self.model, self.recipe.model
+            yield LanguageModel.load(
+                settings.path,
+                dtype=model.dtype,
+                device=model.device,
+                backend=settings.backend,
+                trust_remote_code=settings.trust_remote_code,
+            )
+
+    def hints(self) -> list[str]:
+        """What is allowed and most likely not meant."""
+        rate = self.recipe.learner.learning_rate
+        if self.model.adapted and 0 < rate <= FULL_TRAINING_RATE:
+            return [
+                f"learner.learning_rate = {rate:g} is typical of full training; LoRA adapters usually learn with about ten times "
+                f"as much, as {10 * rate:g}"
+            ]
+        return []
 
 
 def prepare(recipe: Recipe, source: Source) -> Ready:
@@ -106,15 +147,21 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
     sampler = find_sampler(recipe.rollouts, source)
     trackers = find_trackers(recipe.trackers, source)
     task = build_task(recipe.task, source)
+    trust = recipe.model.trust_remote_code
     try:
-        tokenizer = load_tokenizer(recipe.model.path)
-        config = load_config(recipe.model.path)
+        tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=trust)
+        config = load_config(recipe.model.path, trust_remote_code=trust)
     except UserError as error:
         raise source.error("model.path", str(error)) from error
     chat = build_chat(recipe, tokenizer, source)
     problem = task.problem(0, recipe.seed)
-    longest = check_lengths(recipe, config, chat, task, source)
-    try_scoring(task, problem, chat, algorithm, recipe.rollouts.group_size, source)
+    episodes = build_episodes(recipe, chat, task, source)
+    longest = check_lengths(recipe, config, chat, episodes, task, source)
+    begin_step(task, 0, recipe)
+    if episodes is not None:
+        try_episode(episodes, problem)
+    if episodes is None or episodes.asks_task(problem):
+        try_scoring(task, problem, chat, algorithm, recipe.rollouts.group_size, source)
     try_parts(algorithm)
     model = load_policy(recipe, source)
     try:
@@ -126,6 +173,7 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
         raise source.error("rollouts.cache_dtype", f"the model generates on a cache of its own, in its own dtype: {reason}")
     return Ready(
         recipe=recipe,
+        source=source,
         algorithm=algorithm,
         task=task,
         chat=chat,
@@ -133,7 +181,13 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
         problem=problem,
         sampler=sampler,
         trackers=trackers,
+        episodes=episodes,
     )
+
+
+def begin_step(task: Task, step: int, recipe: Recipe) -> None:
+    if isinstance(task, FollowsTraining):
+        task.begin_step(step, recipe.training.steps)
 
 
 def build_chat(recipe: Recipe, tokenizer: Any, source: Source) -> Chat:
@@ -149,6 +203,39 @@ def build_chat(recipe: Recipe, tokenizer: Any, source: Source) -> Chat:
         raise source.error("model.chat", f"{error}: {model.path!r}") from error
 
 
+def build_episodes(recipe: Recipe, chat: Chat, task: Task, source: Source) -> Episodes | None:
+    """What holds the recipe's conversations, its chat template tried; None if neither recipe nor task has an environment.
+
+    Raises:
+        UserError: an environment or a tool cannot be found or used, or the chat template not with these tools.
+    """
+    environments = find_environments(recipe.environment, task, source)
+    if environments is None:
+        return None
+    try:
+        episodes = Episodes(environments, recipe.environment, chat)
+        episodes.check()
+    except UserError as error:
+        raise source.error("environment", f"{error}: {recipe.model.path!r}") from error
+    return episodes
+
+
+def try_episode(episodes: Episodes, problem: Problem) -> None:
+    """Begin a conversation, and end it before anything is said.
+
+    Raises:
+        UserError: the environment fails.
+    """
+    try:
+        wait_for(episodes.trial(problem))
+    except EnvironmentFailed as error:
+        raise UserError(f"the environment fails: {error} (problem {problem.id!r})") from error
+
+
+def prompt_of(problem: Problem, chat: Chat, episodes: Episodes | None) -> Tensor:
+    return chat.encode(problem.prompt) if episodes is None else episodes.prompt(problem)
+
+
 def load_policy(recipe: Recipe, source: Source) -> LanguageModel:
     """The model of a recipe, on its device, with its backend.
 
@@ -157,16 +244,26 @@ def load_policy(recipe: Recipe, source: Source) -> LanguageModel:
     """
     settings, device = recipe.model, device_of(recipe.model.device, source)
     try:
-        model = LanguageModel.load(settings.path, dtype=getattr(torch, settings.dtype), device=device, backend=settings.backend)
+        model = LanguageModel.load(
+            settings.path,
+            dtype=getattr(torch, settings.dtype),
+            device=device,
+            backend=settings.backend,
+            trust_remote_code=settings.trust_remote_code,
+            lora=settings.lora,
+            seed=derive(recipe.seed, "adapters"),
+        )
     except UserError as error:
-        key, _, message = str(error).partition(" = 'kernels': ")
-        raise source.error("model.backend" if key == "model.backend" else "model.path", message or str(error)) from error
+        for key, beginning in (("model.backend", "model.backend = 'kernels': "), ("model.lora.targets", "model.lora.targets: ")):
+            if str(error).startswith(beginning):
+                raise source.error(key, str(error).removeprefix(beginning)) from error
+        raise source.error("model.path", str(error)) from error
     if settings.compile:
         model.compile()
     return model
 
 
-def check_lengths(recipe: Recipe, config: Any, chat: Chat, task: Task, source: Source) -> int:
+def check_lengths(recipe: Recipe, config: Any, chat: Chat, episodes: Episodes | None, task: Task, source: Source) -> int:
     """Refuse stop tokens outside the vocabulary, and prompts too long for the model's positions.
 
     Returns the tokens of the longest prompt that was looked at and of a completion.
@@ -178,7 +275,7 @@ def check_lengths(recipe: Recipe, config: Any, chat: Chat, task: Task, source: S
     limit = getattr(text_config, "max_position_embeddings", None)
     problems = [task.problem(i, recipe.seed) for i in range(LOOKED_AT)] + task.held_out(recipe.training.eval_problems)
     longest = max(problems, key=lambda problem: len(problem.text))
-    length = len(chat.encode(longest.prompt))
+    length = len(prompt_of(longest, chat, episodes))
     if limit is not None and length + recipe.rollouts.max_tokens > limit:
         raise source.error(
             "rollouts.max_tokens",
@@ -224,13 +321,27 @@ def resolved(ready: Ready) -> dict[str, Any]:
 
     So a default that changes later changes nothing of an old run.
     """
-    tree = ready.recipe.model_dump()
+    tree = ready.recipe.model_dump(by_alias=True)
+    environment, base = ready.recipe.environment, Path(ready.source.path).parent
+    tree["environment"] |= {"class": _references(environment.kind, base), "tools": _references(environment.tools, base)}
     if Path(ready.recipe.model.path).is_dir():
         tree["model"]["path"] = str(Path(ready.recipe.model.path).resolve())
     tree["task"] = ready.task.model_dump()
+    tree["trackers"]["names"] = [tracker.name for tracker in ready.trackers]
     settings = {key: _written(value) for key, value in ready.algorithm.settings().items()}
     tree["algorithm"] = {"name": ready.algorithm.name, **settings}
     return tree
+
+
+def _references(value: Any, base: Path) -> Any:
+    """Functions and classes of [environment] as "file.py:name", by absolute paths."""
+    if isinstance(value, dict):
+        return {key: _references(item, base) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_references(item, base) for item in value]
+    if isinstance(value, UserFunction):
+        return value.reference
+    return value and load_function(value, base).reference
 
 
 def _written(value: Any) -> Any:

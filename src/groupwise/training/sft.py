@@ -1,26 +1,28 @@
 """The supervised warm start: demonstrations in, a model directory out, its loss and pass rates recorded beside it."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from groupwise.algorithms import token_weights
-from groupwise.config import SftRecipe, Source
+from groupwise.config import EnvironmentSection, SftRecipe, Source
+from groupwise.environments.find import Environments, find_environments
 from groupwise.errors import UserError
 from groupwise.learner.micro_batches import cut_rows
 from groupwise.learner.optimiser import Optimiser
-from groupwise.models import Chat, LanguageModel, character_tokenizer, encode_prompt, load_module, load_tokenizer, new_module
+from groupwise.models import Chat, LanguageModel, character_tokenizer, load_tokenizer, new_module
 from groupwise.rollouts.base import Sampling
+from groupwise.rollouts.episodes import make_episodes
 from groupwise.rollouts.groups import Rollouts
 from groupwise.rollouts.native import NativeSampler
 from groupwise.seeding import derive
 from groupwise.tasks.base import Task, build_task
+from groupwise.training.demonstrations import demonstration_batch, demonstration_text
 from groupwise.training.evaluate import evaluate
 from groupwise.training.setup import LOOKED_AT, device_of
-from groupwise.types import Batch, Demonstration, pad_rows
+from groupwise.types import Batch, Demonstration
 
 
 def sft(recipe: SftRecipe, source: Source, out: Path, report: Callable[[int, float], None]) -> dict[str, Any]:
@@ -39,8 +41,9 @@ def sft(recipe: SftRecipe, source: Source, out: Path, report: Callable[[int, flo
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: already there and not empty")
-    task = build_task(recipe.task, source)
-    tokenizer, model = start(recipe, task, source)
+    sources = Sources.of(recipe, source)
+    tokenizer, model = start(recipe, sources, source)
+    chat = Chat.build(tokenizer, recipe.model.chat)
     settings = recipe.sft
     optimiser = Optimiser(
         model.parameters(),
@@ -54,17 +57,60 @@ def sft(recipe: SftRecipe, source: Source, out: Path, report: Callable[[int, flo
     loss = float("nan")
     for step in range(settings.steps):
         first = step * settings.batch_size
-        shown = [task.demonstration(first + i, recipe.seed) for i in range(settings.batch_size)]
-        batch = demonstration_batch(tokenizer, shown, recipe.model.chat)
+        shown, tools = sources.demonstrations(range(first, first + settings.batch_size), recipe.seed)
+        batch = demonstration_batch(chat, shown, tools)
         loss = train_step(model, optimiser, batch, settings.micro_batch_tokens)
         report(step + 1, loss)
-    record = {"steps": settings.steps, "loss": loss, **pass_rates(model, tokenizer, task, recipe)}
+    record = {"steps": settings.steps, "loss": loss, **sources.pass_rates(model, chat, recipe)}
     model.export(out, tokenizer)
     (out / "sft.json").write_text(json.dumps(record, indent=2) + "\n")
     return record
 
 
-def start(recipe: SftRecipe, task: Task, source: Source) -> tuple[Any, LanguageModel]:
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """The tasks that demonstrations come from, in turn, and the environments of each."""
+
+    tasks: list[Task]
+    environments: list[Environments | None]
+
+    @classmethod
+    def of(cls, recipe: SftRecipe, source: Source) -> "Sources":
+        """Raises:
+        UserError: a task cannot be made.
+        """
+        tasks = [build_task(settings, source) for settings in (recipe.task, *recipe.more_tasks)]
+        return cls(tasks, [find_environments(EnvironmentSection(), task, source) for task in tasks])
+
+    def demonstrations(self, positions: range, seed: int) -> tuple[list[Demonstration], list[Sequence[Any]]]:
+        """The supervised examples at positions of an endless stream, and the tools' schemas in each one's prompt."""
+        shown, tools = list[Demonstration](), list[Sequence[Any]]()
+        for position in positions:
+            place, which = divmod(position, len(self.tasks))
+            environments = self.environments[which]
+            shown.append(self.tasks[which].demonstration(place, seed))
+            tools.append(environments.kinds[None].schemas if environments else ())
+        return shown, tools
+
+    def pass_rates(self, model: LanguageModel, chat: Chat, recipe: SftRecipe) -> dict[str, float]:
+        """What the model can do on the held-out problems of each task; of several, by the task's name."""
+        rates: dict[str, float] = {}
+        for task, environments in zip(self.tasks, self.environments, strict=True):
+            rollouts = Rollouts(
+                sampler=NativeSampler(model, chat.tokenizer),
+                task=task,
+                chat=chat,
+                sampling=Sampling(max_tokens=recipe.sft.max_tokens),
+                episodes=make_episodes(environments, EnvironmentSection(), chat),
+            )
+            problems = task.held_out(recipe.sft.eval_problems)
+            found = evaluate(rollouts, problems, seed=derive(recipe.seed, "evaluation")).metrics
+            prefix = f"{task.name}/" if len(self.tasks) > 1 else ""
+            rates |= {prefix + name: value for name, value in found.items()}
+        return rates
+
+
+def start(recipe: SftRecipe, sources: Sources, source: Source) -> tuple[Any, LanguageModel]:
     """The tokenizer and the model to begin with: loaded, or new.
 
     Raises:
@@ -75,23 +121,27 @@ def start(recipe: SftRecipe, task: Task, source: Source) -> tuple[Any, LanguageM
         raise source.error("model", "set path for a model to start from, or new for a new one, and not both")
     if settings.new and (not settings.characters or "model_type" not in settings.new):
         raise source.error("model.new", "a new model needs new.model_type, and characters for its vocabulary")
-    shown = [task.demonstration(i, recipe.seed) for i in range(LOOKED_AT)]
-    text = "".join(item.prompt + item.completion for item in shown)
-    if settings.new and (missing := sorted(set(text) - set(settings.characters))):
-        raise source.error("model.characters", f"the task also uses {''.join(missing)!r}")
     device = device_of(settings.device, source)
     try:
         if settings.path:
-            tokenizer, module = load_tokenizer(settings.path), load_module(settings.path)
+            trust = settings.trust_remote_code
+            tokenizer = load_tokenizer(settings.path, trust_remote_code=trust)
+            model = LanguageModel.load(settings.path, device=device, trust_remote_code=trust)
         else:
-            tokenizer = character_tokenizer(settings.characters)
-            module = new_module(settings.new, tokenizer, recipe.seed)
-        model = LanguageModel(module.to(device))
-        model.check_logits()
+            tokenizer = character_tokenizer(
+                settings.characters, settings.words, special=settings.special_tokens, chat_template=settings.chat_template
+            )
+            model = LanguageModel(new_module(settings.new, tokenizer, recipe.seed).to(device))
+            model.check_logits()
     except UserError as error:
         raise source.error("model.path" if settings.path else "model.new", str(error)) from error
     if settings.chat and not tokenizer.chat_template:
         raise source.error("model.chat", "the tokenizer has no chat template")
+    shown, tools = sources.demonstrations(range(LOOKED_AT), recipe.seed)
+    text = demonstration_text(Chat.build(tokenizer, settings.chat), shown, tools)
+    unknown = settings.new and tokenizer.pad_token_id in tokenizer(text, add_special_tokens=False).input_ids
+    if unknown and (missing := sorted(set(text) - set(settings.characters))):
+        raise source.error("model.characters", f"the task also uses {''.join(missing)!r}")
     return tokenizer, model
 
 
@@ -108,34 +158,3 @@ def train_step(model: LanguageModel, optimiser: Optimiser, batch: Batch, micro_b
         total += float(loss.detach())
     optimiser.step(total)
     return total
-
-
-def demonstration_batch(tokenizer: Any, shown: list[Demonstration], chat: bool | None) -> Batch:
-    """Demonstrations as rows, the shortest first, each with its own prompt; the completion and its end are trained on."""
-    shown = sorted(shown, key=lambda item: len(item.prompt) + len(item.completion))
-    ids = [tokenizer(item.completion, add_special_tokens=False).input_ids for item in shown]
-    tokens = [torch.tensor([*row, tokenizer.eos_token_id]) for row in ids]
-    masks = [torch.ones(len(row), dtype=torch.bool) for row in tokens]
-    for item, mask in zip(shown, masks, strict=True):
-        mask[0] = not item.skip_first
-    tokens_BT = pad_rows(tokens)
-    return Batch(
-        rows_B=torch.arange(len(shown)),
-        prompts=tuple(encode_prompt(tokenizer, item.prompt, chat) for item in shown),
-        group_ids_B=torch.arange(len(shown)),
-        tokens_BT=tokens_BT,
-        lengths_B=torch.tensor([len(row) for row in tokens]),
-        mask_BT=pad_rows(masks),
-        rollout_logprobs_BT=torch.zeros(tokens_BT.shape),
-    )
-
-
-def pass_rates(model: LanguageModel, tokenizer: Any, task: Task, recipe: SftRecipe) -> dict[str, float]:
-    rollouts = Rollouts(
-        sampler=NativeSampler(model, tokenizer),
-        task=task,
-        chat=Chat.build(tokenizer, recipe.model.chat),
-        sampling=Sampling(max_tokens=recipe.sft.max_tokens),
-    )
-    problems = task.held_out(recipe.sft.eval_problems)
-    return evaluate(rollouts, problems, seed=derive(recipe.seed, "evaluation")).metrics

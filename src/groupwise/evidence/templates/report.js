@@ -69,8 +69,9 @@ function asElement(completion, quantity) {
       const s = strength[quantity](value);
       span.style.backgroundColor = `color-mix(in srgb, var(${s < 0 ? "--low" : "--high"}) ${Math.round(70 * Math.abs(s))}%, transparent)`;
     }
+    if (completion.role[i] !== "assistant") span.classList.add("answered");
     if (completion.clipped[i]) span.classList.add("clipped");
-    span.title = names.map((name) => `${name} ${completion[name][i] ?? "not computed"}`).join("\n");
+    span.title = `${completion.role[i]}\n` + names.map((name) => `${name} ${completion[name][i] ?? "not computed"}`).join("\n");
     tokens.append(span);
   });
   box.append(head, tokens);

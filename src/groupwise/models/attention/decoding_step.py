@@ -15,6 +15,7 @@ from groupwise.kernels.blocked import BLOCK, to_blocked
 from groupwise.kernels.blocked_bf16 import to_blocked_bf16
 from groupwise.kernels.decode_attention import decode_kernel
 from groupwise.kernels.decode_step import LAYER_WEIGHTS, step_kernel
+from groupwise.models.adapters import is_linear, linear_weight
 from groupwise.models.attention.layers import NormForm, TrialAttend, form_of, head_size, matches, qk_norms
 from groupwise.models.attention.registry import attending
 from groupwise.models.decoder import Decoder
@@ -140,8 +141,8 @@ def _parts(layer: Any) -> list[Any]:
 
 
 def _linears_fit(*linears: Any, widths: list[int]) -> bool:
-    """Whether they are plain Linear layers, those of attention of these widths, with biases in attention only."""
-    plain = all(type(linear) is torch.nn.Linear for linear in linears)
+    """Whether they are linear layers, those of attention of these widths, with biases in attention only."""
+    plain = all(map(is_linear, linears))
     biased = [linear.bias is not None for linear in linears]
     return plain and [x.out_features for x in linears[:4]] == widths and len(set(biased[:3])) == 1 and not any(biased[4:])
 
@@ -168,7 +169,7 @@ def _is_sum_of_parts(decoder: Decoder) -> bool:
 
 
 class OneCallStep:
-    """The kernel with a blocked copy of a pre-norm decoder's matrices as they are now; its other weights are read in place."""
+    """The kernel with a blocked copy of a pre-norm decoder's matrices, adapters included; other weights are read in place."""
 
     def __init__(
         self,
@@ -240,15 +241,15 @@ def _blocked_weights(layer: Any, to_blocked: Callable[[Tensor], Tensor]) -> dict
     vectors["qkv_bias"] = None if qkv[0].bias is None else torch.cat([x.bias for x in qkv])
     vectors["out_bias"] = attention.o_proj.bias
     weights = {name: None if vector is None else vector.detach().contiguous() for name, vector in vectors.items()}
-    weights["qkv"] = to_blocked(torch.cat([x.weight for x in qkv]))
-    weights["out"] = to_blocked(attention.o_proj.weight)
+    weights["qkv"] = to_blocked(torch.cat([linear_weight(x) for x in qkv]))
+    weights["out"] = to_blocked(linear_weight(attention.o_proj))
     half, pad = BLOCK // 2, _inner_size(mlp) - mlp.gate_proj.out_features
-    gate, up = (torch.nn.functional.pad(x.weight, (0, 0, 0, pad)) for x in (mlp.gate_proj, mlp.up_proj))
+    gate, up = (torch.nn.functional.pad(linear_weight(x), (0, 0, 0, pad)) for x in (mlp.gate_proj, mlp.up_proj))
     # Each block has half a block of gate next to half a block of up, so that SwiGLU needs no second pass.
     weights["gate_up"] = to_blocked(
         torch.stack([gate.view(-1, half, gate.shape[1]), up.view(-1, half, up.shape[1])], 1).flatten(0, 2)
     )
-    weights["down"] = to_blocked(torch.nn.functional.pad(mlp.down_proj.weight, (0, pad)))
+    weights["down"] = to_blocked(torch.nn.functional.pad(linear_weight(mlp.down_proj), (0, pad)))
     return weights
 
 

@@ -1,0 +1,310 @@
+"""Conversations with environments: turns of the policy, calls of tools and their results, as one completion.
+
+Sampled token ids are appended as they are; what tools and users say is encoded once and appended, masked. See
+`groupwise.models.conversation`.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from groupwise.config import EnvironmentSection
+from groupwise.environments.find import Environments
+from groupwise.environments.hosting import Host
+from groupwise.environments.instance import EnvironmentFailed, Instance, error_text
+from groupwise.environments.kinds import Kind
+from groupwise.kept import KeptTokens
+from groupwise.models import Chat
+from groupwise.models.conversation import Conversations, Said
+from groupwise.rollouts.base import Request, Sampler, Sampling
+from groupwise.rollouts.driver import gather
+from groupwise.seeding import derive
+from groupwise.tasks.base import Task
+from groupwise.types import Completion, Group, Message, Problem, Score, Stop, Turn, VersionSpan
+
+
+@dataclass(slots=True, kw_only=True)
+class Episode:
+    """One conversation under way."""
+
+    instance: Instance
+    prompt: Tensor
+    """int64 [L], of this conversation alone."""
+    tokens: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    """int64 [T], what came after the prompt."""
+    logprobs: Tensor = field(default_factory=lambda: torch.zeros(0))
+    mask: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    turns: list[Turn] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    versions: list[VersionSpan] = field(default_factory=list)
+    kept: list[tuple[KeptTokens | None, int]] = field(default_factory=list)
+    """Of each turn: what the sampler's limits left to choose from, and how many tokens it has."""
+    stop: Stop = "stop"
+    failure: EnvironmentFailed | None = None
+    """Why it is set aside."""
+
+    def add_sampled(self, said: Completion) -> None:
+        """Append a turn of the policy."""
+        start = len(self.tokens)
+        self.tokens = torch.cat([self.tokens, said.tokens])
+        self.logprobs = torch.cat([self.logprobs, said.logprobs])
+        self.mask = torch.cat([self.mask, said.mask])
+        self.versions += [VersionSpan(start + span.start, start + span.end, span.version) for span in said.versions]
+        self.turns.append(Turn(role="assistant", start=start, end=len(self.tokens)))
+        self.kept.append((said.kept, len(said.tokens)))
+
+    def add_masked(self, tokens: Tensor, turn: Turn) -> None:
+        """Append what somebody else said; `turn` knows who, and its place is set here."""
+        start = len(self.tokens)
+        self.tokens = torch.cat([self.tokens, tokens])
+        self.logprobs = torch.cat([self.logprobs, torch.zeros(len(tokens))])
+        self.mask = torch.cat([self.mask, torch.zeros(len(tokens), dtype=torch.bool)])
+        self.turns.append(replace(turn, start=start, end=len(self.tokens)))
+        self.kept.append((None, len(tokens)))
+
+    def completion(self, prefix: int, tokenizer: Any) -> Completion:
+        """All that came after the first `prefix` tokens of the prompt."""
+        lead = self.prompt[prefix:]
+        shift = len(lead)
+        turns = [replace(turn, start=turn.start + shift, end=turn.end + shift) for turn in self.turns]
+        if shift:
+            turns.insert(0, Turn(role="user", start=0, end=shift))
+        tokens = torch.cat([lead, self.tokens])
+        kept, lengths = zip((None, shift), *self.kept, strict=True)
+        return Completion(
+            text=tokenizer.decode(tokens, skip_special_tokens=True),
+            tokens=tokens,
+            logprobs=torch.cat([torch.zeros(shift), self.logprobs]),
+            mask=torch.cat([torch.zeros(shift, dtype=torch.bool), self.mask]),
+            stop=self.stop,
+            versions=tuple(VersionSpan(span.start + shift, span.end + shift, span.version) for span in self.versions),
+            turns=tuple(turns),
+            messages=tuple(self.messages),
+            kept=KeptTokens.join(kept, lengths),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """What fixes every random number of a group's completions."""
+
+    seed: int
+    """Of the batch of groups."""
+    before: int
+    """Completions of the groups before it."""
+
+
+class Episodes:
+    """Holds the conversations of groups."""
+
+    def __init__(self, environments: Environments, settings: EnvironmentSection, chat: Chat) -> None:
+        """
+        Raises:
+            UserError: the chat template cannot be used for conversations with these tools.
+        """
+        self.environments, self.settings, self.chat = environments, settings, chat
+        self.host = Host(settings.time_limit)
+        self.conversations: Mapping[str | None, Conversations] = {
+            name: Conversations(chat, kind.schemas) for name, kind in environments.kinds.items()
+        }
+
+    def kind(self, problem: Problem) -> Kind:
+        """The problem's kind of environment."""
+        return self.environments.kinds[self.environments.name_of(problem)]
+
+    def asks_task(self, problem: Problem) -> bool:
+        """Whether the task's rewards count."""
+        return self.settings.task_reward or not self.kind(problem).has_reward
+
+    def conversation(self, problem: Problem) -> Conversations:
+        """How conversations about the problem become tokens."""
+        return self.conversations[self.environments.name_of(problem)]
+
+    def prompt(self, problem: Problem, said: str | None = None) -> Tensor:
+        """int64 [L]: the problem's prompt, tools included; `said` by reset() is appended to its last message."""
+        messages = self.chat.messages(problem.prompt)
+        if said:
+            content = messages[-1]["content"]
+            addition = said if isinstance(content, str) else [{"type": "text", "text": said}]
+            messages[-1] = {**messages[-1], "content": content + addition}
+        return self.conversation(problem).prompt(messages)
+
+    async def group(
+        self, sampler: Sampler, sampling: Sampling, task: Task, problem: Problem, n: int, draw: Draw
+    ) -> tuple[Group, float]:
+        """n conversations about a problem, scored, and when the last of them was complete."""
+        async with self.host.instances(self.kind(problem), n) as instances:
+            episodes = await gather(*(self._begin(problem, instance) for instance in instances))
+            prompts = [episode.prompt for episode in episodes]
+            prefix = common_prefix(prompts)
+            await self._speak(sampler, sampling, problem, episodes, draw)
+            completions = tuple(episode.completion(prefix, self.chat.tokenizer) for episode in episodes)
+            generated = time.perf_counter()
+            of_task = await task.score(problem, completions) if self.asks_task(problem) else None
+            of_episodes = [None] * n if of_task is None else list(of_task)
+            pairs = zip(episodes, of_episodes, strict=True)
+            scores = await gather(*(self._score(self.kind(problem), episode, score) for episode, score in pairs))
+        group = Group(problem=problem, prompt_tokens=prompts[0][:prefix], completions=completions, scores=tuple(scores))
+        return group, generated
+
+    def check(self) -> tuple[str, ...]:
+        """Try the chat template with each kind's tools; returns remarks for a person to read.
+
+        Raises:
+            UserError: tokens differ from what they must be.
+        """
+        return tuple(dict.fromkeys(remark for found in self.conversations.values() for remark in found.check()))
+
+    async def trial(self, problem: Problem) -> None:
+        """Begin a conversation, and end it before anything is said.
+
+        Raises:
+            EnvironmentFailed: the environment does.
+        """
+        async with self.host.instances(self.kind(problem), 1) as (instance,):
+            await instance.reset(self.environments.row(problem))
+            if self.kind(problem).has_reward:
+                await instance.get_reward()
+
+    async def _begin(self, problem: Problem, instance: Instance) -> Episode:
+        said, failure = None, None
+        try:
+            said = await instance.reset(self.environments.row(problem))
+        except EnvironmentFailed as error:
+            failure = error
+        return Episode(instance=instance, prompt=self.prompt(problem, said), failure=failure)
+
+    async def _speak(
+        self, sampler: Sampler, sampling: Sampling, problem: Problem, episodes: Sequence[Episode], draw: Draw
+    ) -> None:
+        """Hold the conversations. Where they begin with the same prompt, their first turns are one request."""
+        ends = self.conversation(problem).stop_tokens
+        sampling = replace(sampling, stop_tokens=tuple(sorted({*sampling.stop_tokens, *ends})))
+        seeds = [(draw.seed, draw.before + i) for i in range(len(episodes))]
+        prompt = episodes[0].prompt
+        if all(torch.equal(prompt, episode.prompt) for episode in episodes):
+            offset = draw.before * sampling.max_tokens
+            request = Request(prompt=prompt, sampling=sampling, seed=draw.seed, offset=offset, n=len(episodes), keep=True)
+            said = list(await sampler.generate(request))
+        else:
+            requests = [
+                Request(prompt=episode.prompt, sampling=sampling, seed=derive(*seed, 0), keep=True)
+                for episode, seed in zip(episodes, seeds, strict=True)
+            ]
+            said = [found[0] for found in await gather(*(sampler.generate(request) for request in requests))]
+        triples = zip(episodes, said, seeds, strict=True)
+        await gather(*(self._converse(sampler, sampling, problem, episode, turn, seed) for episode, turn, seed in triples))
+
+    async def _converse(
+        self, sampler: Sampler, sampling: Sampling, problem: Problem, episode: Episode, said: Completion, seed: tuple[int, ...]
+    ) -> None:
+        """Go on from the first sampled turn until nobody answers, or a limit is reached."""
+        conversation = self.conversation(problem)
+        for number in range(1, self.settings.max_turns + 1):
+            before = torch.cat([episode.prompt, episode.tokens])
+            episode.add_sampled(said)
+            turn = conversation.parse(said.tokens, before)
+            episode.messages.append(turn.message)
+            episode.turns[-1] = replace(episode.turns[-1], calls=len(turn.calls), errors=int(turn.problem is not None))
+            if said.stop == "length":
+                episode.stop = "length"
+                return
+            if number == self.settings.max_turns or episode.failure is not None:
+                return
+            try:
+                messages, answer, done = await self._answer(episode, turn, self.kind(problem))
+            except EnvironmentFailed as error:
+                episode.failure = error
+                return
+            suffix = conversation.after(said.tokens, messages) if messages and not done else None
+            if suffix is not None and len(episode.tokens) + len(suffix) >= sampling.max_tokens:
+                episode.stop = "length"
+                return
+            episode.messages += messages
+            if suffix is None:
+                return
+            episode.add_masked(suffix, answer)
+            request = Request(
+                prompt=torch.cat([episode.prompt, episode.tokens]),
+                sampling=replace(sampling, max_tokens=sampling.max_tokens - len(episode.tokens)),
+                seed=derive(*seed, number),
+                keep=True,
+                continues=said.handle,
+            )
+            said = (await sampler.generate(request))[0]
+
+    async def _answer(self, episode: Episode, turn: Said, kind: Kind) -> tuple[Sequence[Message], Turn, bool]:
+        """What is said to a turn of the policy, by whom (a turn without place), and whether the conversation is over.
+
+        Tools answer a turn that calls them, the simulated user any other. Sets the reward of the policy's turn.
+
+        Raises:
+            EnvironmentFailed: the environment cannot go on.
+        """
+        instance = episode.instance
+        messages: list[Message] = []
+        answer, reward, done = Turn(role="tool", start=0, end=0), None, False
+        for call in turn.calls:
+            result = await instance.call(call.name, call.arguments)
+            messages.append({"role": "tool", "name": call.name, "tool_call_id": call.id, "content": result.content})
+            answer = replace(answer, errors=answer.errors + result.error)
+        if not turn.calls and turn.problem is not None and kind.schemas:
+            messages.append({"role": "tool", "name": kind.tool_names[0], "content": error_text(turn.problem)})
+            answer = replace(answer, errors=1)
+        elif not turn.calls and kind.has_step:
+            said = await instance.step(turn.message)
+            messages, reward, done = list(said.messages), said.reward, said.done
+            answer = replace(answer, role="user")
+        gained = await instance.turn_reward()
+        if reward is not None or gained is not None:
+            episode.turns[-1] = replace(episode.turns[-1], reward=(reward or 0.0) + (gained or 0.0))
+        return messages, answer, done
+
+    async def _score(self, kind: Kind, episode: Episode, of_task: Score | None) -> Score:
+        """What get_reward() says, or the task, or both; and the rewards of turns."""
+        score = of_task
+        try:
+            if episode.failure is not None:
+                raise episode.failure
+            if kind.has_reward:
+                score = self._with_reward(await episode.instance.get_reward(), of_task)
+        except EnvironmentFailed as error:
+            return Score.failed(error.cause, error.detail)
+        assert score is not None
+        rewards = [turn.reward for turn in episode.turns if turn.reward is not None]
+        if not rewards or score.failure is not None:
+            return score
+        return with_part(score, "outcome", "turns", sum(rewards))
+
+    def _with_reward(self, reward: float, of_task: Score | None) -> Score:
+        """The environment's reward as a score, added to that of the task where there is one."""
+        above = self.environments.correct_above
+        correct = None if above is None else reward > above
+        if of_task is None:
+            return Score(reward=reward, correct=correct)
+        if of_task.failure is not None:
+            return of_task
+        both = with_part(of_task, "task", "environment", reward)
+        return both if correct is None else replace(both, correct=correct)
+
+
+def with_part(score: Score, name: str, added: str, reward: float) -> Score:
+    """A score with a further part of its reward; `name` is that of what it had, where its parts have no names."""
+    parts = {**(score.components or {name: score.reward}), added: reward}
+    return replace(score, reward=score.reward + reward, verdict=None, components=parts)
+
+
+def make_episodes(environments: Environments | None, settings: EnvironmentSection, chat: Chat) -> Episodes | None:
+    """What holds a recipe's conversations; None where turns are not answered."""
+    return None if environments is None else Episodes(environments, settings, chat)
+
+
+def common_prefix(prompts: Sequence[Tensor]) -> int:
+    """How many tokens all of them begin with."""
+    shortest = min(len(prompt) for prompt in prompts)
+    tokens_PL = torch.stack([prompt[:shortest] for prompt in prompts])
+    return int((tokens_PL == tokens_PL[0]).all(0).cumprod(0).sum())
