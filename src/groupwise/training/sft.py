@@ -17,7 +17,7 @@ from groupwise.rollouts.base import Sampling
 from groupwise.rollouts.groups import Rollouts
 from groupwise.rollouts.native import NativeSampler
 from groupwise.seeding import derive
-from groupwise.tasks.base import Task, build_task
+from groupwise.tasks.base import Task, build_task, limit_prompts
 from groupwise.training.evaluate import evaluate
 from groupwise.training.setup import LOOKED_AT, device_of
 from groupwise.types import Batch, Demonstration, pad_rows
@@ -76,7 +76,7 @@ def start(recipe: SftRecipe, task: Task, source: Source) -> tuple[Any, LanguageM
     if settings.new and (not settings.characters or "model_type" not in settings.new):
         raise source.error("model.new", "a new model needs new.model_type, and characters for its vocabulary")
     shown = [task.demonstration(i, recipe.seed) for i in range(LOOKED_AT)]
-    text = "".join(item.prompt + item.completion for item in shown)
+    text = "".join(item.text + item.completion for item in shown)
     if settings.new and (missing := sorted(set(text) - set(settings.characters))):
         raise source.error("model.characters", f"the task also uses {''.join(missing)!r}")
     device = device_of(settings.device, source)
@@ -93,6 +93,7 @@ def start(recipe: SftRecipe, task: Task, source: Source) -> tuple[Any, LanguageM
         raise source.error("model.path" if settings.path else "model.new", str(error)) from error
     if settings.chat and not tokenizer.chat_template:
         raise source.error("model.chat", "the tokenizer has no chat template")
+    limit_prompts(task, Chat.build(tokenizer, settings.chat), source)
     return tokenizer, model
 
 
@@ -113,7 +114,7 @@ def train_step(model: LanguageModel, optimiser: Optimiser, batch: Batch, micro_b
 
 def demonstration_batch(tokenizer: Any, shown: list[Demonstration], chat: bool | None) -> Batch:
     """Demonstrations as rows, the shortest first, each with its own prompt; the completion and its end are trained on."""
-    shown = sorted(shown, key=lambda item: len(item.prompt) + len(item.completion))
+    shown = sorted(shown, key=lambda item: len(item.text) + len(item.completion))
     ids = [tokenizer(item.completion, add_special_tokens=False).input_ids for item in shown]
     tokens = [torch.tensor([*row, tokenizer.eos_token_id]) for row in ids]
     masks = [torch.ones(len(row), dtype=torch.bool) for row in tokens]
