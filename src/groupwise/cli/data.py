@@ -1,5 +1,6 @@
 """groupwise data."""
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -78,16 +79,21 @@ def shown(text: str, most: int) -> Text:
 
 def _count(task: Any, datasets: list[Any], held_out: list[Any]) -> None:
     """How many problems there are, and how many rows were left out and why."""
-    table = Table("data", "training", "held out", "left out", title="Problems")
+    table = Table("data", "training", "held out", "left out", title="Problems", show_lines=len(datasets) > 1)
     for dataset in datasets:
         pool = dataset.problems
         sizes = [f"{len(part):,}" for part in (pool.train, pool.held)] if hasattr(pool, "train") else ["a stream", "a stream"]
         dropped = "\n".join(f"{number:,} {reason}" for reason, number in pool.dropped.items())
-        table.add_row(Text(dataset.path, overflow="fold"), *sizes, Text(dropped or "none"))
+        table.add_row(Text(_short(dataset.path)), *sizes, Text(dropped or "none"))
     if datasets:
         console.print(table)
     else:
         console.print(f"{task.name}: {len(held_out)} held-out problems", soft_wrap=True)
+
+
+def _short(path: str) -> str:
+    """A file's path from here where that is shorter."""
+    return min(path, os.path.relpath(path), key=len) if os.path.isabs(path) else path  # noqa: PTH117
 
 
 def _lengths(task: Any, chat: Any, settings: Any) -> None:

@@ -107,7 +107,7 @@ def check(recipe: Annotated[str, typer.Argument(help="A TOML file, or a shipped 
         ready = prepare(settings, source)
         prompt = ready.chat.encode(ready.problem.prompt)
         rows = settings.rollouts.prompts_per_step * settings.rollouts.group_size
-        left_out = {f"left out of {item.path}": text for item in datasets_of(ready.task) if (text := item.left_out())}
+        left_out = {f"left out of {item.path}": item.left_out() for item in datasets_of(ready.task) if item.left_out()}
         facts = {
             "model": f"{settings.model.path}: {ready.model.name}, {ready.model.num_parameters():,} parameters",
             "task": f"{ready.task.name}: {len(ready.task.held_out(settings.training.eval_problems))} held-out problems",

@@ -13,6 +13,7 @@ from groupwise.config import Source, explain
 from groupwise.tasks.dataset import DatasetTask
 from groupwise.types import Completion, Demonstration, Problem, Score
 
+WEIGHT = "weight"
 LONGEST_CYCLE = 10_000
 """Weights are shares of a cycle of at most so many positions."""
 
@@ -77,10 +78,10 @@ class MixtureTask:
         tasks, weights = [], []
         for number, table in enumerate(tables):
             place = source.inside("task", f"task.sources[{number}]")
-            weight = table.get("weight", 1.0)
+            weight = table.get(WEIGHT, 1.0)
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-                raise place.error("task.weight", f"expected a number above 0, not {weight!r}")
-            own = {key: value for key, value in table.items() if key != "weight"}
+                raise place.error(f"task.{WEIGHT}", f"expected a number above 0, not {weight!r}")
+            own = {key: value for key, value in table.items() if key != WEIGHT}
             try:
                 task = DatasetTask.model_validate({**shared, **own})
             except ValidationError as error:
@@ -121,5 +122,5 @@ class MixtureTask:
         return self.tasks[source].demonstration(place, seed)
 
     def model_dump(self) -> dict[str, Any]:
-        tables = [{"weight": weight, **task.model_dump()} for weight, task in zip(self.weights, self.tasks, strict=True)]
+        tables = [{WEIGHT: weight, **task.model_dump()} for weight, task in zip(self.weights, self.tasks, strict=True)]
         return {"name": self.name, "sources": tables}

@@ -98,7 +98,7 @@ def needed(row: Row, key: str) -> Any:
     value: Any = row
     for name in key.split("."):
         if not isinstance(value, dict) or name not in value:
-            raise ValueError(f"no {key!r}{nearest(key, row)}")
+            raise ValueError(f"no {key!r}{nearest(key, [name[:40] for name in row][:20])}")
         value = value[name]
     return value
 
@@ -125,7 +125,7 @@ PRESETS = {
         answer_key="answer",
         prompt_template=HASHES,
         extract=last_number,
-        wanted="a number after '####'",
+        wanted="number after '####'",
         reward="gsm8k",
     ),
     "math": Preset(
@@ -136,7 +136,7 @@ PRESETS = {
         answer_key="solution",
         prompt_template=BOXED,
         extract=last_boxed,
-        wanted=r"a \boxed{…}",
+        wanted=r"\boxed{…}",
         reward="boxed",
     ),
     "math500": _competition("500 problems of MATH's test split", "HuggingFaceH4/MATH-500", split="test"),

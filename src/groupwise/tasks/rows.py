@@ -162,7 +162,7 @@ def csv_rows(path: Path) -> Iterator[Row]:
             reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
             header = next(reader, [])
             if len(set(header)) != len(header) or not all(header):
-                raise UserError(f"{path}, line 1: the header must name each column once, not {header!r}")
+                raise UserError(f"{path}, line 1: the header must name each column once, not {str(header)[:200]}")
             for cells in reader:
                 if cells and len(cells) != len(header):
                     raise UserError(f"{path}, line {reader.line_num}: {len(cells)} cells for {len(header)} columns")
