@@ -5,6 +5,7 @@ import csv
 import json
 import random
 import re
+import tomllib
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -197,7 +198,11 @@ def hub(monkeypatch: pytest.MonkeyPatch, splits: dict[str, list[dict[str, Any]]]
 
     asked = []
 
-    def load_dataset(path: str, *, name: str | None, split: str, streaming: bool) -> Any:
+    load_files = datasets.load_dataset
+
+    def load_dataset(path: str, *, split: str, streaming: bool, name: str | None = None, data_files: str | None = None) -> Any:
+        if data_files is not None:
+            return load_files(path, data_files=data_files, split=split, streaming=streaming)
         asked.append((path, name, split, streaming))
         if split not in splits:
             raise ValueError(f'Unknown split "{split}". Should be one of {list(splits)}.')
@@ -548,3 +553,38 @@ def test_countdowns_arithmetic_is_pythons(text: str) -> None:
 )
 def test_countdown_by_hand(said_: str, verdict: str) -> None:
     assert countdown('{"nums": [2, 3, 6], "target": 12}', said_) == verdict
+
+
+# the page
+
+
+TEXT = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+PAGE = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+GENERAL = [
+    {"prompt": f"{i}+1=", "answer": i, "question": f"{i}?", "problem": f"{i}.", "key": {"value": i}, "level": 1} for i in range(9)
+]
+
+
+@pytest.mark.parametrize("number", [i for i, (language, _) in enumerate(PAGE) if language == "toml"])
+def test_the_recipes_of_the_page_build_their_tasks(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On rows of their form, in files and on a hub that we made; what the page says of them holds."""
+    text = PAGE[number][1]
+    if "reasoning-gym" in text:
+        pytest.importorskip("reasoning_gym")
+    settings = tomllib.loads(text)["task"]
+    for _, code in [block for block in PAGE if block[0] == "python"]:
+        (tmp_path / code.split("\n")[0].removeprefix("# ")).write_text(code)
+    (tmp_path / "rewards.py").write_text("def last_number(problem, completions):\n    return [0.0 for _ in completions]\n")
+    rows = ROWS.get(settings.get("preset", ""), GENERAL)
+    if "sources" in settings or settings.get("preset") == "gsm8k":
+        hub(monkeypatch, {"train": ROWS["gsm8k"], "test": ROWS["gsm8k"][:2]})
+    else:
+        hub(monkeypatch, {"train": rows, "test": rows[:2]})
+    if settings.get("held_out_path", "").startswith("HuggingFace"):
+        settings["held_out_path"] = "held.parquet"  # the one hub that we have has one set
+    for name in [*re.findall(r'^path = "(\w+\.\w+)"', text, re.MULTILINE), "test.parquet", "held.parquet"]:
+        written = rows[:2] if name in ("test.parquet", "held.parquet") else rows
+        (tmp_path / save(name.split(".")[1], written, tmp_path)).rename(tmp_path / name)
+    task = build_task(settings, Source(tmp_path / "recipe.toml", text))
+    drawn = [task.problem(i, 0) for i in range(8)]
+    assert not {item.id for item in drawn} & {item.id for item in task.held_out(20)}
