@@ -42,7 +42,7 @@ class DatasetTask(RewardSettings):
     """The column with the reference answer; left out: "answer"."""
     id_key: str = ""
     """The column that tells problems apart; left out: the prompt. Problems with the same one are one problem."""
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default={})
     """Other names for columns: the name that a reward or a preset looks for = the name in the data."""
     system_prompt: str = ""
     """The system message of prompts that bring none; empty: model.system_prompt."""

@@ -114,6 +114,10 @@ class MixtureTask:
                 found.append(replace(problem, source=source))
         return found
 
+    def begin_step(self, step: int, steps: int) -> None:
+        for task in self.tasks:
+            task.begin_step(step, steps)
+
     async def score(self, problem: Problem, completions: Sequence[Completion]) -> Sequence[Score]:
         return await self.tasks[problem.source].score(problem, completions)
 
