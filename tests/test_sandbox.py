@@ -15,8 +15,7 @@ import pytest
 from groupwise.config import Source
 from groupwise.errors import UserError
 from groupwise.rewards import sandbox
-from groupwise.rewards.checkers import CHECKERS
-from groupwise.rewards.code import parse_tests, program_of
+from groupwise.rewards.code import judge, parse_tests, program_of
 from groupwise.rewards.sandbox import Box, Limits, SandboxError, why_not
 from groupwise.tasks.base import build_task
 from tests.conftest import said
@@ -154,13 +153,21 @@ SOLUTION = "class Solution:\n    def append(self, a, b):\n        return (*a, b)
     ],
 )
 def test_code_by_hand(tests: Any, program: str, verdict: str) -> None:
-    name = "code" if HELD else "code-in-processes"
-    assert CHECKERS[name](json.dumps(tests), fenced(program)) == verdict
+    assert judge(json.dumps(tests), fenced(program), sandbox.find_box(weaker=not HELD)) == verdict
+
+
+def test_the_reward_code_scores_through_a_task(tmp_path: Path) -> None:
+    rows = [{"problem": f"Add {i}.", "tests": STDIN} for i in range(4)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"name": "dataset", "preset": "code", "path": "d.jsonl", **({} if HELD else {"reward": "code-in-processes"})}
+    task = build_task(settings, Source(tmp_path / "r.toml", ""))
+    scores = asyncio.run(task.score(task.problem(0, 0), [said(fenced(ADD)), said(fenced("print(7)")), said("no block")]))
+    assert [score.verdict for score in scores] == ["correct", "wrong", "unparsed"]
 
 
 def test_the_last_block_counts_and_none_is_unparsed() -> None:
     assert program_of(fenced("a") + fenced("b")) == "b\n"
-    assert CHECKERS["code"](json.dumps(STDIN), "no block") == "unparsed"
+    assert judge(json.dumps(STDIN), "no block", Box("processes")) == "unparsed"
 
 
 @pytest.mark.parametrize(
