@@ -29,13 +29,20 @@ class Problem:
     """The reference answer, in the form that the task's checker understands."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Whatever else the task knows: its grade, the other columns of its dataset line."""
+    source: int = 0
+    """Which of the task's sources it comes from, where it mixes several."""
 
     @property
     def text(self) -> str:
         """The prompt for a person to read: itself, or the contents of its messages."""
-        if isinstance(self.prompt, str):
-            return self.prompt
-        return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in self.prompt)
+        return prompt_text(self.prompt)
+
+
+def prompt_text(prompt: str | tuple[Message, ...]) -> str:
+    """A prompt for a person to read: itself, or the contents of its messages."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in prompt)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +58,11 @@ class Demonstration:
     skip_first: bool = False
     """Leave the first token, or that of each turn that calls a tool, out of the loss: the skill is taught, the choice to use it
     is not."""
+
+    @property
+    def text(self) -> str:
+        """The prompt for a person to read."""
+        return prompt_text(self.prompt)
 
 
 Metrics = dict[str, float | list[float]]

@@ -1,9 +1,18 @@
 """The command line. Exit codes: 0 done, 1 a run failed, 2 the input is wrong, 130 interrupted."""
 
-from groupwise.cli import ablate, algorithms, evaluate, evidence, init, track, train  # each adds its commands to the application
+from groupwise.cli import (  # each adds its commands to the application
+    ablate,
+    algorithms,
+    data,
+    evaluate,
+    evidence,
+    init,
+    track,
+    train,
+)
 from groupwise.cli.common import app as app
 
-__all__ = ["ablate", "algorithms", "app", "evaluate", "evidence", "init", "main", "track", "train"]
+__all__ = ["ablate", "algorithms", "app", "data", "evaluate", "evidence", "init", "main", "track", "train"]
 
 
 def main() -> None:

@@ -97,6 +97,7 @@ def sft_command(
 @app.command()
 def check(recipe: Annotated[str, typer.Argument(help="A TOML file, or a shipped name.")], overrides: Overrides = None) -> None:
     """Find everything that can be wrong with a recipe, without training."""
+    from groupwise.tasks.base import datasets_of
     from groupwise.training.setup import prepare
 
     with exit_codes():
@@ -108,9 +109,11 @@ def check(recipe: Annotated[str, typer.Argument(help="A TOML file, or a shipped 
         ready = prepare(settings, source)
         prompt = ready.prompt(ready.problem)
         rows = settings.rollouts.prompts_per_step * settings.rollouts.group_size
+        left_out = {f"left out of {item.path}": item.left_out() for item in datasets_of(ready.task) if item.left_out()}
         facts = {
             "model": f"{settings.model.path}: {ready.model.name}, {ready.model.num_parameters():,} parameters",
             "task": f"{ready.task.name}: {len(ready.task.held_out(settings.training.eval_problems))} held-out problems",
+            **left_out,
             "first prompt": repr(ready.tokenizer.decode(prompt)),
             **(_conversations(ready.episodes, ready.problem) if ready.episodes else {}),
             "algorithm": ready.algorithm.name,

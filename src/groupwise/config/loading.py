@@ -100,7 +100,11 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], 
         raise source.error("extends", str(error)) from error
     if found.resolve() in seen or found.resolve() == path.resolve():
         raise source.error("extends", f"{base!r} extends this file in turn")
-    return merge_trees(read_tree(found, (*seen, path.resolve()))[0], tree), text
+    base_tree = read_tree(found, (*seen, path.resolve()))[0]
+    old, new = base_tree.get("task"), tree.get("task")
+    if isinstance(old, dict) and isinstance(new, dict) and new.get("name", old.get("name")) != old.get("name"):
+        del base_tree["task"]  # another task has other keys
+    return merge_trees(base_tree, tree), text
 
 
 def merge_trees(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Where settings came from, so that a message can name the file, the line and the nearest known key."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -29,18 +30,42 @@ class Source:
                 return f"--set {override}"
         if key in self.given:
             return f"{key}, given from Python"
-        table = ""
+        table = item = ""
+        seen: Counter[str] = Counter()
         for number, line in enumerate(self.text.splitlines(), start=1):
-            if header := re.match(r"\s*\[+\s*([^\]]+?)\s*\]", line):
-                table = header[1] + "."
-                if header[1] == key:
+            if header := re.match(r"\s*(\[+)\s*([^\]]+?)\s*\]", line):
+                table = item = header[2]
+                if header[1] == "[[":  # an item of a list of tables, by its index
+                    item, seen[table] = f"{table}[{seen[table]}]", seen[table] + 1
+                if key in (table, item):
                     return f"{self.path}, line {number}, [{key}]"
-            elif (entry := re.match(r"\s*([\w.-]+)\s*=", line)) and table + entry[1] == key:
+                continue
+            entry = re.match(r"\s*([\w.-]+)\s*=", line)
+            if entry and key in {f"{name}.{entry[1]}".lstrip(".") for name in (table, item)}:
                 return f"{self.path}, line {number}, {key}"
         return f"{self.path}, {key}"
 
+    def inside(self, table: str, item: str) -> "Source":
+        """The same source for an item of a list of tables, such as task.sources[1], whose keys are spelled as those of `table`,
+        and come from there where the item has none."""
+        return _ItemSource(self, table, item)
+
     def error(self, key: str, message: str) -> UserError:
         return UserError(f"{self.place(key)}: {message}")
+
+
+class _ItemSource(Source):
+    def __init__(self, whole: Source, table: str, item: str) -> None:
+        super().__init__(whole.path, whole.text, whole.overrides, whole.given)
+        self.table, self.item = table, item
+
+    def place(self, key: str) -> str:
+        shared = super().place(key)
+        if not key.startswith(f"{self.table}."):
+            return shared
+        own = super().place(self.item + key.removeprefix(self.table))
+        unknown = own == f"{self.path}, {self.item}{key.removeprefix(self.table)}"
+        return shared if unknown and shared != f"{self.path}, {key}" else own
 
 
 def explain(error: ValidationError, kind: Any, source: Source, prefix: str = "") -> UserError:

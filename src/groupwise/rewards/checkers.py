@@ -3,10 +3,15 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from groupwise.rewards.answers import answer_line, any_final, last_boxed, last_number
 from groupwise.rewards.base import Progress, Rated
+from groupwise.rewards.code import judge
+from groupwise.rewards.countdown import countdown
+from groupwise.rewards.sandbox import SandboxError, find_box
 from groupwise.types import Completion, Problem, Verdict
 from groupwise.workers import Target, WorkerError
 
@@ -44,10 +49,65 @@ async def math(answer: str, text: str, in_worker: InWorker) -> Verdict:
     return verdict
 
 
-CHECKERS: dict[str, Callable[[str, str], Verdict]] = {"exact": exact, "last_line": last_line}
+def gsm8k(answer: str, text: str) -> Verdict:
+    """Right when the number after the last "####" is the answer; unparsed when there is none."""
+    said = last_number(text)
+    if said is None:
+        return "unparsed"
+    return "correct" if Fraction(said) == Fraction(answer) else "wrong"
+
+
+async def boxed(answer: str, text: str, in_worker: InWorker) -> Verdict:
+    """Right when the last \\boxed{…} equals the answer (math-verify)."""
+    return await _equal(answer, last_boxed(text), in_worker)
+
+
+async def dapo(answer: str, text: str, in_worker: InWorker) -> Verdict:
+    """Right when what follows "Answer:" in the last 300 characters, or else the last box there, equals the answer."""
+    return await _equal(answer, answer_line(text), in_worker)
+
+
+async def final(answer: str, text: str, in_worker: InWorker) -> Verdict:
+    """Right when the number after "####", or else what follows "Answer:", or else the last box, equals the answer."""
+    return await _equal(answer, any_final(text), in_worker)
+
+
+async def _equal(answer: str, said: str | None, in_worker: InWorker) -> Verdict:
+    if said is None:
+        return "unparsed"
+    bare = answer.strip().strip("$").strip()
+    bare = last_boxed(bare) or bare
+    if said == bare:
+        return "correct"
+    return await math(f"\\boxed{{{bare}}}", f"\\boxed{{{said}}}", in_worker)
+
+
+async def code(answer: str, text: str, in_worker: InWorker) -> Verdict:
+    """Right when the last block of Python passes every test, in the strongest sandbox that can be built here."""
+    return await asyncio.to_thread(judge, answer, text, find_box())
+
+
+async def code_in_processes(answer: str, text: str, in_worker: InWorker) -> Verdict:
+    """As `code`, without a sandbox: programs run in processes with limits, and can read and write what this user can."""
+    return await asyncio.to_thread(judge, answer, text, find_box(weaker=True))
+
+
+CHECKERS: dict[str, Callable[[str, str], Verdict]] = {
+    "exact": exact,
+    "last_line": last_line,
+    "gsm8k": gsm8k,
+    "countdown": countdown,
+}
 """Those that answer at once."""
-SLOW_CHECKERS: dict[str, Callable[[str, str, InWorker], Awaitable[Verdict]]] = {"math": math}
-"""Those that wait for a worker process."""
+SLOW_CHECKERS: dict[str, Callable[[str, str, InWorker], Awaitable[Verdict]]] = {
+    "math": math,
+    "boxed": boxed,
+    "dapo": dapo,
+    "final": final,
+    "code": code,
+    "code-in-processes": code_in_processes,
+}
+"""Those that wait for another process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +127,8 @@ class CheckerReward:
             return _rated(await SLOW_CHECKERS[self.name](answer, text, self.in_worker))
         except WorkerError as error:
             return Rated(failure=error.kind, detail=f"{self.name}: {error.detail}, on {text[-80:]!r}")
+        except (SandboxError, ValueError, OSError) as error:  # the box could not be built, or the answer is no set of tests
+            return Rated(failure="raised", detail=f"{self.name}: {error}")
 
 
 def _rated(verdict: Verdict) -> Rated:

@@ -8,9 +8,14 @@ from pydantic import ValidationError
 
 from groupwise.config import Source, explain
 from groupwise.errors import nearest
+from groupwise.models import Chat
+from groupwise.plugins import is_reference
 from groupwise.tasks.arithmetic import ArithmeticTask
 from groupwise.tasks.dataset import DatasetTask
+from groupwise.tasks.mixture import MixtureTask
+from groupwise.tasks.reasoning_gym import ReasoningGymTask
 from groupwise.tasks.tools import CalculatorTask, SearchTask
+from groupwise.tasks.user import UserTask
 from groupwise.types import Completion, Demonstration, Problem, Score
 
 
@@ -56,6 +61,7 @@ TASKS: dict[str, Any] = {
     "arithmetic": ArithmeticTask,
     "calculator": CalculatorTask,
     "dataset": DatasetTask,
+    "reasoning-gym": ReasoningGymTask,
     "search": SearchTask,
 }
 """Name -> a pydantic model of the task's settings that is a `Task`."""
@@ -69,12 +75,32 @@ def build_task(settings: dict[str, Any], source: Source) -> Task:
     """
     settings = {"name": ArithmeticTask().name, **settings}
     name = settings["name"]
+    if is_reference(name):
+        return UserTask.build(settings, source)
+    if name == "dataset" and "sources" in settings:
+        return MixtureTask.build(settings, source)
     if not isinstance(name, str) or name not in TASKS:
         raise source.error("task.name", f"there is no task {name!r}{nearest(str(name), TASKS)}")
     try:
         task: Task = TASKS[name].model_validate(settings)
     except ValidationError as error:
         raise explain(error, TASKS[name], source, "task.") from error
-    if isinstance(task, DatasetTask):
+    if isinstance(task, DatasetTask | ReasoningGymTask):
         task.open(source, base=Path(source.path).parent)
     return task
+
+
+def datasets_of(task: Task) -> list[DatasetTask]:
+    """The datasets that a task draws from."""
+    return task.tasks if isinstance(task, MixtureTask) else [task] if isinstance(task, DatasetTask) else []
+
+
+def limit_prompts(task: Task, chat: Chat, source: Source) -> None:
+    """Leave out the problems whose prompts, as the model reads them, are longer than the task's `max_prompt_tokens`.
+
+    Raises:
+        UserError: none is left.
+    """
+    for number, dataset in enumerate(datasets_of(task)):
+        place = source.inside("task", f"task.sources[{number}]") if isinstance(task, MixtureTask) else source
+        dataset.limit_prompts(chat.encode, place)

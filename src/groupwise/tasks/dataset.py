@@ -1,103 +1,185 @@
-"""Problems from a JSON-lines file: one object a line, with a prompt and an answer."""
+"""Problems of the user's own, from a file, a directory or the Hugging Face hub."""
 
-import json
-import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr
 
 from groupwise.config import Source
 from groupwise.errors import UserError, nearest
+from groupwise.rewards.sandbox import find_box
 from groupwise.rewards.settings import RewardSettings
-from groupwise.types import Demonstration, Problem
+from groupwise.tasks.pool import Part, Pool, Problems, StreamPool
+from groupwise.tasks.presets import PRESETS
+from groupwise.tasks.reading import RowReader
+from groupwise.tasks.rows import Origin
+from groupwise.types import Demonstration, Message, Problem
 
 
 class DatasetTask(RewardSettings):
     """Problems of the user's own. Its settings are the keys of [task] in a recipe."""
 
     name: Literal["dataset"] = "dataset"
-    path: str
-    """A .jsonl file, beside the recipe or from here."""
-    prompt_key: str = "prompt"
-    """The key of a line's prompt."""
-    answer_key: str = "answer"
-    """The key of its reference answer."""
+    path: str = ""
+    """A .jsonl, .json, .csv, .tsv or .parquet file or a directory, beside the recipe or from here; or a dataset's hub id."""
+    preset: str = ""
+    """A dataset whose rows are known: it fills in the keys that are left out; see `groupwise data --presets`."""
+    config: str | None = None
+    """Which configuration of a dataset that has several."""
+    split: str | None = None
+    """Which split of a directory or a dataset on the hub to train on; left out: "train"."""
+    streaming: bool = False
+    """Read rows as they are needed, from the first one on, instead of all at the start: for data that is too large to look
+    through. Repeated rows are then not found."""
+    shuffle_block: Annotated[int, Field(ge=1)] = 1024
+    """Streaming: so many problems are read ahead and shuffled among themselves."""
+    prompt_key: str = ""
+    """The column with the prompt, a text or a list of messages; left out: "prompt". "a.b" is the value b of an object a."""
+    answer_key: str = ""
+    """The column with the reference answer; left out: "answer"."""
+    id_key: str = ""
+    """The column that tells problems apart; left out: the prompt. Problems with the same one are one problem."""
+    columns: dict[str, str] = Field(default={})
+    """Other names for columns: the name that a reward or a preset looks for = the name in the data."""
+    system_prompt: str = ""
+    """The system message of prompts that bring none; empty: model.system_prompt."""
+    prompt_template: str = ""
+    """What is written around a prompt, as in "{prompt}\\nAnswer with a number."; left out: nothing."""
+    max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Leave out problems whose prompt, chat template included, has more tokens."""
     held_out_path: str = ""
-    """A .jsonl file of held-out problems; empty: a share of `path`."""
+    """Where held-out problems are, in the same form as `path`; empty: in `path`."""
+    held_out_split: str | None = None
+    """Which split of it is held out; left out: a share of `split`."""
     held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """What share of `path` is held out where there is no `held_out_path`."""
+    """Where neither a path nor a split is given for them."""
 
-    _train: list[Problem] = PrivateAttr(default_factory=list)
-    _held_out: list[Problem] = PrivateAttr(default_factory=list)
-    _order: tuple[str, list[int]] = PrivateAttr(default=("", []))
+    _problems: Problems | None = PrivateAttr(default=None)
 
     def open(self, source: Source, base: Path) -> None:
-        """Read the files and find the reward.
+        """Find the reward, and read the data.
 
         Raises:
-            UserError: something is missing, or a line is not what it should be.
+            UserError: something is missing, or a row is not what it should be.
         """
-        problems, self.path = self._read(source, "task.path", self.path, base)
+        self._fill_in(source)
+        self._check_sandbox(source)
+        train = self._find(source, "task.path", self.path, base, self.config or "", self.split or "")
+        self.path = train.path
+        held = None
         if self.held_out_path:
-            held_out, self.held_out_path = self._read(source, "task.held_out_path", self.held_out_path, base)
-            self._train, self._held_out = problems, held_out
-        else:
-            random.Random("held out").shuffle(problems)
-            count = max(1, round(len(problems) * self.held_out_share))
-            self._train, self._held_out = problems[count:], problems[:count]
-        if not self._train:
-            raise source.error("task.path", f"{self.path} has too few problems to hold any out")
+            held = self._find(source, "task.held_out_path", self.held_out_path, base, "", self.held_out_split or "")
+            self.held_out_path = held.path
+        elif self.held_out_split:
+            if train.file is not None:
+                raise source.error("task.held_out_split", f"{self.path} is one file, which has no splits; use held_out_path")
+            held = replace(train, split=self.held_out_split)
+        self._problems = self._open(train, held, source)
         self.open_rewards(source, base, prompt_key=self.prompt_key, answer_key=self.answer_key)
 
-    def _read(self, source: Source, key: str, name: str, base: Path) -> tuple[list[Problem], str]:
-        """The problems of a file, each prompt once, and the file's absolute path."""
-        path = next((path for path in (base / name, Path(name)) if path.is_file()), None)
-        if path is None:
-            beside = [item.name for item in base.glob("*.jsonl")]
-            raise source.error(key, f"there is no file {name!r} beside the recipe or here{nearest(name, beside)}")
-        problems: dict[str, Problem] = {}
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from error
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                problem = self._problem(f"{path}, line {number}", line)
-                problems[problem.id] = problem
-        if not problems:
-            raise UserError(f"{path}: no problems in it")
-        return list(problems.values()), str(path.resolve())
+    def _fill_in(self, source: Source) -> None:
+        """Keys that are left out, from the preset or as they are without one."""
+        preset = PRESETS.get(self.preset)
+        if self.preset and preset is None:
+            raise source.error("task.preset", f"there is no preset {self.preset!r}{nearest(self.preset, PRESETS)}")
+        if preset is not None:
+            if not self.path:
+                self.path, self.config, self.split = preset.path, self.config or preset.config, self.split or preset.split
+                if not self.held_out_path:
+                    self.held_out_split = self.held_out_split or preset.held_out_split
+            if "reward" not in self.model_fields_set:
+                self.reward = preset.reward
+            self.prompt_key, self.answer_key = self.prompt_key or preset.prompt_key, self.answer_key or preset.answer_key
+            self.prompt_template = self.prompt_template or preset.prompt_template
+        if not self.path:
+            raise source.error("task.path", "name a file, a directory or a dataset on the hub")
+        self.prompt_key, self.answer_key = self.prompt_key or "prompt", self.answer_key or "answer"
+        self.prompt_template = self.prompt_template or "{prompt}"
+        if "{prompt}" not in self.prompt_template:
+            raise source.error("task.prompt_template", "there is no {prompt} in it, which stands for the row's prompt")
 
-    def _problem(self, place: str, line: str) -> Problem:
+    def _find(self, source: Source, key: str, name: str, base: Path, config: str, split: str) -> Origin:
         try:
-            columns = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{place}: not JSON: {error.msg} at column {error.colno}") from error
-        if not isinstance(columns, dict):
-            raise UserError(f"{place}: expected an object with {self.prompt_key!r}, not {type(columns).__name__}")
-        needed = [self.prompt_key, self.answer_key] if self.needs_answer else [self.prompt_key]
-        for key in needed:
-            if key not in columns:
-                raise UserError(f"{place}: no {key!r}{nearest(key, columns)}")
-        prompt = columns.pop(self.prompt_key)
-        if not isinstance(prompt, str) or not prompt:
-            raise UserError(f"{place}: {self.prompt_key!r} must be a text that is not empty, not {prompt!r}")
-        answer = columns.pop(self.answer_key, "")
-        return Problem(id=prompt, prompt=prompt, answer=str(answer), metadata=columns)
+            return Origin.find(name, base, config, split)
+        except UserError as error:
+            raise source.error(key, str(error)) from error
+
+    def _open(self, train: Origin, held: Origin | None, source: Source) -> Problems:
+        reader = RowReader(
+            prompt_key=self.prompt_key,
+            answer_key=self.answer_key,
+            needs_answer=self.needs_answer,
+            id_key=self.id_key,
+            columns=self.columns,
+            system_prompt=self.system_prompt,
+            prompt_template=self.prompt_template,
+            preset=PRESETS.get(self.preset),
+        )
+        if self.streaming:
+            second = None if held is None else (held.stream(), reader)
+            return StreamPool(train.stream(), reader, share=self.held_out_share, block=self.shuffle_block, held=second)
+        dropped: Counter[str] = Counter()
+        part = Part.scan(train.rows(), reader, dropped)
+        if not len(part):
+            raise UserError(f"{train.path}: no problems in it")
+        if held is None:
+            pool = Pool.split(part, self.held_out_share, dropped)
+            if not len(pool.train):
+                raise source.error("task.path", f"{self.path} has too few problems to hold any out")
+            return pool
+        pool = Pool.of_two(part, Part.scan(held.rows(), reader, dropped), dropped)
+        if not len(pool.held):
+            raise UserError(f"{held.path}: no problems in it")
+        if not len(pool.train):
+            raise source.error("task.path", "every problem in it is held out too")
+        return pool
+
+    def _check_sandbox(self, source: Source) -> None:
+        """Refuse a reward that runs programs where no sandbox can be built."""
+        for name in ("code", "code-in-processes"):
+            if name in self.listed:
+                try:
+                    find_box(weaker=name != "code")
+                except UserError as error:
+                    raise source.error("task.reward", str(error)) from error
+
+    @property
+    def problems(self) -> Problems:
+        assert self._problems is not None, "open() was not called"
+        return self._problems
+
+    def limit_prompts(self, encode: Callable[[str | tuple[Message, ...]], Any], source: Source) -> None:
+        """Leave out problems whose prompt has more than `max_prompt_tokens`; `encode` gives a prompt's tokens.
+
+        Raises:
+            UserError: none is left.
+        """
+        most = self.max_prompt_tokens
+        if most is None:
+            return
+        self.problems.limit(lambda problem: len(encode(problem.prompt)) <= most, f"have a prompt of more than {most} tokens")
+        if which := self.left_nothing():
+            raise source.error("task.max_prompt_tokens", f"no {which} problem has a prompt of at most {most} tokens")
+
+    def left_out(self) -> str:
+        """How many rows were left out and why, for a person; empty: none."""
+        return ", ".join(f"{count:,} {reason}" for reason, count in self.problems.dropped.items())
+
+    def left_nothing(self) -> str | None:
+        """Which problems there are none of, "training" or "held-out"; None where there are both, or it is not known."""
+        if not isinstance(self.problems, Pool):
+            return None
+        return "training" if not len(self.problems.train) else "held-out" if not len(self.problems.held) else None
 
     def problem(self, position: int, seed: int) -> Problem:
-        epoch, place = divmod(position, len(self._train))
-        name = f"epoch/{seed}/{epoch}"
-        if name != self._order[0]:
-            order = list(range(len(self._train)))
-            random.Random(name).shuffle(order)
-            self._order = (name, order)
-        return self._train[self._order[1][place]]
+        return self.problems.problem(position, seed)
 
     def held_out(self, count: int) -> list[Problem]:
-        return self._held_out[:count]
+        return self.problems.held_out(count)
 
     def demonstration(self, position: int, seed: int) -> Demonstration:
         problem = self.problem(position, seed)
-        return Demonstration(prompt=problem.text, completion=str(problem.metadata.get("completion", problem.answer)))
+        return Demonstration(prompt=problem.prompt, completion=str(problem.metadata.get("completion", problem.answer)))

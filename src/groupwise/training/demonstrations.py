@@ -99,5 +99,5 @@ def demonstration_text(chat: Chat, shown: Sequence[Demonstration], tools: Sequen
         if item.messages:
             texts += [text for text, _ in conversation_pieces(chat, item, schemas)]
         else:
-            texts += [chat.tokenizer.decode(chat.encode(item.prompt)) if chat.template else str(item.prompt), item.completion]
+            texts += [chat.tokenizer.decode(chat.encode(item.prompt)) if chat.template else item.text, item.completion]
     return "".join(texts)

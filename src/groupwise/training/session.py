@@ -11,6 +11,7 @@ from rich.console import Console
 
 from groupwise.config import Recipe, Source, find_recipe, load
 from groupwise.errors import RunError, UserError
+from groupwise.tasks.base import datasets_of
 from groupwise.training import checkpoints
 from groupwise.training.display import Display
 from groupwise.training.interrupts import Interrupted
@@ -99,6 +100,9 @@ def run(session: Session, console: Console) -> Result:
 
 def _announce(ready: Ready, session: Session, console: Console) -> None:
     model = session.recipe.model.path
+    for dataset in datasets_of(ready.task):
+        if left_out := dataset.left_out():
+            console.print(f"left out of {dataset.path}: {left_out}", soft_wrap=True)
     console.print(f"{ready.algorithm.name} on {ready.task.name}, model {model}; writing {session.path}", soft_wrap=True)
     for line in (ready.model.describe_adapters(), ready.fallback(), *ready.hints()):
         if line:

@@ -24,7 +24,7 @@ from groupwise.rollouts.episodes import Episodes
 from groupwise.rollouts.groups import Rollouts
 from groupwise.rollouts.samplers import find_sampler
 from groupwise.seeding import derive
-from groupwise.tasks.base import FollowsTraining, Task, build_task
+from groupwise.tasks.base import FollowsTraining, Task, build_task, limit_prompts
 from groupwise.training.algorithm import build_algorithm, check_together, try_parts
 from groupwise.training.collect import describe_failures, sampling_of
 from groupwise.training.trackers import Tracker, find_trackers
@@ -154,6 +154,7 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
     except UserError as error:
         raise source.error("model.path", str(error)) from error
     chat = build_chat(recipe, tokenizer, source)
+    limit_prompts(task, chat, source)
     problem = task.problem(0, recipe.seed)
     episodes = build_episodes(recipe, chat, task, source)
     longest = check_lengths(recipe, config, chat, episodes, task, source)

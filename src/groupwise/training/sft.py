@@ -18,7 +18,7 @@ from groupwise.rollouts.episodes import make_episodes
 from groupwise.rollouts.groups import Rollouts
 from groupwise.rollouts.native import NativeSampler
 from groupwise.seeding import derive
-from groupwise.tasks.base import Task, build_task
+from groupwise.tasks.base import Task, build_task, limit_prompts
 from groupwise.training.demonstrations import demonstration_batch, demonstration_text
 from groupwise.training.evaluate import evaluate
 from groupwise.training.setup import LOOKED_AT, device_of
@@ -137,8 +137,11 @@ def start(recipe: SftRecipe, sources: Sources, source: Source) -> tuple[Any, Lan
         raise source.error("model.path" if settings.path else "model.new", str(error)) from error
     if settings.chat and not tokenizer.chat_template:
         raise source.error("model.chat", "the tokenizer has no chat template")
+    chat = Chat.build(tokenizer, settings.chat)
+    for task in sources.tasks:
+        limit_prompts(task, chat, source)
     shown, tools = sources.demonstrations(range(LOOKED_AT), recipe.seed)
-    text = demonstration_text(Chat.build(tokenizer, settings.chat), shown, tools)
+    text = demonstration_text(chat, shown, tools)
     unknown = settings.new and tokenizer.pad_token_id in tokenizer(text, add_special_tokens=False).input_ids
     if unknown and (missing := sorted(set(text) - set(settings.characters))):
         raise source.error("model.characters", f"the task also uses {''.join(missing)!r}")
