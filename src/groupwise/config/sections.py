@@ -117,8 +117,9 @@ class EnvironmentSection(Section):
     """Seconds for each call of a tool, and of the environment."""
     correct_above: float | None = None
     """A conversation counts as correct when what get_reward() returns is above this. Left out: the reward is graded."""
-    task_reward: bool = False
-    """Add the task's rewards to what get_reward() returns. An environment without get_reward() is scored by the task alone."""
+    task_reward: bool | None = None
+    """Add the task's rewards to what get_reward() returns; left out: where [task] names a reward. An environment without
+    get_reward() is scored by the task alone."""
 
 
 class LearnerSection(Section):

@@ -23,6 +23,8 @@ class Rewards:
 
     async def score(self, problem: Problem, completions: Sequence[Completion]) -> list[Score]:
         """A score for each completion: failed where one of the rewards failed, or none applies."""
+        if not self.rewards:
+            return [Score(reward=0.0)] * len(completions)
         rated = await asyncio.gather(*(reward.rate(problem, completions, self.progress) for reward in self.rewards))
         return [self._combine(parts) for parts in zip(*rated, strict=True)]
 

@@ -30,7 +30,7 @@ MODEL, HTTP = "model:", ("http://", "https://")
 
 def _checked(value: Any) -> Any:
     listed = value if isinstance(value, list) else [value]
-    if not listed or not all(isinstance(item, str | UserFunction) for item in listed):
+    if not all(isinstance(item, str | UserFunction) for item in listed):
         raise ValueError("expected a reward, or a list of rewards")
     return value
 
@@ -49,7 +49,8 @@ class RewardSettings(BaseModel):
 
     reward: Annotated[Any, BeforeValidator(_checked), PlainSerializer(_written)] = "exact"
     """One or a list of: "exact", "last_line", "math"; a function of yours, "file.py:function", in TRL's form or taking (problem,
-    completions); a reward model, "model:" and a directory or Hugging Face id; a server, "http://…"."""
+    completions); a reward model, "model:" and a directory or Hugging Face id; a server, "http://…". Left out beside an
+    environment class: none, its get_reward() says what a conversation earns."""
     reward_weights: list[float] = []
     """What each reward counts in the sum; left out: 1."""
     correct_above: float | None = None

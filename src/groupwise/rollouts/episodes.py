@@ -118,7 +118,11 @@ class Episodes:
 
     def asks_task(self, problem: Problem) -> bool:
         """Whether the task's rewards count."""
-        return self.settings.task_reward or not self.kind(problem).has_reward
+        return bool(self.settings.task_reward) or not self.is_rewarded(problem)
+
+    def is_rewarded(self, problem: Problem) -> bool:
+        """Whether the environment says what a conversation about the problem earns."""
+        return self.kind(problem).has_reward
 
     def conversation(self, problem: Problem) -> Conversations:
         """How conversations about the problem become tokens."""

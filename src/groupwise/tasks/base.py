@@ -67,14 +67,20 @@ TASKS: dict[str, Any] = {
 """Name -> a pydantic model of the task's settings that is a `Task`."""
 
 
-def build_task(settings: dict[str, Any], source: Source) -> Task:
+def build_task(settings: dict[str, Any], source: Source, *, environment: bool = False) -> Task:
     """The task that a recipe's [task] describes.
+
+    Args:
+        settings, source: the table, and where it was written.
+        environment: whether an environment class rewards completions, so that a dataset that names no reward has none.
 
     Raises:
         UserError: an unknown task, key or value, or data that cannot be read.
     """
     settings = {"name": ArithmeticTask().name, **settings}
     name = settings["name"]
+    if environment and name == "dataset" and not {"reward", "preset"} & settings.keys():
+        settings["reward"] = []
     if is_reference(name):
         return UserTask.build(settings, source)
     if name == "dataset" and "sources" in settings:

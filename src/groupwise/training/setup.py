@@ -146,7 +146,7 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
     check_together(recipe, algorithm, source)
     sampler = find_sampler(recipe.rollouts, source)
     trackers = find_trackers(recipe.trackers, source)
-    task = build_task(recipe.task, source)
+    task = build_task(recipe.task, source, environment=recipe.environment.kind is not None)
     trust = recipe.model.trust_remote_code
     try:
         tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=trust)
@@ -161,6 +161,8 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
     begin_step(task, 0, recipe)
     if episodes is not None:
         try_episode(episodes, problem)
+    if episodes is not None and not episodes.is_rewarded(problem) and getattr(task, "reward", None) == []:
+        raise source.error("task.reward", "names no reward, and the environment has no get_reward()")
     if episodes is None or episodes.asks_task(problem):
         try_scoring(task, problem, chat, algorithm, recipe.rollouts.group_size, source)
     try_parts(algorithm)
@@ -214,7 +216,10 @@ def build_episodes(recipe: Recipe, chat: Chat, task: Task, source: Source) -> Ep
     if environments is None:
         return None
     try:
-        episodes = Episodes(environments, recipe.environment, chat)
+        settings = recipe.environment
+        if settings.task_reward is None:
+            settings = settings.model_copy(update={"task_reward": bool(recipe.task.get("reward"))})
+        episodes = Episodes(environments, settings, chat)
         episodes.check()
     except UserError as error:
         raise source.error("environment", f"{error}: {recipe.model.path!r}") from error
