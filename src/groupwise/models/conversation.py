@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groupwise.errors import UserError, nearest
+from groupwise.errors import UserError
 from groupwise.models.chat import Chat, Tool
 from groupwise.models.control_tokens import ControlTokens
 from groupwise.models.conversation_check import Check
@@ -24,7 +24,7 @@ class Said:
     message: Message
     """The assistant's message: content, and where there are any reasoning_content and tool_calls."""
     calls: tuple[Call, ...]
-    """The calls to execute, in order."""
+    """The calls in order, also of tools that there are not."""
     closed: bool
     """Whether it ended with one of `Conversations.stop_tokens`; False where it was truncated or ended with another token."""
     problem: str | None
@@ -79,12 +79,8 @@ class Conversations:
         problem = None
         if self.ends.form is not None:
             calls, visible, problem = parse_calls(visible, self.ends.form.syntax, self.parameters)
-        calls = [Call(call.name, self._unmark(call.arguments), call.id) for call in calls]
-        for call in calls:
-            if call.name not in self.parameters and problem is None:
-                problem = f"there is no tool {call.name!r}{nearest(call.name, self.parameters)}"
-        known = with_ids([call for call in calls if call.name in self.parameters])
-        return Said(message=self._message(reasoning, visible, known), calls=known, closed=closed, problem=problem)
+        found = with_ids([Call(call.name, self._unmark(call.arguments), call.id) for call in calls])
+        return Said(message=self._message(reasoning, visible, found), calls=found, closed=closed, problem=problem)
 
     def suffix(self, messages: Sequence[Message], *, closed: bool) -> Tensor:
         """int64 [L]: what follows a sampled turn, up to where the next one is sampled.

@@ -15,7 +15,7 @@ from torch import Tensor
 from groupwise.config import EnvironmentSection
 from groupwise.environments.find import Environments
 from groupwise.environments.hosting import Host
-from groupwise.environments.instance import EnvironmentFailed, Instance, error_text
+from groupwise.environments.instance import EnvironmentFailed, Instance, ToolResult, error_text
 from groupwise.environments.kinds import Kind
 from groupwise.kept import KeptTokens
 from groupwise.models import Chat
@@ -253,7 +253,10 @@ class Episodes:
         messages: list[Message] = []
         answer, reward, done = Turn(role="tool", start=0, end=0), None, False
         for call in turn.calls:
-            result = await instance.call(call.name, call.arguments)
+            if call.name in kind.tool_names:
+                result = await instance.call(call.name, call.arguments)
+            else:
+                result = ToolResult(error_text(f"Tool {call.name} not found."), error=True)  # in TRL's words
             messages.append({"role": "tool", "name": call.name, "tool_call_id": call.id, "content": result.content})
             answer = replace(answer, errors=answer.errors + result.error)
         if not turn.calls and turn.problem is not None and kind.schemas:

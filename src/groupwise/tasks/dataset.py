@@ -20,7 +20,8 @@ from groupwise.types import Demonstration, Message, Problem
 
 
 class DatasetTask(RewardSettings):
-    """Problems of the user's own. Its settings are the keys of [task] in a recipe."""
+    """Problems of the user's own. Its settings are the keys of [task] in a recipe, or of each of its [[task.sources]], which are
+    mixed by their `weight`."""
 
     name: Literal["dataset"] = "dataset"
     path: str = ""

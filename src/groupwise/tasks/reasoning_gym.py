@@ -78,6 +78,7 @@ class ReasoningGymTask(BaseModel):
     size: Annotated[int, Field(ge=1)] = 10_000
     """How many problems of each there are before they come again."""
     prompt_template: str = "{prompt}\n\nThink first, then give only the final answer in <answer> </answer>."
+    """What is written around a question, {prompt}."""
     sandbox: Literal["auto", "processes"] = "auto"
     """"auto": the strongest sandbox that can be built here, or a refusal; "processes": without one, which is unsafe, since some
     scorers call eval on what a model wrote."""
