@@ -35,7 +35,8 @@ TRL = ROOT / ".bench" / "trl"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MARKS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
 
-pytestmark = pytest.mark.skipif(not (TRL / ".ready").exists(), reason="needs TRL in an environment of its own: make .bench/trl/.ready")
+HERE = (TRL / ".ready").exists()
+pytestmark = pytest.mark.skipif(not HERE, reason="needs TRL in an environment of its own: make .bench/trl/.ready")
 
 
 @pytest.fixture(scope="module")
@@ -98,22 +99,22 @@ def turns(name: str, tokenizer: Any) -> list[list[list[int]]]:
 
 
 class Script:
-    """A sampler that says what is written."""
+    """A sampler that says what is written, to the groups of these questions."""
 
-    def __init__(self, rows: list[list[list[int]]], tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, rows: list[list[list[int]]], questions: list[str], tokenizer: Any) -> None:
+        self.tokenizer, self.questions = tokenizer, questions
         self.rows = [[list[int](), row] for row in rows]
         """What each row has read and said, and what it will say."""
-        self.begun = 0
 
     async def generate(self, request: Request) -> tuple[Completion, ...]:
-        prompt = request.prompt.tolist()
-        if request.continues is None and self.begun < len(self.rows):
-            chosen = list(range(self.begun, self.begun + request.n))
-            self.begun += request.n
-        else:
-            chosen = [next(i for i, (so_far, left) in enumerate(self.rows) if left and so_far == prompt[: len(so_far)])]
         await asyncio.sleep(0)
+        prompt = request.prompt.tolist()
+        if request.continues is None:
+            group = next(i for i, text in enumerate(self.questions) if text in self.tokenizer.decode(prompt))
+            chosen = list(range(group * request.n, (group + 1) * request.n))
+        else:
+            begun = [(i, so_far) for i, (so_far, left) in enumerate(self.rows) if so_far and left]
+            chosen = [next(i for i, so_far in begun if so_far == prompt[: len(so_far)])]
         completions = []
         for i in chosen:
             ids = self.rows[i][1].pop(0)
@@ -159,13 +160,14 @@ def theirs(home: Path, name: str, rows: list[list[list[int]]]) -> Theirs:
 
 
 def ready(home: Path, name: str) -> Ready:
-    overrides = [f'model.path="{home / "model"}"', f'task.path="{home / f"{name}.jsonl"}"', 'task.held_out_share=0.01']
+    overrides = [f'model.path="{home / "model"}"', f'task.path="{home / f"{name}.jsonl"}"', "task.held_out_share=0.01"]
     return prepare(*load(SCRIPTS / f"{name}.toml", Recipe, overrides))
 
 
 def ours(made: Ready, problems: Sequence[Any], rows: list[list[list[int]]]) -> tuple[list[Group], TrainingBatch, Tensor, Any]:
     """The groups, the batch with its advantages, the loss, and the module with its gradients."""
-    rollouts = made.rollouts(Script(rows, made.tokenizer))
+    questions = [p.prompt if isinstance(p.prompt, str) else p.prompt[-1]["content"] for p in problems]
+    rollouts = made.rollouts(Script(rows, questions, made.tokenizer))
     groups, _ = rollouts.groups(problems, 4, seed=0)
     learner = made.make_learner()
     batch, _ = learner.compute_logprobs(make_batch(groups, made.algorithm))

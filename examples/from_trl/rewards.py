@@ -6,7 +6,7 @@ import re
 def right(completions, solution, **kwargs):
     """1.0 where the last number of the completion is the solution."""
     numbers = [re.findall(r"-?\d+", completion) for completion in completions]
-    return [float(bool(found) and found[-1] == expected) for found, expected in zip(numbers, solution)]
+    return [float(bool(found) and found[-1] == expected) for found, expected in zip(numbers, solution, strict=True)]
 
 
 def brevity(completion_ids, **kwargs):

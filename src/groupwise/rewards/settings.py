@@ -50,8 +50,8 @@ class RewardSettings(BaseModel):
     reward: Annotated[Any, BeforeValidator(_checked), PlainSerializer(_written)] = "exact"
     """One or a list of: "exact", "last_line", "math", "boxed", "gsm8k", "dapo", "final", "countdown", "code",
     "code-in-processes"; a function of yours, "file.py:function", in TRL's form or taking (problem, completions); a reward model,
-    "model:" and a directory or Hugging Face id; a server, "http://…". Left out beside an environment class: none, its get_reward() says what a
-    conversation earns."""
+    "model:" and a directory or Hugging Face id; a server, "http://…". Left out beside an environment class: none, its
+    get_reward() says what a conversation earns."""
     reward_weights: list[float] = []
     """What each reward counts in the sum; left out: 1."""
     correct_above: float | None = None
