@@ -13,6 +13,7 @@ from groupwise.config.sections import ModelSection as ModelSection
 from groupwise.config.sections import Recipe as Recipe
 from groupwise.config.sections import RolloutsSection as RolloutsSection
 from groupwise.config.sections import Section as Section
+from groupwise.config.sections import SftModelSection as SftModelSection
 from groupwise.config.sections import SftRecipe as SftRecipe
 from groupwise.config.sections import TrackersSection as TrackersSection
 from groupwise.config.source import Source as Source

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from groupwise.algorithms import token_weights
-from groupwise.config import EnvironmentSection, SftRecipe, Source
+from groupwise.config import EnvironmentSection, SftModelSection, SftRecipe, Source
 from groupwise.environments.find import Environments, find_environments
 from groupwise.errors import UserError
 from groupwise.learner.micro_batches import cut_rows
@@ -121,31 +121,45 @@ def start(recipe: SftRecipe, sources: Sources, source: Source) -> tuple[Any, Lan
         raise source.error("model", "set path for a model to start from, or new for a new one, and not both")
     if settings.new and (not settings.characters or "model_type" not in settings.new):
         raise source.error("model.new", "a new model needs new.model_type, and characters for its vocabulary")
-    device = device_of(settings.device, source)
+    device, trust = device_of(settings.device, source), settings.trust_remote_code
     try:
-        if settings.path:
-            trust = settings.trust_remote_code
-            tokenizer = load_tokenizer(settings.path, trust_remote_code=trust)
-            model = LanguageModel.load(settings.path, device=device, trust_remote_code=trust)
-        else:
-            tokenizer = character_tokenizer(
-                settings.characters, settings.words, special=settings.special_tokens, chat_template=settings.chat_template
-            )
-            model = LanguageModel(new_module(settings.new, tokenizer, recipe.seed).to(device))
-            model.check_logits()
+        tokenizer = load_tokenizer(settings.path, trust_remote_code=trust) if settings.path else new_tokenizer(settings)
     except UserError as error:
-        raise source.error("model.path" if settings.path else "model.new", str(error)) from error
+        raise source.error("model.path", str(error)) from error
     if settings.chat and not tokenizer.chat_template:
         raise source.error("model.chat", "the tokenizer has no chat template")
     chat = Chat.build(tokenizer, settings.chat)
     for task in sources.tasks:
         limit_prompts(task, chat, source)
+    if settings.new:
+        check_vocabulary(recipe, sources, chat, source)
+    try:
+        if settings.path:
+            model = LanguageModel.load(settings.path, device=device, trust_remote_code=trust)
+        else:
+            model = LanguageModel(new_module(settings.new, tokenizer, recipe.seed).to(device))
+            model.check_logits()
+    except UserError as error:
+        raise source.error("model.path" if settings.path else "model.new", str(error)) from error
+    return tokenizer, model
+
+
+def new_tokenizer(settings: SftModelSection) -> Any:
+    return character_tokenizer(
+        settings.characters, settings.words, special=settings.special_tokens, chat_template=settings.chat_template
+    )
+
+
+def check_vocabulary(recipe: SftRecipe, sources: Sources, chat: Chat, source: Source) -> None:
+    """
+    Raises:
+        UserError: a new model's vocabulary lacks a character of the tasks.
+    """
     shown, tools = sources.demonstrations(range(LOOKED_AT), recipe.seed)
     text = demonstration_text(chat, shown, tools)
-    unknown = settings.new and tokenizer.pad_token_id in tokenizer(text, add_special_tokens=False).input_ids
-    if unknown and (missing := sorted(set(text) - set(settings.characters))):
+    unknown = chat.tokenizer.pad_token_id in chat.tokenizer(text, add_special_tokens=False).input_ids
+    if unknown and (missing := sorted(set(text) - set(recipe.model.characters))):
         raise source.error("model.characters", f"the task also uses {''.join(missing)!r}")
-    return tokenizer, model
 
 
 def train_step(model: LanguageModel, optimiser: Optimiser, batch: Batch, micro_batch_tokens: int) -> float:
