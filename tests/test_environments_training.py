@@ -341,7 +341,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 def test_the_calculator_is_learnt(tmp_path: Path) -> None:
     result = run(
-        "train", "calculator", "--out", tmp_path / "run", "--set", "training.steps=6", "--set", "training.eval_problems=100"
+        "train", "calculator", "--out", tmp_path / "run", "--set", "training.steps=8", "--set", "training.eval_problems=100"
     )
     assert result.exit_code == 0, result.output
     rates = [row["eval/pass@1"] for row in metrics_of(tmp_path / "run") if "eval/pass@1" in row]
