@@ -94,6 +94,7 @@ def converse(
     tools: Sequence[Callable[..., Any]] = (),
     max_tokens: int = 400,
     problem: Problem | None = None,
+    task: Any = None,
     **settings: Any,
 ) -> tuple[Group, Scripted]:
     """A group of scripted conversations."""
@@ -103,7 +104,7 @@ def converse(
     sampler = Scripted(chat.tokenizer, say)
     rollouts = Rollouts(
         sampler=sampler,
-        task=LastWord(),  # type: ignore[arg-type]
+        task=task or LastWord(),
         chat=chat,
         sampling=Sampling(max_tokens=max_tokens),
         episodes=Episodes(Environments(kinds, above), EnvironmentSection(**settings), chat),

@@ -54,6 +54,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     goods = [("apple", 40), ("onion", 30)]
     rows = [{"prompt": [{"role": "user", "content": f"Buy an {n}."}], "item": n, "price": price} for n, price in goods]
     write(home / "tools.jsonl", rows)
+    write(home / "state.jsonl", rows)
     return home
 
 
@@ -212,7 +213,7 @@ def their_sequences(recorded: dict[str, Tensor]) -> list[tuple[list[int], list[i
     return found
 
 
-@pytest.mark.parametrize("name", ["single_turn", "conversation", "tools"])
+@pytest.mark.parametrize("name", ["single_turn", "conversation", "tools", "state"])
 def test_the_same_completions_give_trls_rewards_advantages_loss_and_gradients(home: Path, name: str) -> None:
     made = ready(home, name)
     problems = in_order(made, home / f"{name}.jsonl")
@@ -221,7 +222,7 @@ def test_the_same_completions_give_trls_rewards_advantages_loss_and_gradients(ho
     recorded = peer.tensors
     # The same tokens, those of tools masked.
     assert sequences(batch) == their_sequences(recorded)
-    if name == "tools":
+    if name in ("tools", "state"):
         assert any(not all(mask) for _, _, mask in sequences(batch))
         messages = [list(completion.messages) for group in groups for completion in group.completions]
         assert [[m["role"] for m in row] for row in messages] == [[m["role"] for m in row] for row in peer.said["completions"]]

@@ -321,10 +321,22 @@ if sys.argv[2] == "hang":
     asyncio.run(pool.call(target("spin"), limit=60))
 if sys.argv[2] == "raise":
     raise ValueError
+async def lease():
+    async with pool.lease() as lease:
+        calls = [asyncio.create_task(lease.call(target("hang"), limit=60)) for _ in range(3)]
+        await asyncio.sleep(0.3)
+        raise ValueError
+if sys.argv[2] == "give up":
+    try:
+        asyncio.run(lease())
+    except ValueError:
+        pass
 """
 
 
-@pytest.mark.parametrize(("how", "sent"), [("end", None), ("raise", None), ("hang", signal.SIGINT), ("hang", signal.SIGKILL)])
+@pytest.mark.parametrize(
+    ("how", "sent"), [("end", None), ("raise", None), ("give up", None), ("hang", signal.SIGINT), ("hang", signal.SIGKILL)]
+)
 def test_nothing_is_left_of_a_script_without_a_main_guard(at: At, tmp_path: Path, how: str, sent: signal.Signals | None) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, str(tmp_path / "script.py"), at("pid").file, how]
@@ -338,4 +350,6 @@ def test_nothing_is_left_of_a_script_without_a_main_guard(at: At, tmp_path: Path
     process.wait(timeout=20)
     assert wait_until_gone(worker)
     errors = process.stderr.read()
-    assert process.stdout.read() == "" and "Exception ignored" not in errors, errors
+    assert process.stdout.read() == "" and "Exception ignored" not in errors and "was destroyed" not in errors, errors
+    if how in ("end", "give up"):
+        assert errors == ""

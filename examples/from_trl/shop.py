@@ -1,8 +1,8 @@
-"""An environment class in TRL's form: a shop whose tool tells prices, and a reward for having asked."""
+"""Environment classes in TRL's form: a shop whose tools tell prices and lower them, without and with a reward of its own."""
 
 
-class Shop:
-    """One customer at a time."""
+class Till:
+    """One customer at a time. It has no get_reward(): rewards read its attributes."""
 
     def reset(self, item, price, **kwargs):
         """TRL calls this with the row's columns before each episode; the text is appended to the last user message."""
@@ -34,6 +34,10 @@ class Shop:
         """
         self.prices[self.item] = self.prices[self.item] * (100 - percent) // 100
         return self.prices[self.item]
+
+
+class Shop(Till):
+    """Says itself what a conversation was worth."""
 
     def get_reward(self):
         """TRL calls this at the end of the episode."""

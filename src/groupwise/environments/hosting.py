@@ -2,8 +2,9 @@
 end the run; the shipped ones in this process."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from groupwise.environments.instance import (
@@ -19,10 +20,12 @@ from groupwise.environments.instance import (
 )
 from groupwise.environments.kinds import Kind
 from groupwise.types import Message
-from groupwise.workers import Lease, Pool, WorkerError
+from groupwise.workers import Lease, Pool, Reply, Target, WorkerError
 
 MOST = 32
 """Groups of user environments at once, each in a process of its own."""
+ENVIRONMENTS = "environments"
+"""The argument of a function that is called with the instances of a group, as in TRL."""
 
 
 class Host:
@@ -52,20 +55,46 @@ class Host:
         return self._places[1]
 
 
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """Instances of a group that functions can be called with, in the worker process where they live."""
+
+    lease: Lease
+    handles: Sequence[int]
+
+    @classmethod
+    def of(cls, instances: Sequence[Instance]) -> "Lent | None":
+        """None: they are no instances of a class in a worker process."""
+        made = [(item.lease, item.handle) for item in instances if isinstance(item, WorkerInstance) and item.handle is not None]
+        if not made or len(made) != len(instances):
+            return None
+        return cls(made[0][0], [handle for _, handle in made])
+
+    async def call(self, target: Target, *args: Any, kwargs: Mapping[str, Any], limit: float, logs: bool) -> Reply:
+        """Call a function with the instances as its argument `environments`.
+
+        Raises:
+            WorkerError: it has no result.
+        """
+        handles = {ENVIRONMENTS: self.handles}
+        return await self.lease.call(target, *args, kwargs=kwargs, handles=handles, limit=limit, logs=logs)
+
+
 class WorkerInstance:
     """An instance in a worker process."""
 
     def __init__(self, lease: Lease, kind: Kind, time_limit: float) -> None:
-        self._lease, self._kind, self._limit = lease, kind, time_limit
+        self.lease, self._kind, self._limit = lease, kind, time_limit
         self._made, *functions = kind.targets
         self._functions = {f.__name__: target for f, target in zip(kind.functions, functions, strict=True)}
-        self._handle: int | None = None
+        self.handle: int | None = None
+        """None: not made yet, or there is no class."""
 
     async def reset(self, row: Mapping[str, Any]) -> str | None:
         if self._made is None:
             return None
         try:
-            self._handle = await self._lease.new(self._made, limit=self._limit)
+            self.handle = await self.lease.new(self._made, limit=self._limit)
         except WorkerError as error:
             raise EnvironmentFailed(error.kind, f"{self._made.name}(): {error.detail}") from error
         return as_observation(await self._guarded("reset", kwargs=row))
@@ -73,10 +102,10 @@ class WorkerInstance:
     async def call(self, name: str, arguments: Mapping[str, Any]) -> ToolResult:
         try:
             if (target := self._functions.get(name)) is not None:
-                reply = await self._lease.call(target, kwargs=arguments, limit=self._limit, text=True)
+                reply = await self.lease.call(target, kwargs=arguments, limit=self._limit, text=True)
                 return ToolResult(reply.value)
-            assert self._handle is not None
-            return ToolResult(await self._lease.method(self._handle, name, kwargs=arguments, limit=self._limit, text=True))
+            assert self.handle is not None
+            return ToolResult(await self.lease.method(self.handle, name, kwargs=arguments, limit=self._limit, text=True))
         except WorkerError as error:
             if error.kind == "raised":
                 return ToolResult(error_text(error.text), error=True)
@@ -98,8 +127,8 @@ class WorkerInstance:
         return as_reward("get_reward()", await self._guarded("get_reward"))
 
     async def _guarded(self, name: str, *arguments: Any, kwargs: Mapping[str, Any] | None = None) -> Any:
-        assert self._handle is not None
+        assert self.handle is not None
         try:
-            return await self._lease.method(self._handle, name, *arguments, kwargs=kwargs, limit=self._limit)
+            return await self.lease.method(self.handle, name, *arguments, kwargs=kwargs, limit=self._limit)
         except WorkerError as error:
             raise EnvironmentFailed(error.kind, f"{name}(): {error.detail}") from error

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from groupwise.environments.hosting import Lent
 from groupwise.types import Completion, Problem, Verdict
 
 
@@ -44,8 +45,14 @@ class Reward(Protocol):
     @property
     def name(self) -> str: ...
 
-    async def rate(self, problem: Problem, completions: Sequence[Completion], progress: Progress) -> Sequence[Rated]:
-        """One entry for each completion. It raises nothing: what goes wrong is a failure of the completions concerned."""
+    async def rate(
+        self, problem: Problem, completions: Sequence[Completion], progress: Progress, environments: Lent | None = None
+    ) -> Sequence[Rated]:
+        """One entry for each completion. It raises nothing: what goes wrong is a failure of the completions concerned.
+
+        Args:
+            environments: the instances in which the completions came about; None: there is no environment class.
+        """
         ...
 
 

@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from groupwise.environments.hosting import Lent
 from groupwise.rewards.answers import answer_line, any_final, last_boxed, last_number
 from groupwise.rewards.base import Progress, Rated
 from groupwise.rewards.code import judge
@@ -117,7 +118,9 @@ class CheckerReward:
     name: str
     in_worker: InWorker
 
-    async def rate(self, problem: Problem, completions: Sequence[Completion], progress: Progress) -> Sequence[Rated]:
+    async def rate(
+        self, problem: Problem, completions: Sequence[Completion], progress: Progress, environments: Lent | None = None
+    ) -> Sequence[Rated]:
         if self.name in CHECKERS:
             return [_rated(CHECKERS[self.name](problem.answer, completion.answer)) for completion in completions]
         return await asyncio.gather(*(self._slow(problem.answer, completion.answer) for completion in completions))

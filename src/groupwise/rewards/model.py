@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from groupwise.environments.hosting import Lent
 from groupwise.models.reward_model import RewardModel
 from groupwise.rewards.base import Progress, Rated
 from groupwise.rewards.user import prompt_of, said
@@ -20,6 +21,8 @@ class ModelReward:
     name: str
     model: RewardModel
 
-    async def rate(self, problem: Problem, completions: Sequence[Completion], progress: Progress) -> Sequence[Rated]:
+    async def rate(
+        self, problem: Problem, completions: Sequence[Completion], progress: Progress, environments: Lent | None = None
+    ) -> Sequence[Rated]:
         values = self.model.rewards(prompt_of(problem), [said(problem, completion) for completion in completions])
         return [rate_value(value, len(completion.text)) for value, completion in zip(values, completions, strict=True)]

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx2 as httpx
 
+from groupwise.environments.hosting import Lent
 from groupwise.rewards.base import Progress, Rated, all_failed
 from groupwise.rewards.user import columns_of, prompt_of, said
 from groupwise.rewards.values import rate_values
@@ -53,7 +54,9 @@ class RemoteReward:
     _client: list[httpx.AsyncClient] = field(init=False, default_factory=list)
     _room: list[asyncio.Semaphore] = field(init=False, default_factory=list)
 
-    async def rate(self, problem: Problem, completions: Sequence[Completion], progress: Progress) -> Sequence[Rated]:
+    async def rate(
+        self, problem: Problem, completions: Sequence[Completion], progress: Progress, environments: Lent | None = None
+    ) -> Sequence[Rated]:
         body = {
             "prompt": prompt_of(problem),
             "completions": [said(problem, completion) for completion in completions],

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from groupwise.environments.hosting import Lent
 from groupwise.rewards.base import Progress, Rated, Reward
 from groupwise.types import Completion, Problem, Score
 
@@ -21,11 +22,12 @@ class Rewards:
     """A completion is correct when its reward is above this; None: by the only checker among the rewards, if there is one."""
     progress: Progress = field(default_factory=Progress)
 
-    async def score(self, problem: Problem, completions: Sequence[Completion]) -> list[Score]:
+    async def score(self, problem: Problem, completions: Sequence[Completion], environments: Lent | None = None) -> list[Score]:
         """A score for each completion: failed where one of the rewards failed, or none applies."""
         if not self.rewards:
             return [Score(reward=0.0)] * len(completions)
-        rated = await asyncio.gather(*(reward.rate(problem, completions, self.progress) for reward in self.rewards))
+        calls = [reward.rate(problem, completions, self.progress, environments) for reward in self.rewards]
+        rated = await asyncio.gather(*calls)
         return [self._combine(parts) for parts in zip(*rated, strict=True)]
 
     def _combine(self, parts: Sequence[Rated]) -> Score:

@@ -1,7 +1,7 @@
 """The keys of [task] that say how completions are rewarded, and the rewards that they name."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PrivateAttr
 
 from groupwise.config import Source
+from groupwise.environments.hosting import ENVIRONMENTS, Lent
 from groupwise.errors import UserError, nearest
 from groupwise.models.reward_model import RewardModel
 from groupwise.plugins import UserFunction, is_reference
@@ -99,8 +100,18 @@ class RewardSettings(BaseModel):
         self._rewards.progress = Progress(step, steps)
 
     async def score(self, problem: Problem, completions: Sequence[Completion]) -> list[Score]:
+        return await self.score_episodes(problem, completions, None)
+
+    async def score_episodes(self, problem: Problem, completions: Sequence[Completion], environments: Lent | None) -> list[Score]:
+        """Score completions; `environments`: the instances in which they came about, for rewards that take them."""
         assert self._rewards is not None, "open_rewards() was not called"
-        return await self._rewards.score(problem, completions)
+        return await self._rewards.score(problem, completions, environments)
+
+    def takes_environments(self) -> Mapping[str, bool]:
+        """The rewards that take `environments`, and whether each needs them."""
+        assert self._rewards is not None, "open_rewards() was not called"
+        found = [reward for reward in self._rewards.rewards if isinstance(reward, FunctionReward)]
+        return {reward.place: reward.form.needs_environments for reward in found if ENVIRONMENTS in reward.form.named}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,9 @@ TRL's: called with keywords only, `prompts`, `completions`, `completion_ids`, th
 `log_extra` and `log_metric`; of these it is given what it names, or everything if it takes `**kwargs`. Ours:
 `reward(problem, completions)`. Both return a list with a number, a mapping of numbers, or None for each completion, and both may
 be asynchronous.
+
+One that names `environments` is called with the environment instances of the completions, in the process where these live.
+`**kwargs` do not ask for them, unlike in TRL: a reward that does not read them shall not be loaded in each of these processes.
 """
 
 import asyncio
@@ -12,6 +15,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from groupwise.environments.hosting import ENVIRONMENTS, Lent
 from groupwise.errors import UserError
 from groupwise.rewards.base import Progress, Rated, all_failed
 from groupwise.rewards.values import rate_values, with_logs
@@ -35,6 +39,8 @@ class Form:
     """The parameters that it names."""
     takes_all: bool
     """It has `**kwargs`."""
+    needs_environments: bool
+    """It cannot be called without `environments`."""
 
     @classmethod
     def of(cls, description: Mapping[str, Any], name: str) -> "Form":
@@ -47,14 +53,15 @@ class Form:
         named = [item["name"] for item in parameters if item["kind"] in ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY")]
         takes_all = any(item["kind"] == "VAR_KEYWORD" for item in parameters)
         required = [item["name"] for item in parameters if item["required"] and not item["kind"].startswith("VAR_")]
-        if required == ["problem", "completions"] and not takes_all:
-            return cls(ours=True, named=frozenset(named), takes_all=False)
+        needs = ENVIRONMENTS in required
+        if [name for name in required if name != ENVIRONMENTS] == ["problem", "completions"] and not takes_all:
+            return cls(ours=True, named=frozenset(named), takes_all=False, needs_environments=needs)
         if "completions" in named or takes_all:
-            return cls(ours=False, named=frozenset(named), takes_all=takes_all)
+            return cls(ours=False, named=frozenset(named), takes_all=takes_all, needs_environments=needs)
         listed = ", ".join(item["name"] for item in parameters)
         raise UserError(
             f"{name}({listed}): a reward is called as reward(problem, completions), or as TRL calls it, by keyword: "
-            "prompts, completions, completion_ids, columns of the dataset, trainer_state, log_extra, log_metric"
+            "prompts, completions, completion_ids, environments, columns of the dataset, trainer_state, log_extra, log_metric"
         )
 
     def select(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,19 +85,24 @@ class FunctionReward:
     """What a person is told that it is."""
     form: Form
     call: Call
-    """Calls it with args, kwargs and logs, in a worker process or in a thread."""
+    """Calls it with args, kwargs, logs and environments, in a worker process or in a thread."""
     answer_key: str
     """The dataset's column with the answer."""
     prompt_key: str
 
-    async def rate(self, problem: Problem, completions: Sequence[Completion], progress: Progress) -> Sequence[Rated]:
+    async def rate(
+        self, problem: Problem, completions: Sequence[Completion], progress: Progress, environments: Lent | None = None
+    ) -> Sequence[Rated]:
         texts = [completion.text for completion in completions]
+        lent = environments if ENVIRONMENTS in self.form.named else None
         try:
             if self.form.ours:
-                reply = await self.call(_plain(problem), texts, kwargs={}, logs=False)
+                reply = await self.call(_plain(problem), texts, kwargs={}, logs=False, environments=lent)
             else:
                 arguments = self.form.select(self.arguments(problem, completions, progress))
-                reply = await self.call(kwargs=arguments, logs=self.form.logs)
+                if lent is not None:
+                    arguments.pop(ENVIRONMENTS, None)  # a column of that name, which counts for less in TRL too
+                reply = await self.call(kwargs=arguments, logs=self.form.logs, environments=lent)
         except WorkerError as error:
             return all_failed(len(texts), error.kind, f"{self.place}: {error.detail}")
         rated = with_logs(rate_values(reply.value, [len(text) for text in texts]), reply)
@@ -141,9 +153,11 @@ def _named(rated: Rated, place: str) -> Rated:
 
 
 def in_processes(pool: Pool, target: Target, *, limit: float, shared: bool) -> Call:
-    """Calls of a function in the pool's worker processes; asynchronous ones share a process."""
+    """Calls of a function in the pool's worker processes, asynchronous ones in one process; with environments, in theirs."""
 
-    async def call(*args: Any, kwargs: Mapping[str, Any], logs: bool) -> Reply:
+    async def call(*args: Any, kwargs: Mapping[str, Any], logs: bool, environments: Lent | None = None) -> Reply:
+        if environments is not None:
+            return await environments.call(target, *args, kwargs=kwargs, limit=limit, logs=logs)
         return await pool.call(target, *args, kwargs=kwargs, limit=limit, shared=shared, logs=logs)
 
     return call
@@ -152,7 +166,10 @@ def in_processes(pool: Pool, target: Target, *, limit: float, shared: bool) -> C
 def in_threads(threads: Threads, function: Callable[..., Any], *, limit: float) -> Call:
     """Calls of a function that cannot be pickled, in threads of this process."""
 
-    async def call(*args: Any, kwargs: Mapping[str, Any], logs: bool) -> Reply:
+    async def call(*args: Any, kwargs: Mapping[str, Any], logs: bool, environments: Lent | None = None) -> Reply:
+        if environments is not None:
+            raise WorkerError("raised", "it takes environments, and cannot be pickled, so as to be called where these live")
+
         def wait() -> Reply:
             return threads.call(function, *args, kwargs=kwargs, limit=limit, logs=logs)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from groupwise.config import EnvironmentSection
 from groupwise.environments.find import Environments
-from groupwise.environments.hosting import Host
+from groupwise.environments.hosting import Host, Lent
 from groupwise.environments.instance import EnvironmentFailed, Instance, ToolResult, error_text
 from groupwise.environments.kinds import Kind
 from groupwise.kept import KeptTokens
@@ -23,7 +23,7 @@ from groupwise.models.conversation import Conversations, Said
 from groupwise.rollouts.base import Request, Sampler, Sampling
 from groupwise.rollouts.driver import gather
 from groupwise.seeding import derive
-from groupwise.tasks.base import Task
+from groupwise.tasks.base import TakesEnvironments, Task
 from groupwise.types import Completion, Group, Message, Problem, Score, Stop, Turn, VersionSpan
 
 
@@ -148,9 +148,8 @@ class Episodes:
             await self._speak(sampler, sampling, problem, episodes, draw)
             completions = tuple(episode.completion(prefix, self.chat.tokenizer) for episode in episodes)
             generated = time.perf_counter()
-            of_task = await task.score(problem, completions) if self.asks_task(problem) else None
-            of_episodes = [None] * n if of_task is None else list(of_task)
-            pairs = zip(episodes, of_episodes, strict=True)
+            of_task = await self._ask_task(task, problem, episodes, completions)
+            pairs = zip(episodes, of_task, strict=True)
             scores = await gather(*(self._score(self.kind(problem), episode, score) for episode, score in pairs))
         group = Group(problem=problem, prompt_tokens=prompts[0][:prefix], completions=completions, scores=tuple(scores))
         return group, generated
@@ -173,6 +172,29 @@ class Episodes:
             await instance.reset(self.environments.row(problem))
             if self.kind(problem).has_reward:
                 await instance.get_reward()
+
+    async def trial_scores(self, task: Task, problem: Problem, completions: Sequence[Completion]) -> Sequence[Score]:
+        """What the task says of completions that are made up, in conversations in which nothing was said.
+
+        Raises:
+            EnvironmentFailed: the environment does.
+        """
+        async with self.host.instances(self.kind(problem), len(completions)) as instances:
+            await gather(*(instance.reset(self.environments.row(problem)) for instance in instances))
+            return await score_episodes(task, problem, completions, instances)
+
+    async def _ask_task(
+        self, task: Task, problem: Problem, episodes: Sequence[Episode], completions: Sequence[Completion]
+    ) -> list[Score | None]:
+        """The task's score of each conversation that is not set aside; None of the others, and where the task is not asked."""
+        scores: list[Score | None] = [None] * len(episodes)
+        asked = [i for i, episode in enumerate(episodes) if episode.failure is None] if self.asks_task(problem) else []
+        if asked:
+            instances = [episodes[i].instance for i in asked]
+            found = await score_episodes(task, problem, [completions[i] for i in asked], instances)
+            for i, score in zip(asked, found, strict=True):
+                scores[i] = score
+        return scores
 
     async def _begin(self, problem: Problem, instance: Instance) -> Episode:
         said, failure = None, None
@@ -297,6 +319,15 @@ class Episodes:
             return of_task
         both = with_part(of_task, "task", "environment", reward)
         return both if correct is None else replace(both, correct=correct)
+
+
+async def score_episodes(
+    task: Task, problem: Problem, completions: Sequence[Completion], instances: Sequence[Instance]
+) -> Sequence[Score]:
+    """The task's scores; rewards that take environments are given the instances."""
+    if isinstance(task, TakesEnvironments):
+        return await task.score_episodes(problem, completions, Lent.of(instances))
+    return await task.score(problem, completions)
 
 
 def with_part(score: Score, name: str, added: str, reward: float) -> Score:

@@ -1,12 +1,13 @@
 """What the training loop asks of a task, and how a recipe's [task] becomes one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from pydantic import ValidationError
 
 from groupwise.config import Source, explain
+from groupwise.environments.hosting import Lent
 from groupwise.errors import nearest
 from groupwise.models import Chat
 from groupwise.plugins import is_reference
@@ -54,6 +55,21 @@ class FollowsTraining(Protocol):
 
     def begin_step(self, step: int, steps: int) -> None:
         """`step` training steps of `steps` are done."""
+        ...
+
+
+@runtime_checkable
+class TakesEnvironments(Protocol):
+    """A task whose rewards may be called with the environments of the completions."""
+
+    async def score_episodes(
+        self, problem: Problem, completions: Sequence[Completion], environments: Lent | None
+    ) -> Sequence[Score]:
+        """As `Task.score`; `environments`: the instance in which each completion came about; None: of no class."""
+        ...
+
+    def takes_environments(self) -> Mapping[str, bool]:
+        """The rewards that take environments, by name, and whether each needs them."""
         ...
 
 

@@ -1,6 +1,6 @@
 """Several datasets mixed by weight: the [[task.sources]] of a recipe."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import gcd, lcm
@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from groupwise.config import Source, explain
+from groupwise.environments.hosting import Lent
 from groupwise.tasks.dataset import DatasetTask
 from groupwise.types import Completion, Demonstration, Problem, Score
 
@@ -120,6 +121,14 @@ class MixtureTask:
 
     async def score(self, problem: Problem, completions: Sequence[Completion]) -> Sequence[Score]:
         return await self.tasks[problem.source].score(problem, completions)
+
+    async def score_episodes(
+        self, problem: Problem, completions: Sequence[Completion], environments: Lent | None
+    ) -> Sequence[Score]:
+        return await self.tasks[problem.source].score_episodes(problem, completions, environments)
+
+    def takes_environments(self) -> Mapping[str, bool]:
+        return {name: needs for task in self.tasks for name, needs in task.takes_environments().items()}
 
     def demonstration(self, position: int, seed: int) -> Demonstration:
         source, place = self.interleaving.at(position)

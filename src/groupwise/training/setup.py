@@ -1,10 +1,10 @@
 """A recipe made ready: everything that can be wrong is found here, before anything is trained."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from groupwise.algorithms import Algorithm
 from groupwise.config import Recipe, RolloutsSection, Source
 from groupwise.environments.find import find_environments
+from groupwise.environments.hosting import ENVIRONMENTS
 from groupwise.environments.instance import EnvironmentFailed
 from groupwise.errors import UserError
 from groupwise.learner.base import Learner
@@ -24,11 +25,13 @@ from groupwise.rollouts.episodes import Episodes
 from groupwise.rollouts.groups import Rollouts
 from groupwise.rollouts.samplers import find_sampler
 from groupwise.seeding import derive
-from groupwise.tasks.base import FollowsTraining, Task, build_task, limit_prompts
+from groupwise.tasks.base import FollowsTraining, TakesEnvironments, Task, build_task, limit_prompts
 from groupwise.training.algorithm import build_algorithm, check_together, try_parts
 from groupwise.training.collect import describe_failures, sampling_of
 from groupwise.training.trackers import Tracker, find_trackers
 from groupwise.types import Completion, Problem
+
+Result = TypeVar("Result")
 
 LOOKED_AT = 256
 """How many training problems are looked at before training."""
@@ -160,11 +163,12 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
     longest = check_lengths(recipe, config, chat, episodes, task, source)
     begin_step(task, 0, recipe)
     if episodes is not None:
-        try_episode(episodes, problem)
+        tried(episodes.trial(problem), problem)
     if episodes is not None and not episodes.is_rewarded(problem) and getattr(task, "reward", None) == []:
         raise source.error("task.reward", "names no reward, and the environment has no get_reward()")
+    check_environments(task, problem, recipe, source)
     if episodes is None or episodes.asks_task(problem):
-        try_scoring(task, problem, chat, algorithm, recipe.rollouts.group_size, source)
+        try_scoring(task, problem, chat, algorithm, recipe.rollouts.group_size, source, episodes)
     try_parts(algorithm)
     model = load_policy(recipe, source)
     try:
@@ -226,14 +230,14 @@ def build_episodes(recipe: Recipe, chat: Chat, task: Task, source: Source) -> Ep
     return episodes
 
 
-def try_episode(episodes: Episodes, problem: Problem) -> None:
-    """Begin a conversation, and end it before anything is said.
+def tried(trial: Coroutine[Any, Any, Result], problem: Problem) -> Result:
+    """The result of a trial of the environment.
 
     Raises:
         UserError: the environment fails.
     """
     try:
-        wait_for(episodes.trial(problem))
+        return wait_for(trial)
     except EnvironmentFailed as error:
         raise UserError(f"the environment fails: {error} (problem {problem.id!r})") from error
 
@@ -291,14 +295,40 @@ def check_lengths(recipe: Recipe, config: Any, chat: Chat, episodes: Episodes | 
     return length + recipe.rollouts.max_tokens
 
 
-def try_scoring(task: Task, problem: Problem, chat: Chat, algorithm: Algorithm, group_size: int, source: Source) -> None:
-    """Score a group of made-up answers, so that a reward that always fails does so before training.
+def check_environments(task: Task, problem: Problem, recipe: Recipe, source: Source) -> None:
+    """Refuse a reward that needs environments where the recipe has no class of them.
+
+    Raises:
+        UserError: naming it.
+    """
+    if recipe.environment.kind is not None or ENVIRONMENTS in problem.metadata or not isinstance(task, TakesEnvironments):
+        return
+    for name, needs in task.takes_environments().items():
+        if needs:
+            raise source.error("task.reward", f"{name} takes {ENVIRONMENTS}, and there is no environment.class to make them")
+
+
+def try_scoring(
+    task: Task,
+    problem: Problem,
+    chat: Chat,
+    algorithm: Algorithm,
+    group_size: int,
+    source: Source,
+    episodes: Episodes | None,
+) -> None:
+    """Score a group of made-up answers, so that a reward that always fails does so before training. Rewards that take
+    environments are given instances that were reset, and nothing more.
 
     Raises:
         UserError: none of them could be scored, or the algorithm needs what the task's scores do not hold.
     """
     texts = [problem.answer or "an answer", *[""] * (group_size - 1)]
-    scores = wait_for(task.score(problem, [_made_up(text, chat.tokenizer) for text in texts]))
+    completions = [_made_up(text, chat.tokenizer) for text in texts]
+    if episodes is not None and isinstance(task, TakesEnvironments) and task.takes_environments():
+        scores = tried(episodes.trial_scores(task, problem, completions), problem)
+    else:
+        scores = wait_for(task.score(problem, completions))
     if all(score.failure is not None for score in scores):
         raise UserError(f"scoring fails: {describe_failures(scores)} (problem {problem.id!r})")
     if "steps" in algorithm.needs and not any(score.steps for score in scores):

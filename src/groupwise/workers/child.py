@@ -129,15 +129,20 @@ def describe_error(error: BaseException) -> str:
 def load_file(path: str, name: str) -> Any:
     """The object `name` of a file, whose folder can be imported from.
 
+    The file runs once, whether it is loaded here or imported by another of the user's files, so that a reward that imports an
+    environment's class has the class of the instances.
+
     Raises:
         Missing: the file has none of that name.
     """
     import importlib.util
 
     folder, file = os.path.split(path)
-    module_name = f"groupwise_user_{file.removesuffix('.py')}"
-    module = sys.modules.get(module_name)
-    if module is None or module.__file__ != path:
+    plain_name = file.removesuffix(".py")
+    module_name = f"groupwise_user_{plain_name}"
+    known = [sys.modules[key] for key in (module_name, plain_name) if key in sys.modules]
+    module = next((item for item in known if getattr(item, "__file__", None) == path), None)
+    if module is None:
         if folder not in sys.path:
             sys.path.insert(0, folder)
         spec = importlib.util.spec_from_file_location(module_name, path)
@@ -149,6 +154,7 @@ def load_file(path: str, name: str) -> Any:
         except BaseException:
             del sys.modules[module_name]
             raise
+        sys.modules.setdefault(plain_name, module)
     if not callable(getattr(module, name, None)):
         raise Missing(name, [key for key, item in vars(module).items() if callable(item) and not key.startswith("_")])
     return getattr(module, name)

@@ -1,6 +1,7 @@
 """A pool of worker processes, whose calls can be awaited in any event loop."""
 
 import asyncio
+import atexit
 import contextlib
 import functools
 import threading
@@ -15,14 +16,40 @@ Result = TypeVar("Result")
 
 DROP_LIMIT = 5.0
 """Seconds in which a process must let go of its instances, or it is replaced."""
+EXIT_LIMIT = 2.0
+"""Seconds that the exit of this process waits for those of its workers."""
 
 
 @functools.cache
 def _loop() -> asyncio.AbstractEventLoop:
     """The event loop of all pools, in a thread of its own: the loops of those who call come and go, and may be held up."""
     loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="groupwise workers", daemon=True).start()
+    thread = threading.Thread(target=loop.run_forever, name="groupwise workers", daemon=True)
+    thread.start()
+    atexit.register(_stop, loop, thread)
     return loop
+
+
+def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    """End all processes and all tasks of the loop before this process exits, so that nothing is left to complain."""
+    if not thread.is_alive():  # in a forked process, where only the thread that forked goes on
+        return
+    with contextlib.suppress(TimeoutError):
+        asyncio.run_coroutine_threadsafe(_finish(), loop).result(2 * EXIT_LIMIT)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(EXIT_LIMIT)
+
+
+async def _finish() -> None:
+    workers = [worker for pool in list(_pools) for worker in pool.workers]
+    waiting = {task for worker in workers for task in worker.tasks}
+    others = asyncio.all_tasks() - waiting - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    for worker in workers:
+        worker.kill()
+    if waiting | others:
+        await asyncio.wait(waiting | others, timeout=EXIT_LIMIT)
 
 
 async def elsewhere(coroutine: Coroutine[Any, Any, Result]) -> Result:
@@ -41,14 +68,15 @@ class Pool:
     def __init__(self, size: int) -> None:
         """`size`: processes that run calls which are alone in theirs."""
         self.size = size
-        self._workers: set[Worker] = set()
+        self.workers: set[Worker] = set()
         """All that live."""
         self._free: list[Worker] = []
         self._shared: asyncio.Task[Worker] | None = None
         """The process in which asynchronous functions run together."""
         self._room = asyncio.Semaphore(size)
-        self.close = weakref.finalize(self, _end, self._workers)
+        self.close = weakref.finalize(self, _end, self.workers)
         """End every process."""
+        _pools.add(self)
 
     async def describe(self, target: Target) -> Mapping[str, Any]:
         """A function's "parameters" (each with name, kind, required; None: unknown), and whether it is "awaited".
@@ -122,9 +150,9 @@ class Pool:
             worker = self._free.pop()
             if worker.alive:
                 return worker
-        self._workers.difference_update([worker for worker in self._workers if not worker.alive])
+        self.workers.difference_update([worker for worker in self.workers if not worker.alive])
         worker = await Worker.start()
-        self._workers.add(worker)
+        self.workers.add(worker)
         return worker
 
     def _give_back(self, worker: Worker) -> None:
@@ -137,6 +165,10 @@ class Pool:
         with contextlib.suppress(WorkerError):
             await worker.request("drop", {"handle": None}, DROP_LIMIT, clock="sent")
         self._give_back(worker)
+
+
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+"""All that live."""
 
 
 def _has_ended(starting: asyncio.Task[Worker]) -> bool:

@@ -58,13 +58,14 @@ class _Call:
     """A request under way."""
 
     reply: "asyncio.Future[dict[str, Any]]"
-    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    begun: "asyncio.Future[None]"
     stage: str = "waiting"
     """Then a `Clock`: what the worker said last."""
 
     def come_to(self, stage: str) -> None:
         self.stage = stage
-        self.begun.set()
+        if not self.begun.done():
+            self.begun.set_result(None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +92,8 @@ class Worker:
         self._calls: dict[int, _Call] = {}
         self._printed = b""
         self._showing = asyncio.create_task(self._show())
-        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._end())]
+        self.tasks = [self._showing, asyncio.create_task(self._read()), asyncio.create_task(self._end())]
+        """Are done when the process has ended."""
 
     @classmethod
     async def start(cls) -> "Worker":
@@ -170,7 +172,8 @@ class Worker:
     @contextlib.contextmanager
     def _send(self, payload: bytes) -> Iterator[tuple[int, _Call]]:
         """A call, as long as somebody waits for it."""
-        number, call = next(self._numbers), _Call(asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        number, call = next(self._numbers), _Call(loop.create_future(), loop.create_future())
         self._calls[number] = call
         if not self._write(number, payload):
             call.reply.set_exception(WorkerError("died", "its process has ended"))
@@ -188,9 +191,7 @@ class Worker:
         return True
 
     async def _wait(self, number: int, call: _Call, limit: float) -> Reply:
-        begun = asyncio.create_task(call.begun.wait())
-        await asyncio.wait((call.reply, begun), return_when=asyncio.FIRST_COMPLETED)
-        begun.cancel()
+        await asyncio.wait((call.reply, call.begun), return_when=asyncio.FIRST_COMPLETED)
         await asyncio.wait((call.reply,), timeout=limit)
         blocked = not call.reply.done() and call.stage == "awaited" and not await self.responds()
         if not call.reply.done():
