@@ -13,17 +13,19 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import tomli_w
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
-from pydantic import BaseModel
+from pydantic import BaseModel, InstanceOf
 from pydantic_core import PydanticUndefined
 
 from groupwise.algorithms import NAMED, PARTS, Algorithm
 from groupwise.algorithms.algorithm import FORMULAS
 from groupwise.algorithms.named import general_settings
 from groupwise.config import Recipe, SftRecipe
+from groupwise.plugins import UserFunction
 from groupwise.tasks.base import TASKS
 
 PAGE = Path(__file__).parent / "recipe.md"
 BEGIN, END = "<!-- the keys, from the code: begin -->\n", "<!-- the keys, from the code: end -->\n"
+TASK = '`name` says which task it is, one of those below or a class of yours, `"file.py:Class"`; the other keys are its own.'
 NUMBERS = {int: "integer", float: "number", str: "text", bool: "true or false", dict: "table", list: "list", Any: "any"}
 BOUNDS = {Ge: ("at least", "ge"), Gt: ("above", "gt"), Le: ("at most", "le"), Lt: ("below", "lt")} | {
     MinLen: ("length at least", "min_length"),
@@ -38,7 +40,7 @@ def keys() -> str:
         for section in _sections(field.annotation):
             lines += ["", f"### [{name}]", "", _first(section), "", *_table(section)]
         if name == "task":
-            lines += ["", "### [task]", "", "`name` says which task it is; the other keys are its own.", *_tasks()]
+            lines += ["", "### [task]", "", TASK, *_tasks()]
         elif name == "algorithm":
             lines += ["", "### [algorithm]", "", *_algorithm()]
     lines += ["", "## What `groupwise sft` reads", "", "`seed` and `[task]`, as above, and", ""]
@@ -110,7 +112,7 @@ def _rows(section: type[BaseModel], skip: Iterable[str] = (), prefix: str = "") 
         if not inner:
             kind = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
             default = field.get_default(call_default_factory=True)
-            yield _row(prefix + name, kind, default, meanings.get(name, ""))
+            yield _row(prefix + (field.alias or name), kind, default, meanings.get(name, ""))
 
 
 def _header() -> list[str]:
@@ -133,7 +135,7 @@ def _kind(kind: Any) -> str:
     if origin is Literal:
         return " or ".join(f"`{_toml(value)}`" for value in arguments)
     if origin in (Union, types.UnionType):
-        return " or ".join(_kind(argument) for argument in arguments if argument is not type(None))
+        return " or ".join(_kind(argument) for argument in arguments if argument not in (type(None), InstanceOf[UserFunction]))
     if origin in (list, tuple):
         inner = [argument for argument in arguments if argument is not Ellipsis]
         of = _kind(inner[0])

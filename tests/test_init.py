@@ -1,15 +1,21 @@
 """groupwise init: from flags and by asking, and what it refuses."""
 
+import csv
+import json
 import os
 import pty
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.test_cli import run
+from tests.test_data import hub
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +42,8 @@ def test_a_recipe_from_flags_is_found_right_by_check(tmp_path: Path) -> None:
     }
     assert tree["model"]["path"] == "arithmetic-base" and tree["algorithm"]["name"] == "dapo"
     commands = [line.split()[1:] for line in made.stdout.splitlines() if line.startswith("  groupwise")]
-    assert ["train", "recipe.toml"] in commands
+    assert commands == [["data", "recipe.toml"], ["check", "recipe.toml"], ["train", "recipe.toml"]]
+    assert run("data", "recipe.toml").exit_code == 0
     checked = run("check", "recipe.toml")
     assert checked.exit_code == 0, checked.output
 
@@ -67,8 +74,14 @@ def test_no_file_is_overwritten_unless_that_is_asked_for(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((), "missing: --model, --data, --reward"),
-        (("--model", "arithmetic-base"), "missing: --data, --reward"),
+        ((), "missing: --model, --data;"),
+        (("--model", "arithmetic-base"), "missing: --data;"),
+        (FLAGS[:4], "missing: --reward;"),
+        ((*FLAGS[:4], "--preset", "gsm9k"), "--preset gsm9k: there is no such preset; did you mean 'gsm8k'?"),
+        ((*FLAGS[:4], "--preset", "gsm8k"), "no 'answer'"),
+        ((*FLAGS, "--held-out", "problem.jsonl"), "did you mean 'problems.jsonl'?"),
+        ((*FLAGS[:2], "--data", "arithmetic", "--reward", "math"), "--reward: arithmetic makes its own problems"),
+        ((*FLAGS[:2], "--data", "gsm8k", "--config", "main"), "--config: --data gsm8k is a preset, which brings its own"),
         (("--model", "arithmetic-bas", *FLAGS[2:]), "--model arithmetic-bas: no model 'arithmetic-bas'"),
         ((*FLAGS[:2], "--data", "problem.jsonl", *FLAGS[4:]), "did you mean 'problems.jsonl'?"),
         ((*FLAGS[:4], "--reward", "maths"), "--reward maths: there is no reward 'maths'; did you mean 'math'?"),
@@ -89,6 +102,80 @@ def test_keys_that_cannot_be_guessed_are_missing(tmp_path: Path) -> None:
     assert refused.exit_code == 2 and "missing: --prompt-key" in refused.stderr
     made = run("init", *FLAGS[:2], "--data", "odd.jsonl", *FLAGS[4:], "--prompt-key", "a", "--answer-key", "b")
     assert made.exit_code == 0, made.output
+
+
+GSM8K = [{"question": f"What is {i} + 2?", "answer": f"{i} and 2 make {i + 2}.\n#### {i + 2}"} for i in range(1, 19)]
+SUMS = [{"q": f"{i}+2=", "info": {"sum": str(i + 2)}} for i in range(1, 19)]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows in the form that the file's name says; without a suffix a directory of Parquet."""
+    if path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        if not path.suffix:
+            path.mkdir()
+            path /= "train.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "train.csv", "train.json", "folder"])
+def test_data_in_every_form_whose_rows_fit_a_preset_need_no_more(name: str, tmp_path: Path) -> None:
+    write(tmp_path / name, GSM8K)
+    made = run("init", "--model", "arithmetic-base", "--data", name)
+    assert made.exit_code == 0, made.output
+    assert "these rows fit gsm8k" in made.stdout
+    tree = tomllib.loads((tmp_path / "recipe.toml").read_text())
+    assert tree["task"] == {"name": "dataset", "path": name, "preset": "gsm8k"}
+    checked = run("check", "recipe.toml")
+    assert checked.exit_code == 0, checked.output
+
+
+def test_a_preset_that_fits_can_be_declined_and_changed(tmp_path: Path) -> None:
+    write(tmp_path / "train.parquet", GSM8K)
+    start = ("init", "--model", "arithmetic-base", "--data", "train.parquet", "--force")
+    columns = {"name": "dataset", "path": "train.parquet", "prompt_key": "question", "answer_key": "answer", "reward": "exact"}
+    for flags in (("--reward", "exact"), ("--preset", "none", "--reward", "exact")):
+        made = run(*start, *flags)
+        assert made.exit_code == 0, made.output
+        assert tomllib.loads((tmp_path / "recipe.toml").read_text())["task"] == columns
+    made = run(*start, "--preset", "gsm8k", "--reward", "mine.py:brevity")
+    assert made.exit_code == 0, made.output
+    task = tomllib.loads((tmp_path / "recipe.toml").read_text())["task"]
+    assert task == {"name": "dataset", "path": "train.parquet", "preset": "gsm8k", "reward": "mine.py:brevity"}
+
+
+def test_a_value_within_a_column_and_held_out_problems(tmp_path: Path) -> None:
+    write(tmp_path / "train.parquet", SUMS)
+    write(tmp_path / "test.parquet", [{"q": "30+2=", "info": {"sum": "32"}}])
+    keys = ("--prompt-key", "q", "--answer-key", "info.sum", "--reward", "exact", "--held-out", "test.parquet")
+    made = run("init", "deep/er.toml", "--model", "arithmetic-base", "--data", "train.parquet", *keys)
+    assert made.exit_code == 0, made.output
+    task = tomllib.loads((tmp_path / "deep" / "er.toml").read_text())["task"]
+    assert task["answer_key"] == "info.sum" and task["held_out_path"] == str(tmp_path / "test.parquet")
+    assert run("check", "deep/er.toml").exit_code == 0
+
+
+def test_a_preset_by_its_name_reads_nothing_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = hub(monkeypatch, {"train": GSM8K})
+    made = run("init", "--model", "arithmetic-base", "--data", "gsm8k")
+    assert made.exit_code == 0, made.output
+    assert tomllib.loads((tmp_path / "recipe.toml").read_text())["task"] == {"name": "dataset", "preset": "gsm8k"}
+    assert not asked
+
+
+def test_of_a_dataset_on_the_hub_one_row_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = hub(monkeypatch, {"train": GSM8K})
+    made = run("init", "--model", "arithmetic-base", "--data", "me/sums", "--config", "main")
+    assert made.exit_code == 0, made.output
+    task = tomllib.loads((tmp_path / "recipe.toml").read_text())["task"]
+    assert task == {"name": "dataset", "path": "me/sums", "config": "main", "preset": "gsm8k"}
+    assert asked and all(call[-1] is True for call in asked), asked
 
 
 def test_rows_that_lack_a_key_are_found_before_anything_is_written(tmp_path: Path) -> None:

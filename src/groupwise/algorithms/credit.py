@@ -179,8 +179,11 @@ class Turns(Estimator):
     per_token: ClassVar[bool] = True
     compares_group: ClassVar[bool] = True
     gamma: float = 1.0
+    """Discount per turn."""
     ddof: Literal[0, 1] = 1
+    """The standard deviation of a group, over all turns, has one degree of freedom less for each turn if this is 1."""
     advantage_eps: float = 1e-6
+    """Added to the standard deviation."""
 
     def contradictions(self) -> Iterable[tuple[str, bool, str]]:
         yield one_of(self, "ddof", (0, 1))

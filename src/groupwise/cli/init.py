@@ -19,7 +19,12 @@ from groupwise.plugins import is_reference, load_function
 PROMPT_KEYS = ("prompt", "question", "problem", "instruction", "query", "input", "messages")
 ANSWER_KEYS = ("answer", "solution", "ground_truth", "label", "target", "output", "response")
 """Names that columns often have, the likeliest first."""
-NEXT = ("check", "train")
+TOLD_BY_ROWS = ("gsm8k", "math", "verl", "countdown", "code")
+"""Presets that no rows but their own fit."""
+ALONE = "arithmetic"
+"""The task that needs no data."""
+NONE = "none"
+NEXT = ("data", "check", "train")
 """Commands to go on with."""
 
 
@@ -27,10 +32,13 @@ NEXT = ("check", "train")
 def init(
     out: Annotated[Path, typer.Argument(help="The recipe file to write.")] = Path("recipe.toml"),
     model: Annotated[str | None, typer.Option(help="A Hugging Face id, a directory, or arithmetic-base.")] = None,
-    data: Annotated[str | None, typer.Option(help="A file of problems, or the name of a task without one.")] = None,
+    data: Annotated[str | None, typer.Option(help="Problems: a file, directory or hub id; a preset; or arithmetic.")] = None,
+    config: Annotated[str | None, typer.Option(help="Which configuration of a hub dataset that has several.")] = None,
+    held_out: Annotated[str | None, typer.Option(help="Held-out problems; left out: a tenth of the data.")] = None,
+    preset: Annotated[str | None, typer.Option(help="How rows are read and judged: groupwise data --presets; or none.")] = None,
     reward: Annotated[str | None, typer.Option(help="A checker, or your own file.py:function.")] = None,
-    prompt_key: Annotated[str | None, typer.Option(help="The data's key of the prompt.")] = None,
-    answer_key: Annotated[str | None, typer.Option(help="The data's key of the answer.")] = None,
+    prompt_key: Annotated[str | None, typer.Option(help="The data's column of the prompt.")] = None,
+    answer_key: Annotated[str | None, typer.Option(help="The data's column of the answer.")] = None,
     algorithm: Annotated[str, typer.Option(help="One of those that `groupwise algorithms` lists.")] = "dapo",
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
 ) -> None:
@@ -38,8 +46,8 @@ def init(
     with exit_codes():
         if out.exists() and not force:
             raise UserError(f"{out}: already there; name another file, or overwrite it with --force")
-        flags = {"model": model, "data": data, "reward": reward, "prompt-key": prompt_key, "answer-key": answer_key}
-        text = recipe_text(Answers(flags), algorithm, out)
+        flags = {"model": model, "data": data, "config": config, "held-out": held_out, "preset": preset, "reward": reward}
+        text = recipe_text(Answers({**flags, "prompt-key": prompt_key, "answer-key": answer_key}), algorithm, out)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
         console.print(f"written: {out}; go on with", soft_wrap=True)
@@ -88,49 +96,31 @@ class Answers:
 
 
 def recipe_text(answers: Answers, algorithm: str, out: Path) -> str:
-    """The recipe, checked as far as that goes without loading the model.
+    """The recipe, checked as far as that goes without loading the model or all of a dataset on the hub.
 
     Raises:
         UserError: something is missing, or wrong.
     """
     from groupwise.models.loading import SHIPPED
-    from groupwise.rewards.checkers import CHECKERS, SLOW_CHECKERS
-    from groupwise.tasks.base import TASKS, build_task
+    from groupwise.tasks.base import build_task
     from groupwise.training.algorithm import build_algorithm
 
     if algorithm not in NAMED:
         raise UserError(f"--algorithm {algorithm}: there is no such algorithm{nearest(algorithm, NAMED)}")
-    alone = [name for name in TASKS if name != "dataset"]
-    with_data = answers.flags["data"] not in alone
-    answers.need("model", "data", *(["reward"] if with_data else []))
+    answers.need("model", "data")
     model = answers.get("model", "Model: a Hugging Face id, a directory, or arithmetic-base", _check_model, "arithmetic-base")
-    data = answers.get("data", f"Data: a .jsonl file, or {' or '.join(alone)}", lambda name: _check_data(name, alone))
-    if data in alone:
-        task = [f"name = {_toml(data)}"]
-    else:
-        row = first_row(data)
-        console.print(Text(f"first row of {data}: {json.dumps(row, ensure_ascii=False)[:300]}"), soft_wrap=True)
-        checkers = (*CHECKERS, *SLOW_CHECKERS)
-        question = f"Reward: {', '.join(checkers)}, or your own file.py:function"
-        reward = answers.get("reward", question, lambda name: _check_reward(name, checkers), "math")
-        prompt = answers.get("prompt-key", "Key of the prompt", lambda key: _check_key(key, row), _likely(PROMPT_KEYS, row))
-        task = ['name = "dataset"', f"path = {_toml(_from(out, data))}", f"prompt_key = {_toml(prompt)}"]
-        if reward in checkers:
-            rest = {key: value for key, value in row.items() if key != prompt}
-            likely = _likely(ANSWER_KEYS, rest)
-            answer = answers.get("answer-key", "Key of the answer", lambda key: _check_key(key, row), likely)
-            task.append(f"answer_key = {_toml(answer)}")
-        task.append(f"reward = {_toml(_from(out, reward) if is_reference(reward) else reward)}")
+    task = task_keys(answers, out)
     text = _TEMPLATE.format(
         model=_toml(model if not Path(model).is_dir() else _from(out, model)),
-        task="\n".join(task),
+        task="\n".join(f"{key} = {_toml(value)}" for key, value in task.items()),
         algorithm=_toml(algorithm),
         **(_SMALL if model in SHIPPED else _USUAL),
     )
     source = Source(out, text)
     settings = Recipe.model_validate(tomllib.loads(text))
     build_algorithm(settings.algorithm, source)
-    build_task(settings.task, source)
+    if all(Path(task.get(key, ".")).exists() for key in ("path", "held_out_path")) and "path" in task:
+        build_task(settings.task, source)
     return text
 
 
@@ -162,25 +152,108 @@ _SMALL = {"max_tokens": 64, "learning_rate": "2e-4", "steps": 50}
 _USUAL = {"max_tokens": 512, "learning_rate": "1e-6", "steps": 100}
 
 
-def first_row(name: str) -> dict[str, Any]:
-    """The first row of a file of problems.
+def task_keys(answers: Answers, out: Path) -> dict[str, str]:
+    """The keys of [task]."""
+    from groupwise.tasks.presets import PRESETS
+
+    flags = answers.flags
+    config = flags["config"] or ""
+    known = ", ".join(name for name, preset in PRESETS.items() if preset.path)
+    question = f"Data: a file, a directory or a hub id; one of {known}; or {ALONE}"
+    data = answers.get("data", question, lambda name: _check_data(name, config))
+    if data == ALONE:
+        unread = [f"--{name}" for name in flags if name not in ("model", "data") and flags[name] is not None]
+        if unread:
+            raise UserError(f"{', '.join(unread)}: {ALONE} makes its own problems, and judges them")
+        return {"name": ALONE}
+    task = {"name": "dataset"}
+    if _is_preset(data):
+        if config or flags["preset"] is not None:
+            raise UserError(f"--{'config' if config else 'preset'}: --data {data} is a preset, which brings its own")
+        task |= {"preset": data, **_changes(answers, out)}
+    else:
+        row = first_row(data, config)
+        console.print(Text(f"first row of {data}: {json.dumps(row, ensure_ascii=False)[:300]}"), soft_wrap=True)
+        task |= {"path": _from(out, data), **({"config": config} if config else {}), **_reading(answers, row, out)}
+    if flags["held-out"] is not None:
+        held_out = answers.get("held-out", "", lambda name: first_row(name, ""))
+        task["held_out_path"] = _from(out, held_out)
+    return task
+
+
+def _reading(answers: Answers, row: Mapping[str, Any], out: Path) -> dict[str, str]:
+    """The keys that say how a row is read and judged: a preset, or columns and a reward."""
+    from groupwise.rewards.checkers import CHECKERS, SLOW_CHECKERS
+    from groupwise.tasks.presets import PRESETS
+
+    fitting = _fitting(row)
+    changed = any(answers.flags[name] is not None for name in ("reward", "prompt-key", "answer-key"))
+    if answers.flags["preset"] is not None or (fitting is not None and not changed):
+        about = f"these rows fit {fitting}: {PRESETS[fitting].summary}" if fitting is not None else ""
+        question = f"Preset, or {NONE}; {about}".rstrip("; ")
+        preset = answers.get("preset", question, _check_preset, fitting)
+        if preset != NONE:
+            if not answers.asks and answers.flags["preset"] is None:
+                console.print(Text(f"{about}; --preset {NONE} takes columns and a reward of yours"), soft_wrap=True)
+            return {"preset": preset, **_changes(answers, out)}
+    answers.need("reward")
+    checkers = (*CHECKERS, *SLOW_CHECKERS)
+    question = f"Reward: {', '.join(checkers)}, or your own file.py:function"
+    reward = answers.get("reward", question, _check_reward, "math")
+    prompt = answers.get("prompt-key", "Column of the prompt", lambda key: _check_key(key, row), _likely(PROMPT_KEYS, row))
+    keys = {"prompt_key": prompt, "reward": _reward_from(out, reward)}
+    if reward in checkers:
+        likely = _likely(ANSWER_KEYS, {key: value for key, value in row.items() if key != prompt})
+        keys["answer_key"] = answers.get("answer-key", "Column of the answer", lambda key: _check_key(key, row), likely)
+    elif answers.flags["answer-key"] is not None:
+        keys["answer_key"] = answers.get("answer-key", "", lambda key: _check_key(key, row))
+    return keys
+
+
+def _changes(answers: Answers, out: Path) -> dict[str, str]:
+    """What flags change of a preset."""
+    keys = {}
+    if answers.flags["reward"] is not None:
+        keys["reward"] = _reward_from(out, answers.get("reward", "", _check_reward))
+    for flag, key in (("prompt-key", "prompt_key"), ("answer-key", "answer_key")):
+        value = answers.flags[flag]
+        if value is not None:
+            keys[key] = value
+    return keys
+
+
+def _fitting(row: Mapping[str, Any]) -> str | None:
+    """The preset that this row fits."""
+    from groupwise.tasks.presets import PRESETS
+    from groupwise.tasks.reading import RowReader
+
+    for name in TOLD_BY_ROWS:
+        preset = PRESETS[name]
+        try:
+            RowReader(prompt_key=preset.prompt_key, answer_key=preset.answer_key, preset=preset).read(dict(row), name)
+            return name
+        except UserError:
+            continue
+    return None
+
+
+def first_row(name: str, config: str) -> dict[str, Any]:
+    """The first row of a file, a directory or a dataset on the hub.
 
     Raises:
-        UserError: there is no such file, or no row in it.
+        UserError: there is none, or it cannot be read.
     """
-    path = Path(name)
-    if not path.is_file():
-        beside = [str(item) for item in path.parent.glob(f"*{path.suffix}")] if path.parent.is_dir() else []
-        raise UserError(f"there is no file {name!r}{nearest(name, beside)}")
-    try:
-        with path.open(encoding="utf-8") as file:
-            row = json.loads(next(line for line in file if line.strip()))
-    except StopIteration as error:
-        raise UserError(f"{name}: no problems in it") from error
-    except ValueError as error:
-        raise UserError(f"{name}: its first row is not JSON; expected one object a line") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{name}: its first row is {type(row).__name__}; expected an object with a prompt")
+    from groupwise.tasks.rows import Origin
+
+    origin = Origin.find(name, Path(), config, "")
+    if Path(origin.path).exists():
+        rows = origin.rows()
+        if not len(rows):
+            raise UserError(f"{name}: no problems in it")
+        return rows[0]
+    _, row = next(origin.stream()(), ("", None))
+    if row is None:
+        raise UserError(f"{name}: no problems in it")
     return row
 
 
@@ -190,26 +263,50 @@ def _check_model(name: str) -> None:
     load_config(name)
 
 
-def _check_data(name: str, alone: Iterable[str]) -> None:
-    if name not in alone:
+def _is_preset(name: str) -> bool:
+    """Whether it names a preset that knows where its dataset is, and no file or directory here."""
+    from groupwise.tasks.presets import PRESETS
+
+    return name in PRESETS and bool(PRESETS[name].path) and not Path(name).exists()
+
+
+def _check_data(name: str, config: str) -> None:
+    from groupwise.tasks.presets import PRESETS
+
+    if name != ALONE and not _is_preset(name):
         try:
-            first_row(name)
+            first_row(name, config)
         except UserError as error:
-            raise UserError(f"{error}; a task without data is {', '.join(alone)}") from error
+            close = "" if Path(name).suffix else nearest(name, (ALONE, *PRESETS))
+            raise UserError(f"{error}{close}; a task without data is {ALONE}") from error
 
 
-def _check_reward(name: str, checkers: Iterable[str]) -> None:
+def _check_preset(name: str) -> None:
+    from groupwise.tasks.presets import PRESETS
+
+    if name not in (*PRESETS, NONE):
+        raise UserError(f"there is no such preset{nearest(name, (*PRESETS, NONE))}")
+
+
+def _check_reward(name: str) -> None:
+    from groupwise.rewards.checkers import CHECKERS, SLOW_CHECKERS
     from groupwise.rewards.settings import HTTP, MODEL
 
     if is_reference(name):
         load_function(name, Path())
-    elif name not in checkers and not name.startswith((MODEL, *HTTP)):
-        raise UserError(f'there is no reward {name!r}{nearest(name, checkers)}; your own is "file.py:function"')
+    elif name not in (*CHECKERS, *SLOW_CHECKERS) and not name.startswith((MODEL, *HTTP)):
+        raise UserError(
+            f'there is no reward {name!r}{nearest(name, (*CHECKERS, *SLOW_CHECKERS))}; your own is "file.py:function"'
+        )
 
 
 def _check_key(key: str, row: Mapping[str, object]) -> None:
-    if key not in row:
-        raise UserError(f"there is no {key!r} in the first row{nearest(key, row)}")
+    from groupwise.tasks.presets import needed
+
+    try:
+        needed(dict(row), key)
+    except ValueError as error:
+        raise UserError(f"there is no {key!r} in the first row{nearest(key, row)}") from error
 
 
 def _likely(names: Iterable[str], row: Mapping[str, object]) -> str | None:
@@ -217,8 +314,13 @@ def _likely(names: Iterable[str], row: Mapping[str, object]) -> str | None:
 
 
 def _from(out: Path, name: str) -> str:
-    """A path as the recipe says it: as it was given where the recipe lies here, else an absolute one."""
-    return name if out.resolve().parent == Path().resolve() else str(Path(name).resolve())
+    """A path as the recipe says it: as it was given where the recipe lies here, else an absolute one; a hub id as it is."""
+    here = out.resolve().parent == Path().resolve() or not Path(name.partition(":")[0]).exists()
+    return name if here else str(Path(name).resolve())
+
+
+def _reward_from(out: Path, reward: str) -> str:
+    return _from(out, reward) if is_reference(reward) else reward
 
 
 def _toml(text: str) -> str:

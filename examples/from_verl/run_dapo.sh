@@ -1,0 +1,36 @@
+# A verl launch: DAPO on a Parquet file with a reward of one's own.  bash run_dapo.sh
+python3 -m verl.trainer.main_ppo \
+    algorithm.adv_estimator=grpo \
+    algorithm.filter_groups.enable=True \
+    algorithm.filter_groups.metric=acc \
+    algorithm.filter_groups.max_num_gen_batches=10 \
+    data.train_files=train.parquet \
+    data.val_files=test.parquet \
+    data.train_batch_size=512 \
+    data.max_prompt_length=1024 \
+    data.max_response_length=2048 \
+    data.filter_overlong_prompts=True \
+    actor_rollout_ref.model.path=Qwen/Qwen3-0.6B \
+    actor_rollout_ref.actor.optim.lr=1e-6 \
+    actor_rollout_ref.actor.optim.lr_warmup_steps=10 \
+    actor_rollout_ref.actor.optim.weight_decay=0.1 \
+    actor_rollout_ref.actor.ppo_mini_batch_size=128 \
+    actor_rollout_ref.actor.use_dynamic_bsz=True \
+    actor_rollout_ref.actor.ppo_max_token_len_per_gpu=16384 \
+    actor_rollout_ref.actor.clip_ratio_low=0.2 \
+    actor_rollout_ref.actor.clip_ratio_high=0.28 \
+    actor_rollout_ref.actor.loss_agg_mode=token-mean \
+    actor_rollout_ref.rollout.name=vllm \
+    actor_rollout_ref.rollout.n=16 \
+    reward.custom_reward_function.path=compute_score.py \
+    reward.reward_manager.name=dapo \
+    +reward.reward_kwargs.overlong_buffer_cfg.enable=True \
+    +reward.reward_kwargs.overlong_buffer_cfg.len=512 \
+    +reward.reward_kwargs.overlong_buffer_cfg.penalty_factor=1.0 \
+    +reward.reward_kwargs.max_resp_len=2048 \
+    trainer.total_training_steps=100 \
+    trainer.test_freq=5 \
+    trainer.save_freq=20 \
+    trainer.logger='["console","wandb"]' \
+    trainer.project_name=sums \
+    trainer.experiment_name=dapo
