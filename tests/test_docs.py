@@ -6,6 +6,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pydantic import BaseModel
 
@@ -15,14 +17,17 @@ from groupwise.algorithms.named import general_settings, part_settings
 from groupwise.cli.ablate import _check_rungs
 from groupwise.config import LoraSection, Recipe, Source, load
 from groupwise.experiments.ladder import find_ladder, load_ladder, shipped_ladders
+from groupwise.models import new_module
 from groupwise.plugins import is_reference
 from groupwise.tasks.base import TASKS
 from groupwise.tasks.user import UserTask
 from groupwise.training.algorithm import build_algorithm
+from tests.chat_templates import tokenizer
 from tests.test_cli import run
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+MODEL = "Qwen/Qwen3-0.6B"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -46,6 +51,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "my.toml").write_text(recipe)
     lines = "".join(f'{{"prompt": "{i}+2=", "answer": "{i + 2}"}}\n' for i in range(1, 19))
     (tmp_path / "problems.jsonl").write_text(lines)
+    rows = [{"question": f"What is {i}+2?", "answer": f"It is <<{i}+2={i + 2}>>{i + 2}.\n#### {i + 2}"} for i in range(1, 19)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
     for page in PAGES:  # a block that begins with a file's name is that file
         for name, text in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
             (tmp_path / name).write_text(text)
@@ -128,10 +135,26 @@ def test_commands_run(text: str, project: Path) -> None:
             ladder, recipe = load_ladder(find_ladder(arguments[1]))
             _check_rungs(ladder, recipe)
         elif command == "groupwise":
-            result = run(*arguments)
+            result = run(*_made_small(arguments, project))
             assert result.exit_code == 0, result.output
         else:  # what sets the project up is run by whoever runs these tests
             assert line in ("", "pip install ."), f"no test runs {line!r}"
+
+
+def _made_small(arguments: list[str], project: Path) -> list[str]:
+    """The README's five minutes in seconds: a tiny model of the family in place of the one that is named, and one step.
+
+    Its weights are random and it is never right, so that dynamic sampling, rightly, would find nothing to learn from.
+    """
+    if MODEL in arguments:
+        chat = tokenizer("qwen3")
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+        new_module({"model_type": "qwen3", "num_key_value_heads": 2, **sizes}, chat, seed=0).save_pretrained(project / MODEL)
+        chat.save_pretrained(project / MODEL)
+    if arguments[:2] != ["train", "recipe.toml"]:
+        return arguments
+    small = ("training.steps=1", "rollouts.max_tokens=8", "algorithm.dynamic_sampling=false", "training.eval_problems=2")
+    return [*arguments, *(word for setting in small for word in ("--set", setting))]
 
 
 @pytest.mark.parametrize("text", blocks("console"))

@@ -101,6 +101,8 @@ def recipe_text(answers: Answers, algorithm: str, out: Path) -> str:
     Raises:
         UserError: something is missing, or wrong.
     """
+    import torch
+
     from groupwise.models.loading import SHIPPED
     from groupwise.tasks.base import build_task
     from groupwise.training.algorithm import build_algorithm
@@ -114,7 +116,7 @@ def recipe_text(answers: Answers, algorithm: str, out: Path) -> str:
         model=_toml(model if not Path(model).is_dir() else _from(out, model)),
         task="\n".join(f"{key} = {_toml(value)}" for key, value in task.items()),
         algorithm=_toml(algorithm),
-        **(_SMALL if model in SHIPPED else _USUAL),
+        **(_SMALL if model in SHIPPED else _ON_GPU if torch.cuda.is_available() else _ON_CPU),
     )
     source = Source(out, text)
     settings = Recipe.model_validate(tomllib.loads(text))
@@ -136,8 +138,8 @@ path = {model}
 name = {algorithm}
 
 [rollouts]
-group_size = 16
-prompts_per_step = 32
+group_size = {group_size}
+prompts_per_step = {prompts_per_step}
 max_tokens = {max_tokens}
 
 [learner]
@@ -146,10 +148,14 @@ minibatches = 4
 
 [training]
 steps = {steps}
+eval_problems = {eval_problems}
 """
-_SMALL = {"max_tokens": 64, "learning_rate": "2e-4", "steps": 50}
-"""Of the shipped model, which has 0.2 million parameters."""
-_USUAL = {"max_tokens": 512, "learning_rate": "1e-6", "steps": 100}
+_BATCH = {"group_size": 16, "prompts_per_step": 32, "eval_problems": 500}
+_SMALL = {**_BATCH, "max_tokens": 64, "learning_rate": "2e-4", "steps": 50}
+"""Of a shipped model, which has less than a million parameters."""
+_ON_GPU = {**_BATCH, "max_tokens": 512, "learning_rate": "1e-6", "steps": 100}
+_ON_CPU = {**_ON_GPU, "group_size": 8, "prompts_per_step": 8, "max_tokens": 256, "eval_problems": 32}
+"""So that a first step of a model of some hundred million parameters takes minutes."""
 
 
 def task_keys(answers: Answers, out: Path) -> dict[str, str]:
