@@ -421,7 +421,7 @@ def test_a_users_own_part() -> None:
         ("grpo", {"beta": "x"}, "beta: 'x' is not a number"),
         ("grpo", {"clip_low": "a"}, "clip_low: 'a' is not a number"),
         ("dapo", {"outcome_rewards": (1.0,)}, "outcome_rewards: expected three numbers"),
-        ("grpo", {"gamma": 0.9}, "gamma: advantage = 'group' does not use it; it belongs to advantage gae, turns"),
+        ("grpo", {"gamma": 0.9}, "gamma: advantage = 'group' does not use it; it belongs to advantage turns, gae"),
         ("gmpo", {"advantage": "process"}, "ratio: one ratio for the sequence cannot carry"),
         ("dapo", {"advantage": "process"}, "overlong_cache: changes the reward of a completion"),
         ("grpo", {"correction": "icepop", "correction_low": 3.0}, "correction_low: is above correction_high"),

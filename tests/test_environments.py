@@ -395,6 +395,27 @@ def test_a_simulated_user_and_rewards_of_turns(chat: Chat) -> None:
     assert score.reward == 5.0 and score.components == {"outcome": 1.0, "turns": 4.0} and score.correct
 
 
+class Walker:
+    """TRL's form: its step() is a tool."""
+
+    def reset(self, **row: Any) -> None: ...
+
+    def step(self, direction: str) -> str:
+        """
+        Take a step.
+
+        Args:
+            direction: Where to.
+        """
+        return direction
+
+
+def test_a_step_with_other_arguments_is_a_tool() -> None:
+    kind = Kind.of(Walker)
+    assert kind.tool_names == ["step"] and not kind.has_step
+    assert Kind.of(Talk).has_step and "step" not in Kind.of(Talk).tool_names
+
+
 def test_rewards_of_task_and_environment_together(chat: Chat) -> None:
     group, _ = converse(chat, Increment, lambda i, _: f"{12 + i}{END}", n=2, task_reward=True)
     assert [score.reward for score in group.scores] == [6.0, 5.0]

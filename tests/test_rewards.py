@@ -143,9 +143,9 @@ def test_values_by_hand(value: Any, expected: Rated | str) -> None:
         ("def f(text): return 1", "mine.py:f", r"task.reward: mine.py:f\(text\): a reward is called as reward\(problem"),
         ("def good(problem, completions): pass", "mine.py:god", r"no function 'god'; did you mean 'good'\?"),
         ("1 / 0", "mine.py:f", r"mine.py: ZeroDivisionError: division by zero \(mine.py, line 1\)"),
-        ("", "acme/judge", r"no reward 'acme/judge'; known: exact.*a reward model \"model:PATH\""),
+        ("", "acme/judge", r"no reward 'acme/judge'; known: boxed, .*a reward model \"model:PATH\""),
         ("", "model:acme", r"no model 'acme'"),
-        ("", [], r"task.reward: value error, expected a reward"),
+        ("", [], r"task.reward: names no reward"),
         ("", 3, r"task.reward: value error, expected a reward"),
     ],
 )

@@ -65,4 +65,4 @@ def _check_rungs(ladder: Any, recipe: Path) -> None:
     for i in range(len(ladder.rungs)):
         settings, source = load(recipe, Recipe, overrides(ladder.settings(i)))
         check_together(settings, build_algorithm(settings.algorithm, source), source)
-        build_task(settings.task, source)
+        build_task(settings.task, source, environment=settings.environment.kind is not None)

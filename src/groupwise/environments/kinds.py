@@ -9,7 +9,8 @@ Beyond TRL, a class may have
 
         turn_reward = None                 an attribute: what the last turn earned. Read, and set to None, after each turn
         async def step(self, message)      a simulated user: called with each turn of the model that calls no tool; returns
-                                           (messages that answer it, a reward or None, whether the conversation is over)
+                                           (messages that answer it, a reward or None, whether the conversation is over).
+                                           A `step` with other arguments is a tool, as in TRL
 """
 
 import inspect
@@ -22,7 +23,7 @@ from transformers.utils import get_json_schema
 from groupwise.errors import UserError
 from groupwise.workers import Target
 
-RESERVED = ("reset", "get_reward", "step")
+RESERVED = ("reset", "get_reward")
 """Methods that are no tools."""
 
 
@@ -75,7 +76,7 @@ class Kind:
             functions=tuple(functions),
             schemas=tuple(schema(tool) for tool in (*functions, *methods.values())),
             has_reward=hasattr(instance, "get_reward"),
-            has_step=hasattr(instance, "step"),
+            has_step=answers_turns(instance),
             rewards_turns=hasattr(instance, "turn_reward"),
             targets=tuple(targets),
         )
@@ -88,7 +89,14 @@ class Kind:
 def tool_methods(instance: Any) -> dict[str, Callable[..., Any]]:
     """An instance's tools by name: its public methods, but for those that the protocol names."""
     found = inspect.getmembers(type(instance), predicate=inspect.isfunction) if instance is not None else []
-    return {name: getattr(instance, name) for name, _ in found if not name.startswith("_") and name not in RESERVED}
+    reserved = (*RESERVED, "step") if answers_turns(instance) else RESERVED
+    return {name: getattr(instance, name) for name, _ in found if not name.startswith("_") and name not in reserved}
+
+
+def answers_turns(instance: Any) -> bool:
+    """Whether its `step` is a simulated user's, which takes a message and nothing else, and no tool."""
+    step = getattr(instance, "step", None)
+    return callable(step) and list(inspect.signature(step).parameters) == ["message"]
 
 
 def schema(tool: Callable[..., Any]) -> Mapping[str, Any]:

@@ -97,6 +97,8 @@ def build_task(settings: dict[str, Any], source: Source, *, environment: bool = 
     name = settings["name"]
     if environment and name == "dataset" and not {"reward", "preset"} & settings.keys():
         settings["reward"] = []
+    if not environment and settings.get("reward") == []:
+        raise source.error("task.reward", "names no reward")
     if is_reference(name):
         return UserTask.build(settings, source)
     if name == "dataset" and "sources" in settings:

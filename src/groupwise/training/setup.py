@@ -210,6 +210,12 @@ def build_chat(recipe: Recipe, tokenizer: Any, source: Source) -> Chat:
         raise source.error("model.chat", f"{error}: {model.path!r}") from error
 
 
+def names_reward(task: dict[str, Any]) -> bool:
+    """Whether a recipe's [task], or one of its sources, says how completions are rewarded."""
+    tables = [task, *(table for table in task.get("sources", []) if isinstance(table, dict))]
+    return any(bool(table.get("reward")) for table in tables)
+
+
 def build_episodes(recipe: Recipe, chat: Chat, task: Task, source: Source) -> Episodes | None:
     """What holds the recipe's conversations, its chat template tried; None if neither recipe nor task has an environment.
 
@@ -222,7 +228,7 @@ def build_episodes(recipe: Recipe, chat: Chat, task: Task, source: Source) -> Ep
     try:
         settings = recipe.environment
         if settings.task_reward is None:
-            settings = settings.model_copy(update={"task_reward": bool(recipe.task.get("reward"))})
+            settings = settings.model_copy(update={"task_reward": names_reward(recipe.task)})
         episodes = Episodes(environments, settings, chat)
         episodes.check()
     except UserError as error:
