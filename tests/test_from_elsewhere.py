@@ -18,8 +18,9 @@ from groupwise.algorithms import PARTS
 from groupwise.config import Recipe, load
 from groupwise.tasks.base import build_task
 from groupwise.tasks.dataset import DatasetTask
+from groupwise.training.algorithm import build_algorithm
 from groupwise.types import Completion
-from tests.test_docs import BLOCK, FROM_ELSEWHERE, ROOT
+from tests.test_docs import BLOCK, FROM_ELSEWHERE, ROOT, check_task
 
 
 @pytest.mark.parametrize("name", FROM_ELSEWHERE)
@@ -27,6 +28,14 @@ def test_examples_stand_in_a_page_as_they_are(name: str) -> None:
     shown = {text for _, text in BLOCK.findall((ROOT / "docs" / name).read_text())}
     for example in FROM_ELSEWHERE[name]:
         assert (ROOT / "examples" / example).read_text() in shown, example
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*/*.toml")), ids=lambda path: path.stem)
+def test_recipes_of_the_examples_have_keys_that_exist(path: Path) -> None:
+    recipe, source = load(path, Recipe)
+    build_algorithm(recipe.algorithm, source)
+    check_task(recipe.task, source)
+    assert path.name in "".join((ROOT / "docs" / page).read_text() for page in FROM_ELSEWHERE)
 
 
 def rows(page: str, columns: int) -> list[list[str]]:
