@@ -186,14 +186,19 @@ def test_rows_that_lack_a_key_are_found_before_anything_is_written(tmp_path: Pat
     assert not (tmp_path / "recipe.toml").exists()
 
 
-def test_it_asks_in_a_terminal_until_an_answer_is_right(tmp_path: Path) -> None:
-    """A real one: wrong answers are refused as they are given, and a line left empty takes what is proposed."""
+def in_a_terminal(home: Path, answers: list[str]) -> str:
+    """What `groupwise init` prints in a real one, given these lines."""
     ours, theirs = pty.openpty()
-    answers = ["arithmetic-bas", "", "problem.jsonl", "problems.jsonl", "maths", "last_line", "", ""]
     os.write(ours, "".join(f"{answer}\n" for answer in answers).encode())
     command = [sys.executable, "-m", "groupwise", "init"]
-    done = subprocess.run(command, stdin=theirs, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = subprocess.run(command, stdin=theirs, capture_output=True, text=True, timeout=120, cwd=home, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_it_asks_in_a_terminal_until_an_answer_is_right(tmp_path: Path) -> None:
+    """Wrong answers are refused as they are given, and a line left empty takes what is proposed."""
+    said = in_a_terminal(tmp_path, ["arithmetic-bas", "", "problem.jsonl", "problems.jsonl", "maths", "last_line", "", ""])
     for text in (
         "no model 'arithmetic-bas'",
         "did you mean 'problems.jsonl'?",
@@ -201,5 +206,15 @@ def test_it_asks_in_a_terminal_until_an_answer_is_right(tmp_path: Path) -> None:
         "[question]",
         "[solution]",
     ):
-        assert text in done.stdout, done.stdout
+        assert text in said, said
     assert tomllib.loads((tmp_path / "recipe.toml").read_text())["task"]["answer_key"] == "solution"
+
+
+@pytest.mark.parametrize("answers", [["gsm9k", ""], ["none", "exact", "", ""]])
+def test_it_proposes_the_preset_that_the_rows_fit(answers: list[str], tmp_path: Path) -> None:
+    write(tmp_path / "train.parquet", GSM8K)
+    said = in_a_terminal(tmp_path, ["", "train.parquet", *answers])
+    assert "these rows fit gsm8k" in said and ("did you mean 'gsm8k'?" in said) == (answers[0] == "gsm9k")
+    task = tomllib.loads((tmp_path / "recipe.toml").read_text())["task"]
+    assert task.get("preset") == ("gsm8k" if answers[0] == "gsm9k" else None)
+    assert task.get("reward") == (None if answers[0] == "gsm9k" else "exact")
