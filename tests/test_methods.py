@@ -29,9 +29,10 @@ from groupwise.tasks.arithmetic import ArithmeticTask
 from groupwise.tasks.base import build_task
 from groupwise.training.algorithm import try_parts
 from groupwise.training.batching import make_batch, minibatches
-from groupwise.training.collect import Collector, is_selected, sampling_of
+from groupwise.training.collect import Collected, Collector, is_selected, sampling_of
 from groupwise.training.credit import CreditAssigner, reward_components, reward_parts
-from groupwise.training.metrics import rollout_metrics
+from groupwise.training.evaluate import evaluate
+from groupwise.training.metrics import advantage_metrics, rollout_metrics
 from groupwise.types import Completion, Group, LogprobBatch, Problem, Score, TrainingBatch, VersionSpan, upgrade
 from tests.conftest import owned, said, tiny_model
 
@@ -220,6 +221,15 @@ def test_what_the_algorithm_adds_to_the_reward_is_a_component() -> None:
     group = group_of([two(1, 0, 1.0), two(1, 0, 1.0)], lengths=[2, 8])
     assert advantages_of([group], named("gdpo")).tolist() == [0, 0]
     near(advantages_of([group], named("gdpo", overlong_cache=0.5)), [0.5**0.5, -(0.5**0.5)], 1e-5)
+
+
+def test_a_component_of_the_task_may_have_the_name_of_the_algorithms() -> None:
+    scores = [Score(reward=r, components={"overlong": r}) for r in (1.0, 0.0)]
+    group = group_of(scores, lengths=[2, 2])
+    algorithm = named("gdpo", overlong_cache=0.5)
+    names, values, _ = reward_components([group], reward_parts([group], algorithm, 8))
+    assert names == ["overlong", "algorithm/overlong"] and values.tolist() == [[1, 0], [0, 0]]
+    near(advantages_of([group], algorithm), [0.5**0.5, -(0.5**0.5)], 1e-5)
 
 
 def test_weights_that_differ_are_refused_and_only_where_they_matter() -> None:
@@ -477,6 +487,37 @@ def test_dynamic_sampling_fills_the_batch_with_graded_rewards(tokenizer: Any) ->
     metrics = rollout_metrics(replace(collected, groups=collected.seen[:1]), 0)
     dropped = metrics["dropped/unselected"] + metrics["dropped/zero_variance"] + metrics["dropped/surplus"]
     assert dropped == len(collected.seen) and metrics["dropped/unselected"] == collected.unselected
+
+
+def test_metrics_leave_out_what_could_not_be_scored(tokenizer: Any) -> None:
+    """Of five groups two failed; the others are mixed, all correct and all wrong."""
+    scores = [judged(1, 0), judged(1, 1), judged(0, 0), *[[Score.failed("raised")] * 2] * 2]
+    groups = [group_of(of_group, f"p{i}") for i, of_group in enumerate(scores)]
+    collected = Collected(groups=groups[:1], seen=groups, dropped=groups[1:], rounds=1)
+    metrics = rollout_metrics(collected, 0)
+    shares = ("mixed", "all_correct", "all_wrong", "zero_variance", "failed")
+    assert [metrics[f"groups/{name}"] for name in shares] == pytest.approx([1 / 3, 1 / 3, 1 / 3, 2 / 3, 2 / 5])
+    counts = {"zero_variance": 2, "failed": 2, "surplus": 0, "unselected": 0}
+    assert {name: metrics[f"dropped/{name}"] for name in counts} == counts
+    nothing = rollout_metrics(replace(collected, seen=groups[3:], dropped=groups[3:]), 0)
+    assert (nothing["groups/failed"], nothing["groups/zero_variance"], nothing["groups/mixed"]) == (1, 0, 0)
+
+    half = group_of([*judged(1, 0), *[Score.failed("raised")] * 2])
+    batch = make_batch([half], named("rloo"))
+    advantages_BT = torch.tensor([1.0, -1.0, 0.0, 0.0])[:, None].expand(batch.mask_BT.shape)
+    found = advantage_metrics(advantages_BT, batch.mask_BT, [half])
+    assert found == {"utilisation": 1, "utilisation/effective": 1, "dropped/filtered": 0}
+
+
+def test_pass_at_k_has_no_value_where_no_problem_has_k_scores(tokenizer: Any) -> None:
+    class Flaky(Dice):
+        async def score(self, problem: Problem, completions: Sequence[Completion]) -> list[Score]:
+            return [Score.failed("timeout"), *judged(*[1.0] * (len(completions) - 1))]
+
+    task = Flaky([1.0] * 3)
+    rollouts = Rollouts(sampler=task, task=task, chat=Chat.build(tokenizer), sampling=Sampling(max_tokens=8))
+    evaluation = evaluate(rollouts, [task.problem(i, 0) for i in range(3)], samples=4, seed=0)
+    assert {key: value for key, value in evaluation.metrics.items() if "@" in key} == {"eval/pass@1": 1, "eval/pass@2": 1}
 
 
 def test_a_band_keeps_the_prompts_within_it(tokenizer: Any) -> None:
