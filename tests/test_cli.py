@@ -78,6 +78,10 @@ def test_check_finds_nothing_wrong_with_a_shipped_recipe(name: str) -> None:
             "line 4, algorithm.smallest_group: is above rollouts.group_size (8)",
         ),
         ("[algorithm]\nname = 'grpo'\nband_low = 0.1", "line 3, algorithm.band_low: selection = 'mixed' does not use it"),
+        (
+            "[algorithm]\nname = 'gspo_token'\nadvantage = 'turns'\n[rollouts]\ngroup_size = 1",
+            "rollouts.group_size: gspo_token compares the completions",
+        ),
         ("[rollouts]\ngroup_size = 1", "rollouts.group_size: dapo compares the completions of a prompt"),
     ],
 )

@@ -19,7 +19,7 @@ from groupwise.algorithms.allocation import PRIOR, HitUtility, Thompson, hit_uti
 from groupwise.algorithms.credit import Outcomes
 from groupwise.algorithms.selection import Band, Mixed
 from groupwise.config import Recipe, Source
-from groupwise.errors import RunError
+from groupwise.errors import RunError, UserError
 from groupwise.models import Chat
 from groupwise.rollouts.base import Sampling, requests
 from groupwise.rollouts.driver import generate_all, wait_for
@@ -27,10 +27,12 @@ from groupwise.rollouts.groups import Rollouts
 from groupwise.rollouts.native import NativeSampler
 from groupwise.tasks.arithmetic import ArithmeticTask
 from groupwise.tasks.base import build_task
+from groupwise.training.algorithm import try_parts
 from groupwise.training.batching import make_batch, minibatches
-from groupwise.training.collect import Collector, is_selected, sampling_of
+from groupwise.training.collect import Collected, Collector, is_selected, sampling_of
 from groupwise.training.credit import CreditAssigner, reward_components, reward_parts
-from groupwise.training.metrics import rollout_metrics
+from groupwise.training.evaluate import evaluate
+from groupwise.training.metrics import advantage_metrics, rollout_metrics
 from groupwise.types import Completion, Group, LogprobBatch, Problem, Score, TrainingBatch, VersionSpan, upgrade
 from tests.conftest import owned, said, tiny_model
 
@@ -221,6 +223,15 @@ def test_what_the_algorithm_adds_to_the_reward_is_a_component() -> None:
     near(advantages_of([group], named("gdpo", overlong_cache=0.5)), [0.5**0.5, -(0.5**0.5)], 1e-5)
 
 
+def test_a_component_of_the_task_may_have_the_name_of_the_algorithms() -> None:
+    scores = [Score(reward=r, components={"overlong": r}) for r in (1.0, 0.0)]
+    group = group_of(scores, lengths=[2, 2])
+    algorithm = named("gdpo", overlong_cache=0.5)
+    names, values, _ = reward_components([group], reward_parts([group], algorithm, 8))
+    assert names == ["overlong", "algorithm/overlong"] and values.tolist() == [[1, 0], [0, 0]]
+    near(advantages_of([group], algorithm), [0.5**0.5, -(0.5**0.5)], 1e-5)
+
+
 def test_weights_that_differ_are_refused_and_only_where_they_matter() -> None:
     group = group_of([two(1, 0.2, 0.5), two(0, 0.9, 0.7)])
     with pytest.raises(RunError, match=r"the reward 'short' has weight 0.5 in one completion and 0.7 in another"):
@@ -345,6 +356,14 @@ def test_a_prompt_that_comes_twice_is_used_once_unless_there_are_too_few() -> No
         assert len(set(found)) == 6 and len({twice[i] for i in found}) == 4
 
 
+def test_a_prompt_that_comes_often_is_no_more_likely() -> None:
+    """Eight prompts of the same posterior, far from the target; one is eight of fifteen candidates: chosen 1 in 8 times."""
+    ids = [*"a" * 8, *"bcdefgh"]
+    history = dict.fromkeys("abcdefgh", (2.0, 8.0))
+    found = [ids[i] for seed in range(2000) for i, _ in Thompson()(candidates(ids, 1, seed=seed, **history))]
+    assert found.count("a") / 2000 == pytest.approx(1 / 8, abs=0.03)  # four standard deviations
+
+
 def test_hit_utility_by_hand() -> None:
     """Under the prior n completions are all wrong with probability 1/2 x 2/3 x ... = 1 / (n + 1)."""
     assert [hit_utility(*PRIOR, n) for n in range(4)] == pytest.approx([0, 1 / 2, 2 / 3, 3 / 4])
@@ -433,13 +452,27 @@ def test_an_allocation_refuses_rewards_that_are_no_share_of_a_success(tokenizer:
         collector.collect(0)
 
 
-def test_an_allocation_that_gives_away_too_much_is_refused(tokenizer: Any) -> None:
-    def generous(given: Candidates) -> list[tuple[int, int]]:
-        return [(i, 7) for i in range(given.count)]
+class Failing(Dice):
+    """Whose first prompt can never be scored."""
 
-    collector = collector_of(Dice([0.5]), tokenizer, named("grpo", allocation=generous))
-    with pytest.raises(RunError, match=r"generous gave 21 completions to 3 prompts, and not 18 to 3"):
-        collector.collect(0)
+    async def score(self, problem: Problem, completions: Sequence[Completion]) -> list[Score]:
+        if problem.id == "0":
+            return [Score.failed("raised", "a bad row")] * len(completions)
+        return await super().score(problem, completions)
+
+
+def test_dynamic_sampling_ends_although_some_groups_always_fail(tokenizer: Any) -> None:
+    """A prompt that cannot be scored among solved ones: the row of failures is broken in each round, and nothing is kept."""
+    task = Failing([1.0] * 3)
+    collected = collector_of(task, tokenizer, named("dapo"), max_rounds=5).collect(0)
+    assert collected.rounds == 5 and not collected.full and not collected.groups
+    assert "after 5 rounds" in collected.describe() and "could not be scored" in collected.describe()
+
+
+def test_groups_that_failed_are_drawn_again_without_dynamic_sampling(tokenizer: Any) -> None:
+    collected = collector_of(Failing([0.5] * 3), tokenizer, named("grpo", beta=0.0), max_rounds=1).collect(0)
+    assert collected.full and [group.problem.id for group in collected.groups] == ["1", "2", "1"]
+    assert [group.problem.id for group in collected.dropped] == ["0", "0"] and collected.rounds == 3
 
 
 def test_dynamic_sampling_fills_the_batch_with_graded_rewards(tokenizer: Any) -> None:
@@ -454,6 +487,37 @@ def test_dynamic_sampling_fills_the_batch_with_graded_rewards(tokenizer: Any) ->
     metrics = rollout_metrics(replace(collected, groups=collected.seen[:1]), 0)
     dropped = metrics["dropped/unselected"] + metrics["dropped/zero_variance"] + metrics["dropped/surplus"]
     assert dropped == len(collected.seen) and metrics["dropped/unselected"] == collected.unselected
+
+
+def test_metrics_leave_out_what_could_not_be_scored(tokenizer: Any) -> None:
+    """Of five groups two failed; the others are mixed, all correct and all wrong."""
+    scores = [judged(1, 0), judged(1, 1), judged(0, 0), *[[Score.failed("raised")] * 2] * 2]
+    groups = [group_of(of_group, f"p{i}") for i, of_group in enumerate(scores)]
+    collected = Collected(groups=groups[:1], seen=groups, dropped=groups[1:], rounds=1)
+    metrics = rollout_metrics(collected, 0)
+    shares = ("mixed", "all_correct", "all_wrong", "zero_variance", "failed")
+    assert [metrics[f"groups/{name}"] for name in shares] == pytest.approx([1 / 3, 1 / 3, 1 / 3, 2 / 3, 2 / 5])
+    counts = {"zero_variance": 2, "failed": 2, "surplus": 0, "unselected": 0}
+    assert {name: metrics[f"dropped/{name}"] for name in counts} == counts
+    nothing = rollout_metrics(replace(collected, seen=groups[3:], dropped=groups[3:]), 0)
+    assert (nothing["groups/failed"], nothing["groups/zero_variance"], nothing["groups/mixed"]) == (1, 0, 0)
+
+    half = group_of([*judged(1, 0), *[Score.failed("raised")] * 2])
+    batch = make_batch([half], named("rloo"))
+    advantages_BT = torch.tensor([1.0, -1.0, 0.0, 0.0])[:, None].expand(batch.mask_BT.shape)
+    found = advantage_metrics(advantages_BT, batch.mask_BT, [half])
+    assert found == {"utilisation": 1, "utilisation/effective": 1, "dropped/filtered": 0}
+
+
+def test_pass_at_k_has_no_value_where_no_problem_has_k_scores(tokenizer: Any) -> None:
+    class Flaky(Dice):
+        async def score(self, problem: Problem, completions: Sequence[Completion]) -> list[Score]:
+            return [Score.failed("timeout"), *judged(*[1.0] * (len(completions) - 1))]
+
+    task = Flaky([1.0] * 3)
+    rollouts = Rollouts(sampler=task, task=task, chat=Chat.build(tokenizer), sampling=Sampling(max_tokens=8))
+    evaluation = evaluate(rollouts, [task.problem(i, 0) for i in range(3)], samples=4, seed=0)
+    assert {key: value for key, value in evaluation.metrics.items() if "@" in key} == {"eval/pass@1": 1, "eval/pass@2": 1}
 
 
 def test_a_band_keeps_the_prompts_within_it(tokenizer: Any) -> None:
@@ -518,14 +582,64 @@ def test_minibatches_of_ragged_groups_hold_whole_groups_each_once() -> None:
             assert set(counted.values()) <= whole and len(part.prompts) == len(counted)
 
 
-def test_a_users_own_selection_and_allocation() -> None:
+def test_a_users_own_selection_and_allocation(tokenizer: Any) -> None:
     """They are parts as the others: a function, called with `Results` and with `Candidates`."""
 
-    def first_only(given: Candidates) -> list[tuple[int, int]]:
-        return [(0, given.completions)]
+    def last_first(given: Candidates) -> list[tuple[int, int]]:
+        return [(i, given.completions // given.count) for i in reversed(range(given.count))]
 
-    algorithm = named("dapo", selection=lambda results: results.rate > 0.5, allocation=first_only)
+    algorithm = named("dapo", selection=lambda results: results.rate > 0.5, allocation=last_first)
     assert is_selected(group_of(judged(1, 1)), algorithm) and not is_selected(group_of(judged(1, 0)), algorithm)
+    try_parts(algorithm, 6)
+    collected = collector_of(Dice([1.0] * 3), tokenizer, algorithm).collect(0)
+    assert [group.problem.id for group in collected.groups] == ["2", "1", "0"]
+
+
+WRONG_ALLOCATIONS: dict[str, tuple[Any, str]] = {
+    "fewer prompts": (lambda given: [(0, given.completions)], r"gave \d+ completions to 1 prompts, and not \d+ to \d"),
+    "too much": (lambda given: [(i, 7) for i in range(given.count)], r"gave \d+ completions to \d prompts, and not"),
+    "an empty group": (
+        lambda given: [(0, 0), (1, given.completions), *((i, 0) for i in range(2, given.count))],
+        "gave 0 completions to the candidate 0, and a group has at least 1",
+    ),
+    "beyond the candidates": (
+        lambda given: [(i - 1, given.completions // given.count) for i in range(given.count)],
+        r"chose the candidate -1, and there are \d",
+    ),
+    "indices alone": (lambda given: list(range(given.count)), r"gave \[0, 1.*\], and not a list of"),
+    "nothing": (lambda _: None, "gave None, and not a list of"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_ALLOCATIONS)
+def test_a_users_own_allocation_that_cannot_be_used_is_refused(tokenizer: Any, name: str) -> None:
+    """When it is tried before training, and when it is asked in training."""
+    allocation, message = WRONG_ALLOCATIONS[name]
+    algorithm = named("dapo", allocation=allocation)
+    with pytest.raises(UserError, match=f"trying allocation .*: the allocation {message}"):
+        try_parts(algorithm, 4)
+    with pytest.raises(RunError, match=f"the allocation .*{message}"):
+        collector_of(Dice([0.5]), tokenizer, algorithm).collect(0)
+
+
+def test_parts_are_tried_only_where_they_are_the_users_own() -> None:
+    """A built-in allocation with groups of at least 4 is not run on the trial's two rows, nor a built-in estimator."""
+
+    def surrogate(terms: Any) -> Any:
+        return -terms.log_ratio_BT.exp() * terms.advantages_BT, torch.zeros_like(terms.mask_BT)
+
+    try_parts(named("grpo", surrogate=surrogate, bounds="none", allocation="hit_utility", smallest_group=4), 8)
+
+    def large(given: Candidates) -> list[tuple[int, int]]:
+        assert given.completions >= 8 * given.count
+        return uniform(given)
+
+    try_parts(named("grpo", allocation=large), 8)
+    with pytest.raises(UserError, match=r"trying surrogate .*: ZeroDivisionError"):
+        try_parts(named("grpo", surrogate=lambda _: 1 / 0, bounds="none"), 8)
+
+
+def test_an_estimator_says_what_it_misses() -> None:
     outcomes = Outcomes(
         rewards_B=doubles([1, 0]), group_ids_B=torch.tensor([0, 0]), prompt_ids=["a", "a"], mask_BT=torch.ones(2, 1).bool()
     )

@@ -10,6 +10,8 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 from groupwise.algorithms.part import Part
 
@@ -39,6 +41,23 @@ Allocation = list[tuple[int, int]]
 """(index of the candidate, completions), in the order of the stream."""
 
 
+def allocation_problem(chosen: Any, candidates: Candidates) -> str | None:
+    """What an allocation of the user's own did wrong; None if it can be used."""
+    pairs = isinstance(chosen, Sequence) and all(isinstance(pair, Sequence) and len(pair) == 2 for pair in chosen)
+    if not pairs or not all(isinstance(number, Integral) for pair in chosen for number in pair):
+        return f"gave {chosen!r:.100}, and not a list of (index of the candidate, completions)"
+    given = sum(n for _, n in chosen)
+    if len(chosen) != candidates.count or given != candidates.completions:
+        return f"gave {given} completions to {len(chosen)} prompts, and not {candidates.completions} to {candidates.count}"
+    available = len(candidates.prompt_ids)
+    for index, size in chosen:
+        if not 0 <= index < available:
+            return f"chose the candidate {index}, and there are {available}, from 0"
+        if size < 1:
+            return f"gave {size} completions to the candidate {index}, and a group has at least 1"
+    return None
+
+
 def uniform(candidates: Candidates) -> Allocation:
     """The stream's order, a group of the same size for each prompt."""
     return _equal(range(candidates.count), candidates.completions)
@@ -66,8 +85,10 @@ class Thompson(Part):
     def choose(self, candidates: Candidates) -> list[int]:
         """The indices of the prompts to use, each prompt once unless there are too few."""
         draw = random.Random(candidates.seed).betavariate
-        rates = [draw(*candidates.history.get(prompt, PRIOR)) for prompt in candidates.prompt_ids]
-        ranked = sorted(range(len(rates)), key=lambda i: (rates[i] - self.target_rate) ** 2)
+        # One draw for each prompt: one that the candidates hold several times is no more likely to be chosen.
+        rates = {prompt: draw(*candidates.history.get(prompt, PRIOR)) for prompt in dict.fromkeys(candidates.prompt_ids)}
+        distances = [(rates[prompt] - self.target_rate) ** 2 for prompt in candidates.prompt_ids]
+        ranked = sorted(range(len(distances)), key=distances.__getitem__)
         seen, distinct, again = set[str](), list[int](), list[int]()
         for i in ranked:
             (again if candidates.prompt_ids[i] in seen else distinct).append(i)

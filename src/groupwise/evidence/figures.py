@@ -236,6 +236,7 @@ def dropped(groups: Groups) -> Figure | None:
         "dropped/zero_variance": "groups: zero variance (all correct or all wrong)",
         "dropped/unselected": "groups: mixed, but not selected",
         "dropped/surplus": "groups: more than the batch holds",
+        "dropped/failed": "groups: no completion could be scored",
         "groups/too_old": "groups: older than max_age",
         "dropped/filtered": "completions: truncated (overlong filtering)",
     }

@@ -1,5 +1,6 @@
 """The algorithm that a recipe describes, checked before anything is trained."""
 
+from collections.abc import Set
 from pathlib import Path
 from typing import Any, get_args
 
@@ -7,6 +8,7 @@ import torch
 from pydantic import ConfigDict, ValidationError, create_model
 
 from groupwise.algorithms import NAMED, PARTS, Algorithm, Candidates, Outcomes, OwnPart, Results, named, policy_loss
+from groupwise.algorithms.allocation import allocation_problem
 from groupwise.algorithms.named import general_settings, merged, part_settings, target_of
 from groupwise.config import Recipe, Source, explain
 from groupwise.errors import UserError, nearest
@@ -80,8 +82,9 @@ def _may_be_none(kind: Any) -> bool:
 def check_together(recipe: Recipe, algorithm: Algorithm, source: Source) -> None:
     """Settings that are fine alone and meaningless together."""
     rollouts, learner = recipe.rollouts, recipe.learner
-    alone_is_nothing = getattr(algorithm.advantage, "compares_group", False) or algorithm.dynamic_sampling
-    if rollouts.group_size == 1 and alone_is_nothing and not algorithm.needs - {"components"}:
+    # Estimators that read more than rewards can learn from a group of one, though its rewards cannot be mixed.
+    never_mixed = algorithm.dynamic_sampling and not algorithm.needs - {"components"}
+    if rollouts.group_size == 1 and (getattr(algorithm.advantage, "compares_group", False) or never_mixed):
         raise source.error(
             "rollouts.group_size", f"{algorithm.name} compares the completions of a prompt, so it needs at least 2"
         )
@@ -101,16 +104,34 @@ def check_together(recipe: Recipe, algorithm: Algorithm, source: Source) -> None
         )
 
 
-def try_parts(algorithm: Algorithm) -> None:
-    """Run parts that are the user's own on two rows of two tokens.
+LOSS_PARTS = PARTS.keys() - {"advantage", "aggregation", "selection", "allocation"}
+"""What `policy_loss` calls."""
+
+
+def try_parts(algorithm: Algorithm, group_size: int) -> None:
+    """Run parts that are the user's own, and no others, on two rows of two tokens.
 
     Raises:
         UserError: one raised, or did not return what its kind must.
     """
     own = {kind: algorithm.choice(kind) for kind in PARTS if algorithm.choice(kind) not in PARTS[kind]}
-    if not own:
-        return
     names = ", ".join(f"{kind} {name}" for kind, name in own.items())
+    try:
+        if "selection" in own:
+            rewards_G = torch.tensor([1.0, 0.0], dtype=torch.float64)
+            algorithm.selection(Results(rewards_G=rewards_G, correct_G=torch.tensor([True, False])))
+        if "allocation" in own:
+            candidates = Candidates(prompt_ids=["a", "b"], count=2, completions=2 * group_size, history={}, seed=0)
+            if (problem := allocation_problem(algorithm.allocation(candidates), candidates)) is not None:
+                raise ValueError(f"the allocation {problem}")
+        if own.keys() & {"advantage", "aggregation", *LOSS_PARTS}:
+            _try_loss(algorithm, own.keys())
+    except Exception as error:  # the user's functions may raise or return anything
+        raise UserError(f"trying {names}: {type(error).__name__}: {error}") from error
+
+
+def _try_loss(algorithm: Algorithm, own: Set[str]) -> None:
+    """Advantages, token weights and a loss with its gradient; the estimator only if it is the user's own."""
     mask_BT, zeros_BT = torch.ones(2, 2, dtype=torch.bool), torch.zeros(2, 2)
     outcomes = Outcomes(
         rewards_B=torch.tensor([1.0, 0.0], dtype=torch.float64),
@@ -127,18 +148,13 @@ def try_parts(algorithm: Algorithm) -> None:
         token_rewards_BT=zeros_BT,
         values_BT=zeros_BT,
     )
-    try:
-        credit = algorithm.advantage(outcomes)
-        if credit.advantages.dim() == 2 and not getattr(algorithm.advantage, "per_token", False):
+    advantages = torch.tensor([1.0, -1.0])
+    if "advantage" in own:
+        advantages = algorithm.advantage(outcomes).advantages
+        if advantages.dim() == 2 and not getattr(algorithm.advantage, "per_token", False):
             raise ValueError("an advantage that differs between tokens says so: per_token = True")
-        logprobs_BT = zeros_BT.clone().requires_grad_()
-        weights_BT = algorithm.aggregation(mask_BT, group_ids_B=outcomes.group_ids_B, max_length=2)
-        others: dict[str, Any] = {"ref_logprobs_BT": zeros_BT, "rollout_logprobs_BT": zeros_BT, "entropy_BT": zeros_BT}
-        loss, _ = policy_loss(algorithm, logprobs_BT, zeros_BT, credit.advantages, mask_BT, weights_BT=weights_BT, **others)
-        algorithm.selection(Results(rewards_G=outcomes.rewards_B, correct_G=torch.tensor([True, False])))
-        candidates = Candidates(prompt_ids=["a", "b"], count=2, completions=4, history={}, seed=0)
-        if sum(n for _, n in algorithm.allocation(candidates)) != candidates.completions:
-            raise ValueError(f"the allocation is to give away all {candidates.completions} completions")
-        loss.backward()  # type: ignore[no-untyped-call]
-    except Exception as error:  # the user's functions may raise or return anything
-        raise UserError(f"trying {names}: {type(error).__name__}: {error}") from error
+    logprobs_BT = zeros_BT.clone().requires_grad_()
+    weights_BT = algorithm.aggregation(mask_BT, group_ids_B=outcomes.group_ids_B, max_length=2)
+    others: dict[str, Any] = {"ref_logprobs_BT": zeros_BT, "rollout_logprobs_BT": zeros_BT, "entropy_BT": zeros_BT}
+    loss, _ = policy_loss(algorithm, logprobs_BT, zeros_BT, advantages, mask_BT, weights_BT=weights_BT, **others)
+    loss.backward()  # type: ignore[no-untyped-call]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from groupwise.algorithms import Algorithm, Candidates, Results
+from groupwise.algorithms.allocation import allocation_problem
 from groupwise.config import Recipe, RolloutsSection
 from groupwise.errors import RunError
 from groupwise.rollouts.base import Sampling
@@ -78,20 +79,22 @@ class Collector:
         """Of each prompt, for allocations that need it."""
 
     def collect(self, step: int) -> Collected:
-        """The groups of one step. Without dynamic sampling: one round, everything kept that could be scored.
+        """The groups of one step. Without dynamic sampling everything is kept that could be scored, and other problems are drawn
+        for groups that failed.
 
         Raises:
             RunError: scoring failed for too many groups in a row.
         """
         started = time.perf_counter()
         wanted = self.recipe.rollouts.prompts_per_step
-        limit = self.recipe.rollouts.max_rounds if self.algorithm.dynamic_sampling else 1
+        # Without dynamic sampling only groups that failed are drawn again, and `_check_failures` bounds how often.
+        limit = self.recipe.rollouts.max_rounds if self.algorithm.dynamic_sampling else math.inf
         max_age = self.recipe.rollouts.max_age
         young = [(born, group) for born, group in self.surplus if step - born <= max_age]
         expired = [group for born, group in self.surplus if step - born > max_age]
         kept, seen, dropped = list(young), list[Group](), list[Group]()
-        rounds, replaced, scoring = 0, 0, 0.0
-        while len(kept) < wanted and rounds < limit + replaced:
+        rounds, scoring = 0, 0.0
+        while len(kept) < wanted and rounds < limit:
             problems, sizes = self._draw(self._count(wanted - len(kept)), derive(self.recipe.seed, "allocation", step, rounds))
             groups, seconds = self.rollouts.groups(problems, sizes, derive(self.recipe.seed, "rollouts", step, rounds))
             seen += groups
@@ -103,7 +106,6 @@ class Collector:
                     dropped.append(group)
             self._check_failures(groups)
             self._remember(groups)
-            replaced += any(not group.scored for group in groups)  # groups that failed are drawn again, of other problems
             scoring += seconds
             rounds += 1
             self.keep_rate = (len(kept) - len(young)) / len(seen)
@@ -134,7 +136,7 @@ class Collector:
         """The problems that the algorithm allocates completions to, and how many each: `group_size` on average.
 
         Raises:
-            RunError: an allocation of the user's own gave away more or less.
+            RunError: an allocation of the user's own gave what cannot be used.
         """
         ahead = math.ceil(count * getattr(self.algorithm.allocation, "candidates", 1))
         problems = [self.rollouts.task.problem(self.position + i, self.recipe.seed) for i in range(ahead)]
@@ -147,10 +149,8 @@ class Collector:
             seed=seed,
         )
         chosen = self.algorithm.allocation(candidates)
-        if len(chosen) != count or sum(n for _, n in chosen) != candidates.completions:
-            given = f"{sum(n for _, n in chosen)} completions to {len(chosen)} prompts"
-            name = self.algorithm.choice("allocation")
-            raise RunError(f"the allocation {name} gave {given}, and not {candidates.completions} to {count}")
+        if (problem := allocation_problem(chosen, candidates)) is not None:
+            raise RunError(f"the allocation {self.algorithm.choice('allocation')} {problem}")
         return [problems[i] for i, _ in chosen], [n for _, n in chosen]
 
     def _remember(self, groups: Sequence[Group]) -> None:

@@ -46,7 +46,8 @@ def _priced(score: Score, algorithm: Algorithm) -> float:
 def reward_components(groups: Sequence[Group], rewards: Rewards) -> tuple[list[str], Tensor, Tensor]:
     """What rewards consist of: names, values (float64 [B, K], NaN where a completion has no such one), weights (float64 [K]).
 
-    The components of the task's reward as it names them ("task", where it names none), and what the algorithm adds.
+    The components of the task's reward as it names them ("task", where it names none), and what the algorithm adds
+    ("algorithm/overlong").
 
     Raises:
         RunError: a component counts more in one completion than in another.
@@ -62,7 +63,8 @@ def reward_components(groups: Sequence[Group], rewards: Rewards) -> tuple[list[s
             if weights.setdefault(name, weight) != weight:
                 raise RunError(f"the reward {name!r} has weight {weights[name]:g} in one completion and {weight:g} in another")
     for name, values in parts.items():
-        columns[name], weights[name] = values, 1.0
+        # Prefixed, since the task may have a component of the same name.
+        columns[f"algorithm/{name}"], weights[f"algorithm/{name}"] = values, 1.0
     values_BK = torch.tensor(list(columns.values()), dtype=torch.float64).T
     return list(columns), values_BK, torch.tensor(list(weights.values()), dtype=torch.float64)
 

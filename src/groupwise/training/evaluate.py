@@ -62,13 +62,14 @@ def evaluate(rollouts: Rollouts, problems: Sequence[Problem], *, samples: int = 
 
 
 def _pass_rates(groups: Sequence[Group], samples: int) -> dict[str, list[float]]:
-    """pass@1, and pass@k for powers of two and for `samples`; a k counts only groups of which k completions were scored."""
+    """pass@1, and pass@k for powers of two and for `samples`; a k counts only groups of which k completions were scored,
+    and has no value where there is none."""
     rates = {"eval/pass@1": [group.correct_count / len(group.scored) for group in groups]}
     for k in sorted({2**i for i in range(1, samples.bit_length())} | {samples} - {1}):
         rates[f"eval/pass@{k}"] = [
             pass_at(k, len(group.scored), group.correct_count) for group in groups if len(group.scored) >= k
         ]
-    return rates
+    return {name: of_groups for name, of_groups in rates.items() if of_groups}
 
 
 def pass_at(k: int, samples: int, correct: int) -> float:

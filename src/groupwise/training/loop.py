@@ -130,7 +130,7 @@ class Trainer:
         parts = minibatches(training, settings.minibatches, seed, self.recipe.rollouts.epochs)
         record = tokens.append if self.tokens_are_due() else None
         updates = [self.learner.update(minibatch, record) for minibatch in parts]
-        advantages = advantage_metrics(training.advantages_BT, training.mask_BT)
+        advantages = advantage_metrics(training.advantages_BT, training.mask_BT, collected.groups)
         return training, {**metrics, **kl_metrics, **combine(updates), **advantages}
 
     def check_gap(self, gap: float) -> None:

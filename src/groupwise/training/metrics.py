@@ -12,6 +12,8 @@ from groupwise.algorithms.diagnostics import effective_share
 from groupwise.training.collect import Collected
 from groupwise.types import Completion, Group, Outcome
 
+ZERO_VARIANCE: tuple[Outcome, ...] = ("all_correct", "all_wrong", "equal")
+
 
 def rollout_metrics(collected: Collected, version: int) -> dict[str, float]:
     """Of everything that was generated, whether it was kept or not; of what was kept, where nothing was generated.
@@ -23,9 +25,11 @@ def rollout_metrics(collected: Collected, version: int) -> dict[str, float]:
     finished = [len(completion.tokens) for completion in completions if completion.stop == "stop"]
     scores = [score for group in seen for score in group.scored]
     graded = any(score.correct is None for score in scores)
-    outcomes = [group.outcome for group in seen]
+    outcomes = Counter(group.outcome for group in seen)
+    dropped = Counter(group.outcome for group in collected.dropped)
     names: tuple[Outcome, ...] = ("equal", "mixed") if graded else ("all_correct", "all_wrong", "mixed")
-    shares = {name: outcomes.count(name) / len(seen) for name in names}
+    scored_groups = max(1, len(seen) - outcomes["failed"])
+    shares = {name: outcomes[name] / scored_groups for name in names}
     failures = Counter(score.failure for group in seen for score in group.scores if score.failure is not None)
     ages = [version - completion.oldest_version for group in collected.groups for completion in group.completions]
     return {
@@ -33,7 +37,8 @@ def rollout_metrics(collected: Collected, version: int) -> dict[str, float]:
         "reward/mean": sum(score.reward for score in scores) / max(1, len(scores)),
         **{f"failed/{cause}": float(count) for cause, count in failures.items()},
         **{f"groups/{name}": share for name, share in shares.items()},
-        "groups/zero_variance": 1 - shares["mixed"],
+        "groups/zero_variance": sum(outcomes[name] for name in ZERO_VARIANCE) / scored_groups,
+        "groups/failed": outcomes["failed"] / len(seen),
         "groups/kept": float(len(collected.groups)),
         "groups/smallest": float(min(len(group.completions) for group in seen)),
         "groups/largest": float(max(len(group.completions) for group in seen)),
@@ -42,9 +47,10 @@ def rollout_metrics(collected: Collected, version: int) -> dict[str, float]:
         "rollouts/age": sum(ages) / len(ages),
         "groups/reused": float(collected.reused),
         "groups/too_old": float(len(collected.expired)),
-        "dropped/zero_variance": float(sum(group.outcome != "mixed" for group in collected.dropped)),
+        "dropped/zero_variance": float(sum(dropped[name] for name in ZERO_VARIANCE)),
+        "dropped/failed": float(dropped["failed"]),
         "dropped/unselected": float(collected.unselected),
-        "dropped/surplus": float(sum(group.outcome == "mixed" for group in collected.dropped) - collected.unselected),
+        "dropped/surplus": float(dropped["mixed"] - collected.unselected),
         "length/mean": sum(len(completion.tokens) for completion in completions) / len(completions),
         "length/finished": sum(finished) / len(finished) if finished else math.nan,
         "length/truncated": sum(completion.stop == "length" for completion in completions) / len(completions),
@@ -91,9 +97,15 @@ def reward_metrics(groups: Sequence[Group], rewards: Mapping[str, Tensor]) -> di
     }
 
 
-def advantage_metrics(advantages_BT: Tensor, mask_BT: Tensor) -> dict[str, float]:
-    """Share of completions with a non-zero advantage, their effective share, and the number without a trained token."""
-    advantages_B = torch.where(mask_BT, advantages_BT, 0).abs().amax(1)
+def advantage_metrics(advantages_BT: Tensor, mask_BT: Tensor, groups: Sequence[Group]) -> dict[str, float]:
+    """Of the completions that could be scored: the share with a non-zero advantage, the effective share, and the number without a
+    trained token.
+
+    `groups`: those whose completions are the rows.
+    """
+    scored_B = torch.tensor([score.failure is None for group in groups for score in group.scores])
+    mask_BT = mask_BT[scored_B]
+    advantages_B = torch.where(mask_BT, advantages_BT[scored_B], 0).abs().amax(1)
     return {
         "utilisation": float((advantages_B != 0).float().mean()),
         "utilisation/effective": effective_share(advantages_B),

@@ -169,7 +169,7 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
     check_environments(task, problem, recipe, source)
     if episodes is None or episodes.asks_task(problem):
         try_scoring(task, problem, chat, algorithm, recipe.rollouts.group_size, source, episodes)
-    try_parts(algorithm)
+    try_parts(algorithm, recipe.rollouts.group_size)
     model = load_policy(recipe, source)
     try:
         model.decoder.check_length(longest)
