@@ -41,9 +41,15 @@ def _print_result(result: Any, path: Path) -> None:
         "eval/length": "mean length, tokens",
         "eval/truncated": "truncated",
         "eval/turns/mean": "turns",
+        "eval/turns/truncated": "truncated turns",
         "eval/tools/calls": "tool calls per problem",
+        "eval/tools/errors": "failed tool calls",
+        "eval/tools/unread": "unreadable calls per problem",
     }
+    left_out = {"eval/reward_std", *(["eval/reward"] if "eval/pass@1" in result.before.metrics else [])}
     for key, value in result.before.metrics.items():
+        if key in left_out:
+            continue
         name = names.get(key, key.removeprefix("eval/").replace("_", " "))
         form = "{:.1f}" if key == "eval/length" else "{:.3f}"
         table.add_row(name, form.format(value), form.format(result.after.metrics.get(key, math.nan)))
