@@ -414,6 +414,34 @@ def test_a_step_with_other_arguments_is_a_tool() -> None:
     kind = Kind.of(Walker)
     assert kind.tool_names == ["step"] and not kind.has_step
     assert Kind.of(Talk).has_step and "step" not in Kind.of(Talk).tool_names
+class Quiet(Increment):
+    """Only some conversations earn rewards of turns."""
+
+    turn_reward: float | None = None
+
+    def increment(self, step: int) -> int:
+        """
+        Increment the internal counter.
+
+        Args:
+            step: Value to add to the counter; an odd one earns its half.
+        """
+        self.turn_reward = step / 2 if step % 2 else None
+        return super().increment(step)
+
+
+def test_all_rewards_of_a_group_have_the_same_parts(chat: Chat) -> None:
+    """Where one conversation's turn earned something, the others' earned 0; where none did, there is no such part."""
+
+    def steps(*sizes: int) -> Group:
+        def say(i: int, n: int) -> str:
+            return f"done{END}" if n else call("increment", step=sizes[i])
+
+        return converse(chat, Quiet, say, n=len(sizes))[0]
+
+    assert [score.components for score in steps(1, 2).scores] == [{"outcome": 6, "turns": 0.5}, {"outcome": 7, "turns": 0}]
+    assert [score.reward for score in steps(1, 2).scores] == [6.5, 7.0]
+    assert [score.components for score in steps(4, 2).scores] == [{}, {}]
 
 
 def test_rewards_of_task_and_environment_together(chat: Chat) -> None:

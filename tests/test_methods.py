@@ -1,13 +1,16 @@
 """GDPO, VESPO, masks, selection and allocation: beside TRL's own numbers, by hand, and through the collector and the learner."""
 
+import datetime
 import math
 import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -27,6 +30,7 @@ from groupwise.rollouts.groups import Rollouts
 from groupwise.rollouts.native import NativeSampler
 from groupwise.tasks.arithmetic import ArithmeticTask
 from groupwise.tasks.base import build_task
+from groupwise.training import checkpoints
 from groupwise.training.algorithm import try_parts
 from groupwise.training.batching import make_batch, minibatches
 from groupwise.training.collect import Collected, Collector, is_selected, sampling_of
@@ -444,6 +448,43 @@ def test_a_resumed_collector_goes_on_as_if_it_had_not_stopped(tokenizer: Any, al
     again.load_state_dict(state)
     two.rng.setstate(dice)
     assert steps(again, range(4, 8)) == after != before
+
+
+def test_surplus_groups_with_any_values_are_read_again(tokenizer: Any, tmp_path: Path) -> None:
+    """Rows of a dataset hold dates, what a reward logs may be numpy's: checkpoints are read without running code."""
+    made = datetime.date(2024, 1, 2)
+
+    class Dated(Dice):
+        def problem(self, position: int, seed: int) -> Problem:
+            found = super().problem(position, seed)
+            return replace(found, metadata={"made": made, "n": np.int64(3), "in": [np.float32(0.5), (made, None, True)]})
+
+        async def score(self, problem: Problem, completions: Sequence[Completion]) -> list[Score]:
+            return [replace(score, extra={"x": {1, 2}}) for score in await super().score(problem, completions)]
+
+    algorithm = named("dapo", history_decay=0.5, allocation="thompson")
+    collector = collector_of(Dated([0.5] * 3), tokenizer, algorithm, max_age=3)
+    collector.keep_rate = 0.25
+    collector.collect(0)
+    assert collector.surplus
+    torch.save(collector.state_dict(), tmp_path / "state.pt")
+    again = collector_of(Dated([0.5] * 3), tokenizer, algorithm, max_age=3)
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    (_, ours), (_, theirs) = again.surplus[0], collector.surplus[0]
+    assert ours.problem.metadata == {"made": "2024-01-02", "n": 3, "in": [0.5, ("2024-01-02", None, True)]}
+    assert ours.scores[0].reward == theirs.scores[0].reward and ours.scores[0].extra == {"x": "{1, 2}"}
+    assert torch.equal(ours.completions[0].tokens, theirs.completions[0].tokens)
+
+
+def test_a_checkpoint_that_could_not_be_read_is_not_written(tmp_path: Path) -> None:
+    learner: Any = SimpleNamespace(save=lambda _: None, load=lambda _: None)
+    state = {"step": 1, "credit": {"history": {"p": {"mean": np.float64(0.5), "n": np.int64(2), "rewards_G": torch.ones(2)}}}}
+    path = checkpoints.save(tmp_path, 1, learner, state, 2)
+    history = checkpoints.load(path, learner)["credit"]["history"]["p"]
+    assert (history["mean"], history["n"], history["rewards_G"].tolist()) == (0.5, 2, [1, 1])
+    with pytest.raises(UserError, match=r"a part of the algorithm remembers date: datetime.date\(2024, 1, 2\)"):
+        checkpoints.save(tmp_path, 2, learner, {"credit": {"history": {"p": datetime.date(2024, 1, 2)}}}, 2)
+    assert [directory.name for directory in tmp_path.iterdir()] == ["step-000001"]
 
 
 def test_an_allocation_refuses_rewards_that_are_no_share_of_a_success(tokenizer: Any) -> None:

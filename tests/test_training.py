@@ -158,6 +158,19 @@ def test_a_damaged_checkpoint_is_named(quick: Path, tmp_path: Path, file: str) -
     assert "remove it to go on from step-000008" in result.stderr
 
 
+@pytest.mark.parametrize("key", ["failed_groups", "history"])
+def test_a_checkpoint_of_another_version_is_named(quick: Path, tmp_path: Path, key: str) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(quick, out)
+    path = out / "checkpoints" / "step-000016" / "state.pt"
+    state = torch.load(path, weights_only=True)
+    del state["collector"][key]
+    torch.save(state, path)
+    result = run("train", "--resume", out, "--set", "training.steps=17")
+    assert result.exit_code == 2
+    assert f"step-000016: written by another version of groupwise: KeyError: '{key}'" in result.stderr
+
+
 def test_a_dataset_run_resumes_and_is_evaluated_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Paths are relative to the recipe when it is written, and absolute in the run's directory."""
     project = tmp_path / "project"

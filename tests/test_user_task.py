@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -119,6 +120,48 @@ def test_what_it_returns_is_checked(tmp_path: Path) -> None:
     task = build(tmp_path, PLAIN.replace("% self.largest", "% 0"))
     with pytest.raises(UserError, match=r"tasks.py:Doubles: problem\(2, 0\): ZeroDivisionError"):
         task.problem(2, 0)
+
+
+@pytest.mark.parametrize(
+    ("score", "failure", "detail"),
+    [
+        (Score(reward=float("nan")), "not finite", "reward is nan"),
+        (Score(reward=1.0, components={"a": float("inf")}), "not finite", "a is inf"),
+        (Score(reward=1.0, weights={"a": float("nan")}), "not finite", "the weight of a is nan"),
+        (Score(reward=1.0, steps=((1, 0.5), (2, float("-inf")))), "not finite", "step 2 is -inf"),
+        (Score(reward=None), "wrong type", "reward is None, and not a number"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_score_that_is_not_finite_is_a_failure(score: Score, failure: str, detail: str) -> None:
+    assert (score.checked().failure, score.checked().detail) == (failure, detail)
+    assert (score.checked().reward != score.checked().reward) and not score.checked().components
+
+
+def test_a_score_that_is_finite_stays_what_it_is() -> None:
+    score = Score(
+        reward=1.5, correct=True, components={"a": 1.0, "b": 0.5}, weights={"b": 1.0}, steps=((3, 1.0),), extra={"x": []}
+    )
+    assert score.checked() == score and Score.failed("raised", "why").checked().failure == "raised"
+    plain = Score(reward=np.float32(0.5), components={"a": np.int64(1)}).checked()
+    assert (type(plain.reward), type(plain.components["a"])) == (float, float)
+
+
+def test_a_reward_that_is_not_finite_sets_its_completion_aside(tmp_path: Path) -> None:
+    """Some answers get NaN: the run goes on without them; all: it is refused before training."""
+    code = PLAIN.replace(
+        "reward=float(c.text == problem.answer)", 'reward=float("nan") if len(c.text) > 1 and problem.id[0] != "h" else 1.0'
+    )
+    (tmp_path / "tasks.py").write_text(code)
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        'extends = "quick"\n[task]\nname = "tasks.py:Doubles"\n[algorithm]\nname = "grpo"\n'
+        "[rollouts]\nprompts_per_step = 4\n[training]\nsteps = 1\neval_problems = 4\n"
+    )
+    done = gw.train(recipe, out=tmp_path / "run", quiet=True)
+    assert done.steps[0]["failed/not finite"] > 0 and done.steps[0]["reward/mean"] == 1
+    (tmp_path / "tasks.py").write_text(code.replace('len(c.text) > 1 and problem.id[0] != "h"', "True"))
+    with pytest.raises(UserError, match=r"scoring fails: \d+ not finite; the first: reward is nan"):
+        gw.train(recipe, out=tmp_path / "all", quiet=True)
 
 
 def shown(tmp_path: Path, text: str, *options: str, width: int = 100) -> str:

@@ -6,6 +6,7 @@ Shapes in names: B completions, T completion tokens (right-padded), P prompts (o
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from numbers import Real
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
@@ -185,6 +186,26 @@ class Score:
     """What the reward logged of this completion (TRL's `log_extra`), by column."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Numbers that the reward logged (TRL's `log_metric`); a step records their means."""
+
+    def checked(self) -> "Score":
+        """The score with its numbers as floats; failed, where one of those that training reads is not a finite number."""
+        if self.failure is not None:
+            return self
+        numbers = {"reward": self.reward, **self.components}
+        numbers |= {f"the weight of {name}": weight for name, weight in self.weights.items()}
+        numbers |= {f"step {i}": reward for i, (_, reward) in enumerate(self.steps, 1)}
+        for name, number in numbers.items():
+            if not isinstance(number, Real):
+                return Score.failed("wrong type", f"{name} is {number!r:.100}, and not a number")
+            if not math.isfinite(number):
+                return Score.failed("not finite", f"{name} is {float(number)}")
+        return replace(
+            self,
+            reward=float(self.reward),
+            components={name: float(value) for name, value in self.components.items()},
+            weights={name: float(value) for name, value in self.weights.items()},
+            steps=tuple((int(end), float(reward)) for end, reward in self.steps),
+        )
 
     @classmethod
     def failed(cls, failure: str, detail: str = "") -> "Score":

@@ -150,7 +150,7 @@ class Episodes:
             generated = time.perf_counter()
             of_task = await self._ask_task(task, problem, episodes, completions)
             pairs = zip(episodes, of_task, strict=True)
-            scores = await gather(*(self._score(self.kind(problem), episode, score) for episode, score in pairs))
+            scores = with_turns(episodes, await gather(*(self._score(self.kind(problem), *pair) for pair in pairs)))
         group = Group(problem=problem, prompt_tokens=prompts[0][:prefix], completions=completions, scores=tuple(scores))
         return group, generated
 
@@ -294,7 +294,7 @@ class Episodes:
         return messages, answer, done
 
     async def _score(self, kind: Kind, episode: Episode, of_task: Score | None) -> Score:
-        """What get_reward() says, or the task, or both; and the rewards of turns."""
+        """What get_reward() says, or the task, or both."""
         score = of_task
         try:
             if episode.failure is not None:
@@ -304,10 +304,7 @@ class Episodes:
         except EnvironmentFailed as error:
             return Score.failed(error.cause, error.detail)
         assert score is not None
-        rewards = [turn.reward for turn in episode.turns if turn.reward is not None]
-        if not rewards or score.failure is not None:
-            return score
-        return with_part(score, "outcome", "turns", sum(rewards))
+        return score
 
     def _with_reward(self, reward: float, of_task: Score | None) -> Score:
         """The environment's reward as a score, added to that of the task where there is one."""
@@ -328,6 +325,18 @@ async def score_episodes(
     if isinstance(task, TakesEnvironments):
         return await task.score_episodes(problem, completions, Lent.of(instances))
     return await task.score(problem, completions)
+
+
+def with_turns(episodes: Sequence[Episode], scores: Sequence[Score]) -> Sequence[Score]:
+    """The scores of a group with the rewards of turns. Where any turn earned something, conversations in which none did get 0, so
+    that all rewards of the group have parts of the same names."""
+    earned = [[turn.reward for turn in episode.turns if turn.reward is not None] for episode in episodes]
+    if not any(earned):
+        return scores
+    return [
+        score if score.failure is not None else with_part(score, "outcome", "turns", sum(rewards))
+        for score, rewards in zip(scores, earned, strict=True)
+    ]
 
 
 def with_part(score: Score, name: str, added: str, reward: float) -> Score:

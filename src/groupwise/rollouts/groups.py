@@ -4,7 +4,7 @@ import functools
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from groupwise.models import Chat
 from groupwise.rollouts.base import Request, Sampler, Sampling, requests
@@ -42,7 +42,8 @@ class Rollouts:
             pairs = zip(problems, requests(prompts, n, self.sampling, seed), strict=True)
             found = wait_for(gather(*(self._group(problem, request) for problem, request in pairs)))
         waited = time.perf_counter() - max((generated for _, generated in found), default=time.perf_counter())
-        return [group for group, _ in found], waited
+        # Whoever scored them, no number that is not finite goes further.
+        return [replace(group, scores=tuple(score.checked() for score in group.scores)) for group, _ in found], waited
 
     async def _group(self, problem: Problem, request: Request) -> tuple[Group, float]:
         """A group, scored, and when its last completion was there."""

@@ -1,6 +1,8 @@
 """Checkpoints: written next to the others, then renamed, so that one that exists is complete."""
 
 import shutil
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,12 @@ from groupwise.learner.base import Learner
 
 
 def save(directory: Path, step: int, learner: Learner, state: dict[str, Any], keep: int) -> Path:
-    """Write checkpoints/step-N with the learner and the loop's own state; keep the newest few."""
+    """Write checkpoints/step-N with the learner and the loop's own state; keep the newest few.
+
+    Raises:
+        UserError: the state holds something that could not be read again.
+    """
+    state = plain(state, _refuse)
     final = directory / f"step-{step:06d}"
     partial = directory / f".partial-{step:06d}"
     shutil.rmtree(partial, ignore_errors=True)
@@ -24,6 +31,30 @@ def save(directory: Path, step: int, learner: Learner, state: dict[str, Any], ke
     for old in sorted(directory.glob("step-*"))[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def plain(value: Any, other: Callable[[Any], Any] = str) -> Any:
+    """A value as `torch.load(weights_only=True)` reads it: numbers, texts, tensors, and containers of these stay what they are,
+    numpy's numbers become Python's, and anything else, such as a date in a row of a dataset, what `other` makes of it: its text.
+    """
+    if value is None or isinstance(value, bool | torch.Tensor):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Real):
+        return int(value) if isinstance(value, Integral) else float(value)
+    if isinstance(value, Mapping):
+        return {plain(key, other): plain(item, other) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return (list if isinstance(value, list) else tuple)(plain(item, other) for item in value)
+    return other(value)
+
+
+def _refuse(value: Any) -> Any:
+    raise UserError(
+        f"a checkpoint holds numbers, texts, tensors, and lists and mappings of these, and a part of the algorithm remembers "
+        f"{type(value).__name__}: {value!r:.100}"
+    )
 
 
 def newest(run: Path) -> Path | None:

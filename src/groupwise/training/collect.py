@@ -16,6 +16,7 @@ from groupwise.errors import RunError
 from groupwise.rollouts.base import Sampling
 from groupwise.rollouts.groups import Rollouts
 from groupwise.seeding import derive
+from groupwise.training.checkpoints import plain
 from groupwise.training.kept_sets import check_kept
 from groupwise.types import Group, Outcome, Problem, Score
 
@@ -189,7 +190,7 @@ class Collector:
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        surplus = [(born, asdict(group)) for born, group in self.surplus]
+        surplus = [(born, plain(asdict(group))) for born, group in self.surplus]
         return {
             "position": self.position,
             "keep_rate": self.keep_rate,

@@ -223,10 +223,17 @@ class Trainer:
         return checkpoints.save(self.run_directory.checkpoints, self.step, self.learner, state, keep)
 
     def resume(self, checkpoint: Path) -> None:
-        """Take up a run where a checkpoint left it."""
+        """Take up a run where a checkpoint left it.
+
+        Raises:
+            UserError: the checkpoint is damaged, of another model, or of an earlier version of groupwise.
+        """
         state = checkpoints.load(checkpoint, self.learner)
-        self.step = state["step"]
-        self.collector.load_state_dict(state["collector"])
-        self.credit.load_state_dict(state["credit"])
+        try:
+            self.step = state["step"]
+            self.collector.load_state_dict(state["collector"])
+            self.credit.load_state_dict(state["credit"])
+        except (KeyError, TypeError) as error:  # entries, or fields of the groups in it, have other names
+            raise UserError(f"{checkpoint}: written by another version of groupwise: {type(error).__name__}: {error}") from error
         self.sampler.load(self.learner.weights(), self.learner.version)
         self.run_directory.rewind(self.step)

@@ -335,6 +335,7 @@ def try_scoring(
         scores = tried(episodes.trial_scores(task, problem, completions), problem)
     else:
         scores = wait_for(task.score(problem, completions))
+    scores = [score.checked() for score in scores]
     if all(score.failure is not None for score in scores):
         raise UserError(f"scoring fails: {describe_failures(scores)} (problem {problem.id!r})")
     if "steps" in algorithm.needs and not any(score.steps for score in scores):
