@@ -198,6 +198,19 @@ def test_whatever_answers_and_completions_hold(tmp_path: Path, reward: str, answ
         assert score.failure == "raised" and score.detail.startswith(expected)
 
 
+def test_rollouts_that_are_not_unicode_are_written(tmp_path: Path) -> None:
+    """A sampler of one's own may return half of a surrogate pair."""
+    directory = RunDirectory(tmp_path, None)
+    (tmp_path / "rollouts").mkdir()
+    completion = said("\\ \ud800")
+    score = Score(reward=1.0, correct=True)
+    group = Group(problem=SUM, prompt_tokens=torch.tensor([1]), completions=(completion,), scores=(score,))
+    directory.write_rollouts(1, [group])
+    (line,) = (tmp_path / "rollouts" / "step-000001.jsonl").read_text(encoding="utf-8").splitlines()
+    assert completion.text in json.loads(line).values()
+    assert "\\ud800" in (tmp_path / "rollouts" / "step-000001.txt").read_text(encoding="utf-8")
+
+
 def test_many_groups_wait_at_once(tmp_path: Path) -> None:
     """40 groups in one judge at the same time, and 2 in a function that blocks: each waits until the others have come."""
     code = (
