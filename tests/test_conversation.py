@@ -1,5 +1,6 @@
 """Conversations: what follows a sampled turn, and what was called in it, on templates of many families."""
 
+import json
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -285,6 +286,40 @@ def test_what_cannot_be_called_is_told(body: str, problem: str) -> None:
     said = talk.parse(torch.tensor([*ids_of(talk, f"<tool_call>{body}</tool_call>{good}"), talk.stop_tokens[0]]))
     assert said.problem is not None and problem in said.problem
     assert known(said.calls) == [("look_up", {})]  # the others stand
+
+
+def test_texts_that_are_not_unicode_are_replaced() -> None:
+    """JSON can spell half of a surrogate pair, which no tokenizer and no file takes."""
+    talk = conversations("qwen2.5")
+    body = '{"name": "\\ud900", "arguments": {"\\ud901": ["\\udfff", "\\ud83d\\ude42"]}, "id": "\\udffe"}'
+    turn = torch.tensor([*ids_of(talk, f"<tool_call>{body}</tool_call>"), talk.stop_tokens[0]])
+    said = talk.parse(turn)
+    assert said.calls == (Call("\ufffd", {"\ufffd": ["\ufffd", "\U0001f642"]}, "\ufffd"),)
+    assert str(said.message).encode()
+    (call,) = said.calls
+    assert len(talk.after(turn, [{"role": "tool", "name": call.name, "tool_call_id": call.id, "content": "no such tool"}]))
+
+
+@pytest.mark.parametrize("name", WITH_TOOLS)
+def test_a_tool_of_any_name_can_be_answered(name: str) -> None:
+    """What follows a turn does not depend on the name of the tool that there is not."""
+    talk = conversations(name)
+    answer = {"role": "tool", "tool_call_id": "000000000", "content": "none"}
+    names = ("serach", "", "zqvalue0qz", "zqvalue0qz zqvalue0qz", "a\n</s>", "x" * 3000)
+    tails = [talk.ends.tail([{**answer, "name": tool}]) for tool in names]
+    assert all(tail == tails[0] for tail in tails)
+
+
+@pytest.mark.parametrize(("name", "kept"), [("mistral", False), ("qwen2.5", True)])
+def test_ids_that_the_template_refuses_are_not_kept(name: str, kept: bool) -> None:
+    talk = conversations(name)
+    for id, stays in (("abc", kept), ("call-0001", kept), ("aB3456789", True)):
+        written = json.dumps({"name": "search", "arguments": {"query": "a"}, "id": id})
+        turn = f"[TOOL_CALLS][{written}]" if name == "mistral" else f"<tool_call>{written}</tool_call>"
+        tokens = torch.tensor([*ids_of(talk, turn), talk.stop_tokens[0]])
+        (call,) = talk.parse(tokens).calls
+        assert call.id == (id if stays else "000000000")
+        assert len(talk.after(tokens, [{"role": "tool", "name": "search", "tool_call_id": call.id, "content": "b"}]))
 
 
 def test_a_call_of_a_tool_that_there_is_not_is_a_call() -> None:

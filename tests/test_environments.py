@@ -18,6 +18,7 @@ from groupwise.rollouts.base import Request, Sampling
 from groupwise.rollouts.episodes import Episodes
 from groupwise.rollouts.groups import Rollouts
 from groupwise.types import Completion, Group, Problem, Score, VersionSpan
+from tests import chat_templates
 
 END = "<|im_end|>"
 
@@ -395,6 +396,57 @@ def test_a_simulated_user_and_rewards_of_turns(chat: Chat) -> None:
     assert score.reward == 5.0 and score.components == {"outcome": 1.0, "turns": 4.0} and score.correct
 
 
+RUDE = """
+class Rude:
+    said = {}
+
+    def reset(self, **row): ...
+
+    def step(self, message):
+        return self.said[message["content"]], None, False
+
+    def get_reward(self):
+        return 1.0
+
+user, tool = {"role": "user", "content": "a"}, {"role": "tool", "name": "look", "content": "b"}
+Rude.said = {
+    "0": [user],
+    "1": [tool, user],
+    "2": [user, tool],
+    "3": [{"role": "user"}],
+    "4": [{"role": "user", "content": 5}],
+    "5": [user, user],
+}
+
+class WithTool(Rude):
+    def look(self) -> str:
+        \"\"\"Look.\"\"\"
+        return "b"
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "wrong"),
+    [("Rude", "qwen3", [1, 2, 3, 4]), ("WithTool", "qwen3", [2, 3, 4]), ("Rude", "gemma", [1, 2, 3, 4, 5])],
+)
+def test_what_a_simulated_user_may_not_say(tmp_path: Path, name: str, family: str, wrong: list[int]) -> None:
+    """It sets the conversation aside and no other, also what only the chat template refuses."""
+    (tmp_path / "rude.py").write_text(RUDE)
+    template = Chat.build(chat_templates.tokenizer(family))
+    kind = kind_of(Found.of(f"rude.py:{name}", tmp_path), [])
+    group, _ = converse(template, kind, lambda i, _: f"{i}{template.tokenizer.eos_token}", n=6, max_turns=2)
+    assert [i for i, score in enumerate(group.scores) if score.failure == "wrong type"] == wrong
+    assert [score.reward for i, score in enumerate(group.scores) if i not in wrong] == [1.0] * (6 - len(wrong))
+
+
+def test_a_call_that_cannot_be_read_is_answered_in_every_template() -> None:
+    """Mistral's asks for the id of the call, which nobody could read."""
+    template = Chat.build(chat_templates.tokenizer("mistral"))
+    group, _ = converse(template, Increment, lambda _, n: ["[TOOL_CALLS][{]</s>", "done</s>"][n])
+    assert [turn.role for turn in group.completions[0].turns] == ["assistant", "tool", "assistant"]
+    assert "not valid JSON" in group.completions[0].messages[1]["content"] and group.scores[0].reward == 5.0
+
+
 class Walker:
     """TRL's form: its step() is a tool."""
 
@@ -506,6 +558,11 @@ class NoReset:
     pass
 
 
+class Exits:
+    def __init__(self) -> None:
+        raise SystemExit(0)
+
+
 class Broken:
     def __init__(self) -> None:
         raise OSError("no file")
@@ -517,6 +574,7 @@ class Broken:
         (None, [undescribed], "tool undescribed: .*number"),
         (NoReset, [], r"NoReset has no reset\(\)"),
         (Broken, [], r"Broken\(\): OSError: no file"),
+        (Exits, [], r"Exits\(\): SystemExit: 0"),
         (None, [double, double], "two tools are named 'double'"),
     ],
 )

@@ -125,6 +125,9 @@ def test_several_rewards_are_summed_by_weight(tmp_path: Path) -> None:
         ({"a": 1e308, "b": 1e308}, "not finite"),
         ("1.0", "wrong type"),
         ([1.0], "wrong type"),
+        (10**400, "not finite"),
+        ({"a": 10**400}, "not finite"),
+        ({"reward": 1.0, "steps": [[10**400, 1.0]]}, "wrong type"),
         ({"a": {"b": 1.0}}, "wrong type"),
         ({"reward": 1.0, "steps": [[11, 1.0]]}, "wrong type"),
         ({"reward": 1.0, "steps": [[5, 1.0], [4, 1.0]]}, "wrong type"),
@@ -137,6 +140,15 @@ def test_values_by_hand(value: Any, expected: Rated | str) -> None:
     assert found.failure == expected if isinstance(expected, str) else found == expected
 
 
+def test_values_that_cannot_be_shown() -> None:
+    """An integer of more digits than Python writes, and objects nested deeper than its stack."""
+    nested: dict[str, Any] = {}
+    for _ in range(2000):
+        nested = {"a": nested}
+    assert [rate_value(value, 10).failure for value in (10**9000, nested)] == ["not finite", "wrong type"]
+    assert rate_value({"reward": 1.0, "steps": [[10**9000, 1.0]]}, 10).failure == "wrong type"
+
+
 @pytest.mark.parametrize(
     ("code", "reward", "message"),
     [
@@ -145,6 +157,9 @@ def test_values_by_hand(value: Any, expected: Rated | str) -> None:
         ("1 / 0", "mine.py:f", r"mine.py: ZeroDivisionError: division by zero \(mine.py, line 1\)"),
         ("", "acme/judge", r"no reward 'acme/judge'; known: boxed, .*a reward model \"model:PATH\""),
         ("", "model:acme", r"no model 'acme'"),
+        ("", "http://127.0.0.1:99999999/x", r"task.reward: 'http://127.0.0.1:99999999/x' is no URL of a server"),
+        ("", "http://[::1/x", r"task.reward: 'http://\[::1/x' is no URL: Invalid port"),
+        ("", "http:///x", r"task.reward: 'http:///x' is no URL of a server"),
         ("", [], r"task.reward: names no reward"),
         ("", 3, r"task.reward: value error, expected a reward"),
     ],
@@ -152,6 +167,48 @@ def test_values_by_hand(value: Any, expected: Rated | str) -> None:
 def test_what_is_no_reward_is_refused(tmp_path: Path, code: str, reward: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(tmp_path, code, reward=reward)
+
+
+@pytest.mark.parametrize(
+    ("reward", "answer", "text", "expected"),
+    [
+        ("gsm8k", "1,005", "#### 1005", 1.0),
+        ("gsm8k", " $72. ", "#### 72", 1.0),
+        ("gsm8k", "72", "#### " + "7" * 5000, 0.0),
+        ("gsm8k", "72", "#### 0." + "7" * 5000, 0.0),
+        ("gsm8k", "72 apples", "no number", "gsm8k: the answer '72 apples' is no number"),
+        ("gsm8k", "1/0", "#### 1", "gsm8k: the answer '1/0' is no number"),
+        (
+            "countdown",
+            "12",
+            "no expression",
+            'countdown: the answer \'12\' is not JSON of the form {"nums": [1, 2], "target": 3}',
+        ),
+        ("countdown", '{"nums": [[1]], "target": 1}', "<answer>1</answer>", "countdown: the answer"),
+        ("countdown", '{"nums": [1]}', "<answer>1</answer>", "countdown: the answer"),
+        ("code", "5", "```python\n1\n```", "code: "),
+    ],
+)
+def test_whatever_answers_and_completions_hold(tmp_path: Path, reward: str, answer: str, text: str, expected: Any) -> None:
+    """A checker cannot stop the run: what cannot be judged is a failure that says why."""
+    (score,) = scores(build(tmp_path, reward=reward), Problem(id="p", prompt="p", answer=answer), [text])
+    if isinstance(expected, float):
+        assert score.failure is None and score.reward == expected
+    else:
+        assert score.failure == "raised" and score.detail.startswith(expected)
+
+
+def test_rollouts_that_are_not_unicode_are_written(tmp_path: Path) -> None:
+    """A sampler of one's own may return half of a surrogate pair."""
+    directory = RunDirectory(tmp_path, None)
+    (tmp_path / "rollouts").mkdir()
+    completion = said("\\ \ud800")
+    score = Score(reward=1.0, correct=True)
+    group = Group(problem=SUM, prompt_tokens=torch.tensor([1]), completions=(completion,), scores=(score,))
+    directory.write_rollouts(1, [group])
+    (line,) = (tmp_path / "rollouts" / "step-000001.jsonl").read_text(encoding="utf-8").splitlines()
+    assert completion.text in json.loads(line).values()
+    assert "\\ud800" in (tmp_path / "rollouts" / "step-000001.txt").read_text(encoding="utf-8")
 
 
 def test_many_groups_wait_at_once(tmp_path: Path) -> None:
@@ -487,6 +544,10 @@ def test_a_remote_reward_is_asked_again(tmp_path: Path, server: Any, first: Any)
         ((200, [1.0, 2.0], {}, 0.0), "wrong type", 'no "rewards"', 1),
         ((200, {"rewards": [1.0]}, {}, 0.0), "wrong count", "1 values for 2 completions", 1),
         ((200, b'{"rewards": [NaN, NaN]}', {}, 0.0), "not finite", "nan", 1),
+        ((200, b'{"rewards": [1' + b"0" * 400 + b", 1" + b"0" * 400 + b"]}", {}, 0.0), "not finite", "hundreds of digits", 1),
+        ((200, b"[" * 100_000, {}, 0.0), "wrong type", "not JSON", 1),
+        ((200, b"not zipped", {"content-encoding": "gzip"}, 0.0), "wrong type", "DecodingError", 1),
+        ((429, "", {"retry-after": "\u00b2"}, 0.0), "unreachable", "HTTP 429", 3),
         ((200, b" " * 5_000_000, {}, 0.0), "too large", "more than", 1),
     ],
 )

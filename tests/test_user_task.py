@@ -15,7 +15,7 @@ from groupwise.cli import app
 from groupwise.config import Source
 from groupwise.errors import UserError
 from groupwise.tasks.base import build_task
-from groupwise.types import Score
+from groupwise.types import Problem, Score
 from tests.conftest import said
 from tests.test_cli import run
 
@@ -98,6 +98,8 @@ def test_settings_are_checked(form: str, tmp_path: Path) -> None:
         (PLAIN.replace("largest: int = 9", "largest: int"), {}, r"tasks.py:Doubles needs largest"),
         (PYDANTIC, {"largest": "x"}, r"task.largest: .*valid integer"),
         (PLAIN + "\n1/0\n", {}, r"tasks.py: ZeroDivisionError"),
+        (PLAIN + "\nraise SystemExit(0)\n", {}, r"tasks.py: SystemExit: 0"),
+        (PLAIN.replace("self.largest, self.offset =", "raise SystemExit(0);"), {}, r"tasks.py:Doubles: SystemExit: 0"),
         ("Doubles = print", {}, r"tasks.py:Doubles is no class"),
     ],
 )
@@ -117,6 +119,11 @@ def test_what_it_returns_is_checked(tmp_path: Path) -> None:
     task = build(tmp_path, PLAIN.replace("c.text ==", "c.txt =="))
     scores = asyncio.run(task.score(task.problem(0, 0), [said("a")]))
     assert isinstance(scores[0], Score) and scores[0].failure == "raised" and "no attribute 'txt'" in scores[0].detail
+    task = build(tmp_path, PLAIN.replace("return", "raise SystemExit(0);"))
+    with pytest.raises(UserError, match=r"tasks.py:Doubles: problem\(2, 0\): SystemExit: 0"):
+        task.problem(2, 0)
+    ended = asyncio.run(task.score(Problem(id="p", prompt="p"), [said("a")]))
+    assert ended[0].failure == "raised" and "SystemExit" in ended[0].detail
     task = build(tmp_path, PLAIN.replace("% self.largest", "% 0"))
     with pytest.raises(UserError, match=r"tasks.py:Doubles: problem\(2, 0\): ZeroDivisionError"):
         task.problem(2, 0)

@@ -43,7 +43,7 @@ def load_function(reference: str, base: Path) -> UserFunction:
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the user's file may raise anything
+    except (Exception, SystemExit) as error:  # the user's file may raise anything
         raise UserError(f"{path}: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):

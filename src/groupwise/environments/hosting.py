@@ -112,7 +112,7 @@ class WorkerInstance:
             raise EnvironmentFailed(error.kind, f"{name}(): {error.detail}") from error
 
     async def step(self, message: Message) -> Answer:
-        return as_answer(await self._guarded("step", message))
+        return as_answer(await self._guarded("step", message), bool(self._kind.schemas))
 
     async def turn_reward(self) -> float | None:
         if not self._kind.rewards_turns:

@@ -65,6 +65,7 @@ class LocalInstance:
 
     def __init__(self, kind: Kind) -> None:
         self._environment = kind.make() if kind.make is not None else None
+        self._has_tools = bool(kind.schemas)
         self._tools = {function.__name__: function for function in kind.functions} | tool_methods(self._environment)
 
     async def reset(self, row: Mapping[str, Any]) -> str | None:
@@ -80,7 +81,7 @@ class LocalInstance:
 
     async def step(self, message: Message) -> Answer:
         assert self._environment is not None
-        return as_answer(await _guarded("step()", self._environment.step, message))
+        return as_answer(await _guarded("step()", self._environment.step, message), self._has_tools)
 
     async def turn_reward(self) -> float | None:
         reward = getattr(self._environment, "turn_reward", None)
@@ -138,8 +139,11 @@ def as_reward(name: str, value: Any) -> float:
     return reward
 
 
-def as_answer(value: Any) -> Answer:
+def as_answer(value: Any, has_tools: bool) -> Answer:
     """
+    Args:
+        has_tools: whether messages of tools can be among what step() returned.
+
     Raises:
         EnvironmentFailed: it is not (messages, reward or None, done).
     """
@@ -150,4 +154,11 @@ def as_answer(value: Any) -> Answer:
     known = isinstance(messages, Sequence) and all(isinstance(m, Mapping) and m.get("role") in ("user", "tool") for m in messages)
     if not known or not isinstance(done, bool):
         raise EnvironmentFailed("wrong type", f"step() returned messages {messages!r} and done {done!r}; {expected}")
+    if not all(isinstance(message.get("content"), str) for message in messages):
+        raise EnvironmentFailed("wrong type", f"step() returned messages {messages!r}; expected a text as the content of each")
+    roles = [message["role"] for message in messages]
+    if "tool" in roles and not has_tools:
+        raise EnvironmentFailed("wrong type", "step() returned a message of a tool, and there are no tools")
+    if roles != sorted(roles):
+        raise EnvironmentFailed("wrong type", f"step() returned messages of {', '.join(roles)}; expected those of tools first")
     return Answer(tuple(messages), None if reward is None else as_reward("step()", reward), done)

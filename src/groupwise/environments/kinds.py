@@ -61,7 +61,7 @@ class Kind:
         if make is not None:
             try:
                 instance = make()
-            except Exception as error:  # the user's class may raise anything
+            except (Exception, SystemExit) as error:  # the user's class may raise anything
                 raise UserError(f"{name}(): {type(error).__name__}: {error}") from error
             if not callable(getattr(instance, "reset", None)):
                 raise UserError(f"{name} has no reset(): it is called with the row's columns before each conversation")

@@ -60,8 +60,11 @@ class ControlTokens:
         return text
 
     def unmark(self, text: str) -> str:
-        """The text with the names of its control tokens."""
-        return "".join(self._names[self._ids[character]] if character in self._ids else character for character in text)
+        """The text with the names of its control tokens; a lone surrogate that is none, as JSON can spell, becomes U+FFFD."""
+        return "".join(self._unmarked(character) if is_control(character) else character for character in text)
+
+    def _unmarked(self, character: str) -> str:
+        return self._names[self._ids[character]] if character in self._ids else "\ufffd"
 
     def drop(self, text: str) -> str:
         """The text without its control tokens."""

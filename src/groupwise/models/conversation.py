@@ -79,7 +79,9 @@ class Conversations:
         problem = None
         if self.ends.form is not None:
             calls, visible, problem = parse_calls(visible, self.ends.form.syntax, self.parameters)
-        found = with_ids([Call(call.name, self._unmark(call.arguments), call.id) for call in calls])
+        unmark = self.control.unmark
+        plain = [Call(unmark(call.name), self._unmark(call.arguments), unmark(call.id)) for call in calls]
+        found = with_ids(plain, self.ends.takes_any_id)
         return Said(message=self._message(reasoning, visible, found), calls=found, closed=closed, problem=problem)
 
     def suffix(self, messages: Sequence[Message], *, closed: bool) -> Tensor:

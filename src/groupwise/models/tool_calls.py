@@ -6,7 +6,7 @@ The syntax is inferred from what the model's own template makes of calls that ar
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from groupwise.models.control_tokens import is_control
@@ -220,6 +220,15 @@ def parse_calls(text: str, syntax: Syntax, parameters: Parameters) -> tuple[list
     return calls, "".join([*outside, text[at:]]), problem
 
 
-def with_ids(calls: Sequence[Call]) -> tuple[Call, ...]:
-    """The calls, those without an id with one of nine digits, which is what Mistral's templates ask for."""
-    return tuple(Call(call.name, call.arguments, call.id or f"{i:09d}") for i, call in enumerate(calls))
+def with_ids(calls: Sequence[Call], takes_any: bool) -> tuple[Call, ...]:
+    """The calls, those without an id with one of nine digits, which is what Mistral's templates ask for.
+
+    Args:
+        takes_any: whether the template takes ids of any form; if not, what the model wrote is kept where it has nine letters and
+            digits.
+    """
+
+    def keeps(id: str) -> bool:
+        return bool(id) and (takes_any or re.fullmatch("[a-zA-Z0-9]{9}", id) is not None)
+
+    return tuple(replace(call, id=call.id if keeps(call.id) else f"{i:09d}") for i, call in enumerate(calls))

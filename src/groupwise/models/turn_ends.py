@@ -45,6 +45,8 @@ class TurnEnds:
         """Control tokens between the last argument of the last call and the one that ends the turn."""
         self.form: CallForm | None = None
         """How calls are written; None without tools."""
+        self.takes_any_id = True
+        """Whether the template takes ids of calls that are not of nine letters and digits, as Mistral's does not."""
         endings = [self.tail([USER]).ending]
         self._refuse_several_messages(endings[0][-1])
         if parameters:
@@ -53,6 +55,7 @@ class TurnEnds:
             inside = control.find(self._common(self.called(), value_word(0), [[], [answer]]))
             self._skip = inside.index(self.closing[-1]) if self.closing and self.closing[-1] in inside else len(inside)
             endings.append(self.tail([answer]).ending)
+            self.takes_any_id = self._takes({**answer, "tool_call_id": "call:0"})
         self.stop_tokens = tuple(dict.fromkeys(ending[-1] for ending in endings))
         """Ids that end a turn."""
 
@@ -61,11 +64,23 @@ class TurnEnds:
         return [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
 
     def called(self, answers: Sequence[Message] = ()) -> list[dict[str, Any]]:
-        """A synthetic conversation that ends with the calls that these messages answer, or with one call of the first tool."""
+        """A synthetic conversation that ends with the calls that these messages answer, or with one call of the first tool.
+
+        A tool that there is not is written as the first one: a model may name it with any text, that of an argument included.
+        """
         assert self.form is not None
-        names = [str(answer.get("name") or self.names[0]) for answer in answers] or [self.names[0]]
+        said = [answer.get("name") for answer in answers] or [None]
+        names = [name if name in self.names else self.names[0] for name in said]
         ids = [str(answer.get("tool_call_id") or f"{i:09d}") for i, answer in enumerate(answers)] or [DEFAULT_ID]
         return [{"role": "user", "content": QUESTION}, self.form.message(synthetic_calls(names, ids))]
+
+    def _takes(self, answer: Message) -> bool:
+        """Whether the template takes this answer to a call."""
+        try:
+            self.chat.render([*self.called([answer]), answer], self.tools)
+        except UserError:
+            return False
+        return True
 
     def _refuse_several_messages(self, stop: int) -> None:
         """A turn of gpt-oss is a message of reasoning and one of the answer, each with the same end."""

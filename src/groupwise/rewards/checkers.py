@@ -50,12 +50,24 @@ async def math(answer: str, text: str, in_worker: InWorker) -> Verdict:
     return verdict
 
 
+MOST_DIGITS = 1000
+"""Characters of a number that is compared: Python refuses to convert thousands of digits, which models do write."""
+
+
 def gsm8k(answer: str, text: str) -> Verdict:
-    """Right when the number after the last "####" is the answer; unparsed when there is none."""
+    """Right when the number after the last "####" is the answer; unparsed when there is none.
+
+    Raises:
+        ValueError: the answer is no number; commas, a dollar sign and a full stop are taken off, as from what was said.
+    """
+    try:
+        wanted = Fraction(answer.strip().removeprefix("$").replace(",", "").rstrip("."))
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"the answer {answer[:80]!r} is no number") from error
     said = last_number(text)
     if said is None:
         return "unparsed"
-    return "correct" if Fraction(said) == Fraction(answer) else "wrong"
+    return "correct" if len(said) <= MOST_DIGITS and Fraction(said) == wanted else "wrong"
 
 
 async def boxed(answer: str, text: str, in_worker: InWorker) -> Verdict:
@@ -122,8 +134,14 @@ class CheckerReward:
         self, problem: Problem, completions: Sequence[Completion], progress: Progress, environments: Lent | None = None
     ) -> Sequence[Rated]:
         if self.name in CHECKERS:
-            return [_rated(CHECKERS[self.name](problem.answer, completion.answer)) for completion in completions]
+            return [self._fast(problem.answer, completion.answer) for completion in completions]
         return await asyncio.gather(*(self._slow(problem.answer, completion.answer) for completion in completions))
+
+    def _fast(self, answer: str, text: str) -> Rated:
+        try:
+            return _rated(CHECKERS[self.name](answer, text))
+        except Exception as error:  # the data set's answer and the model's text may be anything
+            return Rated(failure="raised", detail=f"{self.name}: {error}")
 
     async def _slow(self, answer: str, text: str) -> Rated:
         try:

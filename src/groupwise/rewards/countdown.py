@@ -26,7 +26,11 @@ def countdown(answer: str, text: str) -> Verdict:
     """Right when the last <answer> is an expression that uses each number exactly once and has the target's value.
 
     Unparsed: there is no <answer>, or it is no expression (an equation is none).
+
+    Raises:
+        ValueError: the answer is not as `reference` writes it.
     """
+    target, numbers = _wanted(answer)
     said = last_tagged(text)
     if said is None:
         return "unparsed"
@@ -34,8 +38,16 @@ def countdown(answer: str, text: str) -> Verdict:
         value, used = evaluate(said)
     except ValueError:
         return "unparsed"
-    wanted = json.loads(answer)
-    return "correct" if value == wanted["target"] and Counter(used) == Counter(wanted["nums"]) else "wrong"
+    return "correct" if value == target and Counter(used) == Counter(numbers) else "wrong"
+
+
+def _wanted(answer: str) -> tuple[int, list[int]]:
+    """The target and the numbers of a reference answer."""
+    try:
+        found = json.loads(answer)
+        return int(found["target"]), [int(number) for number in found["nums"]]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f'the answer {answer[:80]!r} is not JSON of the form {{"nums": [1, 2], "target": 3}}') from error
 
 
 def evaluate(text: str) -> tuple[Fraction | None, list[int]]:

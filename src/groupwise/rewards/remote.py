@@ -10,6 +10,7 @@ from typing import Any
 import httpx2 as httpx
 
 from groupwise.environments.hosting import Lent
+from groupwise.errors import UserError
 from groupwise.rewards.base import Progress, Rated, all_failed
 from groupwise.rewards.user import columns_of, prompt_of, said
 from groupwise.rewards.values import rate_values
@@ -53,6 +54,18 @@ class RemoteReward:
     prompt_key: str
     _client: list[httpx.AsyncClient] = field(init=False, default_factory=list)
     _room: list[asyncio.Semaphore] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            UserError: the URL cannot be one of a server.
+        """
+        try:
+            url = httpx.URL(self.url)
+        except httpx.InvalidURL as error:
+            raise UserError(f"{self.url!r} is no URL: {error}") from error
+        if not url.host or not 0 < (url.port or 80) < 2**16:
+            raise UserError(f"{self.url!r} is no URL of a server: expected http://host:port/path, the port at most {2**16 - 1}")
 
     async def rate(
         self, problem: Problem, completions: Sequence[Completion], progress: Progress, environments: Lent | None = None
@@ -107,6 +120,8 @@ class RemoteReward:
             raise TimeoutError from error
         except (httpx.TransportError, httpx.StreamError) as error:
             raise Unavailable(f"{type(error).__name__}: {error}") from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:  # such as a body that is not encoded as its headers say
+            raise Refused("wrong type", f"{type(error).__name__}: {error}") from error
         return _rewards_in(response, content)
 
 
@@ -118,12 +133,12 @@ def _rewards_in(response: httpx.Response, content: bytes) -> Any:
     text = content[:200].decode(errors="replace")
     if response.status_code >= 500 or response.status_code == TOO_MANY:
         after = response.headers.get("retry-after", "")
-        raise Unavailable(f"HTTP {response.status_code}: {text}", float(after) if after.isdigit() else 0.0)
+        raise Unavailable(f"HTTP {response.status_code}: {text}", float(after) if after.isdecimal() else 0.0)
     if response.status_code != 200:
         raise Refused("raised", f"HTTP {response.status_code}: {text}")
     try:
         found = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused("wrong type", f"the answer is not JSON: {text!r}") from error
     if not isinstance(found, dict) or "rewards" not in found:
         raise Refused("wrong type", f'the answer has no "rewards": {text!r}')

@@ -35,17 +35,21 @@ def rate_value(value: Any, length: int) -> Rated:
         return _rate_mapping(value, length)
     if not isinstance(value, int | float):
         return Rated(failure="wrong type", detail=f"returned {_kind(value)} for a completion; expected a number")
-    if not math.isfinite(value):
-        return Rated(failure="not finite", detail=f"returned {float(value)} for a completion")
+    if not _is_finite(value):
+        shown = "an integer of hundreds of digits" if isinstance(value, int) else value
+        return Rated(failure="not finite", detail=f"returned {shown} for a completion")
     return Rated(reward=float(value))
 
 
 def _rate_mapping(value: Mapping[str, Any], length: int) -> Rated:
-    parts = {name: rate_value(part, length) for name, part in value.items() if name != STEPS}
+    named = {name: part for name, part in value.items() if name != STEPS}
+    for name, part in named.items():
+        if isinstance(part, Mapping):
+            return Rated(failure="wrong type", detail=f"{name}: returned a mapping for a completion")
+    parts = {name: rate_value(part, length) for name, part in named.items()}
     for name, part in parts.items():
-        if part.failure is not None or part.components:
-            why = part.detail if part.failure else "returned a mapping for a completion"
-            return Rated(failure=part.failure or "wrong type", detail=f"{name}: {why}")
+        if part.failure is not None:
+            return Rated(failure=part.failure, detail=f"{name}: {part.detail}")
     components = {name: part.reward for name, part in parts.items() if part.reward is not None}
     steps = value.get(STEPS, [])
     if (problem := _problem_of(steps, length)) is not None:
@@ -67,9 +71,9 @@ def _problem_of(steps: Any, length: int) -> str | None:
         return f"returned {_kind(steps)}; {expected}"
     before = 0
     for step in steps:
-        numbers = isinstance(step, list) and len(step) == 2 and all(isinstance(x, int | float) and math.isfinite(x) for x in step)
+        numbers = isinstance(step, list) and len(step) == 2 and all(isinstance(x, int | float) and _is_finite(x) for x in step)
         if not numbers:
-            return f"{step!r}; {expected}"
+            return f"{_shown(step)}; {expected}"
         if step[0] != int(step[0]) or not before <= step[0] <= length:
             return f"the end {step[0]:g} after {before}, in a completion of {length} characters"
         before = step[0]
@@ -85,13 +89,28 @@ def with_logs(rated: Sequence[Rated], reply: Reply) -> list[Rated]:
             return all_failed(count, "wrong count", detail)
     metrics = {}
     for name, values in reply.metrics.items():
-        if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-            return all_failed(count, "wrong type", f"log_metric({name!r}) was given {values!r}; expected a finite number")
+        if not all(isinstance(value, int | float) and _is_finite(value) for value in values):
+            return all_failed(count, "wrong type", f"log_metric({name!r}) was given {_shown(values)}; expected a finite number")
         metrics[name] = sum(values) / len(values)
     return [
         replace(one, extra={column: values[i] for column, values in reply.extra.items()}, metrics=metrics)
         for i, one in enumerate(rated)
     ]
+
+
+def _is_finite(value: float) -> bool:
+    """Whether a number is finite, also as a float."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.200}"
+    except (ValueError, RecursionError):  # an integer of thousands of digits; lists nested too deep
+        return _kind(value)
 
 
 def _kind(value: Any) -> str:

@@ -17,9 +17,11 @@ from groupwise.environments.find import Environments
 from groupwise.environments.hosting import Host, Lent
 from groupwise.environments.instance import EnvironmentFailed, Instance, ToolResult, error_text
 from groupwise.environments.kinds import Kind
+from groupwise.errors import UserError
 from groupwise.kept import KeptTokens
 from groupwise.models import Chat
 from groupwise.models.conversation import Conversations, Said
+from groupwise.models.turn_ends import DEFAULT_ID
 from groupwise.rollouts.base import Request, Sampler, Sampling
 from groupwise.rollouts.driver import gather
 from groupwise.seeding import derive
@@ -243,10 +245,10 @@ class Episodes:
                 return
             try:
                 messages, answer, done = await self._answer(episode, turn, self.kind(problem))
+                suffix = self._suffix(conversation, said.tokens, messages) if messages and not done else None
             except EnvironmentFailed as error:
                 episode.failure = error
                 return
-            suffix = conversation.after(said.tokens, messages) if messages and not done else None
             if suffix is not None and len(episode.tokens) + len(suffix) >= sampling.max_tokens:
                 episode.stop = "length"
                 return
@@ -262,6 +264,17 @@ class Episodes:
                 continues=said.handle,
             )
             said = (await sampler.generate(request))[0]
+
+    def _suffix(self, conversation: Conversations, tokens: Tensor, messages: Sequence[Message]) -> Tensor:
+        """int64 [L]: the tokens of what is said to a turn.
+
+        Raises:
+            EnvironmentFailed: the chat template refuses the messages, as Gemma's does two of the user in succession.
+        """
+        try:
+            return conversation.after(tokens, messages)
+        except UserError as error:
+            raise EnvironmentFailed("wrong type", str(error)) from error
 
     async def _answer(self, episode: Episode, turn: Said, kind: Kind) -> tuple[Sequence[Message], Turn, bool]:
         """What is said to a turn of the policy, by whom (a turn without place), and whether the conversation is over.
@@ -282,7 +295,8 @@ class Episodes:
             messages.append({"role": "tool", "name": call.name, "tool_call_id": call.id, "content": result.content})
             answer = replace(answer, errors=answer.errors + result.error)
         if not turn.calls and turn.problem is not None and kind.schemas:
-            messages.append({"role": "tool", "name": kind.tool_names[0], "content": error_text(turn.problem)})
+            message = {"role": "tool", "name": kind.tool_names[0], "tool_call_id": DEFAULT_ID}
+            messages.append({**message, "content": error_text(turn.problem)})
             answer = replace(answer, errors=1)
         elif not turn.calls and kind.has_step:
             said = await instance.step(turn.message)

@@ -78,7 +78,7 @@ class UserTask:
                 scores = await loop.run_in_executor(self._thread, self.task.score, problem, completions)
         except UserError:
             raise
-        except Exception as error:  # the user's method may raise anything
+        except (Exception, SystemExit) as error:  # the user's method may raise anything
             return [Score.failed("raised", f"{self._short}: {type(error).__name__}: {error}") for _ in completions]
         scores = list(scores) if isinstance(scores, Sequence) else scores
         if not isinstance(scores, list) or len(scores) != len(completions) or not all(isinstance(item, Score) for item in scores):
@@ -103,7 +103,7 @@ class UserTask:
             return getattr(self.task, name)(*arguments)
         except UserError:
             raise
-        except Exception as error:  # the user's method may raise anything
+        except (Exception, SystemExit) as error:  # the user's method may raise anything
             shown = ", ".join(map(repr, arguments))
             raise UserError(f"{self._short}: {name}({shown}): {type(error).__name__}: {error}") from error
 
@@ -128,5 +128,5 @@ def _made(kind: type, settings: dict[str, Any], reference: str, source: Source) 
         return kind(**settings)
     except UserError:
         raise
-    except Exception as error:  # the user's class may raise anything
+    except (Exception, SystemExit) as error:  # the user's class may raise anything
         raise source.error("task", f"{reference}: {type(error).__name__}: {error}") from error

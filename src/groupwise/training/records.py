@@ -17,6 +17,9 @@ from groupwise.learner.base import TokenRecord
 from groupwise.training.events import Evaluated, Event, StepDone
 from groupwise.types import Completion, Group, Message, TrainingBatch, pad_rows
 
+SURROGATES = "backslashreplace"
+"""How half of a surrogate pair is written, which a sampler of one's own may return: as JSON has it, \\ud800."""
+
 
 class RunDirectory:
     """A run's files: recipe.toml, metrics.jsonl, rollouts/, tokens/, checkpoints/, model/."""
@@ -69,9 +72,9 @@ class RunDirectory:
     def write_rollouts(self, step: int, groups: Sequence[Group]) -> None:
         """The best and the worst completion of each group: as text for a person to read, and as a line of JSON each."""
         text = "\n".join(_readable(group) for group in groups)
-        (self.path / "rollouts" / f"step-{step:06d}.txt").write_text(text)
+        (self.path / "rollouts" / f"step-{step:06d}.txt").write_text(text, encoding="utf-8", errors=SURROGATES)
         lines = [json.dumps(sample, ensure_ascii=False) + "\n" for group in groups for sample in _samples(group)]
-        (self.path / "rollouts" / f"step-{step:06d}.jsonl").write_text("".join(lines), encoding="utf-8")
+        (self.path / "rollouts" / f"step-{step:06d}.jsonl").write_text("".join(lines), encoding="utf-8", errors=SURROGATES)
 
     def write_tokens(self, step: int, groups: Sequence[Group], batch: TrainingBatch, records: Sequence[TokenRecord]) -> None:
         """Every completion token as a row of Parquet; what only the learner knows is null where a row was not run."""
