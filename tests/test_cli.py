@@ -62,6 +62,12 @@ def test_check_finds_nothing_wrong_with_a_shipped_recipe(name: str) -> None:
         ("[algorithm]\nclip_high = nan", "line 2, algorithm.clip_high: nan is not a number of at least 0"),
         ("[algorithm]\nname = 'grpo'\nratio = 5", "line 3, algorithm.ratio: input should be a valid string"),
         ("[algorithm]\nsurrogate = 'no.py:f'", "line 2, algorithm.surrogate: no.py:f: there is no file 'no.py'"),
+        ("algorithm = 'grpo'", "line 1, algorithm: expected a table, not 'grpo'; an algorithm is chosen by algorithm.name"),
+        (
+            "[task]\nname = 'dataset'\npath = 'x.jsonl'\nreward_timeout = inf",
+            "line 4, task.reward_timeout: input should be a fin",
+        ),
+        ("[task]\nname = 'dataset'\npath = 'x.jsonl'\nreward_weights = [nan]", "task.reward_weights: input should be a finite"),
         ("[task]\nname = [1]", "line 2, task.name: there is no task [1]"),
         ("[task]\ngrades = ['1']", "line 2, task.grades: input should be a valid integer"),
         ("[model]\nchat = true", "line 2, model.chat: the tokenizer has no chat template: 'arithmetic-base'"),
@@ -179,6 +185,7 @@ def test_sft_makes_a_model_that_trains(tmp_path: Path) -> None:
 
 
 def test_arguments_that_cannot_be_meant(tmp_path: Path) -> None:
+    assert "--set algorithm=grpo: expected a table, not 'grpo'" in run("check", "quick", "--set", "algorithm=grpo").stderr
     assert "no recipe 'qick'" in run("train", "qick").stderr
     assert "did you mean 'quick'?" in run("train", "qick").stderr
     assert "--set learner.minibatch=2: unknown key" in run("check", "quick", "--set", "learner.minibatch=2").stderr

@@ -390,6 +390,9 @@ def test_refused_with_the_reason() -> None:
     shouting = shouting.replace("""'", "arguments": ' + (call.function.arguments | tojson) + '}\\n</tool_call>'""", SHOUTED)
     with pytest.raises(UserError, match=r"in a way that groupwise cannot read.*search!zqkeyqz=0"):
         custom(shouting, tools=True)
+    silent = chat_templates.CODER.replace("for call in m.tool_calls or []", "for call in []")
+    with pytest.raises(UserError, match=r"the model's chat template writes no tool calls \(docs/conversations.md\)$"):
+        custom(silent, tools=True)
     with pytest.raises(UserError, match="needs a tokenizer with a chat template"):
         Conversations(Chat.build(chat_templates.tokenizer("qwen3"), chat=False))
     with pytest.raises(UserError, match="two tools have the name 'search'"):

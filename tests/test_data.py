@@ -140,6 +140,12 @@ def answer_is(value: str) -> str:
         ("data.csv", 'prompt,answer\n"a,1\n', r"data.csv, line 2: not CSV"),
         ("data.csv", "", r"no problems in it"),
         ("data.json", '{"prompt": "a"', r"data.json, line 1: not JSON"),
+        ("data.json", '[\n{"prompt": "a"},\n{"prompt" "b"}]', r"data.json, line 3: not JSON: .* at column 11"),
+        (
+            "data.json",
+            '[{"prompt": "a", "answer": 1}], "rows": [{"prompt": "b", "answer": 1}]',
+            r"not JSON: Extra data at column 31",
+        ),
         ("data.json", "[1]", r"data.json, row 1: expected an object"),
         ("data.txt", "x", r"'data.txt' is not a .jsonl, .ndjson, .json, .csv, .tsv, .parquet file"),
         ("data.parquet", "x", r"data.parquet cannot be read"),
@@ -162,6 +168,12 @@ def test_bad_data_gets_one_message(tmp_path: Path, name: str, text: str, message
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
         build(tmp_path, path=name)
+
+
+def test_the_line_of_a_csv_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_bytes(b"prompt,answer\n" + b"\xc3\xa9,1\n" * 5000 + b"\xe9,1\n")
+    with pytest.raises(UserError, match=r"data.csv, line 5002: not UTF-8: invalid continuation byte"):
+        build(tmp_path, path="data.csv")
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
@@ -271,6 +283,14 @@ def test_columns_are_renamed_and_nested_keys_found(tmp_path: Path) -> None:
     assert problem.metadata == {"extra": {"gold": int(problem.answer)}, "solution": "s"}
     with pytest.raises(UserError, match=r"line 1: no 'soll'; did you mean 'sol'\?"):
         build(tmp_path, path="data.jsonl", prompt_key="q", answer_key="extra.gold", columns={"solution": "soll"})
+
+
+def test_columns_can_be_swapped_and_used_twice(tmp_path: Path) -> None:
+    write_lines(tmp_path / "data.jsonl", [{"prompt": str(i), "answer": f"{i}?", "note": f"n{i}"} for i in range(5)])
+    swapped = {"prompt": "answer", "answer": "prompt", "same": "note", "again": "note"}
+    problem = build(tmp_path, path="data.jsonl", columns=swapped).problem(0, 0)
+    assert problem.prompt == f"{problem.answer}?"
+    assert problem.metadata == {"same": f"n{problem.answer}", "again": f"n{problem.answer}"}
 
 
 def test_long_prompts_are_left_out_and_counted(tmp_path: Path) -> None:

@@ -56,6 +56,11 @@ def test_a_recipe_elsewhere_finds_its_files(tmp_path: Path) -> None:
     assert "answer_key" not in task
 
 
+def test_names_of_files_are_printed_as_they_are(tmp_path: Path) -> None:
+    made = run("init", "a[red]x.toml", *FLAGS)
+    assert "written: a[red]x.toml;" in made.stdout and (tmp_path / "a[red]x.toml").exists()
+
+
 def test_a_task_without_data_needs_no_reward(tmp_path: Path) -> None:
     made = run("init", "--model", "arithmetic-base", "--data", "arithmetic", "--algorithm", "gspo")
     assert made.exit_code == 0, made.output

@@ -323,6 +323,12 @@ def test_track_says_what_is_wrong(finished: Path, tmp_path: Path) -> None:
     assert "not a run directory" in run("track", tmp_path / "nothing").stderr
     assert "say which one with --to: trackio" in run("track", finished).stderr
     assert "did you mean 'mlflow'?" in run("track", finished, "--to", "mlfow").stderr
+    (finished / "recipe.toml").write_text("[trackers]\nnames = 3\n")
+    assert "recipe.toml, line 2, trackers.names: input should be" in run("track", finished).stderr
+    (finished / "recipe.toml").write_text("[trackers\n")
+    for arguments in ((), ("--to", "tensorboard")):
+        assert "recipe.toml: Expected" in run("track", finished, *arguments).stderr
+    assert "did you mean 'mlflow'?" in run("track", finished, "--to", "mlfow").stderr
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -50,7 +50,7 @@ def init(
         text = recipe_text(Answers({**flags, "prompt-key": prompt_key, "answer-key": answer_key}), algorithm, out)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
-        console.print(f"written: {out}; go on with", soft_wrap=True)
+        console.print(Text(f"written: {out}; go on with"), soft_wrap=True)
         for command in NEXT:
             console.print(Text(f"  groupwise {command} {out}"), soft_wrap=True)
 

@@ -1,6 +1,5 @@
 """groupwise track."""
 
-import tomllib
 from pathlib import Path
 from typing import Annotated
 
@@ -18,20 +17,18 @@ def track(
     ] = None,
 ) -> None:
     """Send what a run recorded to trackers; what they have already is not sent again."""
-    from groupwise.trackers.replay import send_all
+    from groupwise.trackers.replay import read_recipe, send_all
     from groupwise.training.trackers import NAMES, check_installed
 
     with exit_codes():
-        recipe = run / "recipe.toml"
-        if not recipe.is_file():
-            raise UserError(f"{run}: not a run directory: it has no recipe.toml")
-        named = tomllib.loads(recipe.read_text(encoding="utf-8")).get("trackers", {}).get("names", [])
-        trackers = to or [name for name in named if name in NAMES]
+        for name in to or []:
+            if name not in NAMES:
+                raise UserError(f"--to {name}: there is no such tracker{nearest(name, NAMES)}")
+        _, settings = read_recipe(run)
+        trackers = to or [str(name) for name in settings.names if name in NAMES]
         if not trackers:
             raise UserError(f"{run}: its recipe names no tracker; say which one with --to: {', '.join(NAMES)}")
         for name in trackers:
-            if name not in NAMES:
-                raise UserError(f"--to {name}: there is no such tracker{nearest(name, NAMES)}")
             check_installed(name)
         for name in trackers:
             console.print(f"{name}: {send_all(run, name)} records sent", soft_wrap=True)

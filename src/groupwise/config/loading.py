@@ -63,8 +63,11 @@ def load(
         apply_override(tree, override)
     for key, value in (changes or {}).items():
         set_key(tree, key, value, place=key)
+    section = tree.get("algorithm", {})
+    if not isinstance(section, dict):
+        raise source.error("algorithm", f"expected a table, not {section!r}; an algorithm is chosen by algorithm.name")
     if _algorithm_name(tree) != name_before:  # another algorithm starts from its own defaults
-        tree["algorithm"] = {key: value for key, value in tree["algorithm"].items() if key in source.changed("algorithm")}
+        tree["algorithm"] = {key: value for key, value in section.items() if key in source.changed("algorithm")}
     try:
         return kind.model_validate(tree), source
     except ValidationError as error:

@@ -89,9 +89,12 @@ def infer(chat: Chat, tools: Sequence[Tool], control: ControlTokens, parameters:
             except UserError as error:
                 refusal = refusal or error
                 continue
+            if not (sample := control.unmark(blocks[0]).strip()):
+                refusal = UserError("the model's chat template writes no tool calls (docs/conversations.md)")
+                continue
             refusal = UserError(
                 "the model's chat template writes tool calls in a way that groupwise cannot read (docs/conversations.md): "
-                + control.unmark(blocks[0]).strip()
+                + sample
             )
             for syntax in _candidates(blocks, next(iter(parameters)), control):
                 if _reads_back(syntax, blocks, next(iter(parameters)), parameters):

@@ -46,7 +46,7 @@ def _written(value: Any) -> Any:
 class RewardSettings(BaseModel):
     """How a task rewards completions."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     reward: Annotated[Any, BeforeValidator(_checked), PlainSerializer(_written)] = "exact"
     """One or a list of: "exact", "last_line", "math", "boxed", "gsm8k", "dapo", "final", "countdown", "code",

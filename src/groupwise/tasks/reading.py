@@ -42,12 +42,10 @@ class RowReader:
             raise UserError(f"{place}: {error}") from error
 
     def _renamed(self, row: Row) -> Row:
-        row = dict(row)
-        for name, old in self.columns.items():
-            row[name] = needed(row, old)
-            if old != name:
-                row.pop(old, None)
-        return row
+        """The row with columns under the names that `columns` gives them, each read from the row as it came."""
+        renamed = {name: needed(row, old) for name, old in self.columns.items()}
+        old_names = set(self.columns.values())
+        return {name: value for name, value in row.items() if name not in old_names} | renamed
 
     def _problem(self, row: Row) -> Problem:
         rest = dict(row)

@@ -78,21 +78,32 @@ def parse_row(text: bytes, place: str) -> Row:
     Raises:
         UserError: it is not JSON, no object, nested too deep, or holds text that is not Unicode.
     """
+    columns = parse_json(text, place)
+    if not isinstance(columns, dict):
+        raise UserError(f"{place}: expected an object with the row's columns, not {type(columns).__name__}")
+    return columns
+
+
+def parse_json(text: bytes, place: str) -> Any:
+    """The value that JSON of one or more lines spells.
+
+    Raises:
+        UserError: it is not JSON, nested too deep, or holds text that is not Unicode.
+    """
     try:
-        columns = json.loads(text.decode())
+        value = json.loads(text.decode())
     except UnicodeDecodeError as error:
         raise UserError(f"{place}: not UTF-8: {error.reason} at byte {error.start}") from error
     except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not JSON: {error.msg} at column {error.colno}") from error
+        line = f", line {error.lineno}" if b"\n" in text.rstrip() else ""
+        raise UserError(f"{place}{line}: not JSON: {error.msg} at column {error.colno}") from error
     except RecursionError as error:
         raise UserError(f"{place}: lists and objects are nested more than {MAX_DEPTH} levels deep") from error
     except ValueError as error:  # a number of thousands of digits
         raise UserError(f"{place}: {str(error).split(';')[0].replace('Exceeds', 'a number exceeds')}") from error
-    if not isinstance(columns, dict):
-        raise UserError(f"{place}: expected an object with the row's columns, not {type(columns).__name__}")
     if b"\\u" in text or text.count(b"[") + text.count(b"{") > MAX_DEPTH:
-        check_plain(columns, place)
-    return columns
+        check_plain(value, place)
+    return value
 
 
 def check_plain(value: Any, place: str, depth: int = 0) -> None:
@@ -147,7 +158,7 @@ def json_file(path: Path) -> JsonRows:
     data = _without_mark(path.read_bytes())
     if not data.lstrip().startswith(b"["):
         return json_lines(path)
-    items = parse_row(b'{"rows": ' + data + b"}", str(path))["rows"]
+    items = parse_json(data, str(path))
     return JsonRows(str(path), [json.dumps(item).encode() for item in items], range(1, len(items) + 1), "row")
 
 
@@ -169,9 +180,18 @@ def csv_rows(path: Path) -> Iterator[Row]:
                 if cells:
                     yield dict(zip(header, cells, strict=True))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8: {error.reason}") from error
+        raise UserError(f"{path}, line {_line_not_utf8(path)}: not UTF-8: {error.reason}") from error
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
+
+
+def _line_not_utf8(path: Path) -> int:
+    """The first line that is not UTF-8; the decoder of a file knows only a place in its buffer."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line != line.decode(errors="ignore").encode():
+                return number
+    return 1
 
 
 def csv_table(path: Path) -> TableRows:

@@ -7,17 +7,37 @@ some steps again, is sent once.
 import fcntl
 import json
 import os
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from groupwise.config import TrackersSection
+from pydantic import ValidationError
+
+from groupwise.config import Source, TrackersSection, explain, read_tree
 from groupwise.errors import UserError
 from groupwise.evidence.report import write_page
 from groupwise.evidence.runs import open_run
 from groupwise.trackers.base import SAMPLE_COLUMNS, Destination, Opening, open_destination
+
+
+def read_recipe(run: Path) -> tuple[dict[str, Any], TrackersSection]:
+    """A run's recipe, and the settings of its trackers.
+
+    Raises:
+        UserError: `run` is no run directory, or its recipe is not what it was.
+    """
+    recipe = run / "recipe.toml"
+    if not recipe.is_file():
+        raise UserError(f"{run}: not a run directory: it has no recipe.toml")
+    tree, text = read_tree(recipe)
+    section, source = tree.get("trackers", {}), Source(recipe, text)
+    if not isinstance(section, dict):
+        raise source.error("trackers", f"expected a table, not {section!r}")
+    try:
+        return tree, TrackersSection.model_validate(section)
+    except ValidationError as error:
+        raise explain(error, TrackersSection, source, "trackers.") from error
 
 
 class Replay:
@@ -25,14 +45,10 @@ class Replay:
 
     def __init__(self, run: Path, tracker: str) -> None:
         """Raises:
-        UserError: `run` is no run directory.
+        UserError: see `read_recipe`.
         """
         self.run, self.tracker = run, tracker
-        recipe = run / "recipe.toml"
-        if not recipe.is_file():
-            raise UserError(f"{run}: not a run directory: it has no recipe.toml")
-        self.recipe = tomllib.loads(recipe.read_text(encoding="utf-8"))
-        self.settings = TrackersSection.model_validate(self.recipe.get("trackers", {}))
+        self.recipe, self.settings = read_recipe(run)
         self.steps = int(self.recipe.get("training", {}).get("steps", 0))
         self.state_path = run / "trackers" / f"{tracker}.json"
         state = json.loads(self.state_path.read_text()) if self.state_path.exists() else {}
