@@ -466,6 +466,8 @@ def test_a_step_with_other_arguments_is_a_tool() -> None:
     kind = Kind.of(Walker)
     assert kind.tool_names == ["step"] and not kind.has_step
     assert Kind.of(Talk).has_step and "step" not in Kind.of(Talk).tool_names
+
+
 class Quiet(Increment):
     """Only some conversations earn rewards of turns."""
 
