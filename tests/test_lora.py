@@ -22,6 +22,7 @@ from groupwise.models.checkpoint import fingerprint
 from groupwise.models.value import ValueModel
 from groupwise.rollouts.native import NativeSampler
 from tests.conftest import ARCHITECTURES, need_kernels, owned, tiny_model
+from tests.test_cli import run
 from tests.test_learner import plain_logprobs, random_batch
 from tests.test_sampler import as_batch, groups_of, sample, spoken
 from tests.zoo import build
@@ -289,6 +290,79 @@ def test_exports_load_in_transformers_and_in_peft(
         torch.testing.assert_close(plain_logprobs(ours.module, batch), expected, rtol=0, atol=5e-5)
         assert ours.stored_dtype == dtype
     assert not any(name.startswith("model.") for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+
+
+def test_adapters_on_adapters_are_exported_merged_only(tmp_path: Path, tokenizer: Any) -> None:
+    """Alone they would name the base without the first adapters, and so compute something else."""
+    tiny_model("qwen3", tokenizer).save_pretrained(tmp_path / "base")
+    first = LanguageModel.load(str(tmp_path / "base"), lora=LoraSection(rank=4, alpha=8.0), seed=0)
+    move(first.outer)
+    first.export(tmp_path / "first", tokenizer, merge=False)
+    second = LanguageModel.load(str(tmp_path / "first"), lora=LoraSection(rank=4, alpha=8.0), seed=1)
+    move(second.outer, seed=9)
+    with pytest.raises(UserError, match="first holds adapters itself, which are merged into its base"):
+        second.export(tmp_path / "second", tokenizer, merge=False)
+    second.export(tmp_path / "merged", tokenizer)
+    batch = random_batch(second.module)
+    with torch.no_grad():
+        expected = plain_logprobs(second.outer, batch)
+        merged = LanguageModel.load(str(tmp_path / "merged"))
+        torch.testing.assert_close(plain_logprobs(merged.module, batch), expected, rtol=0, atol=5e-5)
+    text = f"[model]\npath = '{tmp_path / 'first'}'\n[model.lora]\nexport = 'adapter'\n"
+    (tmp_path / "r.toml").write_text(text)
+    result = run("check", tmp_path / "r.toml")
+    assert result.exit_code == 2 and "line 4, model.lora.export:" in result.stderr and "Export 'merged'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("values", "others"),
+    [
+        ([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]),
+        ([[1.0, 2.0], [3.0, 4.0]], [[3.0, 4.0], [1.0, 2.0]]),
+        ([[1.0, 2.0], [2.0, 1.0]], [[2.0, 1.0], [1.0, 2.0]]),  # rows of equal sums
+        ([[1.0, 2.0], [3.0, 4.0]], [[2.0, 1.0], [4.0, 3.0]]),
+        (1.0, 2.0),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bases_fingerprint_sees_the_order(values: Any, others: Any, dtype: torch.dtype) -> None:
+    def mark(value: Any) -> str:
+        module = torch.nn.Module()
+        module.register_parameter("w", torch.nn.Parameter(torch.tensor(value, dtype=dtype), requires_grad=False))
+        return fingerprint(module)
+
+    assert mark(values) == mark(values) != mark(others)
+
+
+def test_the_bases_fingerprint_sees_an_exchange_between_chunks() -> None:
+    weight = torch.randn(3, 2**20)
+    found = []
+    for order in ([0, 1, 2], [2, 1, 0]):
+        module = torch.nn.Module()
+        module.register_parameter("w", torch.nn.Parameter(weight[order], requires_grad=False))
+        found.append(fingerprint(module))
+    assert found[0] != found[1]
+
+
+def test_a_compiled_decoder_follows_the_adapters(tokenizer: Any) -> None:
+    """`model.compile = true` with [model.lora]: training with adapters on and off, and updates."""
+    plain, model = lora("llama", tokenizer), lora("llama", tokenizer)
+    model.compile()
+    batch = random_batch(model.module)
+    with torch.no_grad():
+        on = model.completion_logprobs(batch)[0]
+        torch.testing.assert_close(on, plain_logprobs(plain.outer, batch), rtol=0, atol=5e-5)
+        with model.adapters_off():
+            off = model.completion_logprobs(batch)[0]
+        base = plain_logprobs(tiny_model("llama", tokenizer), batch)
+        torch.testing.assert_close(off, base, rtol=0, atol=5e-5)
+        assert torch.equal(model.completion_logprobs(batch)[0], on)
+    for each in (plain, model):
+        learner_of(each).update(batch)
+    with torch.no_grad():
+        moved = model.completion_logprobs(batch)[0]
+        assert not torch.allclose(moved, on, atol=1e-4)
+        torch.testing.assert_close(moved, plain_logprobs(plain.outer, batch), rtol=0, atol=5e-4)
 
 
 def test_adapters_that_are_no_sum_run_as_they_are_and_are_not_merged(tmp_path: Path, tokenizer: Any) -> None:

@@ -155,9 +155,8 @@ def test_a_score_that_is_finite_stays_what_it_is() -> None:
 
 def test_a_reward_that_is_not_finite_sets_its_completion_aside(tmp_path: Path) -> None:
     """Some answers get NaN: the run goes on without them; all: it is refused before training."""
-    code = PLAIN.replace(
-        "reward=float(c.text == problem.answer)", 'reward=float("nan") if len(c.text) > 1 and problem.id[0] != "h" else 1.0'
-    )
+    where = 'len(c.text) > 1 and problem.id[0] != "h"'
+    code = PLAIN.replace("reward=float(c.text == problem.answer)", f"reward=float('nan') if {where} else 1.0")
     (tmp_path / "tasks.py").write_text(code)
     recipe = tmp_path / "r.toml"
     recipe.write_text(
@@ -166,7 +165,7 @@ def test_a_reward_that_is_not_finite_sets_its_completion_aside(tmp_path: Path) -
     )
     done = gw.train(recipe, out=tmp_path / "run", quiet=True)
     assert done.steps[0]["failed/not finite"] > 0 and done.steps[0]["reward/mean"] == 1
-    (tmp_path / "tasks.py").write_text(code.replace('len(c.text) > 1 and problem.id[0] != "h"', "True"))
+    (tmp_path / "tasks.py").write_text(code.replace(where, "True"))
     with pytest.raises(UserError, match=r"scoring fails: \d+ not finite; the first: reward is nan"):
         gw.train(recipe, out=tmp_path / "all", quiet=True)
 

@@ -26,7 +26,8 @@ class LoraSection(Section):
     targets: list[Annotated[str, Field(min_length=1)]] = []
     """Names of linear layers that get an adapter, as in ["q_proj", "v_proj", "lm_head"]; empty: all but the output layer."""
     export: Literal["merged", "adapter"] = "merged"
-    """What the run's model/ is: a model with the adapters merged into it, or the adapters alone, for peft."""
+    """What the run's model/ is: a model with the adapters merged into it, or the adapters alone, for peft (refused
+    where `model.path` itself holds adapters)."""
 
 
 class ModelSection(Section):

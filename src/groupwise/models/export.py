@@ -11,12 +11,21 @@ from transformers import GenerationConfig
 
 from groupwise.errors import UserError
 from groupwise.models.adapters import adapter_layers, adapts_tied_head, is_lora, merged_weight
+from groupwise.models.loading import is_adapter
 from groupwise.models.patches import patched
+
+ON_ADAPTERS = "{} holds adapters itself, which are merged into its base; new ones alone would be read without. Export 'merged'"
 
 
 def save_adapters(outer: Any, directory: Path) -> None:
-    """Write the adapters alone, as peft does; their configuration names the base."""
+    """Write the adapters alone, as peft does; their configuration names the base.
+
+    Raises:
+        UserError: the base is another base with adapters merged into it, and so no model that the configuration could name.
+    """
     for config in outer.peft_config.values():
+        if is_adapter(path := str(config.base_model_name_or_path)):
+            raise UserError(ON_ADAPTERS.format(path))
         if Path(base := str(config.base_model_name_or_path)).is_dir():
             config.base_model_name_or_path = str(Path(base).resolve())
     outer.save_pretrained(directory, save_embedding_layers=False)

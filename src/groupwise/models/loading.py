@@ -110,6 +110,7 @@ def load_module(path: str, dtype: torch.dtype = torch.float32, *, trust_remote_c
         module = AutoModelForCausalLM.from_pretrained(resolved, dtype=dtype, **settings)
         if is_adapter(path):
             module = load_adapters(module, path)
+            module.name_or_path = path  # adapters trained on it must not name the base without these
     return module.eval()
 
 

@@ -12,6 +12,8 @@ from groupwise.algorithms.allocation import allocation_problem
 from groupwise.algorithms.named import general_settings, merged, part_settings, target_of
 from groupwise.config import Recipe, Source, explain
 from groupwise.errors import UserError, nearest
+from groupwise.models.export import ON_ADAPTERS
+from groupwise.models.loading import is_adapter
 from groupwise.plugins import is_reference, load_function
 
 
@@ -88,6 +90,9 @@ def check_together(recipe: Recipe, algorithm: Algorithm, source: Source) -> None
         raise source.error(
             "rollouts.group_size", f"{algorithm.name} compares the completions of a prompt, so it needs at least 2"
         )
+    lora = recipe.model.lora
+    if lora is not None and lora.export == "adapter" and is_adapter(recipe.model.path):
+        raise source.error("model.lora.export", ON_ADAPTERS.format(recipe.model.path))
     if learner.minibatches > rollouts.prompts_per_step:
         raise source.error(
             "learner.minibatches", f"a minibatch holds whole groups, and a step has {rollouts.prompts_per_step} of them"
