@@ -206,7 +206,7 @@ def test_rollouts_that_are_not_unicode_are_written(tmp_path: Path) -> None:
     score = Score(reward=1.0, correct=True)
     group = Group(problem=SUM, prompt_tokens=torch.tensor([1]), completions=(completion,), scores=(score,))
     directory.write_rollouts(1, [group])
-    (line,) = (tmp_path / "rollouts" / "step-000001.jsonl").read_text(encoding="utf-8").splitlines()
+    line, _ = (tmp_path / "rollouts" / "step-000001.jsonl").read_text(encoding="utf-8").splitlines()
     assert completion.text in json.loads(line).values()
     assert "\\ud800" in (tmp_path / "rollouts" / "step-000001.txt").read_text(encoding="utf-8")
 
