@@ -38,6 +38,8 @@ def evaluate_command(
         path = run / "recipe.toml" if is_run and recipe is None else find_recipe(recipe)
         where = str(run / "model") if is_run else model
         settings, source = load(path, Recipe, [*(overrides or []), f"model.path={json.dumps(where, ensure_ascii=False)}"])
+        # Nothing is trained, so no new adapters are put on the model.
+        settings = settings.model_copy(update={"model": settings.model.model_copy(update={"lora": None})})
         ready = prepare(settings, source)
         problems = ready.task.held_out(settings.training.eval_problems)
         rollouts, seed = ready.rollouts(ready.make_sampler(ready.model)), derive(settings.seed, "evaluation")
