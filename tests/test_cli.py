@@ -68,6 +68,8 @@ def test_check_finds_nothing_wrong_with_a_shipped_recipe(name: str) -> None:
             "line 4, task.reward_timeout: input should be a fin",
         ),
         ("[task]\nname = 'dataset'\npath = 'x.jsonl'\nreward_weights = [nan]", "task.reward_weights: input should be a finite"),
+        ("[environment]\nmax_turns = 3", "line 2, environment.max_turns: there is no environment that it could change"),
+        ("[environment]\ntask_reward = true", "line 2, environment.task_reward: there is no environment that it could change"),
         ("[task]\nname = [1]", "line 2, task.name: there is no task [1]"),
         ("[task]\ngrades = ['1']", "line 2, task.grades: input should be a valid integer"),
         ("[model]\nchat = true", "line 2, model.chat: the tokenizer has no chat template: 'arithmetic-base'"),

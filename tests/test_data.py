@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from groupwise.config import Source
+from groupwise.config import Recipe, Source, load
 from groupwise.errors import UserError
 from groupwise.models import Chat, load_tokenizer
 from groupwise.rewards.answers import answer_line, last_boxed, last_number
@@ -26,6 +26,7 @@ from groupwise.rewards.countdown import countdown, evaluate
 from groupwise.tasks.base import build_task, limit_prompts
 from groupwise.tasks.mixture import Interleaving, MixtureTask
 from groupwise.tasks.presets import PRESETS
+from groupwise.training.setup import prepare
 from groupwise.types import Problem
 from tests.conftest import said
 from tests.test_cli import run
@@ -308,6 +309,58 @@ def test_long_prompts_are_left_out_and_counted(tmp_path: Path) -> None:
     tight = build(tmp_path, path="data.jsonl", max_prompt_tokens=1)
     with pytest.raises(UserError, match=r"task.max_prompt_tokens: no held-out problem has a prompt of at most 1 tokens"):
         limit_prompts(tight, chat, source)
+
+
+TOOL = """
+def lookup(key: str) -> str:
+    \"\"\"Look a key up.
+
+    Args:
+        key: The key.
+    \"\"\"
+    return key
+"""
+
+
+def test_prompts_are_shown_and_limited_with_the_tools_in_them(tmp_path: Path) -> None:
+    """`data` prints the token ids of the very prompt that `check` prints, and both count its tokens against the limit."""
+    (tmp_path / "tools.py").write_text(TOOL)
+    write_lines(tmp_path / "data.jsonl", sums(20))
+    path = tmp_path / "recipe.toml"
+    text = (
+        "[model]\npath = 'tools-base'\n[task]\nname = 'dataset'\npath = 'data.jsonl'\n[environment]\ntools = ['tools.py:lookup']"
+    )
+    path.write_text(text)
+    ready = prepare(*load(path, Recipe))
+    length = len(ready.prompt(ready.problem))
+    assert length > len(ready.chat.encode(ready.problem.prompt)) + 10
+    shown = run("data", path)
+    assert shown.exit_code == 0, shown.output
+    assert f"prompt 1: {length} tokens" in shown.stdout and "lookup" in shown.stdout
+    assert int(re.search(r"longest (\d+)", shown.stdout)[1]) >= length  # type: ignore[index]
+    for command in ("data", "check"):
+        refused = run(command, path, "--set", f"task.max_prompt_tokens={length - 5}")
+        assert refused.exit_code == 2 and "task.max_prompt_tokens" in refused.stderr, refused.output
+    assert "calculator" in run("data", "calculator", "--count", "1").stdout
+
+
+def test_a_stream_that_leaves_nothing_names_the_key(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text("[task]\nname = 'dataset'\npath = 'data.jsonl'\nstreaming = true\n")
+    write_lines(tmp_path / "data.jsonl", sums(40))
+    tight = run("check", path, "--set", "task.max_prompt_tokens=1")
+    assert tight.exit_code == 2 and "recipe.toml, line 3, task.path: the stream has no problem to train on" in tight.stderr
+    assert "have a prompt of more than 1 tokens" in tight.stderr
+    write_lines(tmp_path / "data.jsonl", sums(1))
+    one = run("check", path)
+    assert one.exit_code == 2 and "recipe.toml, line 1, [task]: no problem is held out for evaluations" in one.stderr
+
+
+def test_a_system_prompt_needs_a_chat_template(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text("[task]\nname = 'dataset'\npath = 'data.jsonl'\nsystem_prompt = 'Be brief.'\n")
+    write_lines(tmp_path / "data.jsonl", sums(40))
+    assert "recipe.toml, line 4, task.system_prompt: needs a chat template" in run("check", path).stderr
 
 
 def test_the_same_prompt_is_never_in_both(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """groupwise data."""
 
 import os
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +12,6 @@ from rich.text import Text
 
 from groupwise.cli.common import Overrides, app, console, exit_codes
 from groupwise.config import Recipe, find_recipe, load
-from groupwise.errors import UserError
 
 MEASURED = 2000
 """How many prompts' lengths are drawn."""
@@ -30,33 +30,25 @@ def data(
     presets: Annotated[bool, typer.Option("--presets", help="List the datasets that are known by name.")] = False,
 ) -> None:
     """Show prompts as the model will read them, answers, lengths, and what filters leave out. No model is loaded."""
-    from groupwise.models import load_tokenizer
-    from groupwise.tasks.base import build_task, datasets_of, limit_prompts
-    from groupwise.training.setup import build_chat
+    from groupwise.tasks.base import datasets_of
+    from groupwise.training.prompts import build_prompts, prompt_of
 
     with exit_codes():
         if presets:
             console.print(_presets())
             return
         settings, source = load(find_recipe(recipe), Recipe, overrides or [])
-        task = build_task(settings.task, source)
-        try:
-            tokenizer = load_tokenizer(settings.model.path)
-        except UserError as error:
-            raise source.error("model.path", str(error)) from error
-        chat = build_chat(settings, tokenizer, source)
-        limit_prompts(task, chat, source)
+        task, chat, episodes = build_prompts(settings, source)
         problems = [task.problem(position, settings.seed) for position in range(count)]
         for number, problem in enumerate(problems, start=1):
-            _show(number, problem, chat)
+            _show(number, problem, chat, prompt_of(problem, chat, episodes).tolist())
         held_out = task.held_out(settings.training.eval_problems)
         _count(task, datasets_of(task), held_out)
-        _lengths(task, chat, settings)
+        _lengths(task, settings, lambda problem: len(prompt_of(problem, chat, episodes)))
 
 
-def _show(number: int, problem: Any, chat: Any) -> None:
+def _show(number: int, problem: Any, chat: Any, tokens: list[int]) -> None:
     """One prompt: its text after the chat template, its token ids, its answer and the other columns."""
-    tokens = chat.encode(problem.prompt).tolist()
     how = "through the chat template" if chat.template else "as text, without a chat template"
     ids = " ".join(map(str, tokens if len(tokens) <= IDS else [*tokens[: IDS // 2], "…", *tokens[-IDS // 2 :]]))
     title = f"prompt {number}: {len(tokens)} tokens, {how}"
@@ -96,13 +88,13 @@ def _short(path: str) -> str:
     return min(path, os.path.relpath(path), key=len) if os.path.isabs(path) else path  # noqa: PTH117
 
 
-def _lengths(task: Any, chat: Any, settings: Any) -> None:
+def _lengths(task: Any, settings: Any, length: Callable[[Any], int]) -> None:
     """The lengths of training prompts in tokens, as a histogram."""
     from groupwise.tasks.base import datasets_of
 
     sizes = [len(pool.train) for pool in (dataset.problems for dataset in datasets_of(task)) if hasattr(pool, "train")]
     measured = min(MEASURED, sum(sizes)) if sizes else 256
-    lengths = [len(chat.encode(task.problem(i, settings.seed).prompt)) for i in range(measured)]
+    lengths = [length(task.problem(i, settings.seed)) for i in range(measured)]
     low, high = min(lengths), max(lengths)
     width = max(1, -(-(high - low + 1) // BINS))
     counts = [sum(start <= length < start + width for length in lengths) for start in range(low, high + 1, width)]

@@ -1,10 +1,11 @@
 """What the training loop asks of a task, and how a recipe's [task] becomes one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from pydantic import ValidationError
+from torch import Tensor
 
 from groupwise.config import Source, explain
 from groupwise.environments.hosting import Lent
@@ -119,12 +120,18 @@ def datasets_of(task: Task) -> list[DatasetTask]:
     return task.tasks if isinstance(task, MixtureTask) else [task] if isinstance(task, DatasetTask) else []
 
 
-def limit_prompts(task: Task, chat: Chat, source: Source) -> None:
+def limit_prompts(task: Task, chat: Chat, source: Source, encode: Callable[[Problem], Tensor] | None = None) -> None:
     """Leave out the problems whose prompts, as the model reads them, are longer than the task's `max_prompt_tokens`.
 
+    Args:
+        encode: int64 [L], a problem's prompt with the tools in it; left out: there are none.
+
     Raises:
-        UserError: none is left.
+        UserError: none is left, or a system prompt needs a chat template.
     """
+    encode = encode or (lambda problem: chat.encode(problem.prompt))
     for number, dataset in enumerate(datasets_of(task)):
         place = source.inside("task", f"task.sources[{number}]") if isinstance(task, MixtureTask) else source
-        dataset.limit_prompts(chat.encode, place)
+        if dataset.system_prompt and not chat.template:
+            raise place.error("task.system_prompt", "needs a chat template, which is not used here")
+        dataset.limit_prompts(encode, place)

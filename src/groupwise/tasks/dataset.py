@@ -16,7 +16,7 @@ from groupwise.tasks.pool import Part, Pool, Problems, StreamPool
 from groupwise.tasks.presets import PRESETS
 from groupwise.tasks.reading import RowReader
 from groupwise.tasks.rows import Origin
-from groupwise.types import Demonstration, Message, Problem
+from groupwise.types import Demonstration, Problem
 
 
 class DatasetTask(RewardSettings):
@@ -121,7 +121,14 @@ class DatasetTask(RewardSettings):
         )
         if self.streaming:
             second = None if held is None else (held.stream(), reader)
-            return StreamPool(train.stream(), reader, share=self.held_out_share, block=self.shuffle_block, held=second)
+            return StreamPool(
+                train.stream(),
+                reader,
+                lambda text: source.error("task.path", text),
+                share=self.held_out_share,
+                block=self.shuffle_block,
+                held=second,
+            )
         dropped: Counter[str] = Counter()
         part = Part.scan(train.rows(), reader, dropped)
         if not len(part):
@@ -152,8 +159,8 @@ class DatasetTask(RewardSettings):
         assert self._problems is not None, "open() was not called"
         return self._problems
 
-    def limit_prompts(self, encode: Callable[[str | tuple[Message, ...]], Any], source: Source) -> None:
-        """Leave out problems whose prompt has more than `max_prompt_tokens`; `encode` gives a prompt's tokens.
+    def limit_prompts(self, encode: Callable[[Problem], Any], source: Source) -> None:
+        """Leave out problems whose prompt has more than `max_prompt_tokens`; `encode` gives the tokens of a problem's prompt.
 
         Raises:
             UserError: none is left.
@@ -161,7 +168,7 @@ class DatasetTask(RewardSettings):
         most = self.max_prompt_tokens
         if most is None:
             return
-        self.problems.limit(lambda problem: len(encode(problem.prompt)) <= most, f"have a prompt of more than {most} tokens")
+        self.problems.limit(lambda problem: len(encode(problem)) <= most, f"have a prompt of more than {most} tokens")
         if which := self.left_nothing():
             raise source.error("task.max_prompt_tokens", f"no {which} problem has a prompt of at most {most} tokens")
 

@@ -158,9 +158,17 @@ class StreamPool:
     """
 
     def __init__(
-        self, stream: Stream, reader: RowReader, *, share: float, block: int, held: tuple[Stream, RowReader] | None = None
+        self,
+        stream: Stream,
+        reader: RowReader,
+        refuse: Callable[[str], UserError],
+        *,
+        share: float,
+        block: int,
+        held: tuple[Stream, RowReader] | None = None,
     ) -> None:
-        self.stream, self.reader, self.share, self.block = stream, reader, share, block
+        """`refuse`: the error that says where the stream was named, and a text."""
+        self.stream, self.reader, self.refuse, self.share, self.block = stream, reader, refuse, share, block
         self.dropped: Counter[str] = Counter()
         self._counted = 0
         self._fits: Fits = _any
@@ -193,7 +201,8 @@ class StreamPool:
                     found = True
                     yield problem
             if not found:
-                raise UserError("the stream has no problem to train on")
+                reasons = ", ".join(f"{number:,} {reason}" for reason, number in self.dropped.items())
+                raise self.refuse("the stream has no problem to train on" + (f": {reasons}" if reasons else ""))
 
     def _why_not(self, problem: Problem) -> str | None:
         """Why a row is not trained on; None if it is. An empty reason is not counted: it is held out, as it should be."""

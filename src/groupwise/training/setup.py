@@ -11,13 +11,12 @@ from torch import Tensor
 
 from groupwise.algorithms import Algorithm
 from groupwise.config import Recipe, RolloutsSection, Source
-from groupwise.environments.find import find_environments
 from groupwise.environments.hosting import ENVIRONMENTS
 from groupwise.environments.instance import EnvironmentFailed
 from groupwise.errors import UserError
 from groupwise.learner.base import Learner
 from groupwise.learner.local import LocalLearner
-from groupwise.models import FULL_TRAINING_RATE, Chat, LanguageModel, load_config, load_tokenizer
+from groupwise.models import FULL_TRAINING_RATE, Chat, LanguageModel, load_config
 from groupwise.plugins import UserFunction, load_function
 from groupwise.rollouts.base import Sampler
 from groupwise.rollouts.driver import wait_for
@@ -25,9 +24,10 @@ from groupwise.rollouts.episodes import Episodes
 from groupwise.rollouts.groups import Rollouts
 from groupwise.rollouts.samplers import find_sampler
 from groupwise.seeding import derive
-from groupwise.tasks.base import FollowsTraining, TakesEnvironments, Task, build_task, limit_prompts
+from groupwise.tasks.base import FollowsTraining, TakesEnvironments, Task
 from groupwise.training.algorithm import build_algorithm, check_together, try_parts
 from groupwise.training.collect import describe_failures, sampling_of
+from groupwise.training.prompts import build_prompts, prompt_of
 from groupwise.training.trackers import Tracker, find_trackers
 from groupwise.types import Completion, Problem
 
@@ -149,17 +149,12 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
     check_together(recipe, algorithm, source)
     sampler = find_sampler(recipe.rollouts, source)
     trackers = find_trackers(recipe.trackers, source)
-    task = build_task(recipe.task, source, environment=recipe.environment.kind is not None)
-    trust = recipe.model.trust_remote_code
+    task, chat, episodes = build_prompts(recipe, source)
     try:
-        tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=trust)
-        config = load_config(recipe.model.path, trust_remote_code=trust)
+        config = load_config(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
     except UserError as error:
         raise source.error("model.path", str(error)) from error
-    chat = build_chat(recipe, tokenizer, source)
-    limit_prompts(task, chat, source)
     problem = task.problem(0, recipe.seed)
-    episodes = build_episodes(recipe, chat, task, source)
     longest = check_lengths(recipe, config, chat, episodes, task, source)
     begin_step(task, 0, recipe)
     if episodes is not None:
@@ -197,45 +192,6 @@ def begin_step(task: Task, step: int, recipe: Recipe) -> None:
         task.begin_step(step, recipe.training.steps)
 
 
-def build_chat(recipe: Recipe, tokenizer: Any, source: Source) -> Chat:
-    """How the recipe's prompts become tokens.
-
-    Raises:
-        UserError: a chat template is asked for, or needed, and there is none.
-    """
-    model = recipe.model
-    try:
-        return Chat.build(tokenizer, model.chat, model.system_prompt, model.chat_template_kwargs)
-    except UserError as error:
-        raise source.error("model.chat", f"{error}: {model.path!r}") from error
-
-
-def names_reward(task: dict[str, Any]) -> bool:
-    """Whether a recipe's [task], or one of its sources, says how completions are rewarded."""
-    tables = [task, *(table for table in task.get("sources", []) if isinstance(table, dict))]
-    return any(bool(table.get("reward")) for table in tables)
-
-
-def build_episodes(recipe: Recipe, chat: Chat, task: Task, source: Source) -> Episodes | None:
-    """What holds the recipe's conversations, its chat template tried; None if neither recipe nor task has an environment.
-
-    Raises:
-        UserError: an environment or a tool cannot be found or used, or the chat template not with these tools.
-    """
-    environments = find_environments(recipe.environment, task, source)
-    if environments is None:
-        return None
-    try:
-        settings = recipe.environment
-        if settings.task_reward is None:
-            settings = settings.model_copy(update={"task_reward": names_reward(recipe.task)})
-        episodes = Episodes(environments, settings, chat)
-        episodes.check()
-    except UserError as error:
-        raise source.error("environment", f"{error}: {recipe.model.path!r}") from error
-    return episodes
-
-
 def tried(trial: Coroutine[Any, Any, Result], problem: Problem) -> Result:
     """The result of a trial of the environment.
 
@@ -246,10 +202,6 @@ def tried(trial: Coroutine[Any, Any, Result], problem: Problem) -> Result:
         return wait_for(trial)
     except EnvironmentFailed as error:
         raise UserError(f"the environment fails: {error} (problem {problem.id!r})") from error
-
-
-def prompt_of(problem: Problem, chat: Chat, episodes: Episodes | None) -> Tensor:
-    return chat.encode(problem.prompt) if episodes is None else episodes.prompt(problem)
 
 
 def load_policy(recipe: Recipe, source: Source) -> LanguageModel:
@@ -280,7 +232,7 @@ def load_policy(recipe: Recipe, source: Source) -> LanguageModel:
 
 
 def check_lengths(recipe: Recipe, config: Any, chat: Chat, episodes: Episodes | None, task: Task, source: Source) -> int:
-    """Refuse stop tokens outside the vocabulary, and prompts too long for the model's positions.
+    """Refuse stop tokens outside the vocabulary, a task that holds out no problem, and prompts longer than the model's positions.
 
     Returns the tokens of the longest prompt that was looked at and of a completion.
     """
@@ -289,7 +241,10 @@ def check_lengths(recipe: Recipe, config: Any, chat: Chat, episodes: Episodes | 
         if token >= text_config.vocab_size:
             raise source.error("rollouts.stop_tokens", f"{token} is no token: the vocabulary has {text_config.vocab_size}")
     limit = getattr(text_config, "max_position_embeddings", None)
-    problems = [task.problem(i, recipe.seed) for i in range(LOOKED_AT)] + task.held_out(recipe.training.eval_problems)
+    held_out = task.held_out(recipe.training.eval_problems)
+    if not held_out:
+        raise source.error("task", "no problem is held out for evaluations: there are too few, or all of them are left out")
+    problems = [task.problem(i, recipe.seed) for i in range(LOOKED_AT)] + held_out
     longest = max(problems, key=lambda problem: len(problem.text))
     length = len(prompt_of(longest, chat, episodes))
     if limit is not None and length + recipe.rollouts.max_tokens > limit:
