@@ -331,7 +331,7 @@ reward = "rewards.py:by_kwargs"
     assert rewards_of(groups[1]) == [0.0] * 3
 
 
-NO_CLASS = {'class = "counter.py:Counter"\n': ""}
+NO_CLASS = {'class = "counter.py:Counter"\n': "", "max_turns = 3\n": ""}
 
 
 def test_what_can_never_be_scored_is_refused_before_training(folder: Path, chat: Chat) -> None:
