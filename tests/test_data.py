@@ -661,3 +661,14 @@ def test_the_recipes_of_the_page_build_their_tasks(number: int, tmp_path: Path, 
     task = build_task(settings, Source(tmp_path / "recipe.toml", text))
     drawn = [task.problem(i, 0) for i in range(8)]
     assert not {item.id for item in drawn} & {item.id for item in task.held_out(20)}
+
+
+def test_demonstrations_are_texts_or_messages(tmp_path: Path) -> None:
+    said_so = [{"role": "assistant", "content": "yo"}]
+    rows = [{"prompt": f"p{i}", "answer": "a", "completion": said_so} for i in range(4)]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    shown = build(tmp_path, path="rows.jsonl").demonstration(0, 0)
+    assert shown.messages == tuple(said_so) and shown.completion == ""
+    write_lines(tmp_path / "rows.jsonl", [{**row, "completion": 5} for row in rows])
+    with pytest.raises(UserError, match=r"rows.jsonl: the 'completion' of 'p\d' must be a text, or messages .* not 5"):
+        build(tmp_path, path="rows.jsonl").demonstration(0, 0)

@@ -62,7 +62,7 @@ class RewardSettings(BaseModel):
     """Seconds that a reward may take for the completions of one problem; those are set aside then."""
     reward_workers: Annotated[int, Field(ge=0)] = 0
     """Processes in which rewards compute, or requests that a server is sent at once; 0: as many processes as there are cores, at
-    least 4 and at most 8, and 32 requests."""
+    least 4 and at most 8, and 32 requests. Each of several sources has its own."""
 
     _rewards: Rewards | None = PrivateAttr(default=None)
 

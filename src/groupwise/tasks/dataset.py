@@ -189,5 +189,17 @@ class DatasetTask(RewardSettings):
         return self.problems.held_out(count)
 
     def demonstration(self, position: int, seed: int) -> Demonstration:
+        """The row's column `completion`, a text or messages, or else its answer, as what the model should say.
+
+        Raises:
+            UserError: the completion is neither.
+        """
         problem = self.problem(position, seed)
-        return Demonstration(prompt=problem.prompt, completion=str(problem.metadata.get("completion", problem.answer)))
+        completion = problem.metadata.get("completion", problem.answer)
+        if isinstance(completion, str):
+            return Demonstration(prompt=problem.prompt, completion=completion)
+        messages = completion if isinstance(completion, list) else []
+        if not messages or not all(isinstance(item, dict) and item.get("role") and "content" in item for item in messages):
+            expected = "must be a text, or messages with role and content"
+            raise UserError(f"{self.path}: the 'completion' of {problem.id!r} {expected}, not {completion!r}")
+        return Demonstration(prompt=problem.prompt, messages=tuple(messages))
