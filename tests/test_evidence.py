@@ -42,7 +42,7 @@ def healthy(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return runs
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while playwright is open an event loop runs in this thread, and asyncio.run() of others fails
 def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
@@ -395,7 +395,7 @@ PANELS: dict[str, tuple[Callable[[dict[str, float]], tuple[float, float]], dict[
 """Panel id -> (the library's closed form for the panel's marker, a value to set for each of its sliders)."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def explorer(browser: Any, healthy: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[str]]:
     path = tmp_path_factory.mktemp("explorer") / "explorer.html"
     groupwise("explore", str(healthy[0]), "--out", str(path), "--no-open")
