@@ -88,7 +88,7 @@ def build_root(specification: dict[str, Any]) -> None:
     for device in ("null", "zero", "urandom", "random"):
         bind(f"/dev/{device}", Path(f"{root}/dev/{device}"))
     for name in ("tmp", "proc"):
-        Path(root, name).mkdir(mode=0o755)
+        Path(root, name).mkdir(mode=0o755, exist_ok=True)  # it is there where the interpreter lies below /tmp
     Path(root, "tmp").chmod(0o1777)
     mount("proc", f"{root}/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     os.chdir(root)
