@@ -175,11 +175,11 @@ class Box:
         if self.kind != "bubblewrap":
             return launch
         options = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--dev", "/dev", "--proc", "/proc"]
+        options += ["--size", str(limits.disk), "--tmpfs", "/tmp"]  # before what may lie in it
         for path in shown:
             link = Path(path).is_symlink()
             options += ["--symlink", str(Path(path).readlink()), path] if link else ["--ro-bind", path, path]
-        size = ["--size", str(limits.disk), "--tmpfs", "/tmp", "--chdir", "/tmp"]
-        return [shutil.which("bwrap") or "bwrap", *options, *size, "--", *launch]
+        return [shutil.which("bwrap") or "bwrap", *options, "--chdir", "/tmp", "--", *launch]
 
 
 def _outermost(paths: list[str]) -> list[str]:
