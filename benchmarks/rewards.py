@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -80,9 +81,9 @@ def main() -> None:
         """Seconds until everything is scored, those of generation alone, and tokens."""
         settings = {"name": "dataset", "path": str(folder / "data.jsonl"), "reward": f"{folder}/code.py:{reward}"}
         task = build_task({**settings, "reward_workers": workers}, Source(folder / "recipe.toml", ""))
-        made = Rollouts(sampler=sampler, task=task, chat=Chat.build(tokenizer, False, "", {}), sampling=sampling)
         problems = [task.problem(i, 0) for i in range(32)]
-        made.groups(problems[:1], 1, 0)  # which starts a process
+        made = Rollouts(sampler=sampler, task=task, chat=Chat.build(tokenizer, False, "", {}), sampling=sampling)
+        replace(made, sampling=Sampling(max_tokens=1)).groups(problems, 8, 0)  # all processes are started before the clock is
         started = time.perf_counter()
         groups, waited = made.groups(problems, 8, seed=1)
         seconds = time.perf_counter() - started
