@@ -13,7 +13,8 @@ ROOT = Path(groupwise.__file__).parent
 LEVELS = [
     {"algorithms"},
     {"errors", "seeding", "kept"},
-    {"types", "plugins", "kernels", "workers"},
+    {"files"},
+    {"types", "plugins", "kernels", "workers", "state"},
     {"config"},
     {"models"},
     {"tasks", "environments", "rewards", "rollouts", "learner"},
@@ -23,7 +24,7 @@ LEVELS = [
     {"__init__", "__main__"},
 ]
 """Lowest first. A package imports from itself and from lower levels, those of the tasks' level also from each other."""
-PEERS = LEVELS[5]
+PEERS = LEVELS[6]
 
 
 def imports(path: Path) -> set[str]:

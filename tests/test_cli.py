@@ -211,7 +211,7 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(tmp_path: Path) -> Non
     assert process.returncode == 130, output
     assert f"groupwise train --resume {out}" in output
     assert "Traceback" not in output
-    assert list((out / "checkpoints").glob("step-*/state.pt"))
+    assert list((out / "checkpoints").glob("step-*/manifest.json"))
 
 
 def test_a_runs_own_recipe_takes_another_algorithm_or_part(tmp_path: Path) -> None:

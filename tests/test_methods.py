@@ -23,11 +23,13 @@ from groupwise.algorithms.credit import Outcomes
 from groupwise.algorithms.selection import Band, Mixed
 from groupwise.config import Recipe, Source
 from groupwise.errors import RunError, UserError
+from groupwise.files import Digest
 from groupwise.models import Chat
 from groupwise.rollouts.base import Sampling, requests
 from groupwise.rollouts.driver import generate_all, wait_for
 from groupwise.rollouts.groups import Rollouts
 from groupwise.rollouts.native import NativeSampler
+from groupwise.state import read_state, write_state
 from groupwise.tasks.arithmetic import ArithmeticTask
 from groupwise.tasks.base import build_task
 from groupwise.training import checkpoints
@@ -467,9 +469,9 @@ def test_surplus_groups_with_any_values_are_read_again(tokenizer: Any, tmp_path:
     collector.keep_rate = 0.25
     collector.collect(0)
     assert collector.surplus
-    torch.save(collector.state_dict(), tmp_path / "state.pt")
+    write_state(tmp_path / "state", collector.state_dict())
     again = collector_of(Dated([0.5] * 3), tokenizer, algorithm, max_age=3)
-    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    again.load_state_dict(read_state(tmp_path / "state"))
     (_, ours), (_, theirs) = again.surplus[0], collector.surplus[0]
     assert ours.problem.metadata == {"made": "2024-01-02", "n": 3, "in": [0.5, ("2024-01-02", None, True)]}
     assert ours.scores[0].reward == theirs.scores[0].reward and ours.scores[0].extra == {"x": "{1, 2}"}
@@ -477,13 +479,14 @@ def test_surplus_groups_with_any_values_are_read_again(tokenizer: Any, tmp_path:
 
 
 def test_a_checkpoint_that_could_not_be_read_is_not_written(tmp_path: Path) -> None:
-    learner: Any = SimpleNamespace(save=lambda _: None, load=lambda _: None)
+    learner: Any = SimpleNamespace(save=lambda _: {}, load=lambda _: None)
+    more: Any = {"recipe": "", "metrics": Digest(0, "")}
     state = {"step": 1, "credit": {"history": {"p": {"mean": np.float64(0.5), "n": np.int64(2), "rewards_G": torch.ones(2)}}}}
-    path = checkpoints.save(tmp_path, 1, learner, state, 2)
-    history = checkpoints.load(path, learner)["credit"]["history"]["p"]
+    path = checkpoints.save(tmp_path, 1, learner, state, **more)
+    history = checkpoints.load(checkpoints.verify(path, 1), learner)["credit"]["history"]["p"]
     assert (history["mean"], history["n"], history["rewards_G"].tolist()) == (0.5, 2, [1, 1])
     with pytest.raises(UserError, match=r"a part of the algorithm remembers date: datetime.date\(2024, 1, 2\)"):
-        checkpoints.save(tmp_path, 2, learner, {"credit": {"history": {"p": datetime.date(2024, 1, 2)}}}, 2)
+        checkpoints.save(tmp_path, 2, learner, {"credit": {"history": {"p": datetime.date(2024, 1, 2)}}}, **more)
     assert [directory.name for directory in tmp_path.iterdir()] == ["step-000001"]
 
 

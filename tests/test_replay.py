@@ -17,6 +17,7 @@ from groupwise.models import character_tokenizer, head
 from groupwise.models.bfloat16 import RoundedWeights
 from groupwise.models.cut import CutLogits
 from groupwise.models.head import LogitShape, token_logprobs
+from groupwise.state import read_state, write_state
 from groupwise.types import Batch, Completion, Group, Problem, Score
 from tests import reference
 from tests.conftest import owned, tiny_model
@@ -82,8 +83,8 @@ def test_groups_keep_their_record_through_a_checkpoint(tmp_path: Path) -> None:
     score = Score(reward=0.0, correct=False)
     problem = Problem(id="a", prompt="a")
     group = Group(problem=problem, prompt_tokens=zeros.long(), completions=tuple(rows), scores=(score, score))
-    torch.save(asdict(group), tmp_path / "group.pt")
-    again = Group.from_dict(torch.load(tmp_path / "group.pt", weights_only=True))
+    write_state(tmp_path / "group", asdict(group))
+    again = Group.from_dict(read_state(tmp_path / "group"))
     found = again.completions[0].kept
     assert found is not None and again.completions[1].kept is None
     assert torch.equal(found.words, kept.words) and torch.equal(found.ends, kept.ends) and found.vocabulary == V

@@ -6,13 +6,14 @@ from groupwise.cli import (  # each adds its commands to the application
     data,
     evaluate,
     evidence,
+    export,
     init,
     track,
     train,
 )
 from groupwise.cli.common import app as app
 
-__all__ = ["ablate", "algorithms", "app", "data", "evaluate", "evidence", "init", "main", "track", "train"]
+__all__ = ["ablate", "algorithms", "app", "data", "evaluate", "evidence", "export", "init", "main", "track", "train"]
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from groupwise.cli.common import Overrides, app, console, exit_codes
 from groupwise.config import Recipe, find_recipe, load
 from groupwise.errors import UserError
 from groupwise.evidence.statistics import clustered_share, interval
+from groupwise.files import present
 
 if TYPE_CHECKING:
     from groupwise.training.evaluate import Evaluation
@@ -33,10 +34,14 @@ def evaluate_command(
     with exit_codes(as_json=as_json):
         run = Path(model)
         is_run = (run / "recipe.toml").is_file()
-        if is_run and not (run / "model").is_dir():
-            raise UserError(f"{run}: the run has no model yet; finish it with groupwise train --resume {run}")
+        trained = present(run / "model")
+        if is_run and not trained.is_dir():
+            raise UserError(
+                f"{run}: the run has no model yet; finish it with groupwise train --resume {run}, or write the model of a "
+                f"checkpoint with groupwise export {run} --out DIR, and evaluate that"
+            )
         path = run / "recipe.toml" if is_run and recipe is None else find_recipe(recipe)
-        where = str(run / "model") if is_run else model
+        where = str(trained) if is_run else model
         settings, source = load(path, Recipe, [*(overrides or []), f"model.path={json.dumps(where, ensure_ascii=False)}"])
         # Nothing is trained, so no new adapters are put on the model.
         settings = settings.model_copy(update={"model": settings.model.model_copy(update={"lora": None})})

@@ -57,6 +57,14 @@ def _print_result(result: Any, path: Path) -> None:
     console.print(_examples(result))
     if (gap := result.exported.get("export/merge_gap")) is not None:
         console.print(f"merging the adapters for the export moved logits by at most {gap:.2g}", soft_wrap=True)
+    last = result.after.metrics
+    if (best := result.best) is not None and best.metric in last and best.value > last[best.metric]:
+        what = names.get(best.metric, best.metric).removeprefix("mean ")
+        console.print(
+            f"the best held-out {what}, {best.value:.3f}, was that of step {best.step}: "
+            f"groupwise export {path} --checkpoint best --out DIR writes that model",
+            soft_wrap=True,
+        )
     console.print(f"{result.seconds:.0f} s; the trained model is in {path / 'model'}", soft_wrap=True)
     console.print(f"groupwise report {path} draws what happened, groupwise eval {path} measures it again", soft_wrap=True)
 

@@ -47,16 +47,21 @@ Tree = TypeVar("Tree", Recipe, SftRecipe)
 
 
 def load(
-    path: Path, kind: type[Tree], overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None
+    path: Path,
+    kind: type[Tree],
+    overrides: Sequence[str] = (),
+    changes: Mapping[str, Any] | None = None,
+    text: str | None = None,
 ) -> tuple[Tree, Source]:
     """Read a recipe file and what it extends, apply `--set key=value` overrides (values in TOML, or bare strings), check it.
 
     `changes`: values by dotted key from Python, applied last. With another algorithm.name the file's [algorithm] is dropped.
+    `text`: instead of what the file holds.
 
     Raises:
         UserError: one message with a line for each thing that is wrong.
     """
-    tree, text = read_tree(path)
+    tree, text = read_tree(path, text=text)
     source = Source(path, text, overrides, changes or ())
     name_before = _algorithm_name(tree)
     for override in overrides:
@@ -79,14 +84,15 @@ def _algorithm_name(tree: dict[str, Any]) -> Any:
     return section.get("name") if isinstance(section, dict) else None
 
 
-def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], str]:
-    """A recipe file's tree, laid over that of the recipe that it `extends`: a file beside it, or a shipped one; and its text.
+def read_tree(path: Path, seen: tuple[Path, ...] = (), text: str | None = None) -> tuple[dict[str, Any], str]:
+    """A recipe file's tree, laid over that of the recipe that it `extends`: a file beside it, or a shipped one; and its text,
+    which may be given instead.
 
     Raises:
         UserError: it cannot be read, or it extends itself.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8") if text is None else text
         tree = tomllib.loads(text)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: {error}") from error

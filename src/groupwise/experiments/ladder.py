@@ -26,6 +26,8 @@ from groupwise.errors import UserError, nearest
 from groupwise.evidence.charts import data
 from groupwise.evidence.runs import Measure, Run, finite, measure, open_run
 from groupwise.evidence.statistics import Interval, interval, paired
+from groupwise.files import PARTIAL, present, write_atomically
+from groupwise.training.checkpoints import listed
 
 
 class Rung(Section):
@@ -79,7 +81,7 @@ class Job:
 
     @property
     def done(self) -> bool:
-        return (self.path / "model" / "config.json").is_file()
+        return present(self.path / "model").is_dir()
 
 
 def shipped_ladders() -> list[str]:
@@ -158,14 +160,19 @@ def claim(ladder: Ladder, ladder_path: Path, recipe: Path, out: Path) -> None:
         if copy.read_text(encoding="utf-8") != plan:
             raise UserError(f"--out {out}: holds the runs of another ladder, or of this one before it or its recipe was changed")
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(not _is_ours(path) for path in out.iterdir())):
         raise UserError(f"--out {out}: already there and not empty, and not a ladder's")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        copy.write_text(plan, encoding="utf-8")
-        shutil.copyfile(ladder_path, out / "ladder.toml")
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from error
+    write_atomically(out / "ladder.toml", ladder_path.read_bytes())
+    write_atomically(copy, plan)  # last: a ladder that has it was claimed
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether it is what `claim` leaves if it is killed."""
+    return path.name == "ladder.toml" or path.name.startswith(PARTIAL)
 
 
 def run_all(
@@ -185,10 +192,9 @@ def run_all(
             return
         settings = {**ladder.settings(job.rung), "seed": job.seed} | ({"model.path": str(model)} if model else {})
         command = [sys.executable, "-m", "groupwise", "train"]
-        if any((job.path / "checkpoints").glob("step-*")):
+        if listed(job.path / "checkpoints"):
             command += ["--resume", str(job.path)]
-        else:
-            shutil.rmtree(job.path, ignore_errors=True)  # of a run that was stopped before its first checkpoint
+        else:  # which also begins a run again that was stopped before its first checkpoint
             sets = [f"--set={override}" for override in overrides(settings)]
             command += [str(recipe), *sets, "--out", str(job.path)]
         job.path.parent.mkdir(parents=True, exist_ok=True)

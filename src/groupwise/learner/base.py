@@ -1,11 +1,12 @@
 """What the training loop asks of a learner."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from groupwise.files import Digest
 from groupwise.learner.updates import Update
 from groupwise.models import LanguageModel
 from groupwise.types import Batch, LogprobBatch, TrainingBatch
@@ -35,15 +36,16 @@ class Learner(Protocol):
         """The policy as it is now: a view, whose weights change with the next update."""
         ...
 
-    def save(self, directory: Path) -> None:
-        """Write everything that an exact resume needs."""
+    def save(self, directory: Path) -> Mapping[str, Digest]:
+        """Write everything that an exact resume needs; returns what each file holds, by its name."""
         ...
 
     def load(self, directory: Path) -> None:
         """Continue from what `save` wrote.
 
         Raises:
-            Exception: whatever reading damaged or foreign files raises.
+            ValueError: it is of another model.
+            Exception: whatever reading damaged files raises.
         """
         ...
 

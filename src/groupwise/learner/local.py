@@ -13,12 +13,14 @@ from torch import Tensor
 from groupwise.algorithms import Algorithm, Terms, policy_loss
 from groupwise.algorithms.diagnostics import diagnose
 from groupwise.errors import DIVERGED, RunError
+from groupwise.files import Digest
 from groupwise.learner.base import TokenRecord
 from groupwise.learner.critic import Critic
 from groupwise.learner.micro_batches import cut_rows
 from groupwise.learner.optimiser import Optimiser
 from groupwise.learner.updates import TokenMetrics, Update
 from groupwise.models import LanguageModel
+from groupwise.state import read_state, write_state
 from groupwise.types import Batch, LogprobBatch, TrainingBatch, WeightedBatch, upgrade
 
 if TYPE_CHECKING:
@@ -223,15 +225,16 @@ class LocalLearner:
 
     # --- state
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path) -> dict[str, Digest]:
         """Write the policy's weights, and the state of the optimisers and the critic."""
-        self.model.save_weights(directory / "model.safetensors")
+        weights = self.model.save_weights(directory / "model.safetensors")
         state = {"policy": self.optimiser.state_dict()}
-        torch.save(state if self.critic is None else {**state, "critic": self.critic.state_dict()}, directory / "learner.pt")
+        state |= {} if self.critic is None else {"critic": self.critic.state_dict()}
+        return {"model.safetensors": weights, **write_state(directory / "learner", state)}
 
     def load(self, directory: Path) -> None:
         """Continue from what `save` wrote."""
-        state: dict[str, Any] = torch.load(directory / "learner.pt", weights_only=True)
+        state: dict[str, Any] = read_state(directory / "learner")
         self.model.load_weights(directory / "model.safetensors")
         self.optimiser.load_state_dict(state["policy"])
         if self.critic is not None:

@@ -83,7 +83,16 @@ class Optimiser:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Moments and counts; learning rate, schedule, betas and weight decay stay those of this optimiser's settings."""
+        """Moments and counts; learning rate, schedule, betas and weight decay stay those of this optimiser's settings.
+
+        Raises:
+            ValueError: the moments are of other parameters.
+        """
+        of_parameters: dict[int, dict[str, Any]] = state["adam"]["state"]
+        for index, moments in of_parameters.items():
+            shapes = {tuple(value.shape) for name, value in moments.items() if name != "step"}
+            if index >= len(self.parameters) or shapes != {tuple(self.parameters[index].shape)}:
+                raise ValueError(f"the optimiser's moments are of other parameters: number {index} has the shape {shapes}")
         settings = [{key: value for key, value in group.items() if key != "params"} for group in self.adam.param_groups]
         self.adam.load_state_dict(state["adam"])
         self.scheduler.last_epoch = state["scheduled"]

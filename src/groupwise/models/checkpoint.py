@@ -1,27 +1,30 @@
 """A model's weights in a checkpoint: all of them, or of a model with adapters only what is trained."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from groupwise.errors import UserError
+from groupwise.files import Digest
 from groupwise.models.adapters import adapter_layers, describe
+from groupwise.state import write_tensors
 
 CHUNK = 2**20
 """Eight bytes each: how many are summed at once."""
 
 
-def save_weights(module: Any, path: Path) -> None:
+def save_weights(module: Any, path: Path) -> Digest:
     """Write the weights as one safetensors file; tensors that share memory are written once.
 
     Of a model with adapters those that are trained, and a fingerprint of the others.
     """
-    save_file(_stored(module), str(path), metadata=_identity(module))
+    return write_tensors(path, _stored(module), _identity(module))
 
 
 def load_weights(module: Any, path: Path, device: torch.device) -> None:
@@ -29,7 +32,8 @@ def load_weights(module: Any, path: Path, device: torch.device) -> None:
 
     Raises:
         UserError: the adapters are of another form, or on another base.
-        Exception: whatever safetensors and torch say of a file that is damaged or of another model.
+        ValueError: the weights are of another model.
+        Exception: whatever safetensors says of a file that is damaged.
     """
     with safe_open(str(path), "pt") as file:
         written = file.metadata() or {}
@@ -37,9 +41,22 @@ def load_weights(module: Any, path: Path, device: torch.device) -> None:
         if written.get(what) != ours:
             raise UserError(f"{path}: {DIFFERS[what].format(written.get(what), ours)}")
     found, wanted = load_file(str(path), device=str(device)), _stored(module)
+    check_alike(found, wanted)
+    module.load_state_dict(found, strict=False)
+
+
+def check_alike(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are not those of the model: torch would convert other dtypes in silence.
+
+    Raises:
+        ValueError: another name, shape or dtype.
+    """
     if found.keys() != wanted.keys():
         raise ValueError(f"weights of another model: {sorted(found.keys() ^ wanted.keys())[:3]}")
-    module.load_state_dict(found, strict=False)
+    for name, tensor in found.items():
+        ours, theirs = (f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (wanted[name], tensor))
+        if ours != theirs:
+            raise ValueError(f"weights of another model: {name} is {theirs}, and here {ours}")
 
 
 DIFFERS = {

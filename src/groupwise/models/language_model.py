@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from groupwise.errors import UserError
+from groupwise.files import Digest
 from groupwise.kernels.compiled import unavailable
 from groupwise.kernels.decode_attention import decode_kernel
 from groupwise.kernels.sample import sample_kernel
@@ -366,16 +367,15 @@ class LanguageModel:
 
     # --- files
 
-    def save_weights(self, path: Path) -> None:
+    def save_weights(self, path: Path) -> Digest:
         """Write the weights for a checkpoint, as one safetensors file; of a model with adapters only what is trained."""
-        checkpoint.save_weights(self.module, path)
+        return checkpoint.save_weights(self.module, path)
 
     def load_weights(self, path: Path) -> None:
         """Read weights that `save_weights` wrote.
 
         Raises:
-            UserError: adapters of another form, or on another base.
-            Exception: whatever safetensors and torch say of a file that is damaged or of another model.
+            UserError, ValueError: adapters of another form, or on another base; weights of another model.
         """
         checkpoint.load_weights(self.module, path, self.device)
 

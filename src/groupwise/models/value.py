@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from groupwise.models.checkpoint import trained_parameters
+from groupwise.models.checkpoint import check_alike, trained_parameters
 from groupwise.models.hidden import inside_rows
 from groupwise.models.language_model import LanguageModel
 from groupwise.types import Batch
@@ -40,6 +40,8 @@ class ValueModel:
         return trained_parameters(self.network) if self.model.adapted else self.network.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state.keys() != self.state_dict().keys():
-            raise ValueError(f"weights of another critic: {sorted(state.keys() ^ self.state_dict().keys())[:3]}")
+        """Raises:
+        ValueError: they are of another network.
+        """
+        check_alike(state, self.state_dict())
         self.network.load_state_dict(state, strict=False)

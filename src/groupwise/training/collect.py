@@ -16,7 +16,7 @@ from groupwise.errors import RunError
 from groupwise.rollouts.base import Sampling
 from groupwise.rollouts.groups import Rollouts
 from groupwise.seeding import derive
-from groupwise.training.checkpoints import plain
+from groupwise.state import plain
 from groupwise.training.kept_sets import check_kept
 from groupwise.types import Group, Outcome, Problem, Score
 

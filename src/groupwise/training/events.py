@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from groupwise.learner.base import TokenRecord
 from groupwise.training.evaluate import Evaluation
@@ -38,6 +38,12 @@ class Warned:
 
     step: int
     text: str
+    """What was seen."""
+    kind: Literal["note", "warning", "fault"] = "warning"
+    name: str = ""
+    """What it is, for programs: "resumed", "entropy_collapse"."""
+    advice: str = ""
+    """What to do about it."""
 
 
 Event = StepDone | Evaluated | Warned

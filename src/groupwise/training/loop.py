@@ -14,6 +14,7 @@ from groupwise.rollouts.base import Sampler
 from groupwise.seeding import derive
 from groupwise.training import checkpoints
 from groupwise.training.batching import make_batch, minibatches
+from groupwise.training.checkpoints import Best, Checkpoint, Store
 from groupwise.training.collect import Collected, Collector, describe_failures
 from groupwise.training.credit import CreditAssigner, Rewards, reward_parts
 from groupwise.training.evaluate import Evaluation, evaluate
@@ -32,6 +33,8 @@ class Result:
     before: Evaluation
     after: Evaluation
     seconds: float
+    best: Best | None
+    """The best evaluation of a step that has a checkpoint."""
     exported: dict[str, float]
     """Of the exported model: `LanguageModel.export`."""
 
@@ -57,6 +60,7 @@ class Trainer:
         self.run_directory = run
         self.recorders: list[Recorder] = [run, *recorders]
         self.step = 0
+        self.store = Store(run.checkpoints, self.recipe.training.keep_checkpoints)
         self.learner: Learner = ready.make_learner()
         self.sampler: Sampler = ready.make_sampler(self.learner.weights())
         self.collector = Collector(ready.rollouts(self.sampler), self.recipe, self.algorithm)
@@ -75,6 +79,7 @@ class Trainer:
             before = after = self.evaluate_base() if self.step else self.evaluate()
             if self.step and self.is_due(self.recipe.training.eval_every):
                 after = self.evaluate()
+                self.keep_best(after)
             while self.step < self.recipe.training.steps:
                 if interrupt.requested:
                     self.save()
@@ -84,8 +89,10 @@ class Trainer:
                     self.save()
                 if self.is_due(self.recipe.training.eval_every):
                     after = self.evaluate()
-        exported = self.learner.export(self.run_directory.model, self.ready.tokenizer)
-        return Result(before=before, after=after, seconds=time.monotonic() - started, exported=exported)
+                    self.keep_best(after)
+        exported = self.run_directory.write_model(lambda path: self.learner.export(path, self.ready.tokenizer))
+        seconds = time.monotonic() - started
+        return Result(before=before, after=after, best=self.store.best, seconds=seconds, exported=exported)
 
     def train_step(self) -> None:
         """Rollouts, advantages, updates: one step, recorded."""
@@ -214,19 +221,29 @@ class Trainer:
         self.record(Warned(step=self.step if step is None else step, text=text))
 
     def save(self) -> Path:
+        """Write a checkpoint of the run as it is after `step`."""
         state: dict[str, Any] = {
             "step": self.step,
             "collector": self.collector.state_dict(),
             "credit": self.credit.state_dict(),
         }
-        keep = self.recipe.training.keep_checkpoints
-        return checkpoints.save(self.run_directory.checkpoints, self.step, self.learner, state, keep)
+        metrics = self.run_directory.metrics
+        metrics.sync()  # a checkpoint must not outlive the records of its steps
+        return self.store.save(self.step, self.learner, state, recipe=self.run_directory.recipe, metrics=metrics.digest)
 
-    def resume(self, checkpoint: Path) -> None:
-        """Take up a run where a checkpoint left it.
+    def keep_best(self, evaluation: Evaluation) -> None:
+        """If it is the best so far, see to it that there is a checkpoint of this step, which then stays."""
+        best = self.store.is_better(self.step, evaluation.metrics)
+        if best is not None:
+            if self.step not in checkpoints.listed(self.run_directory.checkpoints):
+                self.save()
+            self.store.set_best(best, self.step)
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Load what a checkpoint holds; nothing is written.
 
         Raises:
-            UserError: the checkpoint is damaged, of another model, or of an earlier version of groupwise.
+            UserError: it is of another model, or of another version of groupwise.
         """
         state = checkpoints.load(checkpoint, self.learner)
         try:
@@ -234,6 +251,6 @@ class Trainer:
             self.collector.load_state_dict(state["collector"])
             self.credit.load_state_dict(state["credit"])
         except (KeyError, TypeError) as error:  # entries, or fields of the groups in it, have other names
-            raise UserError(f"{checkpoint}: written by another version of groupwise: {type(error).__name__}: {error}") from error
+            text = f"written by another version of groupwise: {type(error).__name__}: {error}"
+            raise UserError(f"{checkpoint.path}: {text}") from error
         self.sampler.load(self.learner.weights(), self.learner.version)
-        self.run_directory.rewind(self.step)

@@ -1,8 +1,11 @@
-"""What a run leaves in its directory: recipe.toml, metrics.jsonl, rollouts to read, tokens to analyse."""
+"""What a run leaves in its directory: its settings, metrics.jsonl, events.jsonl, rollouts to read, tokens to analyse, a model."""
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,46 +14,165 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from groupwise.config import dump
-from groupwise.errors import UserError
+from groupwise import files
+from groupwise.errors import RunError, UserError
+from groupwise.files import DiskError, Lock
 from groupwise.learner.base import TokenRecord
-from groupwise.training.events import Evaluated, Event, StepDone
+from groupwise.training.checkpoints import Checkpoint, Store, listed
+from groupwise.training.events import Evaluated, Event, StepDone, Warned
+from groupwise.training.metrics_file import METRICS, MetricsFile, append_line
+from groupwise.training.segments import (
+    RECIPE,
+    SEGMENTS,
+    Segment,
+    Unrecorded,
+    changes,
+    check_beginning,
+    metrics_at,
+    plain,
+    recorded,
+    replaced,
+    write_segments,
+    written,
+)
 from groupwise.types import Completion, Group, Message, TrainingBatch, pad_rows
 
+WRITTEN = {
+    RECIPE, SEGMENTS, METRICS, "events.jsonl", "rollouts", "tokens", "checkpoints", "trackers", "report.html", ".lock",
+}  # fmt: skip
+"""What may be in a run's directory before its first checkpoint."""
+LEFTOVERS = (files.PARTIAL, files.REPLACED, files.REMOVED, "metrics.damaged-")
 SURROGATES = "backslashreplace"
 """How half of a surrogate pair is written, which a sampler of one's own may return: as JSON has it, \\ud800."""
 
 
 class RunDirectory:
-    """A run's files: recipe.toml, metrics.jsonl, rollouts/, tokens/, checkpoints/, model/."""
+    """A run's files: recipe.toml, segments.jsonl, metrics.jsonl, events.jsonl, rollouts/, tokens/, checkpoints/, model/."""
 
     def __init__(self, path: Path, tokenizer: Any) -> None:
         """`tokenizer`: to write tokens as text."""
         self.path, self.tokenizer = path, tokenizer
-        self.metrics_path = path / "metrics.jsonl"
+        self.metrics = MetricsFile(path / METRICS)
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
+        self.recipe = ""
+        """The run's settings, as TOML."""
 
-    def create(self, recipe: dict[str, Any]) -> None:
-        """Raises:
-        UserError: the directory holds something already.
+    # --- the beginning
+
+    def claim(self) -> Lock:
+        """Make the directory this process's, to begin a run in.
+
+        Raises:
+            UserError: it holds something else, or another process is at work in it.
         """
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise UserError(f"--out {self.path}: already there and not empty; to go on with a run: --resume {self.path}")
+        self.check_free()
         try:
-            (self.path / "rollouts").mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {self.path}: {error.strerror}") from error
-        self.write_recipe(recipe)
+        try:
+            lock = Lock(self.path)
+        except DiskError as error:
+            raise UserError(f"--out {error}") from error
+        self.check_free()  # again, now that nobody else writes there
+        return lock
 
-    def write_recipe(self, recipe: dict[str, Any]) -> None:
-        (self.path / "recipe.toml").write_text(dump(recipe))
+    def check_free(self) -> None:
+        """Refuse a directory that holds anything but what a run writes before its first checkpoint.
 
-    def rewind(self, step: int) -> None:
-        """Remove what was recorded after `step`, which will be done again, and evaluations of `step`, which are repeated."""
-        lines = self.metrics_path.read_text().splitlines(keepends=True) if self.metrics_path.exists() else []
-        kept = [line for line in lines if _step_of(line) < step or (_step_of(line) == step and "reward/mean" in json.loads(line))]
-        self.metrics_path.write_text("".join(kept))
+        Raises:
+            UserError: naming it.
+        """
+        if not self.path.exists():
+            return
+        there = f"--out {self.path}: already there and not empty"
+        if not self.path.is_dir():
+            raise UserError(there)
+        if self.model.exists() or listed(self.checkpoints) or any(self.checkpoints.glob("damaged-step-*")):
+            raise UserError(f"{there}; to go on with a run: groupwise train --resume {self.path}")
+        names = {path.name for path in self.path.iterdir()}
+        foreign = sorted(name for name in names if name not in WRITTEN and not name.startswith(LEFTOVERS))
+        if foreign:
+            raise UserError(f"{there}: {foreign[0]!r} is nothing that a run writes")
+        if not names & {SEGMENTS, RECIPE} and names & {METRICS, "events.jsonl", "tokens"}:
+            raise UserError(f"{there}, and without the settings of what is in it")
+
+    def create(self, tree: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> None:
+        """Write the settings of a run that begins; what it left when it was killed before its first checkpoint goes.
+
+        Args:
+            tree: the settings, whole.
+            inputs: hashes of what the run reads from elsewhere.
+
+        Raises:
+            UserError: what was begun here had other settings.
+        """
+        with suppress(Unrecorded):  # killed before it wrote them
+            before = recorded(self.path, None).tree
+            check_beginning(self.path, before)
+            if differing := changes(before, tree):
+                keys = "".join(f"\n  {key}: {written(old)} -> {written(new)}" for key, (old, new) in differing.items())
+                raise UserError(f"--out {self.path}: a run with other settings was begun there:{keys}")
+        self.create_again(tree, inputs)
+
+    def create_again(self, tree: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> Segment:
+        """As `create`, for a run that is resumed without a checkpoint, and may have other settings than before."""
+        for directory in (self.path, self.path / "rollouts", self.path / "tokens", self.checkpoints):
+            files.recover(directory)
+        with files.explained(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        if self.metrics.path.exists():
+            files.write_atomically(self.metrics.path, b"")
+        self._drop_after(0)
+        first = Segment(segment=0, first_step=1, recipe=plain(tree), files=inputs or {})
+        self._write_settings([first])
+        return first
+
+    def resume(self, checkpoint: Checkpoint, damaged: Iterable[int], segments: Sequence[Segment], store: Store) -> str | None:
+        """Have the directory say what it said when the checkpoint was written, and with which settings the run goes on.
+
+        Everything has been verified and loaded before. Killed anywhere in here, the run can be resumed with the same command:
+        whatever is removed will be done again, every file is replaced as a whole, and a recipe.toml that is older than the last
+        segment is known by its hash. The segment comes before it, so that no step is ever labelled with settings that it was
+        not trained with.
+
+        Args:
+            damaged: steps of newer checkpoints that cannot be resumed from.
+            segments: of the run, that of this resume last.
+
+        Returns:
+            What is wrong with metrics.jsonl; None if nothing is.
+        """
+        for directory in (self.path, self.path / "rollouts", self.path / "tokens", self.checkpoints):
+            files.recover(directory)
+        store.set_aside(damaged)
+        *before, last = segments
+        problem = self.metrics.rewind(checkpoint.step, metrics_at(before, checkpoint))
+        self._drop_after(checkpoint.step)
+        store.resume(self.metrics.evaluations)
+        repaired = asdict(self.metrics.digest) if problem else None
+        self._write_settings([*before, replace(last, metrics=repaired)])
+        return problem
+
+    def _drop_after(self, step: int) -> None:
+        """Remove rollouts and tokens of steps that will be done again."""
+        for directory in (self.path / "rollouts", self.path / "tokens"):
+            for path in directory.glob("step-*.*"):
+                number = path.name.removeprefix("step-").partition(".")[0]
+                if number.isdecimal() and int(number) > step:
+                    with files.explained(path):
+                        path.unlink()
+
+    def _write_settings(self, segments: Sequence[Segment]) -> None:
+        *before, last = segments
+        with files.explained(self.path):
+            (self.path / "rollouts").mkdir(exist_ok=True)
+        write_segments(self.path, [*before, replace(last, replaces=replaced(self.path))])
+        self.recipe = last.text
+        files.write_atomically(self.path / RECIPE, self.recipe)
+
+    # --- on the way
 
     def record(self, event: Event) -> None:
         """Write what an event holds; the directory is a `Recorder`."""
@@ -58,31 +180,64 @@ class RunDirectory:
             self.write_rollouts(event.step, event.groups)
             if event.tokens and isinstance(event.batch, TrainingBatch):
                 self.write_tokens(event.step, event.groups, event.batch, event.tokens)
-            self.write_metrics(event.step, event.metrics)  # last: who reads the line finds the step's other files complete
+            self.metrics.append(event.step, event.metrics)  # last: who reads the line finds the step's other files complete
         elif isinstance(event, Evaluated):
             problems = float(len(event.evaluation.groups))
-            self.write_metrics(event.step, {**event.evaluation.metrics, "eval_problems": problems})
+            self.metrics.append(event.step, {**event.evaluation.metrics, "eval_problems": problems})
+        else:
+            self.write_event(event)
 
-    def write_metrics(self, step: int, metrics: Mapping[str, float | list[float]]) -> None:
-        # JSON has no NaN.
-        finite = {key: value if isinstance(value, list) or math.isfinite(value) else None for key, value in metrics.items()}
-        with self.metrics_path.open("a") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")
+    def write_event(self, event: Warned) -> None:
+        """Add a line to events.jsonl. Lines stay when a run is resumed from an earlier step: what they say did happen."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        line = {"step": event.step, "time": now, "kind": event.kind, "name": event.name}
+        line |= {"text": event.text, "advice": event.advice}
+        append_line(self.path / "events.jsonl", (json.dumps(line) + "\n").encode())
 
     def write_rollouts(self, step: int, groups: Sequence[Group]) -> None:
         """The best and the worst completion of each group: as text for a person to read, and as a line of JSON each."""
         text = "\n".join(_readable(group) for group in groups)
-        (self.path / "rollouts" / f"step-{step:06d}.txt").write_text(text, encoding="utf-8", errors=SURROGATES)
         lines = [json.dumps(sample, ensure_ascii=False) + "\n" for group in groups for sample in _samples(group)]
-        (self.path / "rollouts" / f"step-{step:06d}.jsonl").write_text("".join(lines), encoding="utf-8", errors=SURROGATES)
+        for suffix, content in (("txt", text), ("jsonl", "".join(lines))):
+            path = self.path / "rollouts" / f"step-{step:06d}.{suffix}"
+            files.write_atomically(path, content.encode(errors=SURROGATES), durable=False)
 
     def write_tokens(self, step: int, groups: Sequence[Group], batch: TrainingBatch, records: Sequence[TokenRecord]) -> None:
         """Every completion token as a row of Parquet; what only the learner knows is null where a row was not run."""
-        (self.path / "tokens").mkdir(exist_ok=True)
+        path = self.path / "tokens" / f"step-{step:06d}.parquet"
         table = pa.table(token_columns(step, groups, batch, records, self.tokenizer))
-        partial = self.path / "tokens" / ".partial"  # renamed at the end, so that a file that exists is complete
-        pq.write_table(table, partial)
-        partial.replace(self.path / "tokens" / f"step-{step:06d}.parquet")
+        partial = path.with_name(files.PARTIAL + path.name)
+        with files.explained(path):
+            path.parent.mkdir(exist_ok=True)
+            pq.write_table(table, partial)
+        files.move(partial, path, durable=False)
+
+    # --- the end
+
+    def write_model(self, export: Callable[[Path], dict[str, float]]) -> dict[str, float]:
+        """Have the trained model written to model/, which is what it was until all of it is on the disk."""
+        return write_model(self.model, export)
+
+
+def write_model(final: Path, export: Callable[[Path], dict[str, float]]) -> dict[str, float]:
+    """Have `export` write a model directory, and put it in place when it is complete; returns what `export` does.
+
+    Raises:
+        DiskError: it cannot be written; what was in place stays.
+    """
+    partial = final.with_name(files.PARTIAL + final.name)
+    files.remove(partial)
+    try:
+        found = export(partial)
+        files.sync_tree(partial)
+    except (RunError, UserError):
+        files.remove(partial)
+        raise
+    except Exception as error:  # transformers, tokenizers and safetensors write, and say of a full disk whatever they like
+        files.remove(partial)
+        raise DiskError(f"{final}: cannot be written: {str(error).splitlines()[0] if str(error) else error!r}") from error
+    files.put_directory(partial, final)
+    return found
 
 
 def token_columns(
@@ -147,13 +302,6 @@ def _turns_of_tokens(completion: Completion) -> list[tuple[int, str]]:
     """For each token the number of its turn, from 0, and who said it."""
     spans = completion.turns or completion.said
     return [(number, turn.role) for number, turn in enumerate(spans) for _ in range(turn.start, turn.end)]
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):  # the line that a kill cut short
-        return float("inf")
 
 
 def _ranked(group: Group) -> list[int]:

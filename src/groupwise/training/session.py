@@ -14,9 +14,13 @@ from groupwise.errors import RunError, UserError
 from groupwise.tasks.base import datasets_of
 from groupwise.training import checkpoints
 from groupwise.training.display import Display
+from groupwise.training.events import Warned
+from groupwise.training.inputs import input_hashes
 from groupwise.training.interrupts import Interrupted
 from groupwise.training.loop import Result, Trainer
 from groupwise.training.records import RunDirectory
+from groupwise.training.resume import Resumption, resumed_recipe, resumption
+from groupwise.training.segments import after, plain
 from groupwise.training.setup import Ready, prepare, resolved
 from groupwise.training.trackers import Guarded, make_trackers
 
@@ -29,8 +33,8 @@ class Session:
     source: Source
     path: Path
     """The run's directory."""
-    checkpoint: Path | None
-    """Where a resumed run goes on; None: it begins."""
+    resumption: Resumption | None = None
+    """How a run that exists goes on; None: it begins."""
 
 
 def plan(
@@ -50,19 +54,17 @@ def plan(
         path = find_recipe(recipe)
         settings, source = load(path, Recipe, overrides, changes)
         run = out or Path("runs") / f"{path.stem}-{datetime.now():%Y%m%d-%H%M%S}"
-        return Session(recipe=settings, source=source, path=run, checkpoint=None)
+        RunDirectory(run, None).check_free()
+        return Session(recipe=settings, source=source, path=run)
     if recipe is not None or out is not None:
         raise UserError("--resume takes the recipe and the directory from the run; change settings with --set")
-    path = resume / "recipe.toml"
-    if not path.is_file():
-        raise UserError(f"--resume {resume}: no recipe.toml in it, so not a run")
-    checkpoint = checkpoints.newest(resume)
-    if checkpoint is None:
-        raise UserError(f"--resume {resume}: the run has no checkpoint; begin again with groupwise train {path} --out ...")
-    settings, source = load(path, Recipe, overrides, changes)
-    if settings.algorithm.get("name") != load(path, Recipe)[0].algorithm.get("name"):
-        raise source.error("algorithm.name", "a run goes on with the algorithm it began with; its settings may change")
-    return Session(recipe=settings, source=source, path=resume, checkpoint=checkpoint)
+    found = resumption(resume)
+    try:
+        settings, source = resumed_recipe(resume, found.recorded, overrides, changes)
+    except UserError:
+        found.lock.close()
+        raise
+    return Session(recipe=settings, source=source, path=resume, resumption=found)
 
 
 def run(session: Session, console: Console) -> Result:
@@ -72,30 +74,49 @@ def run(session: Session, console: Console) -> Result:
         UserError, RunError: as soon as something is wrong.
         Interrupted, KeyboardInterrupt: the user stopped it. What was reached is saved, and the console says how to go on.
     """
-    ready = prepare(session.recipe, session.source)
-    directory, tree = RunDirectory(session.path, ready.tokenizer), resolved(ready)
-    if session.checkpoint is None:
-        directory.create(tree)
-    else:
-        directory.write_recipe(tree)
-    trackers = make_trackers(ready.trackers, session.path, tree)
-    patience = session.recipe.trackers.timeout
-    _announce(ready, session, console)
-    with Display(console, session.recipe.training.steps) as display, ExitStack() as closing:
-        named = zip(ready.trackers, trackers, strict=True)
+    with ExitStack() as closing:
+        if session.resumption is not None:
+            closing.callback(session.resumption.lock.close)
+        ready = prepare(session.recipe, session.source)
+        directory, tree = RunDirectory(session.path, ready.tokenizer), resolved(ready)
+        if session.resumption is None:
+            closing.callback(directory.claim().close)
+        trackers = make_trackers(ready.trackers, session.path, tree)
+        trainer = Trainer(ready, directory)
+        events = start(session, ready, trainer, tree)
+        _announce(ready, session, console)
+        display = closing.enter_context(Display(console, session.recipe.training.steps))
+        named, patience = zip(ready.trackers, trackers, strict=True), session.recipe.trackers.timeout
         guarded = [Guarded(tracker.name, recorder, display.note, patience) for tracker, recorder in named]
         for tracker in guarded:
             closing.callback(tracker.close)
-        trainer = Trainer(ready, directory, [display, *guarded])
-        if session.checkpoint is not None:
-            trainer.resume(session.checkpoint)
-            display.begin_at(trainer.step)
-            display.note(f"going on after step {trainer.step}")
+        trainer.recorders += [display, *guarded]
+        display.begin_at(trainer.step)
+        for event in events:
+            trainer.record(event)
         try:
             return trainer.train()
         except (Interrupted, KeyboardInterrupt, UserError, RunError):
             display.note(f"stopped in step {trainer.step + 1}{_how_to_go_on(session.path)}")
             raise
+
+
+def start(session: Session, ready: Ready, trainer: Trainer, tree: Mapping[str, Any]) -> list[Warned]:
+    """Load the checkpoint that the run goes on from, and write the settings; returns what is to be said of it.
+
+    `tree`: the settings, whole.
+    """
+    directory, found, tree = trainer.run_directory, session.resumption, plain(tree)
+    inputs = input_hashes(tree, ready.task)
+    if found is None:
+        directory.create(tree, inputs)
+        return []
+    if found.checkpoint is None:
+        return found.events([directory.create_again(tree, inputs)], None)
+    trainer.resume(found.checkpoint)
+    segments = after(found.recorded.segments, found.checkpoint, tree, inputs)
+    problem = directory.resume(found.checkpoint, found.damaged, segments, trainer.store)
+    return found.events(segments, problem)
 
 
 def _announce(ready: Ready, session: Session, console: Console) -> None:
@@ -110,5 +131,5 @@ def _announce(ready: Ready, session: Session, console: Console) -> None:
 
 
 def _how_to_go_on(path: Path) -> str:
-    checkpoint = checkpoints.newest(path)
-    return f"; to go on from {checkpoint.name}: groupwise train --resume {path}" if checkpoint else ""
+    there = checkpoints.listed(path / "checkpoints")
+    return f"; to go on from {checkpoints.name_of(max(there))}: groupwise train --resume {path}" if there else ""
