@@ -116,7 +116,8 @@ def routing_flips(run: Run) -> float:
     starts = [i for i, position in enumerate(positions) if position == 0]
     rows = [torch.tensor([*tokenizer(prompts[a]).input_ids, *tokens[a:b]]) for a, b in itertools.pairwise(starts)]
     chosen: list[list[torch.Tensor]] = []
-    for checkpoint in sorted((run.path / "checkpoints").glob("step-*")):
+    newest = run.recipe["training"]["keep_checkpoints"]  # the best may be there too, from long before
+    for checkpoint in sorted((run.path / "checkpoints").glob("step-*"))[-newest:]:
         load_model(model, str(checkpoint / "model.safetensors"))
         logits = [model(input_ids=row[None], output_router_logits=True).router_logits for row in rows]
         k = model.config.num_experts_per_tok

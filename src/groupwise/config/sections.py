@@ -198,9 +198,10 @@ class TrainingSection(Section):
     eval_problems: Count = 500
     """The most held-out problems that an evaluation tries, one completion each."""
     checkpoint_every: Count = 25
-    """Steps between two checkpoints, from which a run can be resumed; there is one after the last step."""
+    """Steps between two checkpoints, from which a run can be resumed; there is one after the last step, and one of each step
+    that is evaluated as the best so far."""
     keep_checkpoints: Count = 2
-    """How many of the newest checkpoints stay on the disk."""
+    """How many of the newest checkpoints stay on the disk; the best one by held-out score stays too."""
     tokens_every: Annotated[int, Field(ge=0)] = 25
     """Every so many steps, the first one and the last included, every token is written to tokens/ as Parquet; 0: never."""
 

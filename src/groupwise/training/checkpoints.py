@@ -21,7 +21,7 @@ from groupwise.state import read_state, write_state
 
 FORMAT = 2
 """Of the files in a checkpoint; those of format 1 were pickled, and had no manifest."""
-MANIFEST, RECIPE = "manifest.json", "recipe.toml"
+MANIFEST, RECIPE, BEST = "manifest.json", "recipe.toml", "best.json"
 
 
 class Damaged(Exception):
@@ -224,24 +224,37 @@ class Store:
 
     def is_better(self, step: int, metrics: Mapping[str, Any]) -> Best | None:
         """This evaluation, if it is the best so far of a step that was trained; the first of equals stays the best."""
-        found = best_of([{**metrics, "step": step}], {step})
+        found = _best([{**metrics, "step": step}], {step})
         return found if found and (self.best is None or found.value > self.best.value) else None
 
     def set_best(self, best: Best, step: int) -> None:
         """Keep the checkpoint of this evaluation from now on; `step` is that of the run."""
-        files.write_atomically(self.directory / "best.json", json.dumps(asdict(best)) + "\n")
+        files.write_atomically(self.directory / BEST, json.dumps(asdict(best)) + "\n")
         self.best = best
         self.prune(step)
 
-    def resume(self, evaluations: Iterable[Mapping[str, Any]]) -> None:
-        """Find the best again, from the records of the evaluations up to where the run goes on."""
-        self.best = best_of(evaluations, listed(self.directory))
+    def resume(self, step: int, evaluations: Iterable[Mapping[str, Any]]) -> None:
+        """Find the best again, from the records of the evaluations up to where the run goes on, and do what was left to do."""
+        self.best = best_of(self.directory, evaluations)
         if self.best is not None:
-            files.write_atomically(self.directory / "best.json", json.dumps(asdict(self.best)) + "\n")
+            self.set_best(self.best, step)
+        self.prune(step)
 
 
-def best_of(evaluations: Iterable[Mapping[str, Any]], steps: Iterable[int]) -> Best | None:
-    """The best of the evaluations of some steps, by pass rate where there is one, else by mean reward; the first of equals."""
+def best_of(directory: Path, evaluations: Iterable[Mapping[str, Any]]) -> Best | None:
+    """The best evaluation of a step that has a checkpoint, by the records; where a damaged one lacks it, as best.json says."""
+    records = list(evaluations)
+    try:
+        known: dict[str, Any] = json.loads((directory / BEST).read_bytes())
+        if not any(record["step"] == known["step"] and known["metric"] in record for record in records):
+            records.append({"step": known["step"], known["metric"]: known["value"]})
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        pass  # the records say the same
+    return _best(records, listed(directory))
+
+
+def _best(evaluations: Iterable[Mapping[str, Any]], steps: Iterable[int]) -> Best | None:
+    """By pass rate where there is one, else by mean reward; the first of equals."""
     known, best = set(steps) - {0}, None
     for record in evaluations:
         metric = "eval/pass@1" if "eval/pass@1" in record else "eval/reward"

@@ -1,8 +1,6 @@
 """The model of a checkpoint as a Hugging Face directory: of a run that is under way, was killed, or went on past its best."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from groupwise.config import Recipe, load
 from groupwise.errors import UserError
@@ -59,7 +57,7 @@ def find(run: Path, which: str) -> Checkpoint:
             raise checkpoints.refusal(directory, damaged)
         return newest
     if which == "best":
-        best = best_of(run, there)
+        best = best_of(run)
         if best is None:
             raise UserError(f"{run}: no step with a checkpoint was evaluated; name a step: {', '.join(map(str, there))}")
         step = best.step
@@ -75,14 +73,9 @@ def find(run: Path, which: str) -> Checkpoint:
         raise UserError(f"{there[step]}: {error}") from error
 
 
-def best_of(run: Path, there: dict[int, Path]) -> Best | None:
-    """The best evaluated step that has a checkpoint: as best.json says, or if that is damaged, by the records."""
-    try:
-        known: dict[str, Any] = json.loads((run / "checkpoints" / "best.json").read_bytes())
-        if known["step"] in there:
-            return Best(**known)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        pass  # it can be found again
+def best_of(run: Path) -> Best | None:
+    """The best evaluated step of a run that has a checkpoint."""
     path = run / METRICS
     lines = path.read_bytes().splitlines() if path.is_file() else []
-    return checkpoints.best_of([record for line in lines if (record := parse(line)) and TRAINED not in record], there)
+    evaluations = [record for line in lines if (record := parse(line)) and TRAINED not in record]
+    return checkpoints.best_of(run / "checkpoints", evaluations)

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,11 @@ def _code(value: Any) -> Iterator[Path]:
     if isinstance(value, list):
         for item in value:
             yield from _code(item)
-    elif is_reference(value) and (path := Path(value.rpartition(":")[0])).is_file():
-        yield path
+    elif is_reference(value):
+        path = Path(value.rpartition(":")[0])
+        with suppress(OSError):  # a text too long to be a file's name
+            if path.is_file():
+                yield path
 
 
 def _datasets(task: Task) -> Iterator[Path]:

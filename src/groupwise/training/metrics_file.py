@@ -52,6 +52,10 @@ class MetricsFile:
         if TRAINED not in record:
             self.evaluations.append(record)
 
+    def begins(self, digest: Digest) -> bool:
+        """Whether this is what the file on the disk begins with."""
+        return _begins(self.path.read_bytes(), digest)
+
     def sync(self) -> None:
         """Have all of it on the disk."""
         if self.path.exists():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from groupwise import files
 from groupwise.errors import RunError, UserError
-from groupwise.files import DiskError, Lock
+from groupwise.files import Digest, DiskError, Lock
 from groupwise.learner.base import TokenRecord
 from groupwise.training.checkpoints import Checkpoint, Store, listed
 from groupwise.training.events import Evaluated, Event, StepDone, Warned
@@ -28,7 +28,6 @@ from groupwise.training.segments import (
     Unrecorded,
     changes,
     check_beginning,
-    metrics_at,
     plain,
     recorded,
     replaced,
@@ -129,7 +128,14 @@ class RunDirectory:
         self._write_settings([first])
         return first
 
-    def resume(self, checkpoint: Checkpoint, damaged: Iterable[int], segments: Sequence[Segment], store: Store) -> str | None:
+    def resume(
+        self,
+        checkpoint: Checkpoint,
+        damaged: Iterable[int],
+        segments: Sequence[Segment],
+        store: Store,
+        metrics: Sequence[Digest],
+    ) -> str | None:
         """Have the directory say what it said when the checkpoint was written, and with which settings the run goes on.
 
         Everything has been verified and loaded before. Killed anywhere in here, the run can be resumed with the same command:
@@ -140,6 +146,7 @@ class RunDirectory:
         Args:
             damaged: steps of newer checkpoints that cannot be resumed from.
             segments: of the run, that of this resume last.
+            metrics: what metrics.jsonl held at the checkpoint, by any who knows.
 
         Returns:
             What is wrong with metrics.jsonl; None if nothing is.
@@ -148,10 +155,10 @@ class RunDirectory:
             files.recover(directory)
         store.set_aside(damaged)
         *before, last = segments
-        problem = self.metrics.rewind(checkpoint.step, metrics_at(before, checkpoint))
+        problem = self.metrics.rewind(checkpoint.step, metrics)
         self._drop_after(checkpoint.step)
-        store.resume(self.metrics.evaluations)
-        repaired = asdict(self.metrics.digest) if problem else None
+        store.resume(checkpoint.step, self.metrics.evaluations)
+        repaired = None if self.metrics.begins(checkpoint.metrics) else asdict(self.metrics.digest)
         self._write_settings([*before, replace(last, metrics=repaired)])
         return problem
 

@@ -42,7 +42,7 @@ class Resumption:
             Warned(step=step, name="checkpoint_damaged", text=f"{checkpoints.name_of(number)} is passed over: {reason}")
             for number, reason in self.damaged.items()
         ]
-        notes = [*self.recorded.notes, *([problem] if problem else []), *([self.lock.warning] if self.lock.warning else [])]
+        notes = [*self.recorded.notes, *([problem] if problem else [])]
         found += [Warned(step=step, name="records_damaged", text=note) for note in notes]
         found.append(Warned(step=step, kind="note", name="resumed", text=f"goes on from {there}"))
         if before is not None:

@@ -203,8 +203,16 @@ def written(value: Any) -> str:
 
 
 def plain(tree: Any) -> Any:
-    """Settings as JSON has them: dates as text."""
-    return json.loads(json.dumps(tree, default=str))
+    """Settings as JSON has them: dates as text.
+
+    Raises:
+        UserError: they hold a text that is not Unicode, and so cannot be written.
+    """
+    text = json.dumps(tree, default=str, ensure_ascii=False)
+    try:
+        return json.loads(text.encode())
+    except UnicodeEncodeError as error:
+        raise UserError(f"a setting is not Unicode: …{text[max(0, error.start - 30) : error.end]!r}") from error
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[Any]]:

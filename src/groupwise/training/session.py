@@ -20,7 +20,7 @@ from groupwise.training.interrupts import Interrupted
 from groupwise.training.loop import Result, Trainer
 from groupwise.training.records import RunDirectory
 from groupwise.training.resume import Resumption, resumed_recipe, resumption
-from groupwise.training.segments import after, plain
+from groupwise.training.segments import after, metrics_at, plain
 from groupwise.training.setup import Ready, prepare, resolved
 from groupwise.training.trackers import Guarded, make_trackers
 
@@ -75,15 +75,19 @@ def run(session: Session, console: Console) -> Result:
         Interrupted, KeyboardInterrupt: the user stopped it. What was reached is saved, and the console says how to go on.
     """
     with ExitStack() as closing:
-        if session.resumption is not None:
-            closing.callback(session.resumption.lock.close)
+        lock = session.resumption.lock if session.resumption else None
+        if lock is not None:
+            closing.callback(lock.close)
         ready = prepare(session.recipe, session.source)
         directory, tree = RunDirectory(session.path, ready.tokenizer), resolved(ready)
-        if session.resumption is None:
-            closing.callback(directory.claim().close)
+        if lock is None:
+            lock = directory.claim()
+            closing.callback(lock.close)
         trackers = make_trackers(ready.trackers, session.path, tree)
         trainer = Trainer(ready, directory)
         events = start(session, ready, trainer, tree)
+        if lock.warning:
+            events.append(Warned(step=trainer.step, name="no_lock", text=lock.warning))
         _announce(ready, session, console)
         display = closing.enter_context(Display(console, session.recipe.training.steps))
         named, patience = zip(ready.trackers, trackers, strict=True), session.recipe.trackers.timeout
@@ -115,7 +119,8 @@ def start(session: Session, ready: Ready, trainer: Trainer, tree: Mapping[str, A
         return found.events([directory.create_again(tree, inputs)], None)
     trainer.resume(found.checkpoint)
     segments = after(found.recorded.segments, found.checkpoint, tree, inputs)
-    problem = directory.resume(found.checkpoint, found.damaged, segments, trainer.store)
+    metrics = metrics_at(found.recorded.segments, found.checkpoint)
+    problem = directory.resume(found.checkpoint, found.damaged, segments, trainer.store, metrics)
     return found.events(segments, problem)
 
 
@@ -132,4 +137,5 @@ def _announce(ready: Ready, session: Session, console: Console) -> None:
 
 def _how_to_go_on(path: Path) -> str:
     there = checkpoints.listed(path / "checkpoints")
-    return f"; to go on from {checkpoints.name_of(max(there))}: groupwise train --resume {path}" if there else ""
+    how = f"go on from {checkpoints.name_of(max(there))}" if there else "begin again"
+    return f"; to {how}: groupwise train --resume {path}"
