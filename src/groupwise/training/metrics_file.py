@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from groupwise import files
+from groupwise.errors import UserError
 from groupwise.files import Digest
 
 METRICS = "metrics.jsonl"
@@ -69,11 +70,13 @@ class MetricsFile:
 
         Returns:
             What is wrong with the file; None if nothing is. A damaged one is kept beside the one with what could be read of it.
+
+        Raises:
+            UserError: it is there, and the system refuses to read it.
         """
-        try:
-            content, problem = self.path.read_bytes(), "is damaged"
-        except OSError as error:
-            content, problem = b"", "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        content = read(self.path)
+        problem = "is missing" if content is None else "is damaged"
+        content = content or b""
         intact = not written or any(_begins(content, digest) for digest in written)
         kept: dict[tuple[int, bool], tuple[bytes, dict[str, Any]]] = {}
         for line in content.splitlines():
@@ -99,6 +102,20 @@ def _kind(record: Mapping[str, Any]) -> tuple[int, bool]:
 
 def _begins(content: bytes, digest: Digest) -> bool:
     return len(content) >= digest.bytes and hashlib.sha256(content[: digest.bytes]).hexdigest() == digest.sha256
+
+
+def read(path: Path) -> bytes | None:
+    """What a file of a run holds; None if there is none.
+
+    Raises:
+        UserError: the system refuses to read it; it might be whole, and must not be replaced.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; make it readable, or move it away") from error
 
 
 def parse(line: bytes) -> dict[str, Any] | None:

@@ -40,7 +40,7 @@ WRITTEN = {
     RECIPE, SEGMENTS, METRICS, "events.jsonl", "rollouts", "tokens", "checkpoints", "trackers", "report.html", ".lock",
 }  # fmt: skip
 """What may be in a run's directory before its first checkpoint."""
-LEFTOVERS = (files.PARTIAL, files.REPLACED, files.REMOVED, "metrics.damaged-")
+LEFTOVERS = (files.PARTIAL, files.REPLACED, files.REMOVED, "metrics.damaged-", "recipe.damaged-", "segments.damaged-")
 SURROGATES = "backslashreplace"
 """How half of a surrogate pair is written, which a sampler of one's own may return: as JSON has it, \\ud800."""
 

@@ -21,7 +21,7 @@ from groupwise.config import dump
 from groupwise.errors import UserError
 from groupwise.files import Digest
 from groupwise.training.checkpoints import Checkpoint, seal
-from groupwise.training.metrics_file import METRICS, parse
+from groupwise.training.metrics_file import METRICS, parse, read, set_aside
 
 SEGMENTS, RECIPE = "segments.jsonl", "recipe.toml"
 
@@ -70,12 +70,15 @@ class Recorded:
 
 
 def read_segments(run: Path) -> tuple[list[Segment], str | None]:
-    """The segments of a run that can be read, and what is wrong with the last line; None if it is whole."""
-    try:
-        lines = (run / SEGMENTS).read_bytes().splitlines()
-    except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        return [], f"{SEGMENTS} is missing" if missing else f"{SEGMENTS} cannot be read: {error.strerror}"
+    """The segments of a run that can be read, and what is wrong with the last line; None if it is whole.
+
+    Raises:
+        UserError: the system refuses to read the file.
+    """
+    content = read(run / SEGMENTS)
+    if content is None:
+        return [], f"{SEGMENTS} is missing"
+    lines = content.splitlines()
     found, problem = [], f"{SEGMENTS} is empty" if not lines else None
     for line in lines:
         try:
@@ -92,6 +95,14 @@ def write_segments(run: Path, segments: Sequence[Segment]) -> None:
     contents = [plain(asdict(segment)) for segment in segments]
     text = "".join(json.dumps({**content, "sha256": seal(content)}) + "\n" for content in contents)
     files.write_atomically(run / SEGMENTS, text)
+
+
+def keep_damaged(run: Path, found: "Recorded") -> None:
+    """Keep copies of damaged files that are about to be written again: somebody may have edited them by hand."""
+    for name in (SEGMENTS, RECIPE):
+        damaged = any(note.startswith(f"{name} is damaged") for note in found.notes)
+        if damaged and (content := read(run / name)):
+            set_aside(run / name, content)
 
 
 def after(

@@ -20,7 +20,7 @@ from groupwise.training.interrupts import Interrupted
 from groupwise.training.loop import Result, Trainer
 from groupwise.training.records import RunDirectory
 from groupwise.training.resume import Resumption, resumed_recipe, resumption
-from groupwise.training.segments import after, metrics_at, plain
+from groupwise.training.segments import after, keep_damaged, metrics_at, plain
 from groupwise.training.setup import Ready, prepare, resolved
 from groupwise.training.trackers import Guarded, make_trackers
 
@@ -116,9 +116,11 @@ def start(session: Session, ready: Ready, trainer: Trainer, tree: Mapping[str, A
         directory.create(tree, inputs)
         return []
     if found.checkpoint is None:
+        keep_damaged(session.path, found.recorded)
         return found.events([directory.create_again(tree, inputs)], None)
     trainer.resume(found.checkpoint)
     segments = after(found.recorded.segments, found.checkpoint, tree, inputs)
+    keep_damaged(session.path, found.recorded)
     metrics = metrics_at(found.recorded.segments, found.checkpoint)
     problem = directory.resume(found.checkpoint, found.damaged, segments, trainer.store, metrics)
     return found.events(segments, problem)
