@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from groupwise.config import Source
 from groupwise.errors import UserError, nearest
 from groupwise.rewards.answers import last_tagged
-from groupwise.rewards.sandbox import Box, Limits, SandboxError, find_box
+from groupwise.rewards.boxes import Limits, SandboxError
+from groupwise.rewards.sandbox import Box, end, find_box
 from groupwise.types import Completion, Demonstration, Problem, Score
 
 HELD_OUT_SHARE = 10
@@ -227,7 +228,7 @@ class Scorer:
 
     def close(self) -> None:
         if self._process is not None:
-            self._process.kill()
+            end(self._process, self.box.kind)
             self._process.communicate()
             self._process = None
 
