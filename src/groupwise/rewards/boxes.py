@@ -80,11 +80,10 @@ def command(
         "AS": limits.memory,
         "FSIZE": limits.output,
         "NOFILE": 64,
+        "NPROC": limits.processes,
         "CORE": 0,
         "MSGQUEUE": 0,
     }
-    if kind != "processes":  # where it would count everything that the user runs
-        counts["NPROC"] = limits.processes
     specification = {
         "namespaces": kind == "namespaces",
         "own_processes": own,

@@ -45,7 +45,7 @@ def call(name: str, *arguments: "Any") -> None:
         raise OSError(error, f"{name}({shown}): {os.strerror(error)}")
 
 
-def read(path: str) -> str:
+def read(path: "str | int") -> str:
     with open(path) as file:
         return file.read()
 
@@ -216,6 +216,10 @@ class Watch:
         self.own_processes: bool = specification["own_processes"]
 
     def until_the_end_of(self, child: int) -> None:
+        try:  # before any number of other processes, where this user may
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+        except OSError:
+            pass
         status = None
         while status is None:
             heard = signal.sigtimedwait(HEARD, INTERVAL)
@@ -346,8 +350,8 @@ def run(specification: "dict[str, Any]") -> "dict[str, Any]":
         build_root(specification)
         write("/proc/sys/user/max_user_namespaces", "0")
         user = 1 if uid == 0 else None
-    elif specification["landlock"] and not own:
-        user = user_of_its_own(sys.executable)
+    elif not own:
+        user = user_of_its_own(sys.executable) if specification["landlock"] else None
         if user is None:
             limits["NPROC"] += threads_of(os.getuid())
     if own:
@@ -391,7 +395,6 @@ if __name__ == "__main__":
     os.close(given["report"])
     if not os.read(given["go"], 1):  # the process that started this one has ended
         os._exit(1)
-    os.close(given["go"])
-    with os.fdopen(given["program"]) as file:
-        source = file.read()
+    source = read(given["program"])
+    os.closerange(3, 1 << 20)
     exec(compile(source, "program.py", "exec"), scope)

@@ -51,7 +51,8 @@ class Program:
             self._program, self._stdin, self._stdout, self._stderr = (stack.enter_context(_memory_file()) for _ in range(4))
             scratch = "/"
             if box.kind == "processes":  # the others have a /tmp of their own, or write nothing
-                scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="groupwise-", ignore_cleanup_errors=True))
+                scratch = tempfile.mkdtemp(prefix="groupwise-")
+                stack.callback(_remove, scratch)
             report, written = os.pipe()
             given, self._give = os.pipe()
             self._report = stack.enter_context(os.fdopen(report, "rb", buffering=0))
@@ -149,6 +150,7 @@ class Program:
     def _end(self) -> None:
         if self.process.returncode is None:
             end(self.process, self.box.kind)
+            self._hear(SECONDS_TO_END)  # until its inner processes have ended too
 
 
 def end(process: subprocess.Popen[bytes], kind: Kind) -> None:
@@ -160,6 +162,14 @@ def end(process: subprocess.Popen[bytes], kind: Kind) -> None:
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def _remove(directory: str) -> None:
+    """Remove what a program wrote, not in this process where it is anything: directories can be nested deeply."""
+    try:
+        Path(directory).rmdir()
+    except OSError:
+        subprocess.run(["rm", "-rf", "--", directory], check=False, stderr=subprocess.DEVNULL)
 
 
 _starter: list[ThreadPoolExecutor] = []
