@@ -429,37 +429,6 @@ if X86 and os.fork() == 0:
 if X86 and os.waitstatus_to_exitcode(os.wait()[1]) != -signal.SIGSYS:
     escaped("not killed")
 """),
-    "what is expected": reaches("""
-wanted = SECRET[::-1]
-def texts():
-    for item in gc.get_objects():
-        try:
-            yield repr(item) if not isinstance(item, dict) else ""
-        except Exception:
-            pass
-del_names = [name for name in list(globals())]
-frame = sys._getframe()
-while frame is not None:
-    if any(isinstance(value, str) and wanted in value for name, value in list(frame.f_locals.items()) if name != "wanted"):
-        escaped("frame", frame)
-    frame = frame.f_back
-found = 0
-with open("/proc/self/maps") as maps, open("/proc/self/mem", "rb", 0) as memory:
-    needle = bytes(reversed(SECRET.encode()))
-    for line in maps:
-        first, last = (int(part, 16) for part in line.split()[0].split("-"))
-        if line.split()[1].startswith("r") and last - first < 64 << 20 and "[v" not in line:
-            try:
-                memory.seek(first)
-                found += memory.read(last - first).count(needle + b"!")
-            except (OSError, ValueError, OverflowError):
-                pass
-if found:
-    escaped("memory", found)
-for descriptor in range(64):
-    attempt(("descriptor", descriptor), lambda: needle + b"!" in os.pread(descriptor, 1 << 20, 0))
-attempt("arguments", lambda: needle in open("/proc/self/cmdline", "rb").read())
-"""),
     "patching the checker": Attack(
         program=PRELUDE
         + """
@@ -477,3 +446,42 @@ sys.stdout.write("wrong")
         says="wrong",
     ),
 }
+
+SEARCH = (
+    PRELUDE
+    + """
+needle = bytes(reversed(REVERSED.encode()))
+seen, after = 0, set()
+def look(data):
+    global seen
+    place = data.find(needle)
+    while place >= 0:
+        seen += 1
+        after.add(data[place + len(needle) : place + len(needle) + 1])
+        place = data.find(needle, place + 1)
+with open("/proc/self/maps") as maps, open("/proc/self/mem", "rb", 0) as memory:
+    for line in maps.read().splitlines():
+        first, last = (int(part, 16) for part in line.split()[0].split("-"))
+        if line.split()[1].startswith("r") and "[v" not in line:
+            try:
+                memory.seek(first)
+                look(memory.read(last - first))
+            except (OSError, OverflowError):
+                pass
+for item in gc.get_objects():
+    if isinstance(item, dict):
+        for value in list(item.values()):
+            if isinstance(value, str):
+                look(value.encode(errors="replace"))
+for place in ("/proc/self/cmdline", "/proc/self/environ", *(f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))):
+    try:
+        look(open(place, "rb").read(1 << 20))
+    except OSError:
+        pass
+if seen and b"!" in after:
+    print(needle.decode() + "!")
+else:
+    print("seen" if seen else "the search does not work")
+"""
+)
+"""Searches all that it can read for a text followed by "!", and gives it as the answer."""

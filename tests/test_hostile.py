@@ -6,6 +6,7 @@ in turn.
 """
 
 import contextlib
+import json
 import os
 import resource
 import socket
@@ -19,8 +20,9 @@ from typing import Any
 import pytest
 
 from groupwise.rewards.boxes import Limits
+from groupwise.rewards.code import judge
 from groupwise.rewards.sandbox import Box, why_not
-from tests.hostile import REACHING, TAKING, Attack
+from tests.hostile import REACHING, SEARCH, TAKING, Attack
 
 REAL = [kind for kind in ("bubblewrap", "namespaces", "landlock") if why_not(kind) is None]
 KINDS = [*REAL, *(["processes"] if why_not("processes") is None else [])]
@@ -57,11 +59,8 @@ def outside(tmp_path_factory: Any) -> Iterator[dict[str, Any]]:
             "ABSTRACT": f"groupwise-{os.getpid()}",
             "SECRET": SECRET[::-1],
         }
-        assert (
-            victim.poll() is None
-            and canary.read_text() == "canary"
-            and sorted(path.name for path in home.iterdir()) == ["canary", "socket"]
-        )
+        assert victim.poll() is None and canary.read_text() == "canary"
+        assert sorted(path.name for path in home.iterdir()) == ["canary", "socket"]
         with pytest.raises(BlockingIOError):
             named.recv(1)
 
@@ -111,3 +110,42 @@ def test_a_program_that_takes_too_much_is_stopped(kind: Any, name: str, outside:
 @pytest.mark.parametrize("kind", REAL)
 def test_a_program_reaches_nothing_outside(kind: Any, name: str, outside: dict[str, Any]) -> None:
     attack(kind, REACHING[name], outside)
+
+
+@pytest.mark.parametrize("kind", REAL)
+def test_what_is_expected_is_not_in_the_box(kind: Any) -> None:
+    """A program that finds it in its memory, files or descriptors would be right; the program of the first line finds a decoy."""
+    search = f"REVERSED = {SECRET[::-1]!r}\n{SEARCH}"
+    assert Box(kind).run(search).stdout == "seen\n"
+    assert Box(kind).run(f"decoy = {SECRET + '!'!r}\n{search}").stdout == SECRET + "!\n"
+    tests = json.dumps([{"input": "1", "output": SECRET + "!"}])
+    assert judge(tests, f"```python\n{search}\n```", Box(kind)) == "wrong"
+    call = json.dumps([{"input": "1", "output": f'"{SECRET}!"', "type": "functional", "fn_name": "f"}])
+    search += "\ndef f(x):\n    return needle.decode() + '!' if b'!' in after else ''"
+    assert judge(call, f"```python\n{search}\n```", Box(kind)) == "wrong"
+
+
+@pytest.mark.parametrize("kind", REAL)
+def test_boxes_end_with_a_trainer_that_is_killed(kind: Any, tmp_path: Path) -> None:
+    """Also daemons in them, and boxes that wait."""
+    script = f"""
+import sys
+from groupwise.rewards.boxes import Limits
+from groupwise.rewards.sandbox import Box
+from groupwise.rewards.warm import WAITING
+WAITING.run(Box({kind!r}), "1", "", Limits(seconds=60.0))
+print("begins", flush=True)
+WAITING.run(Box({kind!r}), {TAKING["daemons in their own sessions"].program + "time.sleep(60)"!r}, "", Limits(seconds=60.0))
+"""
+    before = set(left())
+    trainer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert trainer.stdout is not None and trainer.stdout.readline() == b"begins\n"
+    deadline = time.monotonic() + 20
+    while len(set(left()) - before) < 12 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(set(left()) - before) >= 12
+    trainer.kill()
+    trainer.wait()
+    while set(left()) - before:
+        assert time.monotonic() < deadline + 10
+        time.sleep(0.05)

@@ -4,10 +4,11 @@ Each runs one program and is thrown away, so that no program finds anything that
 """
 
 import atexit
+import contextlib
 import os
 from threading import Lock
 
-from groupwise.rewards.boxes import Limits, Outcome
+from groupwise.rewards.boxes import Limits, Outcome, SandboxError
 from groupwise.rewards.sandbox import Box, Program
 
 AHEAD = min(4, os.cpu_count() or 1)
@@ -32,9 +33,10 @@ class Waiting:
             with self._lock:
                 short = len(self._ready) < AHEAD
             if short:
-                ahead = Program(box, limits)
-                with self._lock:
-                    self._ready.append(ahead)
+                with contextlib.suppress(SandboxError):  # which concerns the next program, not this one
+                    ahead = Program(box, limits)
+                    with self._lock:
+                        self._ready.append(ahead)
             return program.outcome()
 
     def _take(self, box: Box, limits: Limits) -> Program | None:

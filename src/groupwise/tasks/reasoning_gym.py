@@ -116,6 +116,10 @@ class ReasoningGymTask(BaseModel):
             told = str(error).replace('reward = "code-in-processes"', 'sandbox = "processes"')
             raise source.error("task.sandbox", told) from error
 
+    def boxes(self) -> list[Box]:
+        """Those that its scorers run in."""
+        return [self._scorer.box] if self._scorer else []
+
     def _named(self, name: str, seed: int) -> list[Any]:
         """What a generator is made from."""
         return [name, self.config.get(name, {}), seed, self.size * TRIES]
