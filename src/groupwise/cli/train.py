@@ -111,7 +111,7 @@ def sft_command(
 @app.command()
 def check(recipe: Annotated[str, typer.Argument(help="A TOML file, or a shipped name.")], overrides: Overrides = None) -> None:
     """Find everything that can be wrong with a recipe, without training."""
-    from groupwise.tasks.base import datasets_of
+    from groupwise.tasks.base import datasets_of, sandboxes_of
     from groupwise.training.setup import prepare
 
     with exit_codes():
@@ -128,6 +128,7 @@ def check(recipe: Annotated[str, typer.Argument(help="A TOML file, or a shipped 
             "model": f"{settings.model.path}: {ready.model.name}, {ready.model.num_parameters():,} parameters",
             "task": f"{ready.task.name}: {len(ready.task.held_out(settings.training.eval_problems))} held-out problems",
             **left_out,
+            **({"sandbox": "; ".join(found)} if (found := sandboxes_of(ready.task)) else {}),
             "first prompt": repr(ready.tokenizer.decode(prompt)),
             **(_conversations(ready.episodes, ready.problem) if ready.episodes else {}),
             "algorithm": ready.algorithm.name,

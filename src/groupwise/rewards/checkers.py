@@ -10,9 +10,10 @@ from typing import Any
 from groupwise.environments.hosting import Lent
 from groupwise.rewards.answers import answer_line, any_final, last_boxed, last_number
 from groupwise.rewards.base import Progress, Rated
+from groupwise.rewards.boxes import SandboxError
 from groupwise.rewards.code import judge
 from groupwise.rewards.countdown import countdown
-from groupwise.rewards.sandbox import SandboxError, find_box
+from groupwise.rewards.sandbox import find_box
 from groupwise.types import Completion, Problem, Verdict
 from groupwise.workers import Target, WorkerError
 

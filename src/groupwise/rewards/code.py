@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from groupwise.rewards.sandbox import Box, Limits
+from groupwise.rewards.boxes import Limits
+from groupwise.rewards.sandbox import Box
+from groupwise.rewards.warm import WAITING
 from groupwise.types import Verdict
 
 BLOCK = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
@@ -128,9 +130,9 @@ def judge(answer: str, text: str, box: Box) -> Verdict:
 
 def _passes(program: str, function: str | None, test: Test, box: Box) -> bool:
     if function is None:
-        outcome = box.run(program, test.given, LIMITS)
+        outcome = WAITING.run(box, program, test.given, LIMITS)
         return outcome.ending == "done" and _lines(outcome.stdout) == _lines(test.expected[0])
-    outcome = box.run(CALL.format(source=program, name=function), json.dumps(test.given), LIMITS)
+    outcome = WAITING.run(box, CALL.format(source=program, name=function), json.dumps(test.given), LIMITS)
     if outcome.ending != "done":
         return False
     try:

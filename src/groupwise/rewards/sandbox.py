@@ -4,62 +4,187 @@ What each kind covers:
 
 - `bubblewrap`: the program bwrap builds the box from namespaces.
 - `namespaces`: `launcher.py` builds the same box itself, where the kernel lets this user make namespaces.
-- `processes`: limits and a kill of the process group only. The program can read and write what this user can, reach the network,
-  start any number of processes, and leave some behind that made a session of their own.
+- `landlock`: for machines, such as most containers, that allow neither. The program reads the interpreter's files only, writes
+  none, and reaches no other process; it can see whether a path exists, how large a file is, and which process numbers are taken.
+- `processes`: limits and a kill of the process tree only. The program can read and write what this user can, reach the network,
+  signal this user's processes, and so stop the one that watches over it.
 
-Not covered by any: an exploit of the kernel (no system call is filtered), and memory of all the processes of a box together.
+The first two are confined by Landlock and a filter of system calls too, where the kernel has them; see docs/rewards.md.
 """
 
 import contextlib
 import functools
-import json
 import os
+import select
 import shutil
 import signal
+import site
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any
 
 from groupwise.errors import UserError
+from groupwise.rewards.boxes import ENVIRONMENT, Ending, Kind, Limits, Outcome, SandboxError, command, confinement
 
-Kind = Literal["bubblewrap", "namespaces", "processes"]
-Ending = Literal["done", "failed", "timeout", "output"]
-LAUNCHER = Path(__file__).with_name("launcher.py")
-READ_SOURCE = "import os, sys; exec(compile(os.fdopen(int(sys.argv.pop(1))).read(), 'program.py', 'exec'))"
-SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/etc/ld.so.cache")
-"""What of the system an interpreter needs."""
+SECONDS_TO_START = 60.0
+SECONDS_TO_END = 30.0
+"""For the box to kill its own processes; then its first ones are killed."""
 
 
-class SandboxError(RuntimeError):
-    """The box could not be built, so that nothing is known of the program."""
+class Program:
+    """A box with an interpreter in it that waits for a program: it runs one, and is thrown away."""
+
+    def __init__(self, box: "Box", limits: Limits) -> None:
+        """Start it; `wait` says when it is ready.
+
+        Raises:
+            SandboxError: it cannot be started.
+        """
+        self.box, self.limits = box, limits
+        with contextlib.ExitStack() as stack:
+            self._program, self._stdin, self._stdout, self._stderr = (stack.enter_context(_memory_file()) for _ in range(4))
+            scratch = "/"
+            if box.kind == "processes":  # the others have a /tmp of their own, or write nothing
+                scratch = tempfile.mkdtemp(prefix="groupwise-")
+                stack.callback(_remove, scratch)
+            report, written = os.pipe()
+            given, self._give = os.pipe()
+            self._report = stack.enter_context(os.fdopen(report, "rb", buffering=0))
+            stack.callback(os.close, self._give)
+            descriptors = {"program": self._program.fileno(), "go": given, "report": written}
+            interpreter, packages = str(Path(sys.executable).resolve()), site.getsitepackages([sys.base_prefix])
+            line = command(box.kind, interpreter, descriptors, limits, packages)
+            try:
+                self.process: subprocess.Popen[bytes] = started(
+                    line,
+                    stdin=self._stdin,
+                    stdout=self._stdout,
+                    stderr=self._stderr,
+                    pass_fds=[self._program.fileno(), written, given],
+                    cwd=scratch,
+                )
+            except OSError as error:
+                raise SandboxError(f"{box.kind}: {error}") from error
+            finally:
+                os.close(written)
+                os.close(given)
+            self._open = stack.pop_all()
+        self._said, self._until = b"", 0.0
+
+    def give(self, source: str, stdin: str = "") -> None:
+        """Have it run a Python program.
+
+        Raises:
+            SandboxError: the box could not be built.
+        """
+        if not self._hear(SECONDS_TO_START, until=b"\n") or not self._said.startswith(b"ready"):
+            self._end()
+            told = self._said.decode(errors="replace").removeprefix("error ").strip()
+            reason = told or _read(self._stderr, self.limits.output).strip() or "the box ended before the program began"
+            raise SandboxError(f"{self.box.kind}: {reason[-1000:]}")
+        for file, text in ((self._program, source), (self._stdin, stdin)):
+            _fill(file, text)
+        self._until = time.monotonic() + self.limits.seconds
+        with contextlib.suppress(BrokenPipeError):  # it was killed while it waited
+            os.write(self._give, b"x")
+
+    def outcome(self) -> Outcome:
+        """Wait for the program, and end everything that is left of it.
+
+        Raises:
+            SandboxError: the program could not be started.
+        """
+        timed_out = not self._hear(self._until - time.monotonic())
+        self._end()
+        state = self._said.decode(errors="replace").splitlines()[1:]
+        if state and state[0].startswith("error"):
+            raise SandboxError(f"{self.box.kind}: {state[0].removeprefix('error ')}")
+        stdout, stderr = _read(self._stdout, self.limits.output), _read(self._stderr, self.limits.output)
+        full = max(os.fstat(file.fileno()).st_size for file in (self._stdout, self._stderr)) >= self.limits.output
+        ending: Ending = "done" if self.process.returncode == 0 else "failed"
+        if timed_out:
+            ending = "timeout"
+        elif "memory" in state or "processes" in state:
+            ending = "memory" if "memory" in state else "processes"
+        elif full:
+            ending = "output"
+        return Outcome(ending=ending, stdout=stdout, stderr=stderr)
+
+    @property
+    def waits(self) -> bool:
+        """Whether it has not ended."""
+        return self.process.poll() is None
+
+    def __enter__(self) -> "Program":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        with self._open:
+            self._end()
+
+    def _hear(self, seconds: float, until: bytes | None = None) -> bool:
+        """Listen until the box has said `until`, or until it has ended; returns False if that takes too long."""
+        deadline = time.monotonic() + seconds
+        poll = select.poll()
+        poll.register(self._report, select.POLLIN)
+        while until is None or until not in self._said:
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                return False
+            heard = self._report.read(4096)
+            if not heard:
+                with contextlib.suppress(subprocess.TimeoutExpired):  # its outermost process says how the program ended
+                    self.process.wait(SECONDS_TO_END)
+                return True
+            self._said += heard
+        return True
+
+    def _end(self) -> None:
+        if self.process.returncode is None:
+            end(self.process, self.box.kind)
+            self._hear(SECONDS_TO_END)  # until its inner processes have ended too
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    seconds: float = 6.0
-    """By the wall clock, and of CPU time."""
-    memory: int = 1 << 30
-    """Bytes of address space of each process."""
-    processes: int = 32
-    """At once; not with `processes`, where it would count everything that the user runs."""
-    output: int = 1 << 20
-    """Bytes of output, and of any file."""
-    disk: int = 64 << 20
-    """Bytes in the box's /tmp, which lies in memory."""
+def end(process: subprocess.Popen[bytes], kind: Kind) -> None:
+    """End a box with everything in it."""
+    if kind in ("landlock", "processes"):
+        process.terminate()  # its first process kills the others, which it alone can find
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(SECONDS_TO_END)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """How a program ended."""
+def _remove(directory: str) -> None:
+    """Remove what a program wrote, not in this process where it is anything: directories can be nested deeply."""
+    try:
+        Path(directory).rmdir()
+    except OSError:
+        subprocess.run(["rm", "-rf", "--", directory], check=False, stderr=subprocess.DEVNULL)
 
-    ending: Ending
-    """"done": with exit code 0. "failed": with another, or by a signal. "timeout", "output": over that limit."""
-    stdout: str
-    stderr: str
+
+_starter: list[ThreadPoolExecutor] = []
+
+
+def started(line: list[str], **options: Any) -> subprocess.Popen[bytes]:
+    """A process that ends with this one: Linux ends it with the thread that started it, so one thread that stays starts all."""
+    if not _starter:
+        _starter.append(ThreadPoolExecutor(1, "groupwise-boxes"))
+        os.register_at_fork(after_in_child=_starter.clear)
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(line, start_new_session=True, env=ENVIRONMENT, **options)
+
+    return _starter[0].submit(start).result()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,147 +199,65 @@ class Box:
         Raises:
             SandboxError: the box could not be built.
         """
-        limits = limits or Limits()
-        with (
-            _memory_file(source) as program,
-            _memory_file(stdin) as given,
-            _memory_file() as said,
-            _memory_file() as complained,
-            tempfile.TemporaryDirectory(prefix="groupwise-program-", ignore_cleanup_errors=True) as scratch,
-        ):
-            report, written = os.pipe()
-            try:
-                process = subprocess.Popen(
-                    self._command(str(Path(sys.executable).resolve()), program.fileno(), limits, written),
-                    stdin=given,
-                    stdout=said,
-                    stderr=complained,
-                    pass_fds=[program.fileno(), written],
-                    start_new_session=True,
-                    cwd=scratch,
-                    env={},
-                )
-            except OSError as error:
-                os.close(report)
-                raise SandboxError(f"{self.kind}: {error}") from error
-            finally:
-                os.close(written)
-            timed_out = _finish(process, limits.seconds)
-            with os.fdopen(report, "rb") as file:
-                os.set_blocking(file.fileno(), False)  # in the weakest box a process that escaped may hold its other end
-                state = (file.read() or b"").decode(errors="replace")
-            stdout, stderr = _read(said, limits.output), _read(complained, limits.output)
-            if state != "ready" and not timed_out:
-                raise SandboxError(f"{self.kind}: {state or stderr.strip() or 'the box ended before the program began'}")
-            full = max(os.fstat(file.fileno()).st_size for file in (said, complained)) >= limits.output
-        ending: Ending = "timeout" if timed_out else "output" if full else "done" if process.returncode == 0 else "failed"
-        return Outcome(ending=ending, stdout=stdout, stderr=stderr)
+        with Program(self, limits or Limits()) as program:
+            program.give(source, stdin)
+            return program.outcome()
 
     def start(self, source: str, *, readable: Sequence[str] = (), limits: Limits | None = None) -> subprocess.Popen[bytes]:
         """Start a Python program that is spoken to through its standard input and output, with this process's own interpreter and
-        the packages that lie beside it; `readable`: paths that it may read besides.
+        the packages that lie beside it; `readable`: paths that it may read besides. To be ended by `end`.
 
         Raises:
             SandboxError: the box could not be built.
         """
         report, written = os.pipe()
-        with _memory_file(source) as program:
-            command = self._command(
-                sys.executable, program.fileno(), limits or Limits(), written, readable=[sys.prefix, *readable]
-            )
+        given, give = os.pipe()
+        os.write(give, b"x")
+        with _memory_file() as program, os.fdopen(report, "rb", buffering=0) as told:
+            _fill(program, source)
+            descriptors = {"program": program.fileno(), "go": given, "report": written}
+            packages = site.getsitepackages()
+            line = command(self.kind, sys.executable, descriptors, limits or Limits(), packages, [*readable, sys.prefix])
             try:
-                process = subprocess.Popen(
-                    command,
+                process = started(
+                    line,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
-                    pass_fds=[program.fileno(), written],
-                    start_new_session=True,
-                    cwd=tempfile.gettempdir(),
-                    env={},
+                    pass_fds=[program.fileno(), written, given],
+                    cwd="/",
                 )
             finally:
-                os.close(written)
-        state = os.read(report, 4096).decode(errors="replace")
-        os.close(report)
-        if state != "ready":
-            process.kill()
+                for descriptor in (written, given, give):
+                    os.close(descriptor)
+            state = told.read(4096).decode(errors="replace")
+        if not state.startswith("ready"):
+            end(process, self.kind)
             process.communicate()
-            raise SandboxError(f"{self.kind}: {state or 'the box ended before the program began'}")
+            raise SandboxError(f"{self.kind}: {state.removeprefix('error ').strip() or 'the box ended before the program began'}")
         return process
 
-    def _command(self, interpreter: str, program: int, limits: Limits, report: int, readable: Sequence[str] = ()) -> list[str]:
-        """The command that builds the box and runs the program in the file descriptor `program`."""
-        wanted = [*SYSTEM, sys.base_prefix, interpreter, *readable]
-        shown = _outermost(
-            [
-                *wanted,
-                *(os.path.realpath(path) for path in wanted),
-                *([str(LAUNCHER)] if self.kind == "bubblewrap" else []),
-            ]
-        )
-        counts = {
-            "CPU": int(limits.seconds) + 1,
-            "AS": limits.memory,
-            "FSIZE": limits.output,
-            "NOFILE": 64,
-            "CORE": 0,
-            **({} if self.kind == "processes" else {"NPROC": limits.processes}),
-        }
-        specification = {
-            "namespaces": self.kind == "namespaces",
-            "root": "/sys",  # a directory that every Linux has, and no interpreter lies in
-            "readable": shown,
-            "disk": limits.disk,
-            "limits": counts,
-            "command": [interpreter, "-I", "-c", READ_SOURCE, str(program)],
-            "environment": {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
-            "report": report,
-        }
-        launch = [interpreter, "-I", "-S", str(LAUNCHER), json.dumps(specification)]
-        if self.kind != "bubblewrap":
-            return launch
-        options = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--dev", "/dev", "--proc", "/proc"]
-        options += ["--size", str(limits.disk), "--tmpfs", "/tmp"]  # before what may lie in it
-        for path in shown:
-            link = Path(path).is_symlink()
-            options += ["--symlink", str(Path(path).readlink()), path] if link else ["--ro-bind", path, path]
-        return [shutil.which("bwrap") or "bwrap", *options, "--chdir", "/tmp", "--", *launch]
+    def describe(self) -> str:
+        """The kind, and what of the kernel confines a program in it."""
+        found = confinement(self.kind)
+        parts = [f"Landlock {found['landlock']}" if found["landlock"] else "", "seccomp" if found["filter"] else ""]
+        return f"{self.kind} with {' and '.join(filter(None, parts)) or 'neither Landlock nor seccomp'}"
 
 
-def _outermost(paths: list[str]) -> list[str]:
-    """The paths that exist and lie in no other one of them."""
-    there = sorted({path for path in paths if Path(path).exists()})
-    return [path for path in there if not any(path.startswith(other.rstrip("/") + "/") for other in there)]
+def _memory_file() -> IO[bytes]:
+    return os.fdopen(os.memfd_create("groupwise"), "w+b", buffering=0)
 
 
-def _memory_file(text: str = "") -> IO[bytes]:
-    """A file in memory, at its start, that holds a text."""
-    file = os.fdopen(os.memfd_create("groupwise"), "w+b", buffering=0)
-    data = memoryview(text.encode(errors="replace"))
-    while data:
-        data = data[file.write(data) :]
-    file.seek(0)
-    return file
+def _fill(file: IO[bytes], text: str) -> None:
+    """Write a text to a file, and leave its position at the start."""
+    data, place = memoryview(text.encode(errors="replace")), 0
+    while place < len(data):
+        place += os.pwrite(file.fileno(), data[place:], place)
 
 
 def _read(file: IO[bytes], most: int) -> str:
     file.seek(0)
     return (file.read(most) or b"").decode(errors="replace")
-
-
-def _finish(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Wait for a program to end, then kill what is left of it; returns whether it took too long."""
-    timed_out = False
-    try:
-        process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        timed_out = True
-    finally:
-        with contextlib.suppress(ProcessLookupError):  # all of it has ended
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    return timed_out
 
 
 @functools.cache
@@ -245,7 +288,8 @@ def find_box(weaker: bool = False) -> Box:
             raise UserError(f"programs cannot be run here even without a sandbox: {reason}")
         return Box("processes")
     # For root the kernel counts no processes within bubblewrap, whose user is root outside; the launcher goes on as nobody.
-    kinds: tuple[Kind, ...] = ("namespaces", "bubblewrap") if os.geteuid() == 0 else ("bubblewrap", "namespaces")
+    first: tuple[Kind, ...] = ("namespaces", "bubblewrap") if os.geteuid() == 0 else ("bubblewrap", "namespaces")
+    kinds: tuple[Kind, ...] = (*first, "landlock")
     reasons = {kind: why_not(kind) for kind in kinds}
     for kind, reason in reasons.items():
         if reason is None:

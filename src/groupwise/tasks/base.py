@@ -120,6 +120,12 @@ def datasets_of(task: Task) -> list[DatasetTask]:
     return task.tasks if isinstance(task, MixtureTask) else [task] if isinstance(task, DatasetTask) else []
 
 
+def sandboxes_of(task: Task) -> list[str]:
+    """The boxes that a task's rewards run programs in, and what of the kernel confines these."""
+    asked = [task] if isinstance(task, ReasoningGymTask) else datasets_of(task)
+    return sorted({box.describe() for item in asked for box in item.boxes()})
+
+
 def limit_prompts(task: Task, chat: Chat, source: Source, encode: Callable[[Problem], Tensor] | None = None) -> None:
     """Leave out the problems whose prompts, as the model reads them, are longer than the task's `max_prompt_tokens`.
 

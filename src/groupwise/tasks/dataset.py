@@ -10,7 +10,7 @@ from pydantic import Field, PrivateAttr
 
 from groupwise.config import Source
 from groupwise.errors import UserError, nearest
-from groupwise.rewards.sandbox import find_box
+from groupwise.rewards.sandbox import Box, find_box
 from groupwise.rewards.settings import RewardSettings
 from groupwise.tasks.pool import Part, Pool, Problems, StreamPool
 from groupwise.tasks.presets import PRESETS
@@ -147,12 +147,18 @@ class DatasetTask(RewardSettings):
 
     def _check_sandbox(self, source: Source) -> None:
         """Refuse a reward that runs programs where no sandbox can be built."""
-        for name in ("code", "code-in-processes"):
-            if name in self.listed:
-                try:
-                    find_box(weaker=name != "code")
-                except UserError as error:
-                    raise source.error("task.reward", str(error)) from error
+        try:
+            self.boxes()
+        except UserError as error:
+            raise source.error("task.reward", str(error)) from error
+
+    def boxes(self) -> list[Box]:
+        """Those that its rewards run programs in.
+
+        Raises:
+            UserError: one cannot be built.
+        """
+        return [find_box(weaker=name != "code") for name in ("code", "code-in-processes") if name in self.listed]
 
     @property
     def problems(self) -> Problems:

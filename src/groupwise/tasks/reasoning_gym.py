@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from groupwise.config import Source
 from groupwise.errors import UserError, nearest
 from groupwise.rewards.answers import last_tagged
-from groupwise.rewards.sandbox import Box, Limits, SandboxError, find_box
+from groupwise.rewards.boxes import Limits, SandboxError
+from groupwise.rewards.sandbox import Box, end, find_box
 from groupwise.types import Completion, Demonstration, Problem, Score
 
 HELD_OUT_SHARE = 10
@@ -114,6 +115,10 @@ class ReasoningGymTask(BaseModel):
         except UserError as error:
             told = str(error).replace('reward = "code-in-processes"', 'sandbox = "processes"')
             raise source.error("task.sandbox", told) from error
+
+    def boxes(self) -> list[Box]:
+        """Those that its scorers run in."""
+        return [self._scorer.box] if self._scorer else []
 
     def _named(self, name: str, seed: int) -> list[Any]:
         """What a generator is made from."""
@@ -227,7 +232,7 @@ class Scorer:
 
     def close(self) -> None:
         if self._process is not None:
-            self._process.kill()
+            end(self._process, self.box.kind)
             self._process.communicate()
             self._process = None
 
