@@ -1,5 +1,6 @@
 """The training loop. It holds no model, no optimiser and no weights: the sampler and the learner own them."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -132,9 +133,9 @@ class Trainer:
         self.learner.begin_step()
 
         def take_back() -> bool:
+            self.step = began
             if not self.learner.take_back():
                 return False
-            self.step = began
             self.collector.load_state_dict(position)
             self.credit.load_state_dict(memory)
             return True
@@ -168,6 +169,7 @@ class Trainer:
             "seconds/scoring": collected.scoring_seconds,
             "seconds/learner": seconds,
             "memory/peak_mib": peak_mib(),
+            **self.fewer_rows(),
             "tokens_per_second": int(batch.lengths_B.sum()) / (collected.seconds + seconds),
         }
         self.record(StepDone(step=self.step, metrics=metrics, groups=groups, batch=batch, tokens=tokens))
@@ -193,6 +195,11 @@ class Trainer:
         updates = [self.learner.update(minibatch, record) for minibatch in parts]
         advantages = advantage_metrics(training.advantages_BT, training.mask_BT, collected.groups)
         return training, {**metrics, **kl_metrics, **combine(updates), **advantages}
+
+    def fewer_rows(self) -> Metrics:
+        """How many rows memory suffices for in generation, where that is less than the recipe asks for."""
+        rows = getattr(self.sampler, "max_rows", math.inf)
+        return {"rollouts/max_rows": float(rows)} if rows < self.recipe.rollouts.max_rows else {}
 
     def check_gap(self, gap: float) -> None:
         """Stop where sampler and learner compute different models, which rounding cannot explain.

@@ -107,7 +107,8 @@ def run(session: Session, console: Console, *, ends: bool = False) -> Result:
         try:
             return trainer.train(interrupt)
         except (KeyboardInterrupt, UserError, RunError):
-            display.note(f"stopped after step {trainer.step}{_how_to_go_on(session.path, trainer.step)}")
+            where = f"after step {trainer.step}" if trainer.step else "before the first step was done"
+            display.note(f"stopped {where}{_how_to_go_on(session.path, trainer.step)}")
             raise
         finally:
             interrupt.release()  # now Ctrl-C ends the waiting for trackers

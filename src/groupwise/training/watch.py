@@ -46,7 +46,7 @@ class Watch:
         """Of the last ones, the newest at the end."""
         self.steps = 0
         """How many have been looked at."""
-        self.held: dict[str, int] = {}
+        self.held: dict[Callable[[Watch], Found | None], int] = {}
         """Rule -> the last of these steps in which it found something."""
 
     def look(self, step: int, metrics: Metrics) -> list[Warned]:
@@ -57,13 +57,13 @@ class Watch:
         self.recent.append(numbers)
         self.steps += 1
         events = []
-        for name, (rule, quiet) in RULES.items():
+        for name, rule, quiet in RULES:
             if (found := rule(self)) is None:
                 continue
-            if name not in self.held or self.steps - self.held[name] > quiet:
+            if rule not in self.held or self.steps - self.held[rule] > quiet:
                 text, advice = found
                 events.append(Warned(step=step, name=name, text=text, advice=advice))
-            self.held[name] = self.steps
+            self.held[rule] = self.steps
         return events
 
     def catch_up(self, metrics: Path) -> None:
@@ -82,9 +82,6 @@ class Watch:
     def now(self, name: str) -> float:
         """The last step's value; NaN if it has none."""
         return self.recent[-1].get(name, math.nan)
-
-    def before(self, name: str) -> float:
-        return self.recent[-2].get(name, math.nan) if len(self.recent) > 1 else math.nan
 
     def first(self, name: str, count: int = LATE) -> float:
         return _mean(self.early[:count], name)
@@ -180,25 +177,32 @@ def _seconds(record: Mapping[str, float]) -> float:
     return record.get("seconds/rollouts", 0.0) + record.get("seconds/learner", 0.0)
 
 
-def out_of_memory(watch: Watch) -> Found | None:
-    """The learner's budget was halved in this step."""
-    now, before = watch.now("micro_batch_tokens"), watch.before("micro_batch_tokens")
-    before = before if math.isfinite(before) else watch.recipe.learner.micro_batch_tokens
+def micro_batches_halved(watch: Watch) -> Found | None:
+    """Memory did not suffice for the learner's micro-batches."""
+    return _halved(watch, "micro_batch_tokens", "learner.micro_batch_tokens", watch.recipe.learner.micro_batch_tokens)
+
+
+def rows_halved(watch: Watch) -> Found | None:
+    """Memory did not suffice for the rows that were generated at once."""
+    return _halved(watch, "rollouts/max_rows", "rollouts.max_rows", watch.recipe.rollouts.max_rows)
+
+
+def _halved(watch: Watch, metric: str, key: str, asked: int) -> Found | None:
+    before = [float(asked), *(record[metric] for record in list(watch.recent)[:-1] if metric in record)][-1]
+    now = watch.now(metric)
     if not now < before:
         return None
-    return (
-        f"memory did not suffice for micro-batches of {before:.0f} tokens: they have {now:.0f} from now on, and what failed was "
-        "done again",
-        f"Set learner.micro_batch_tokens = {now:.0f} to begin with that.",
-    )
+    text = f"out of memory with {key} = {before:.0f}: what failed was done again with {now:.0f}, which holds from now on"
+    return text, f"Set {key} = {now:.0f} to begin with that."
 
 
-RULES: Mapping[str, tuple[Callable[[Watch], Found | None], int]] = {
-    "nonfinite_update": (nonfinite_update, MANY),
-    "entropy_collapse": (entropy_collapse, MANY),
-    "zero_variance": (zero_variance, MANY),
-    "sampler_gap": (sampler_gap, MANY),
-    "slow_step": (slow_step, 0),
-    "out_of_memory": (out_of_memory, 0),
-}
-"""Name of the event -> its rule, and for how many steps it must have found nothing before it is said again."""
+RULES: Sequence[tuple[str, Callable[[Watch], Found | None], int]] = (
+    ("nonfinite_update", nonfinite_update, MANY),
+    ("entropy_collapse", entropy_collapse, MANY),
+    ("zero_variance", zero_variance, MANY),
+    ("sampler_gap", sampler_gap, MANY),
+    ("slow_step", slow_step, 0),
+    ("out_of_memory", micro_batches_halved, 0),
+    ("out_of_memory", rows_halved, 0),
+)
+"""Name of the event, its rule, and for how many steps that must have found nothing before it is said again."""
