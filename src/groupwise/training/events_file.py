@@ -12,8 +12,8 @@ from groupwise.training.metrics_file import append_line
 
 
 class EventsFile:
-    """A `Recorder` that appends each `Warned` to a file, in which lines stay when a run is resumed from an earlier step: what they
-    say did happen. Whether it can be written never decides about the run."""
+    """A `Recorder` that appends each `Warned` to a file. Lines stay when a run is resumed from an earlier step: what they say did
+    happen. Whether they can be written never decides about the run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

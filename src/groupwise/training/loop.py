@@ -334,9 +334,10 @@ class Trainer:
     def keep_best(self, evaluation: Evaluation) -> None:
         """If it is the best so far, see to it that there is a checkpoint of this step, which then stays."""
         best = self.store.is_better(self.step, evaluation.metrics)
-        if best is not None:
-            if self.step in checkpoints.listed(self.run_directory.checkpoints) or self.save_if_possible():
-                self.store.set_best(best, self.step)
+        if best is None:
+            return
+        if self.step in checkpoints.listed(self.run_directory.checkpoints) or self.save_if_possible():
+            self.store.set_best(best, self.step)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Load what a checkpoint holds; nothing is written.
