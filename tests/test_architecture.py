@@ -12,7 +12,7 @@ import groupwise
 ROOT = Path(groupwise.__file__).parent
 LEVELS = [
     {"algorithms"},
-    {"errors", "seeding", "kept"},
+    {"errors", "seeding", "kept", "thresholds"},
     {"files"},
     {"types", "plugins", "kernels", "workers", "state"},
     {"config"},

@@ -33,10 +33,10 @@ def train(
     Raises:
         UserError: the recipe is wrong; the message names the place.
         RunError: the run failed on its way; what was reached is saved.
+        KeyboardInterrupt: Ctrl-C or SIGTERM came, and what was reached is saved; at the second one at once.
     """
-    from rich.console import Console
-
     from groupwise.training import session
+    from groupwise.training.output import make_console
 
     changes = _flat(recipe) if isinstance(recipe, Mapping) else {}
     changes |= _flat(overrides)
@@ -46,7 +46,7 @@ def train(
         out=None if out is None else Path(out),
         resume=None if resume is None else Path(resume),
     )
-    session.run(plan, Console(highlight=False, quiet=quiet))
+    session.run(plan, make_console(quiet=quiet))
     return open_run(plan.path)
 
 

@@ -12,10 +12,14 @@ from groupwise.cli import (  # each adds its commands to the application
     train,
 )
 from groupwise.cli.common import app as app
+from groupwise.training.output import close_outputs
 
 __all__ = ["ablate", "algorithms", "app", "data", "evaluate", "evidence", "export", "init", "main", "track", "train"]
 
 
 def main() -> None:
-    """The command `groupwise`."""
-    app()
+    """The command `groupwise`. What its streams cannot take any more does not change the exit code."""
+    try:
+        app()
+    finally:
+        close_outputs()

@@ -1,6 +1,7 @@
 """What every command shares: the application, its consoles, options, and how errors become exit codes."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -8,10 +9,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from groupwise.errors import RunError, UserError
+from groupwise.training.failures import first_line, place
+from groupwise.training.output import make_console
 
 app = typer.Typer(
     add_completion=False,
@@ -19,8 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train language models on rewards that can be checked: GRPO, DAPO, GSPO, DCPO and their family.",
 )
-console = Console(highlight=False)
-complaints = Console(stderr=True, highlight=False)
+console = make_console("stdout")
+complaints = make_console("stderr")
 
 
 def _print_version(asked: bool) -> None:
@@ -55,6 +57,18 @@ def exit_codes(*, as_json: bool = False) -> Iterator[None]:
         if as_json:
             typer.echo(json.dumps({"error": str(error)}))
         raise typer.Exit(2 if wrong else 1) from error
+    except (typer.Exit, typer.Abort):
+        raise
+    except (Exception, SystemExit) as error:  # a bug, or code of the user's in a place where nobody expected it to fail
+        if os.environ.get("GROUPWISE_TRACEBACK"):
+            raise
+        text = (
+            f"unexpected {type(error).__name__}: {first_line(error)} ({place(error)}). GROUPWISE_TRACEBACK=1 shows the traceback"
+        )
+        complaints.print(Text(text), style="red", soft_wrap=True)
+        if as_json:
+            typer.echo(json.dumps({"error": text}))
+        raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         complaints.print("interrupted", style="yellow")
         raise typer.Exit(130) from error

@@ -27,9 +27,9 @@ def train(
     with exit_codes():
         plan = session.plan(recipe, overrides=overrides or [], out=out, resume=resume)
         try:
-            result = session.run(plan, console)
-        except (Interrupted, KeyboardInterrupt) as error:
-            raise typer.Exit(130) from error
+            result = session.run(plan, console, ends=True)
+        except Interrupted as interrupted:
+            raise typer.Exit(interrupted.exit_code) from interrupted
         _print_result(result, plan.path)
 
 

@@ -9,6 +9,7 @@ from groupwise.algorithms import NAMED, named
 from groupwise.algorithms.diagnostics import PROBABILITY_EDGES
 from groupwise.evidence.runs import Run
 from groupwise.evidence.statistics import binomial
+from groupwise.thresholds import ENTROPY_LEFT, EVERYWHERE_USED, LARGEST_GAP, SOLVED
 
 Kind = Literal["unhealthy", "watch", "healthy"]
 
@@ -178,9 +179,9 @@ def entropy_collapse(run: Run) -> Finding | None:
         return None
     first = run.first("entropy")
     last = run.last("entropy", 3)
-    if not (last < 0.2 * first):
+    if not (last < ENTROPY_LEFT * first):
         return None
-    low = next(step for step, value in series if value < 0.2 * first)
+    low = next(step for step, value in series if value < ENTROPY_LEFT * first)
     clipped_high = run.total("by_probability/clipped_high")
     unlikely = (
         sum(clipped_high[: PROBABILITY_EDGES.index(0.2) + 1]) / sum(clipped_high) if clipped_high and sum(clipped_high) else 0.0
@@ -188,7 +189,7 @@ def entropy_collapse(run: Run) -> Finding | None:
     clip = f" {unlikely:.0%} of the tokens clipped at the upper bound had π_old below 0.2." if unlikely > 0.3 else ""
     symmetric = setting(run, "clip_low") == setting(run, "clip_high") and sum(clipped_high) > 0
     advice = " DAPO proposes a higher upper bound against this (clip-higher: raise algorithm.clip_high)." if symmetric else ""
-    high = run.last("eval/pass@1", 1) > 0.9
+    high = run.last("eval/pass@1", 1) > SOLVED
     why = (
         " With held-out pass@1 above 90 % this is expected: the policy has become certain of answers that are mostly correct."
         if high
@@ -227,7 +228,7 @@ def zero_variance_groups(run: Run) -> Finding | None:
     which = f"{right:.0%} of the groups are all correct and {wrong:.0%} all wrong"
     if graded:
         which = f"In {run.last('groups/equal'):.0%} of the groups all completions have the same reward"
-    if right > wrong and run.last("eval/pass@1", 1) > 0.9:
+    if right > wrong and run.last("eval/pass@1", 1) > SOLVED:
         return Finding(
             kind="healthy",
             title="Most problems are solved",
@@ -237,7 +238,7 @@ def zero_variance_groups(run: Run) -> Finding | None:
     if setting(run, "dynamic_sampling"):
         text = f"{which}; dynamic sampling discards them and generates others, {run.last('rollouts/rounds'):.1f} rounds a step."
         return Finding(kind="watch", title="Dynamic sampling discards most groups", text=text, figure="groups")
-    if not run.last("utilisation") < 0.6:
+    if not run.last("utilisation") < EVERYWHERE_USED:
         return None  # A critic, a reward history or step rewards give advantages to zero-variance groups too.
     if graded:
         text = f"{which}. Such zero-variance groups give no gradient. Use a larger group_size, or a reward that tells more answers apart."
@@ -255,7 +256,7 @@ def sampler_mismatch(run: Run) -> Finding | None:
     not_recorded = limited and rollouts.get("sampler", "native") != "native"  # which tokens the limits left
     by_design = not_recorded or rollouts.get("max_age", 0)
     gap = run.last("sampler_gap_mean", len(run.steps))
-    if by_design or not gap > 0.02:
+    if by_design or not gap > LARGEST_GAP:
         return None
     return Finding(
         kind="watch",

@@ -23,6 +23,14 @@ class Learner(Protocol):
         """Optimiser updates taken."""
         ...
 
+    def begin_step(self) -> None:
+        """A training step begins: what it does until a weight changes can be taken back."""
+        ...
+
+    def take_back(self) -> bool:
+        """Be as before the step; False if that cannot be, since a weight may have changed."""
+        ...
+
     def compute_logprobs(self, batch: Batch) -> tuple[LogprobBatch, dict[str, float]]:
         """The batch with the policy's log-probabilities before the first update, and metrics; where the algorithm uses them, also
         with the reference's log-probabilities and the critic's values. At least one token must be trained on."""

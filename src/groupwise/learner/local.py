@@ -16,7 +16,7 @@ from groupwise.errors import DIVERGED, RunError
 from groupwise.files import Digest
 from groupwise.learner.base import TokenRecord
 from groupwise.learner.critic import Critic
-from groupwise.learner.micro_batches import cut_rows
+from groupwise.learner.micro_batches import Budget
 from groupwise.learner.optimiser import Optimiser
 from groupwise.learner.updates import TokenMetrics, Update
 from groupwise.models import LanguageModel
@@ -55,6 +55,7 @@ class LocalLearner:
         self.model, self.reference, self.critic = model, reference, critic
         self.merge_adapters = merge_adapters
         self.algorithm, self.settings = algorithm, settings
+        self.budget = Budget(settings.micro_batch_tokens)
         self.temperature, self.max_tokens = temperature, max_tokens
         self.optimiser = Optimiser(
             model.parameters(),
@@ -67,6 +68,7 @@ class LocalLearner:
             max_grad_norm=settings.max_grad_norm,
             max_bad_updates=settings.max_bad_updates,
         )
+        self.begin_step()
 
     @classmethod
     def build(cls, recipe: "Recipe", algorithm: Algorithm, model: LanguageModel) -> "LocalLearner":
@@ -108,6 +110,21 @@ class LocalLearner:
         """The policy: a view, whose weights change with the next update."""
         return self.model
 
+    # --- steps
+
+    def begin_step(self) -> None:
+        """See `Learner.begin_step`."""
+        self._step_began = [optimiser.position for optimiser in self._optimisers]
+
+    def take_back(self) -> bool:
+        """See `Learner.take_back`."""
+        undone = [one.back_to(position) for one, position in zip(self._optimisers, self._step_began, strict=True)]
+        return all(undone)
+
+    @property
+    def _optimisers(self) -> list[Optimiser]:
+        return [self.optimiser] if self.critic is None else [self.optimiser, self.critic.optimiser]
+
     # --- before the first update
 
     def compute_logprobs(self, batch: Batch) -> tuple[LogprobBatch, dict[str, float]]:
@@ -122,7 +139,9 @@ class LocalLearner:
             old_BT, entropy_BT, metrics = batch.rollout_logprobs_BT, -batch.rollout_logprobs_BT, {}
         metrics["entropy"] = float(entropy_BT[mask_BT].mean())
         ref_BT = self._reference_logprobs(self.reference, batch) if self.reference is not None else None
-        values_BT = self._values(self.critic, batch) if self.critic is not None else None
+        values_BT = None
+        if self.critic is not None:
+            values_BT = self.budget.fit(partial(self._values, self.critic, batch), self.critic.optimiser.clear)
         for name, found in (("the policy", old_BT), ("the reference", ref_BT), ("the critic", values_BT)):
             if found is not None and not torch.isfinite(found).all():
                 raise RunError(f"{name} gives numbers that are not finite; {DIVERGED}")
@@ -134,9 +153,12 @@ class LocalLearner:
         with reference.adapters_off() if reference is self.model else nullcontext():
             return self._logprobs(reference, replace(batch, kept=()))[0]
 
-    @torch.no_grad()
     def _logprobs(self, model: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies [B, T] under `model`."""
+        return self.budget.fit(partial(self._logprobs_in_parts, model, batch), self.optimiser.clear)
+
+    @torch.no_grad()
+    def _logprobs_in_parts(self, model: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
         found = torch.zeros(batch.tokens_BT.shape), torch.zeros(batch.tokens_BT.shape)
         with model.bfloat16.held():
             for rows, part in self._micro_batches(model, batch):
@@ -163,7 +185,7 @@ class LocalLearner:
 
     def _micro_batches(self, model: LanguageModel, batch: Rows) -> Iterator[tuple[Tensor, Rows]]:
         packed = self.settings.share_prompts and model.decoder.packs()
-        for rows in cut_rows(batch, self.settings.micro_batch_tokens, padded=not packed):
+        for rows in self.budget.cut(batch, padded=not packed):
             yield rows, batch.select(rows).to(self.model.device)
 
     # --- updates
@@ -174,25 +196,38 @@ class LocalLearner:
         weights_BT = self.algorithm.aggregation(minibatch.mask_BT, group_ids_B=minibatch.group_ids_B, max_length=self.max_tokens)
         batch = upgrade(WeightedBatch, minibatch, weights_BT=weights_BT)
         run_B = (batch.advantages_BT != 0).any(1) | (not self.algorithm.zero_advantage_is_idle)
-        found, sums = TokenMetrics(), dict[str, Tensor]()
-        if run_B.any():
-            with self.model.bfloat16.held():
-                for _, part in self._micro_batches(self.model, batch.select(run_B.nonzero()[:, 0])):
-                    self._accumulate(part, found, sums, record)
+        run = batch.select(run_B.nonzero()[:, 0]) if run_B.any() else None
+        found, sums, records = self.budget.fit(partial(self._gradient, run, record is not None), self.optimiser.clear)
+        if record is not None:
+            for item in records:
+                record(item)
         step = self.optimiser.step(found.loss)
         of_critic = {}
         if self.critic is not None:
-            parts = (part for _, part in self._micro_batches(self.critic.model, minibatch))
-            of_critic = self.critic.update(parts, int(minibatch.mask_BT.sum()))
+            of_critic = self.budget.fit(partial(self._update_critic, self.critic, minibatch), self.critic.optimiser.clear)
+        halved = {"micro_batch_tokens": float(self.budget.tokens)} if self.budget.tokens != self.budget.asked else {}
         return Update(
             tokens=found.tokens,
             skipped_tokens=int(minibatch.mask_BT[~run_B].sum()),
             means=found.means(),
             largest=found.largest,
             step={"loss": found.loss, "grad_norm": step.grad_norm, **of_critic},
-            latest={"learning_rate": step.learning_rate, "skipped_updates": float(step.skipped)},
+            latest={"learning_rate": step.learning_rate, "skipped_updates": float(step.skipped), **halved},
             sums={name: value.flatten().tolist() for name, value in sums.items()},
         )
+
+    def _gradient(self, batch: WeightedBatch | None, recorded: bool) -> tuple[TokenMetrics, dict[str, Tensor], list[TokenRecord]]:
+        """Leave the gradient of a minibatch with the parameters. Returns metrics, diagnostics, if asked those of each token."""
+        found, sums, records = TokenMetrics(), dict[str, Tensor](), list[TokenRecord]()
+        if batch is not None:
+            with self.model.bfloat16.held():
+                for _, part in self._micro_batches(self.model, batch):
+                    self._accumulate(part, found, sums, records.append if recorded else None)
+        return found, sums, records
+
+    def _update_critic(self, critic: Critic, minibatch: TrainingBatch) -> dict[str, float]:
+        parts = (part for _, part in self._micro_batches(critic.model, minibatch))
+        return critic.update(parts, int(minibatch.mask_BT.sum()))
 
     def _accumulate(
         self,
@@ -228,7 +263,7 @@ class LocalLearner:
     def save(self, directory: Path) -> dict[str, Digest]:
         """Write the policy's weights, and the state of the optimisers and the critic."""
         weights = self.model.save_weights(directory / "model.safetensors")
-        state = {"policy": self.optimiser.state_dict()}
+        state: dict[str, Any] = {"policy": self.optimiser.state_dict(), "budget": self.budget.state_dict()}
         state |= {} if self.critic is None else {"critic": self.critic.state_dict()}
         return {"model.safetensors": weights, **write_state(directory / "learner", state)}
 
@@ -237,6 +272,8 @@ class LocalLearner:
         state: dict[str, Any] = read_state(directory / "learner")
         self.model.load_weights(directory / "model.safetensors")
         self.optimiser.load_state_dict(state["policy"])
+        if "budget" in state:  # of earlier versions none was saved, since it could not change
+            self.budget.load_state_dict(state["budget"])
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"])
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler
 
-from groupwise.errors import RunError
+from groupwise.errors import RunError, is_out_of_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +48,49 @@ class Optimiser:
         self.skipped = 0
         """Updates skipped, since the start."""
         self._bad_in_a_row = 0
+        self._begun = 0
+        """Updates begun: an error on the way leaves it unknown which weights were changed."""
+
+    @property
+    def position(self) -> tuple[int, int, int, int]:
+        """Where it is, to come `back_to`."""
+        return self._begun, self.version, self.skipped, self._bad_in_a_row
+
+    def back_to(self, position: tuple[int, int, int, int]) -> bool:
+        """Be as before the gradients that were computed since; False if one of them may have changed a weight."""
+        self.clear()
+        if self._begun != position[0]:
+            return False
+        _, self.version, self.skipped, self._bad_in_a_row = position
+        return True
+
+    def clear(self) -> None:
+        """Forget the gradient."""
+        self.adam.zero_grad(set_to_none=True)
 
     def step(self, loss: float) -> Step:
         """Clip the gradient and apply it; skip it when it or `loss` is not finite. Clears the gradient either way.
 
         Raises:
-            RunError: too many updates in a row were not finite.
+            RunError: too many updates in a row were not finite, or memory does not suffice.
         """
+        try:
+            return self._step(loss)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            mib = sum(2 * parameter.numel() * parameter.element_size() for parameter in self.parameters) / 2**20
+            raise RunError(
+                f"out of memory in the optimiser's step: AdamW keeps two moments of each trained weight, {mib:,.0f} MiB in all. "
+                "[model.lora] trains few weights, and model.dtype = 'bfloat16' halves the size of each"
+            ) from error
+
+    def _step(self, loss: float) -> Step:
         norm: Tensor = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         grad_norm = float(norm)
         learning_rate = float(self.scheduler.get_last_lr()[0])
         if torch.isfinite(torch.tensor([loss, grad_norm])).all():
+            self._begun += 1
             self._bad_in_a_row = 0
             self.adam.step()
             self.scheduler.step()
@@ -72,7 +104,7 @@ class Optimiser:
                     f"(the last: loss {loss}, gradient norm {grad_norm}); the weights are as before them. "
                     f"A lower learning rate than {learning_rate:g} or more warm-up may help."
                 )
-        self.adam.zero_grad(set_to_none=True)
+        self.clear()
         return Step(grad_norm, learning_rate, self.skipped)
 
     def state_dict(self) -> dict[str, Any]:

@@ -111,7 +111,23 @@ def load_module(path: str, dtype: torch.dtype = torch.float32, *, trust_remote_c
         if is_adapter(path):
             module = load_adapters(module, path)
             module.name_or_path = path  # adapters trained on it must not name the base without these
+    check_finite(module, path)
     return module.eval()
+
+
+def check_finite(module: Any, path: str) -> None:
+    """Raises:
+    UserError: a weight is infinite or NaN.
+    """
+    for name, parameter in module.named_parameters():
+        # A sum of finite numbers is hardly ever not finite, and one pass over them; only then each is looked at.
+        if parameter.is_floating_point() and not parameter.detach().sum(dtype=torch.float32).isfinite():
+            bad = int((~parameter.detach().isfinite()).sum())
+            if bad:
+                raise UserError(
+                    f"the model {path!r} has weights that are not finite: {bad} of {parameter.numel()} in {name}. Its file is "
+                    "damaged, or its training diverged"
+                )
 
 
 def load_classifier(path: str) -> Any:

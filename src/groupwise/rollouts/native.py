@@ -4,50 +4,20 @@ import asyncio
 import functools
 import itertools
 from collections import OrderedDict
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from groupwise.errors import UserError
+from groupwise.errors import RunError, UserError, is_out_of_memory
 from groupwise.models import LanguageModel
 from groupwise.models.blocked_weights import BlockedWeights
 from groupwise.rollouts.base import Request, Sampling
 from groupwise.rollouts.drawing import Drawing
+from groupwise.rollouts.jobs import Job, Kept, spans
 from groupwise.rollouts.rows import RandomNumbers, RowTable
-from groupwise.types import Completion, VersionSpan
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    """A request under way."""
-
-    request: Request
-    future: "asyncio.Future[tuple[Completion, ...]]"
-    arrived: int
-    """The decoding step at which it came."""
-    drawing: Drawing
-    uniforms: Tensor
-    """float64 [n, T], the random numbers of its tokens."""
-    slots: list[int] = field(default_factory=list)
-    """Its rows in the table, in order."""
-    left: int = 0
-    """Rows that are not finished."""
-    versions: list[tuple[int, Tensor]] = field(default_factory=list)
-    """(version of the weights, length of each row when they were loaded)."""
-    handles: dict[int, int] = field(default_factory=dict)
-    """Slot -> handle of the row's kept keys and values."""
-
-
-@dataclass(slots=True)
-class _Kept:
-    """The KV cache of a finished completion, kept so that a later request can continue it."""
-
-    tokens: list[int]
-    """Those whose keys and values are cached: the prompt's, and all but the last sampled one."""
-    prefix: Any
-    """Their keys and values, as the cache returned them."""
+from groupwise.types import Completion
 
 
 class NativeSampler:
@@ -82,13 +52,13 @@ class NativeSampler:
                 f"keys and values cannot be kept in another dtype: the model generates on a cache of its own: {reason}"
             )
         self._numbers = RandomNumbers()
-        self._waiting: list[_Job] = []
-        self._running: dict[int, _Job] = {}
+        self._waiting: list[Job] = []
+        self._running: dict[int, Job] = {}
         """Slot -> the job of each row being generated."""
-        self._active: set[_Job] = set()
+        self._active: set[Job] = set()
         """The jobs of these rows."""
         self._engine: asyncio.Task[None] | None = None
-        self._kept: OrderedDict[int, _Kept] = OrderedDict()
+        self._kept: OrderedDict[int, Kept] = OrderedDict()
         self._handles = itertools.count(1)
         self._steps = itertools.count()
         self._step = 0
@@ -113,7 +83,7 @@ class NativeSampler:
         self._check_loop(loop)
         n, T = request.n, request.sampling.max_tokens
         uniforms = self._numbers.uniforms(request.seed, request.offset, n * T).view(n, T)
-        job = _Job(request, loop.create_future(), self._step, self._drawing(request.sampling), uniforms)
+        job = Job(request, loop.create_future(), self._step, self._drawing(request.sampling), uniforms)
         self._waiting.append(job)
         if self._engine is None or self._engine.done():
             self._engine = loop.create_task(self._run())
@@ -163,7 +133,8 @@ class NativeSampler:
         """Steps until nothing is left to do; an exception fails every pending request."""
         try:
             while self._waiting or self._running:
-                self._advance()
+                if not self._fits():
+                    self._begin_again()
                 await asyncio.sleep(0)
         except BaseException as error:
             for job in {*self._waiting, *self._active}:
@@ -181,12 +152,48 @@ class NativeSampler:
         self._active.clear()
         self._cache = self._blocked = None
         self._affordable_rows = 0.0
+        self._load = 0, 0
+        """Rows and requests that were admitted last, with those under way."""
         self._table = RowTable(self.model.device)
         self._drawings: dict[Sampling, Drawing] = {}
         device = self.model.device
         self._slots_R = torch.zeros(0, dtype=torch.long, device=device)
         """The table's slot of each row being generated, in the order of the cache."""
         self._hidden_RH = torch.zeros(0, 0, dtype=self.model.dtype, device=device)
+
+    def _fits(self) -> bool:
+        """Advance; False if memory does not suffice for so many rows.
+
+        Raises:
+            RunError: it does not suffice for a single request.
+        """
+        try:
+            self._advance()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            rows, jobs = self._load
+            if jobs <= 1:
+                raise RunError(
+                    f"out of memory with one prompt and its {rows} completions: a smaller rollouts.group_size or "
+                    "rollouts.max_tokens, or rollouts.cache_dtype = 'bfloat16', take less"
+                ) from error
+            return False
+        return True
+
+    def _begin_again(self) -> None:
+        """Forget all rows, and generate with half as many at once from now on. A request's random numbers are its own, so that
+        its completions do not change."""
+        jobs = sorted({*self._waiting, *self._active}, key=lambda job: job.arrived)
+        (rows, _), drawings = self._load, self._drawings
+        self.max_rows = max(1, min(self.max_rows, rows) // 2)
+        self._reset()
+        self._drawings = drawings
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        for job in jobs:
+            job.slots, job.left, job.versions, job.handles = [], 0, [], {}
+        self._waiting = [job for job in jobs if not job.future.done()]
 
     def _advance(self) -> None:
         """Admit what fits, draw a token for each row, deliver what is finished, run the others one token further."""
@@ -235,7 +242,7 @@ class NativeSampler:
         most_rows = int(min(self.max_rows, self._affordable_rows))
         most_prompts = max(1, most_rows // max(job.request.n for job in self._waiting))
         rows, prompts = len(self._slots_R), len(self._active)
-        admitted: list[_Job] = []
+        admitted: list[Job] = []
         for job in self._waiting:
             fits = rows + job.request.n <= most_rows and prompts < most_prompts
             if not fits and rows:
@@ -243,11 +250,12 @@ class NativeSampler:
             admitted.append(job)
             rows, prompts = rows + job.request.n, prompts + 1
         if admitted:
+            self._load = rows, prompts
             self._reserve(admitted, rows, prompts, most_rows, most_prompts)
             self._prefill(admitted)
             self._waiting = self._waiting[len(admitted) :]  # only now: what fails in prefill is still pending
 
-    def _reserve(self, admitted: list[_Job], rows: int, prompts: int, most_rows: int, most_prompts: int) -> None:
+    def _reserve(self, admitted: list[Job], rows: int, prompts: int, most_rows: int, most_prompts: int) -> None:
         """Buffers for these rows and prompts; at first for all that wait and may run at once, so that they seldom grow."""
         everyone = [*self._waiting, *self._active]
         longest = max(len(job.request.prompt) for job in everyone)
@@ -259,7 +267,7 @@ class NativeSampler:
         self._cache.reserve(prompts, longest, rows, tokens)
         self._table.reserve(sum(job.request.n for job in admitted), tokens)
 
-    def _prefill(self, admitted: list[_Job]) -> None:
+    def _prefill(self, admitted: list[Job]) -> None:
         """Prefill new requests; of those that continue a kept completion, only the tokens after its cached prefix."""
         device = self.model.device
         kept = {job: found for job in admitted if (found := self._find_kept(job.request)) is not None}
@@ -280,7 +288,7 @@ class NativeSampler:
                 self._take_slots(job)
         self._hidden_RH = torch.cat(parts)
 
-    def _take_slots(self, job: _Job) -> None:
+    def _take_slots(self, job: Job) -> None:
         n = job.request.n
         job.slots, job.left = self._table.take(job.uniforms), n
         job.versions = [(self.version, torch.zeros(n, dtype=torch.long))]
@@ -329,16 +337,16 @@ class NativeSampler:
 
     # --- conversations
 
-    def _keep(self, job: _Job, row: int, slot: int) -> int:
+    def _keep(self, job: Job, row: int, slot: int) -> int:
         """Copy a row's keys and values, and return their handle. The newest token has not been run yet, so it has none."""
         handle = next(self._handles)
         written = self._table.tokens_BT[slot, : int(self._table.lengths_B[slot]) - 1].tolist()
-        self._kept[handle] = _Kept([*job.request.prompt.tolist(), *written], self._cache.prefix(row))
+        self._kept[handle] = Kept([*job.request.prompt.tolist(), *written], self._cache.prefix(row))
         if len(self._kept) > self.max_rows:
             self._kept.popitem(last=False)
         return handle
 
-    def _find_kept(self, request: Request) -> _Kept | None:
+    def _find_kept(self, request: Request) -> Kept | None:
         """What was kept under the handle that the request continues, if its prompt really begins with it."""
         if request.continues is None or not self._cache.continues:
             return None
@@ -350,7 +358,7 @@ class NativeSampler:
 
     # --- results
 
-    def _completions(self, job: _Job) -> tuple[Completion, ...]:
+    def _completions(self, job: Job) -> tuple[Completion, ...]:
         table, index = self._table, torch.tensor(job.slots, device=self._table.tokens_BT.device)
         lengths, stopped = table.lengths_B[index].tolist(), table.stopped_B[index].tolist()
         with torch.inference_mode(False):  # tensors of inference mode could not be trained on
@@ -364,15 +372,9 @@ class NativeSampler:
                 logprobs=logprobs_nT[i, : len(tokens)],
                 mask=torch.ones(len(tokens), dtype=torch.bool),
                 stop="stop" if stopped[i] else "length",
-                versions=_spans(job.versions, i, len(tokens)),
+                versions=spans(job.versions, i, len(tokens)),
                 kept=table.kept.of(job.slots[i]),
                 handle=job.handles.get(job.slots[i]),
             )
             for i, (tokens, text) in enumerate(zip(written, texts, strict=True))
         )
-
-
-def _spans(versions: list[tuple[int, Tensor]], row: int, length: int) -> tuple[VersionSpan, ...]:
-    starts = [*(int(lengths[row]) for _, lengths in versions), length]
-    spans = zip(versions, itertools.pairwise(starts), strict=True)
-    return tuple(VersionSpan(start, end, version) for (version, _), (start, end) in spans if end > start)

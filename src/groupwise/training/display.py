@@ -8,6 +8,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from groupwise.training.events import Evaluated, Event, StepDone
 
@@ -34,6 +35,7 @@ class Display:
         self.step = start
         self.values: dict[str, float] = {}
         self.trail: list[float] = []
+        self._advised: set[str] = set()
         self._started = time.monotonic()
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
 
@@ -43,6 +45,10 @@ class Display:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Leave the terminal as it was."""
         if self._live:
             self._live.stop()
 
@@ -56,8 +62,10 @@ class Display:
             self._update(event.step, event.metrics)
         elif isinstance(event, Evaluated):
             self._update(event.step, event.evaluation.metrics)
-        else:
-            self.note(f"step {event.step}: {event.text}")
+        elif event.kind != "fault":  # which is raised, and shown by whoever started the run
+            known = event.name in self._advised
+            self._advised |= {event.name} - {""}
+            self.note(f"step {event.step}: {event.text}", "" if known else event.advice)
 
     def _update(self, step: int, metrics: Mapping[str, float | list[float]]) -> None:
         self.step = step
@@ -70,8 +78,9 @@ class Display:
         elif trained:
             self.console.print(f"step {step}/{self.steps}  {self._line()}  {self._left()} left", soft_wrap=True)
 
-    def note(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True)
+    def note(self, text: str, advice: str = "") -> None:
+        # As Text: "[/]" in a name is no markup.
+        self.console.print(Text(text).append(f". {advice}" if advice else "", "dim"), soft_wrap=True)
 
     def _items(self) -> list[tuple[str, str]]:
         return [(name, form.format(self.values[key])) for key, (name, form) in self._columns()]

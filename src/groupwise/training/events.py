@@ -40,10 +40,13 @@ class Warned:
     text: str
     """What was seen."""
     kind: Literal["note", "warning", "fault"] = "warning"
+    """A fault is what the run ended with."""
     name: str = ""
     """What it is, for programs: "resumed", "entropy_collapse"."""
     advice: str = ""
     """What to do about it."""
+    traceback: str = ""
+    """Of a fault: where it was raised."""
 
 
 Event = StepDone | Evaluated | Warned

@@ -1,38 +1,155 @@
-"""Ctrl-C and SIGTERM, acted on between two steps."""
+"""Signals. SIGINT, SIGTERM and SIGHUP stop a run when its step is over, and at once when they come again; SIGUSR1 asks for a
+checkpoint."""
 
+import os
 import signal
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SAVE = signal.SIGUSR1
+FAREWELL_LIMIT = 2.0
+"""Seconds that a process which is to end at once takes to say so, on a terminal that may be gone or stopped."""
 
 
-class Interrupted(Exception):
-    """The user asked the run to stop; its checkpoint is written."""
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the run to stop. Its checkpoint is written."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        return exit_code(self.number)
 
 
-@dataclass(slots=True)
+def exit_code(number: int) -> int:
+    """What the command line exits with: a terminal that was closed asks for the same as SIGTERM."""
+    return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+
 class Interrupt:
-    """Whether a stop was asked for."""
+    """What signals have asked for."""
 
-    requested: bool = False
+    def __init__(self, end: Callable[[int], None] | None = None, note: Callable[[str], None] | None = None) -> None:
+        """`end`: ends the run at once, from any thread; None: KeyboardInterrupt is raised. `note`: shows a text to the user."""
+        self.end, self.note = end, note
+        self.stop: int | None = None
+        """The signal that asked the run to stop after its step."""
+        self.save = False
+        """Whether a checkpoint was asked for."""
+        self.at_once = True
+        """Whether the first signal already stops at once: outside of steps there is nothing to finish."""
+        self.raised = False
+        """Whether KeyboardInterrupt was raised for a signal."""
+        self.release: Callable[[], None] = lambda: None
+        """Give the signals back to the handlers that they had before."""
+
+    def hear(self, number: int) -> None:
+        """Note a signal, or stop at once.
+
+        Raises:
+            KeyboardInterrupt: at once, and there is no `end`.
+        """
+        if number == SAVE:
+            self.save = True
+        elif self.at_once or self.stop is not None:
+            if self.end is None:
+                self.raised = True
+                raise KeyboardInterrupt
+            self.end(number)
+        else:
+            self.stop = number
+            if self.note is not None:
+                text = f"{signal.Signals(number).name}: finishing the step and saving it; once more stops at once"
+                # In a thread: what was interrupted may hold the terminal.
+                threading.Thread(target=self.note, args=(text,), daemon=True).start()
+
+    @contextmanager
+    def in_steps(self) -> Iterator[None]:
+        """Within: the first signal waits for the end of the step."""
+        self.at_once = False
+        try:
+            yield
+        finally:
+            self.at_once = True
 
 
 @contextmanager
-def interruptible() -> Iterator[Interrupt]:
-    """Within: the first Ctrl-C (or SIGTERM) is noted, to be acted on when the step is over; the second acts at once."""
-    interrupt = Interrupt()
+def interruptible(interrupt: Interrupt) -> Iterator[None]:
+    """Within: `interrupt` hears the signals, until it is released. Outside of the main thread, which alone may set handlers,
+    nothing is heard."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [*STOPS, SAVE]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
+        numbers.remove(signal.SIGHUP)
+    watcher = None if interrupt.end is None else _Watcher(interrupt)
 
-    def note(signum: int, frame: object) -> None:
-        if interrupt.requested:
-            raise KeyboardInterrupt
-        interrupt.requested = True
+    def handle(number: int, frame: FrameType | None) -> None:
+        if watcher is None:
+            interrupt.hear(number)
 
-    in_main_thread = threading.current_thread() is threading.main_thread()  # the only one that may set handlers
-    numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield interrupt
-    finally:
+    before: dict[int, Any] = {number: signal.signal(number, handle) for number in numbers}
+
+    def release() -> None:
+        interrupt.release = lambda: None
+        _in_child.clear()
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)  # None: set by other than Python
+        if watcher is not None:
+            watcher.close()
+
+    interrupt.release = release
+    _in_child[:] = [release]
+    try:
+        yield
+    finally:
+        interrupt.release()
+
+
+class _Watcher:
+    """A thread that hears each signal when it comes. Python's own handlers wait until the main thread is done with the call into
+    C++ that it is in, which a backward pass or a library of the user's may hold for minutes."""
+
+    def __init__(self, interrupt: Interrupt) -> None:
+        self.interrupt = interrupt
+        self.reader, self.writer = socket.socketpair()
+        self.writer.setblocking(False)
+        self.before = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._run, name="signals", daemon=True).start()
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(self.before)
+        self.writer.close()
+
+    def _run(self) -> None:
+        with self.reader:
+            while numbers := self.reader.recv(64):
+                for number in numbers:
+                    if number in (*STOPS, SAVE):
+                        self.interrupt.hear(number)
+
+
+_in_child: list[Callable[[], None]] = []
+"""Gives the signals back in a forked process: those that its parent sends to it are its own, and must end it."""
+os.register_at_fork(after_in_child=lambda: [release() for release in _in_child[:]])
+
+
+def ending(farewell: Callable[[], None]) -> Callable[[int], None]:
+    """An `end` for `Interrupt` that ends the process. Nothing is unwound, so that nothing can hold it up or complain; all files
+    are as after a kill, from which a run goes on."""
+
+    def end(number: int) -> None:
+        said = threading.Thread(target=farewell, daemon=True)
+        said.start()
+        said.join(FAREWELL_LIMIT)
+        os._exit(exit_code(number))
+
+    return end

@@ -1,7 +1,9 @@
 """The training loop. It holds no model, no optimiser and no weights: the sampler and the learner own them."""
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,13 @@ from groupwise.training.collect import Collected, Collector, describe_failures
 from groupwise.training.credit import CreditAssigner, Rewards, reward_parts
 from groupwise.training.evaluate import Evaluation, evaluate
 from groupwise.training.events import Evaluated, Event, Recorder, StepDone, Warned
-from groupwise.training.interrupts import Interrupted, interruptible
+from groupwise.training.failures import explain, traceback_of
+from groupwise.training.interrupts import Interrupt, Interrupted
 from groupwise.training.metrics import advantage_metrics, peak_mib, reward_metrics, rollout_metrics
 from groupwise.training.records import RunDirectory
+from groupwise.training.room import Room
 from groupwise.training.setup import Ready
+from groupwise.training.watch import Watch
 from groupwise.types import Batch, Metrics, TrainingBatch
 
 
@@ -39,6 +44,10 @@ class Result:
     """Of the exported model: `LanguageModel.export`."""
 
 
+SCORES = "Raise task.reward_timeout where scores came too late; what a reward prints is on standard error."
+"""Advice on completions that could not be scored."""
+FEW = "Easier or harder problems, or a larger group_size, would differ more."
+"""Advice on groups of which few are selected."""
 LARGEST_GAP = 0.01
 """Nats, the mean over tokens. In float32 the two are usually within 1e-5, and a token near a tie of a router may be far off."""
 
@@ -61,42 +70,82 @@ class Trainer:
         self.recorders: list[Recorder] = [run, *recorders]
         self.step = 0
         self.store = Store(run.checkpoints, self.recipe.training.keep_checkpoints)
+        self.saved: int | None = None
+        """The step of the newest checkpoint that this process wrote or read."""
+        self.interrupt: Interrupt | None = None
+        self.room = Room(run.path, self.save, self.record)
+        self.watch = Watch(self.recipe)
         self.learner: Learner = ready.make_learner()
         self.sampler: Sampler = ready.make_sampler(self.learner.weights())
         self.collector = Collector(ready.rollouts(self.sampler), self.recipe, self.algorithm)
         self.credit = CreditAssigner(self.algorithm, ready.tokenizer, self.recipe.rollouts.max_tokens)
         self.held_out = ready.task.held_out(self.recipe.training.eval_problems)
 
-    def train(self) -> Result:
+    def train(self, interrupt: Interrupt | None = None) -> Result:
         """Run the remaining steps, with evaluations and checkpoints, then export the model.
 
+        Args:
+            interrupt: hears the signals; None: nobody does.
+
         Raises:
-            Interrupted: Ctrl-C came; a checkpoint was written after the step under way.
-            RunError: the run cannot go on.
+            Interrupted: a signal came; a checkpoint was written after the step under way.
+            UserError, RunError: the run cannot go on. If no weight has changed since the last step, that one is saved.
         """
-        started = time.monotonic()
-        with interruptible() as interrupt:
+        self.interrupt, started = interrupt, time.monotonic()
+        with self.explained(f"evaluation after step {self.step}", save=False):
             before = after = self.evaluate_base() if self.step else self.evaluate()
+        with interrupt.in_steps() if interrupt else nullcontext():
             if self.step and self.is_due(self.recipe.training.eval_every):
-                after = self.evaluate()
-                self.keep_best(after)
-            while self.step < self.recipe.training.steps:
-                if interrupt.requested:
-                    self.save()
-                    raise Interrupted
+                after = self.evaluate_or_save()
+            while self.heed() and self.step < self.recipe.training.steps:
                 self.train_step()
-                if self.is_due(self.recipe.training.checkpoint_every):
-                    self.save()
+                if self.is_due(self.recipe.training.checkpoint_every) or self.room.owed:
+                    self.save_if_possible()
                 if self.is_due(self.recipe.training.eval_every):
-                    after = self.evaluate()
-                    self.keep_best(after)
-        exported = self.run_directory.write_model(lambda path: self.learner.export(path, self.ready.tokenizer))
+                    after = self.evaluate_or_save()
+        with self.explained("export", save=False):
+            exported = self.run_directory.write_model(lambda path: self.learner.export(path, self.ready.tokenizer))
         seconds = time.monotonic() - started
         return Result(before=before, after=after, best=self.store.best, seconds=seconds, exported=exported)
 
+    def heed(self) -> bool:
+        """Do what signals asked for, between two steps. True: the run goes on.
+
+        Raises:
+            Interrupted: it does not.
+        """
+        if self.interrupt is None:
+            return True
+        if self.interrupt.save:
+            self.interrupt.save = False
+            if self.saved == self.step or self.save_if_possible():
+                self.warn(f"the checkpoint of step {self.step} is written, as SIGUSR1 asked", kind="note", name="saved_on_signal")
+        if self.interrupt.stop is not None:
+            if self.saved != self.step:
+                with self.explained(f"the checkpoint of step {self.step}", save=False):
+                    self.save()
+            raise Interrupted(self.interrupt.stop)
+        return True
+
     def train_step(self) -> None:
-        """Rollouts, advantages, updates: one step, recorded."""
-        collected = self.collect()
+        """One step, recorded. If it fails before a weight has changed it is taken back, and a checkpoint saved."""
+        position, memory = self.collector.state_dict(), self.credit.state_dict()
+        self.learner.begin_step()
+
+        def take_back() -> bool:
+            self.step = began
+            if not self.learner.take_back():
+                return False
+            self.collector.load_state_dict(position)
+            self.credit.load_state_dict(memory)
+            return True
+
+        began = self.step
+        with self.explained(f"step {began + 1}", take_back):
+            self.compute_step(self.collect())
+
+    def compute_step(self, collected: Collected) -> None:
+        """Advantages, updates."""
         started = time.perf_counter()
         self.step += 1
         groups = collected.groups
@@ -109,16 +158,23 @@ class Trainer:
             metrics |= learner_metrics
             self.sampler.load(self.learner.weights(), self.learner.version)
         else:
-            self.warn("no completion can be learnt from: all were truncated and filtered, or could not be scored")
+            self.warn(
+                "no completion can be learnt from: all were truncated and filtered, or could not be scored",
+                name="nothing_to_learn",
+                advice="Raise rollouts.max_tokens, or turn algorithm.overlong_filter off.",
+            )
         seconds = time.perf_counter() - started
         metrics |= {
             "seconds/rollouts": collected.seconds,
             "seconds/scoring": collected.scoring_seconds,
             "seconds/learner": seconds,
             "memory/peak_mib": peak_mib(),
+            **self.fewer_rows(),
             "tokens_per_second": int(batch.lengths_B.sum()) / (collected.seconds + seconds),
         }
         self.record(StepDone(step=self.step, metrics=metrics, groups=groups, batch=batch, tokens=tokens))
+        for event in self.watch.look(self.step, metrics):
+            self.record(event)
 
     def learn(
         self, batch: Batch, collected: Collected, rewards: Rewards, tokens: list[TokenRecord]
@@ -139,6 +195,11 @@ class Trainer:
         updates = [self.learner.update(minibatch, record) for minibatch in parts]
         advantages = advantage_metrics(training.advantages_BT, training.mask_BT, collected.groups)
         return training, {**metrics, **kl_metrics, **combine(updates), **advantages}
+
+    def fewer_rows(self) -> Metrics:
+        """How many rows memory suffices for in generation, where that is less than the recipe asks for."""
+        rows = getattr(self.sampler, "max_rows", math.inf)
+        return {"rollouts/max_rows": float(rows)} if rows < self.recipe.rollouts.max_rows else {}
 
     def check_gap(self, gap: float) -> None:
         """Stop where sampler and learner compute different models, which rounding cannot explain.
@@ -161,27 +222,28 @@ class Trainer:
             self.credit.remember(make_batch(never_trained, self.algorithm), never_trained, rewards)
 
     def collect(self) -> Collected:
-        """Groups for the next step. If that fails, its problems are put back and a checkpoint is saved, to be resumed from."""
-        position = self.collector.state_dict()
+        """Groups for the next step.
+
+        Raises:
+            RunError: there is none.
+        """
         self.ready.begin_step(self.step)
-        try:
-            collected = self.collector.collect(self.step)
-            if not collected.groups:
-                raise RunError(
-                    f"step {self.step + 1}: dynamic sampling found {collected.describe()}. "
-                    "Easier or harder problems, or a larger group_size, would give it something to learn from."
-                )
-        except (UserError, RunError):
-            self.collector.load_state_dict(position)
-            self.save()
-            raise
+        collected = self.collector.collect(self.step)
+        if not collected.groups:
+            raise RunError(
+                f"step {self.step + 1}: dynamic sampling found {collected.describe()}. "
+                "Easier or harder problems, or a larger group_size, would give it something to learn from."
+            )
         failed = [score for group in collected.seen for score in group.scores if score.failure is not None]
         if failed:
             total = sum(len(group.scores) for group in collected.seen)
-            text = f"{len(failed)} of {total} completions could not be scored and are set aside: {describe_failures(failed)}"
-            self.warn(text, self.step + 1)
+            causes = describe_failures(failed)
+            text = f"{len(failed)} of {total} completions could not be scored and are set aside: {causes}"
+            name = "nonfinite_reward" if all(score.failure == "not finite" for score in failed) else "failed_scores"
+            self.warn(text, self.step + 1, name=name, advice=SCORES)
         if not collected.full:
-            self.warn(f"dynamic sampling stopped at rollouts.max_rounds with {collected.describe()}", self.step + 1)
+            text = f"dynamic sampling stopped at rollouts.max_rounds with {collected.describe()}"
+            self.warn(text, self.step + 1, name="few_groups", advice=FEW)
         return collected
 
     # --- when
@@ -195,6 +257,13 @@ class Trainer:
         return every > 0 and (self.is_due(every) or self.step == 1)
 
     # --- evaluation
+
+    def evaluate_or_save(self) -> Evaluation:
+        """The same between steps, where a failure leaves a checkpoint, and the best one is kept."""
+        with self.explained(f"the evaluation after step {self.step}"):
+            evaluation = self.evaluate()
+        self.keep_best(evaluation)
+        return evaluation
 
     def evaluate(self) -> Evaluation:
         """Held-out results of the weights as they are, recorded."""
@@ -217,8 +286,37 @@ class Trainer:
         for recorder in self.recorders:
             recorder.record(event)
 
-    def warn(self, text: str, step: int | None = None) -> None:
-        self.record(Warned(step=self.step if step is None else step, text=text))
+    def warn(self, text: str, step: int | None = None, **fields: Any) -> None:
+        """`fields`: of `Warned`."""
+        self.record(Warned(step=self.step if step is None else step, text=text, **fields))
+
+    # --- failures
+
+    @contextmanager
+    def explained(self, what: str, take_back: Callable[[], bool] = lambda: True, *, save: bool = True) -> Iterator[None]:
+        """Within: whatever is raised becomes the one message that the run ends with, and is recorded.
+
+        Args:
+            what: is being done.
+            take_back: makes the run as it was when this began; False: it cannot, and the last checkpoint is what is left.
+            save: whether a checkpoint is worth it.
+        """
+        try:
+            yield
+        except BaseException as error:  # sys.exit() in a part of the user's does not end a run as if all were well
+            if isinstance(error, KeyboardInterrupt) and (self.interrupt is None or self.interrupt.raised):
+                raise
+            known = explain(error, what)
+            if take_back() and save and self.saved != self.step:
+                with suppress(Exception):  # what failed first is what has to be said
+                    self.save()
+            self.warn(str(known), kind="fault", name="failed", traceback="" if known is error else traceback_of(error))
+            raise known from error
+
+    def save_if_possible(self) -> bool:
+        """Write a checkpoint, or leave it to the next step where the disk is full. Returns whether it is written."""
+        with self.explained(f"the checkpoint of step {self.step}", save=False):
+            return self.room.write(self.step, last=self.step == self.recipe.training.steps)
 
     def save(self) -> Path:
         """Write a checkpoint of the run as it is after `step`."""
@@ -229,14 +327,16 @@ class Trainer:
         }
         metrics = self.run_directory.metrics
         metrics.sync()  # a checkpoint must not outlive the records of its steps
-        return self.store.save(self.step, self.learner, state, recipe=self.run_directory.recipe, metrics=metrics.digest)
+        path = self.store.save(self.step, self.learner, state, recipe=self.run_directory.recipe, metrics=metrics.digest)
+        self.saved = self.step
+        return path
 
     def keep_best(self, evaluation: Evaluation) -> None:
         """If it is the best so far, see to it that there is a checkpoint of this step, which then stays."""
         best = self.store.is_better(self.step, evaluation.metrics)
-        if best is not None:
-            if self.step not in checkpoints.listed(self.run_directory.checkpoints):
-                self.save()
+        if best is None:
+            return
+        if self.step in checkpoints.listed(self.run_directory.checkpoints) or self.save_if_possible():
             self.store.set_best(best, self.step)
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -254,3 +354,4 @@ class Trainer:
             text = f"written by another version of groupwise: {type(error).__name__}: {error}"
             raise UserError(f"{checkpoint.path}: {text}") from error
         self.sampler.load(self.learner.weights(), self.learner.version)
+        self.saved = self.step

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ from groupwise.errors import RunError, UserError
 from groupwise.files import Digest, DiskError, Lock
 from groupwise.learner.base import TokenRecord
 from groupwise.training.checkpoints import Checkpoint, Store, listed
-from groupwise.training.events import Evaluated, Event, StepDone, Warned
-from groupwise.training.metrics_file import METRICS, MetricsFile, append_line
+from groupwise.training.events import Evaluated, Event, StepDone
+from groupwise.training.events_file import EventsFile
+from groupwise.training.metrics_file import METRICS, MetricsFile
 from groupwise.training.segments import (
     RECIPE,
     SEGMENTS,
@@ -52,6 +52,7 @@ class RunDirectory:
         """`tokenizer`: to write tokens as text."""
         self.path, self.tokenizer = path, tokenizer
         self.metrics = MetricsFile(path / METRICS)
+        self.events = EventsFile(path / "events.jsonl")
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
         self.recipe = ""
@@ -192,14 +193,7 @@ class RunDirectory:
             problems = float(len(event.evaluation.groups))
             self.metrics.append(event.step, {**event.evaluation.metrics, "eval_problems": problems})
         else:
-            self.write_event(event)
-
-    def write_event(self, event: Warned) -> None:
-        """Add a line to events.jsonl. Lines stay when a run is resumed from an earlier step: what they say did happen."""
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        line = {"step": event.step, "time": now, "kind": event.kind, "name": event.name}
-        line |= {"text": event.text, "advice": event.advice}
-        append_line(self.path / "events.jsonl", (json.dumps(line) + "\n").encode())
+            self.events.record(event)
 
     def write_rollouts(self, step: int, groups: Sequence[Group]) -> None:
         """The best and the worst completion of each group: as text for a person to read, and as a line of JSON each."""

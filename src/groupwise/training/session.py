@@ -16,7 +16,7 @@ from groupwise.training import checkpoints
 from groupwise.training.display import Display
 from groupwise.training.events import Warned
 from groupwise.training.inputs import input_hashes
-from groupwise.training.interrupts import Interrupted
+from groupwise.training.interrupts import Interrupt, ending, interruptible
 from groupwise.training.loop import Result, Trainer
 from groupwise.training.records import RunDirectory
 from groupwise.training.resume import Resumption, resumed_recipe, resumption
@@ -67,14 +67,24 @@ def plan(
     return Session(recipe=settings, source=source, path=resume, resumption=found)
 
 
-def run(session: Session, console: Console) -> Result:
+def run(session: Session, console: Console, *, ends: bool = False) -> Result:
     """Load what the recipe names, train, and show progress on the console.
+
+    Args:
+        ends: a signal that stops at once ends this process; else it raises KeyboardInterrupt.
 
     Raises:
         UserError, RunError: as soon as something is wrong.
         Interrupted, KeyboardInterrupt: the user stopped it. What was reached is saved, and the console says how to go on.
     """
-    with ExitStack() as closing:
+    display = Display(console, session.recipe.training.steps)
+
+    def farewell() -> None:
+        display.stop()
+        display.note(f"stopped at once{_how_to_go_on(session.path)}")
+
+    interrupt = Interrupt(end=ending(farewell) if ends else None, note=display.note)
+    with interruptible(interrupt), ExitStack() as closing:
         lock = session.resumption.lock if session.resumption else None
         if lock is not None:
             closing.callback(lock.close)
@@ -89,7 +99,7 @@ def run(session: Session, console: Console) -> Result:
         if lock.warning:
             events.append(Warned(step=trainer.step, name="no_lock", text=lock.warning))
         _announce(ready, session, console)
-        display = closing.enter_context(Display(console, session.recipe.training.steps))
+        closing.enter_context(display)
         named, patience = zip(ready.trackers, trackers, strict=True), session.recipe.trackers.timeout
         guarded = [Guarded(tracker.name, recorder, display.note, patience) for tracker, recorder in named]
         for tracker in guarded:
@@ -99,10 +109,13 @@ def run(session: Session, console: Console) -> Result:
         for event in events:
             trainer.record(event)
         try:
-            return trainer.train()
-        except (Interrupted, KeyboardInterrupt, UserError, RunError):
-            display.note(f"stopped in step {trainer.step + 1}{_how_to_go_on(session.path)}")
+            return trainer.train(interrupt)
+        except (KeyboardInterrupt, UserError, RunError):
+            where = f"after step {trainer.step}" if trainer.step else "before the first step was done"
+            display.note(f"stopped {where}{_how_to_go_on(session.path, trainer.step)}")
             raise
+        finally:
+            interrupt.release()  # now Ctrl-C ends the waiting for trackers
 
 
 def start(session: Session, ready: Ready, trainer: Trainer, tree: Mapping[str, Any]) -> list[Warned]:
@@ -123,6 +136,7 @@ def start(session: Session, ready: Ready, trainer: Trainer, tree: Mapping[str, A
     keep_damaged(session.path, found.recorded)
     metrics = metrics_at(found.recorded.segments, found.checkpoint)
     problem = directory.resume(found.checkpoint, found.damaged, segments, trainer.store, metrics)
+    trainer.watch.catch_up(directory.metrics.path)
     return found.events(segments, problem)
 
 
@@ -137,7 +151,11 @@ def _announce(ready: Ready, session: Session, console: Console) -> None:
             console.print(line, soft_wrap=True)
 
 
-def _how_to_go_on(path: Path) -> str:
+def _how_to_go_on(path: Path, step: int = 0) -> str:
+    """`step`: the last one that was done."""
     there = checkpoints.listed(path / "checkpoints")
-    how = f"go on from {checkpoints.name_of(max(there))}" if there else "begin again"
-    return f"; to {how}: groupwise train --resume {path}"
+    if not there:
+        return f"; to begin again: groupwise train --resume {path}" if (path / checkpoints.RECIPE).is_file() else ""
+    last = max(there)
+    again = f" (step {step} is done again)" if step == last + 1 else f" (steps {last + 1} to {step} are done again)"
+    return f"; to go on from {checkpoints.name_of(last)}: groupwise train --resume {path}{again if step > last else ''}"
