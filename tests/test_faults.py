@@ -1,0 +1,110 @@
+"""Runs are killed, damaged and given full disks: a seeded share of what benchmarks/faults.py does in the hundreds."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from fault_injection.checks import Reference, files_of, make_reference, metrics_of
+from fault_injection.preload import Fault, compile_library, environment, operations
+from fault_injection.recipes import write_recipes
+from fault_injection.server import THREADS, Server
+
+
+@dataclass
+class House:
+    """The fork server and the undisturbed runs, made when first asked for."""
+
+    server: Server
+    library: Path
+    recipes: dict[str, Path]
+    folder: Path
+    references: dict[str, Reference]
+
+    def reference(self, name: str) -> Reference:
+        if name not in self.references:
+            self.references[name] = make_reference(self.server, name, self.recipes[name], self.folder / self.recipes[name].stem)
+        return self.references[name]
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    folder = tmp_path_factory.mktemp("faults").resolve()
+    library = compile_library(folder)
+    if library is None:
+        pytest.skip("counting file operations needs Linux and a C compiler")
+    recipes = write_recipes(folder / "recipes")
+    with Server(library, list(recipes.values()), folder / "server") as server:
+        yield House(server, library, recipes, folder, {})
+
+
+WRITER = """
+import os, sys
+from pathlib import Path
+import numpy, pyarrow, pyarrow.parquet, safetensors.numpy
+run = Path(sys.argv[1])
+(run / "a").mkdir()
+(run / "a" / "text").write_text("four")
+os.rename(run / "a" / "text", run / "a" / "renamed")
+with (run / "kept").open("wb") as file:
+    file.write(b"x" * 10)
+    file.flush()
+    os.fsync(file.fileno())
+safetensors.numpy.save_file({"x": numpy.zeros(1000, "float32")}, run / "tensors")
+pyarrow.parquet.write_table(pyarrow.table({"x": [1]}), run / "table")
+os.unlink(run / "a" / "renamed")
+os.rmdir(run / "a")
+Path(sys.argv[1] + "-beside").write_text("elsewhere")
+print((run / "kept").read_bytes())
+"""
+
+
+def write(house: House, folder: Path, fault: Fault) -> subprocess.CompletedProcess[str]:
+    (run := folder / "run").mkdir(parents=True)
+    settings = environment(house.library, run, folder / "log", fault)
+    command = [sys.executable, "-c", WRITER, str(run)]
+    return subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True)
+
+
+def test_the_library_sees_the_writes_of_python_rust_and_c_plus_plus(house: House, tmp_path: Path) -> None:
+    assert write(house, tmp_path, Fault()).returncode == 0
+    seen = [(one.name, one.place) for one in operations(tmp_path / "log")]
+    bytes_of: dict[str, int] = {}
+    for one in operations(tmp_path / "log"):
+        bytes_of[one.path[:4]] = bytes_of.get(one.path[:4], 0) + one.size * (one.name == "write")
+    assert seen[:5] == [
+        ("mkdir", "a"),
+        ("open-truncate", "a/text"),
+        ("write", "a/text"),
+        ("close", "a/text"),
+        ("rename", "a/renamed"),
+    ]
+    assert seen[5:9] == [("open-truncate", "kept"), ("write", "kept"), ("fsync", "kept"), ("close", "kept")]
+    assert seen[-2:] == [("unlink", "a/renamed"), ("rmdir", "a")]
+    assert bytes_of["kept"] == 10
+    assert bytes_of["tabl"] == (tmp_path / "run" / "table").stat().st_size
+    tensors = bytes_of.get("tens", 0) + bytes_of.get(".tmp", 0)  # newer versions write to a temporary name first
+    assert tensors == (tmp_path / "run" / "tensors").stat().st_size
+
+
+def test_the_library_kills_before_or_within_an_operation_and_fails_it(house: House, tmp_path: Path) -> None:
+    before = write(house, tmp_path / "before", Fault(action="kill", at=6))
+    assert before.returncode == -9 and (tmp_path / "before" / "run" / "kept").read_bytes() == b""
+    half = write(house, tmp_path / "half", Fault(action="kill", at=6, half=True))
+    assert half.returncode == -9 and (tmp_path / "half" / "run" / "kept").read_bytes() == b"xxxxx"
+    full = write(house, tmp_path / "full", Fault(action="fail", at=6))
+    assert full.returncode == 1 and "No space left on device" in full.stderr
+    denied = write(house, tmp_path / "denied", Fault(denied="kept"))
+    assert denied.returncode == 1 and "Permission denied" in denied.stderr
+
+
+def test_a_forked_run_gives_the_bits_of_a_process_of_its_own(house: House, tmp_path: Path) -> None:
+    """And without the library."""
+    reference = house.reference("GRPO")
+    command = [sys.executable, "-m", "groupwise", "train", str(reference.recipe), "--out", str(tmp_path / "run")]
+    subprocess.run(command, env={**os.environ, **THREADS}, check=True, capture_output=True)
+    assert files_of(tmp_path / "run") == reference.files
+    assert metrics_of(tmp_path / "run") == reference.metrics
