@@ -1,6 +1,7 @@
 """Runs are killed, damaged and given full disks: a seeded share of what benchmarks/faults.py does in the hundreds."""
 
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from fault_injection.checks import Reference, files_of, make_reference, metrics_of
+from fault_injection import damage, disks, kills
+from fault_injection.checks import Reference, files_of, make_reference, metrics_of, unflushed
 from fault_injection.preload import Fault, compile_library, environment, operations
-from fault_injection.recipes import write_recipes
+from fault_injection.recipes import RECIPES, write_recipes
 from fault_injection.server import THREADS, Server
+
+SEED = 15
 
 
 @dataclass
@@ -108,3 +112,49 @@ def test_a_forked_run_gives_the_bits_of_a_process_of_its_own(house: House, tmp_p
     subprocess.run(command, env={**os.environ, **THREADS}, check=True, capture_output=True)
     assert files_of(tmp_path / "run") == reference.files
     assert metrics_of(tmp_path / "run") == reference.metrics
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_killed_run_comes_back_exactly(house: House, name: str) -> None:
+    reference, rng = house.reference(name), random.Random(f"{SEED}/{name}")
+    for kind in rng.sample(list(kills.KINDS), 2):
+        trial = next(one for one in kills.plan(reference, 8, rng) if one.kind == kind)
+        problems = kills.carry_out(house.server, reference, trial, house.folder / "run")
+        assert not problems, trial
+
+
+def test_data_are_flushed_before_they_get_their_names(house: House) -> None:
+    reference = house.reference("GRPO")
+    assert not unflushed(reference.operations)
+    assert not unflushed(reference.resuming)
+
+
+def test_damaged_files_are_named_or_change_nothing(house: House) -> None:
+    reference, rng = house.reference("GRPO"), random.Random(SEED)
+    trials = damage.plan(reference, rng)
+    journals = ("recipe.toml", "metrics.jsonl", "segments.jsonl")
+    read = [one for one in trials if one.file in journals or one.file.startswith("checkpoints/step-000005")]
+    for trial in rng.sample(read, 5) + rng.sample(trials, 2):
+        _, problems = damage.carry_out(house.server, reference, trial, house.folder / "run")
+        assert not problems, trial
+
+
+def test_foreign_files_are_passed_over(house: House) -> None:
+    reference, rng = house.reference("GRPO"), random.Random(SEED)
+    for name in rng.sample(list(damage.FOREIGN), 3):
+        _, problems = damage.add_foreign(house.server, reference, name, house.folder / "run")
+        assert not problems, name
+
+
+def test_a_failing_disk_is_said_and_nothing_is_lost(house: House) -> None:
+    reference, rng = house.reference("GRPO"), random.Random(SEED)
+    for trial in rng.sample(disks.plan(reference, rng), 6):
+        problems = disks.carry_out(house.server, reference, trial, house.folder / "run")
+        assert not problems, trial
+
+
+def test_a_disk_that_is_really_full_and_then_read_only(house: House, tmp_path: Path) -> None:
+    if not disks.may_mount():
+        pytest.skip("file systems of its own need root and the right to make mount namespaces")
+    problems = disks.really_full(house.library, house.reference("GRPO"), tmp_path, 9)
+    assert not problems
