@@ -5,8 +5,8 @@
 Six small recipes. kills: SIGKILL before chosen file operations of a run, of its checkpoints and of its resume (--every: each of
 them in turn, thousands), and at random instants; then resumed to the end: weights bit-identical, each step once with equal
 values.
-damage, foreign, disks: --trials each, drawn with the seed from all that there are; --every: all. Prints Markdown tables, and each
-failure with what reproduces it. Needs Linux and a C compiler.
+damage, foreign, disks: --trials each, drawn with the seed from all that there are; --every: all. Prints each failure with
+what reproduces it, and a table in Markdown. Needs Linux and a C compiler.
 """
 
 import argparse
@@ -31,19 +31,20 @@ Trial = tuple[str, str, Callable[[], list[str]]]
 
 
 class Tally:
-    """Recipe x kind: how many trials passed."""
+    """Recipe x kind: how many trials passed. A failure is printed at once."""
 
     def __init__(self) -> None:
         self.counts: dict[str, dict[str, list[bool]]] = {}
-        self.failures: list[str] = []
+        self.failed = 0
 
     def add(self, recipe: str, kind: str, trial: str, problems: Sequence[str]) -> None:
         self.counts.setdefault(recipe, {}).setdefault(kind, []).append(not problems)
         if problems:
-            self.failures.append(f"{recipe}, {kind}, {trial}: {'; '.join(problems)}")
+            self.failed += 1
+            print(f"- {recipe}, {kind}, {trial}: {'; '.join(problems)}", flush=True)
 
-    def tables(self) -> str:
-        """Markdown: passed / tried."""
+    def table(self) -> str:
+        """In Markdown: how many passed of how many."""
         lines: list[str] = []
         kinds = dict.fromkeys(kind for row in self.counts.values() for kind in row)
         lines += ["| | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
@@ -115,15 +116,13 @@ def main() -> None:
                 bar = progress.add_task(name, total=len(todo), failed="")
                 for kind, what, carry_out in todo:
                     tally.add(name, kind, what, carry_out())
-                    progress.update(bar, advance=1, failed=f"{len(tally.failures)} failed" if tally.failures else "")
+                    progress.update(bar, advance=1, failed=f"{tally.failed} failed" if tally.failed else "")
             if "disks" in options.only and disks.may_mount():
                 for mebibytes in (1, 4, 9, 16):
                     problems = disks.really_full(library, reference, folder / f"{mebibytes}-MiB", mebibytes)
                     tally.add(name, "tmpfs", f"of {mebibytes} MiB", problems)
-    for failure in tally.failures:
-        print(f"- {failure}")
-    print(tally.tables())
-    sys.exit(bool(tally.failures))
+    print(tally.table())
+    sys.exit(tally.failed > 0)
 
 
 if __name__ == "__main__":

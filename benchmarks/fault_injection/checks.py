@@ -191,4 +191,4 @@ def unflushed(done: Sequence[Operation]) -> list[str]:
 
 
 def _is_read_by_a_resume(name: str) -> bool:
-    return name.startswith("checkpoints/") or name in ("recipe.toml", "metrics.jsonl", "segments.jsonl", "model")
+    return name.startswith(("checkpoints/step-", "checkpoints/best")) or name in ("recipe.toml", "metrics.jsonl", "segments.jsonl", "model")
