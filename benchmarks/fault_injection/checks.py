@@ -58,40 +58,47 @@ def metrics_of(run: Path) -> list[str]:
     return [json.dumps({key: value for key, value in tree.items() if not key.startswith(OF_THE_CLOCK)}) for tree in trees]
 
 
-def differences(run: Path, reference: Reference) -> list[str]:
-    """How a run that ended differs from the undisturbed one; empty: in nothing."""
+def differences(run: Path, reference: Reference) -> dict[str, str]:
+    """How a run that ended differs from the undisturbed one: path -> what is wrong with it; empty: nothing."""
     found = files_of(run)
     names = sorted(found.keys() | reference.files.keys())
-    problems = [
-        f"{name} {'is missing' if name not in found else 'is left over' if name not in reference.files else 'differs'}"
+    problems = {
+        name: f"{name} {'is missing' if name not in found else 'is left over' if name not in reference.files else 'differs'}"
         for name in names
         if found.get(name) != reference.files.get(name)
-    ]
-    problems += [f"{path.relative_to(run)} is left over" for path in run.rglob(".*") if path.name != ".lock" and path.is_dir()]
+    }
+    for path in run.rglob(".*"):
+        if path.name != ".lock":
+            problems[str(path.relative_to(run))] = f"{path.relative_to(run)} is left over"
+    for name, problem in (("metrics.jsonl", _metrics_problem(run, reference)), ("segments.jsonl", _segments_problem(run))):
+        if problem:
+            problems[name] = f"{name}: {problem}"
+    return problems
+
+
+def _metrics_problem(run: Path, reference: Reference) -> str:
     try:
         if (metrics := metrics_of(run)) != reference.metrics:
             steps = [[json.loads(line)["step"] for line in lines] for lines in (metrics, reference.metrics)]
-            problems.append(f"metrics differ: steps {steps[0]}, and undisturbed {steps[1]}")
-        opened = open_run(run)
-        if (steps := [record["step"] for record in opened.steps]) != list(range(1, len(steps) + 1)):
-            problems.append(f"a report reads steps {steps}")
+            return f"has steps {steps[0]}, and undisturbed {steps[1]}" if steps[0] != steps[1] else "has other values"
+        steps = [record["step"] for record in open_run(run).steps]
     except (OSError, ValueError, UserError) as error:
-        problems.append(f"metrics cannot be read: {error}")
-    return problems + _segment_problems(run)
+        return f"cannot be read: {error}"
+    return "" if steps == list(range(1, len(steps) + 1)) else f"a report reads steps {steps}"
 
 
-def _segment_problems(run: Path) -> list[str]:
+def _segments_problem(run: Path) -> str:
+    """Segments are counted from 0, and begin at steps that ascend from 1."""
     path = run / "segments.jsonl"
     if not path.is_file():
-        return ["segments.jsonl is missing"]
+        return "is missing"
     try:
         segments = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         numbers, first = [one["segment"] for one in segments], [one["first_step"] for one in segments]
     except (ValueError, KeyError, TypeError) as error:
-        return [f"segments.jsonl cannot be read: {type(error).__name__} {error}"]
-    if numbers != list(range(len(numbers))) or first != sorted(first) or first[:1] != [1]:
-        return [f"segments.jsonl: segments {numbers} begin at steps {first}"]
-    return []
+        return f"cannot be read: {type(error).__name__} {error}"
+    right = numbers == list(range(len(numbers))) and first == sorted(first) and first[:1] == [1]
+    return "" if right else f"segments {numbers} begin at steps {first}"
 
 
 def said_once(outcome: Outcome) -> list[str]:
@@ -191,4 +198,5 @@ def unflushed(done: Sequence[Operation]) -> list[str]:
 
 
 def _is_read_by_a_resume(name: str) -> bool:
-    return name.startswith(("checkpoints/step-", "checkpoints/best")) or name in ("recipe.toml", "metrics.jsonl", "segments.jsonl", "model")
+    others = ("recipe.toml", "metrics.jsonl", "segments.jsonl", "model")
+    return name.startswith(("checkpoints/step-", "checkpoints/best")) or name in others

@@ -1,8 +1,9 @@
 """Damage to the files of a run that was killed halfway, and foreign files beside them; the run is then resumed.
 
-What may come of it: the damage is named and the command refused (exit code 2, nothing changed); or it is named, passed over or
-repaired, and the run ends as the undisturbed one; or, where a resume does not read the file, the run ends as the undisturbed one
-but for this file. Never: a different result in silence, a traceback.
+What may come of it: the damage is named and the command refused (exit code 2, nothing changed); or it is named, and passed over or
+repaired; or, where a resume does not read the file, it stays as it is. In all but the first the run ends with the model and the
+newest checkpoint of the undisturbed one, and with its records but for those that were in the damaged file. Never: a different
+result in silence, a traceback.
 """
 
 import json
@@ -13,11 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fault_injection.checks import Reference, differences, said_once, tree_of
+from fault_injection.checks import Reference, differences, metrics_of, said_once, tree_of
 from fault_injection.preload import Fault
 from fault_injection.server import Server
 
-OUTCOMES = ("refused", "named, same end", "not read, same end")
+OUTCOMES = REFUSED, NAMED, NOT_READ = "refused", "named, same end", "not read, same end"
+RECORDS = ("rollouts/", "tokens/", "events.jsonl")
+"""Files for people and reports: a resume does not read those of past steps, and they stay as they are."""
 
 
 def truncate(path: Path, older: Path, rng: random.Random) -> None:
@@ -108,51 +111,57 @@ def _older(reference: Reference, file: str) -> Path | None:
 
 
 def carry_out(server: Server, reference: Reference, trial: Damage, run: Path) -> tuple[str, list[str]]:
-    """Damage, resume; returns which of OUTCOMES it was, and what is wrong with it."""
+    """Damage, report, resume; returns which of OUTCOMES it was, and what is wrong with it."""
     shutil.rmtree(run, ignore_errors=True)
     shutil.copytree(reference.halfway, run)
     file = Path(trial.file)
     DAMAGES[trial.kind](run / file, _older(reference, trial.file) or run / file, random.Random(trial.seed))
     fault = Fault(denied=trial.file if trial.kind == "unreadable" else "")
-    return judge(server, reference, run, fault, names=[trial.file, *file.parts[1:]], damaged=trial.file)
+    outcome, problems, found = judge(server, reference, run, fault, names=[trial.file, *file.parts[1:]])
+    named = outcome == NAMED
+    for name in list(found):
+        if name == trial.file and (named or name.startswith(RECORDS)):
+            del found[name]
+        elif named and name.startswith(("checkpoints/damaged-", "metrics.damaged-")):
+            del found[name]  # what cannot be read is kept
+        elif named and trial.file == "metrics.jsonl" and name == "checkpoints/best.json":
+            del found[name]  # the best is found by the evaluations in the records
+    if trial.file == "metrics.jsonl" and named and metrics_of(run)[-2:] != reference.metrics[-2:]:
+        problems.append("metrics.jsonl: the last step has other values")
+    if outcome == NOT_READ and trial.file.startswith("checkpoints/step-") and (run / file.parent).exists():
+        found.pop(trial.file, None)  # kept as the best, and not read by the resume; who reads it is told
+        export = ["export", run, "--checkpoint", str(int(file.parts[1].removeprefix("step-"))), "--out", run.parent / "exported"]
+        refused = server.run(export, run, fault)
+        problems += [f"export: {problem}" for problem in said_once(refused)]
+        problems += [] if refused.code == 2 else [f"export of the checkpoint: exit code {refused.code}"]
+    return outcome, problems + list(found.values())
 
 
 def judge(
-    server: Server, reference: Reference, run: Path, fault: Fault, *, names: list[str], damaged: str = "", foreign: str = ""
-) -> tuple[str, list[str]]:
-    """Report and resume a damaged run; returns which of OUTCOMES it was, and what is wrong with it.
+    server: Server, reference: Reference, run: Path, fault: Fault, *, names: list[str]
+) -> tuple[str, list[str], dict[str, str]]:
+    """Report and resume a damaged run.
 
     Args:
         names: what a message would call the damage.
-        damaged: a file that may stay as it is where a resume does not read it.
-        foreign: a file or directory that may be left over.
+
+    Returns:
+        Which of OUTCOMES it was; what is wrong with what was said; how the run's end differs from the undisturbed one's.
     """
-    problems = []
-    page = run.parent / "page.html"
-    reported = server.run(["report", run, "--out", page], run, fault)
-    problems += [f"report: {problem}" for problem in said_once(reported)]
+    reported = server.run(["report", run, "--out", run.parent / "page.html"], run, fault)
+    problems = [f"report: {problem}" for problem in said_once(reported)]
     before = tree_of(run)
     outcome = server.run(["train", "--resume", run], run, fault)
     problems += said_once(outcome)
-    named = any(name in outcome.output for name in names if name != "checkpoints")
+    named = any(name in outcome.output for name in names)
     if outcome.code == 2:
         problems += [] if named else [f"refused, and the file is not named: {outcome.output.strip()[-200:]}"]
-        changed = {name for name, digest in tree_of(run).items() ^ before.items()}
-        return "refused", problems + [f"refused, and {name} changed" for name in sorted(changed)]
+        changed = {name for name, _ in tree_of(run).items() ^ before.items()}
+        return REFUSED, problems + [f"refused, and {name} changed" for name in sorted(changed)], {}
     if outcome.code != 0:
-        return "failed", [*problems, f"exit code {outcome.code}: {outcome.output.strip()[-200:]}"]
-    found = differences(run, reference)
-    kept = tuple(name for name in (damaged if not damaged.startswith("checkpoints/") else "", foreign) if name)
-    if not named:
-        # A record of a past step, which no resume reads, stays as it is.
-        found = [one for one in found if not (kept and one.startswith(kept) and not one.startswith(JOURNAL))]
-    else:
-        found = [one for one in found if not (kept and one.startswith(kept))]
-    return ("named, same end" if named else "not read, same end"), problems + found
+        return "failed", [*problems, f"exit code {outcome.code}: {outcome.output.strip()[-200:]}"], {}
+    return NAMED if named else NOT_READ, problems, differences(run, reference)
 
-
-JOURNAL = ("recipe.toml", "metrics", "segments.jsonl")
-"""Files that say what the run was: their damage must be named."""
 
 FOREIGN: dict[str, Callable[[Path], None]] = {}
 """Path of a foreign thing -> what makes it there."""
@@ -182,7 +191,10 @@ def empty_checkpoint(path: Path) -> None:
     path.mkdir()
 
 
-@_foreign("checkpoints/step-000098")
+LATER_VERSION = "checkpoints/step-000098"
+
+
+@_foreign(LATER_VERSION)
 def future_checkpoint(path: Path) -> None:
     """Of a later version, whose format this one does not know."""
     shutil.copytree(_newest(path.parent), path)
@@ -237,7 +249,8 @@ def add_foreign(server: Server, reference: Reference, name: str, run: Path) -> t
     shutil.rmtree(run, ignore_errors=True)
     shutil.copytree(reference.halfway, run)
     FOREIGN[name](run / name)
-    outcome, problems = judge(server, reference, run, Fault(), names=[Path(name).name], foreign=name)
-    if outcome == "refused" and name != "checkpoints/step-000098":  # a later version's run may be refused
+    outcome, problems, found = judge(server, reference, run, Fault(), names=[Path(name).name])
+    if outcome == REFUSED and name != LATER_VERSION:
         problems.append("refused, though it could be passed over")
-    return outcome, problems
+    aside = "checkpoints/damaged-"
+    return outcome, problems + [text for path, text in found.items() if not path.startswith((name, aside))]

@@ -72,7 +72,7 @@ def carry_out(server: Server, reference: Reference, trial: Disk, run: Path) -> l
         if outcome.code != 0:
             return [*problems, f"with room again: exit code {outcome.code}: {outcome.output.strip()[-200:]}"]
         problems += said_once(outcome)
-    return problems + differences(run, reference)
+    return problems + list(differences(run, reference).values())
 
 
 def go_on(server: Server, run: Path, begin: Sequence[str | Path]) -> Outcome:
@@ -116,4 +116,4 @@ def really_full(library: Path, reference: Reference, folder: Path, mebibytes: in
         done = server.run(["train", "--resume", place / "run"] if begun else begin, place / "run")
         if done.code != 0:
             return [*problems, f"with room again: exit code {done.code}: {done.output.strip()[-200:]}"]
-        return problems + differences(seen, reference)
+        return problems + list(differences(seen, reference).values())

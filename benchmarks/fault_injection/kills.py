@@ -117,4 +117,4 @@ def carry_out(server: Server, reference: Reference, trial: Kill, run: Path) -> l
         begun = (run / "recipe.toml").is_file()
         again = not any((run / "checkpoints").glob("step-*")) and (trial.same_command or not begun)
         command = begin if again else resume
-    return problems + (differences(run, reference) if outcome.code == 0 else ["it never ended"])
+    return problems + (list(differences(run, reference).values()) if outcome.code == 0 else ["it never ended"])
