@@ -1,6 +1,6 @@
 """Damage to the files of a run that was killed halfway, and foreign files beside them; the run is then resumed.
 
-What may come of it: the damage is named and the command refused (exit code 2, nothing changed); or it is named, and passed over or
+What may come of it: the damage is named and the command refused (exit code 2, nothing changed); or it is named and passed over or
 repaired; or, where a resume does not read the file, it stays as it is. In all but the first the run ends with the model and the
 newest checkpoint of the undisturbed one, and with its records but for those that were in the damaged file. Never: a different
 result in silence, a traceback.
