@@ -33,7 +33,7 @@ class Reference:
     halfway: Path
     """A copy of the run's directory as a kill before the checkpoint of step 6 left it: two checkpoints, and steps beyond them."""
     resuming: list[Operation]
-    """Of a resume from `halfway` to the end."""
+    """Of a resume from `halfway` to the end; empty where there is no such state."""
 
 
 def files_of(run: Path) -> dict[str, str]:
@@ -133,8 +133,8 @@ def lost(run: Path, done: Sequence[Operation]) -> list[str]:
     return [f"{written[-1]} was written and is gone"] if written and (not there or there[-1] < written[-1]) else []
 
 
-def make_reference(server: Server, name: str, recipe: Path, folder: Path) -> Reference:
-    """Run a recipe undisturbed, up to the checkpoint of step 6, and from there to its end."""
+def make_reference(server: Server, name: str, recipe: Path, folder: Path, *, halfway: bool = True) -> Reference:
+    """Run a recipe undisturbed and, for trials that begin halfway, up to the checkpoint of step 6 and from there to its end."""
     folder.mkdir(parents=True)
     run = folder / "run"
     train = ["train", recipe, "--out", run]
@@ -142,11 +142,14 @@ def make_reference(server: Server, name: str, recipe: Path, folder: Path) -> Ref
     assert whole.code == 0, whole.output
     files, metrics = files_of(run), metrics_of(run)
     shutil.rmtree(run)
-    server.run(train, run, Fault(action="kill", at=_begin_of_checkpoint(whole.operations, 6)))
-    shutil.copytree(run, folder / "halfway")
-    resumed = server.run(["train", "--resume", run], run)
-    assert resumed.code == 0, resumed.output
-    shutil.rmtree(run)
+    resuming: list[Operation] = []
+    if halfway:
+        server.run(train, run, Fault(action="kill", at=_begin_of_checkpoint(whole.operations, 6)))
+        shutil.copytree(run, folder / "halfway")
+        resumed = server.run(["train", "--resume", run], run)
+        assert resumed.code == 0, resumed.output
+        resuming = resumed.operations
+        shutil.rmtree(run)
     return Reference(
         name=name,
         recipe=recipe,
@@ -155,7 +158,7 @@ def make_reference(server: Server, name: str, recipe: Path, folder: Path) -> Ref
         seconds=whole.seconds,
         operations=whole.operations,
         halfway=folder / "halfway",
-        resuming=resumed.operations,
+        resuming=resuming,
     )
 
 

@@ -26,7 +26,7 @@ class Kill:
     after: float = 0.0
     """Seconds after which it dies instead, in a trial of the kind "instant"."""
     second: float | None = None
-    """Kill the resumed run, too, after this share of the reference's resume."""
+    """Kill the resumed run, too, after this share of as many operations as the whole run has."""
     same_command: bool = False
     """Where there is no checkpoint: begin again with the same command, and not with --resume."""
 
@@ -103,7 +103,7 @@ def carry_out(server: Server, reference: Reference, trial: Kill, run: Path) -> l
     if trial.kind == "instant":
         faults = [Fault()]
     if trial.second is not None:
-        faults.append(Fault(action="kill", at=int(trial.second * len(reference.resuming))))
+        faults.append(Fault(action="kill", at=int(trial.second * len(reference.operations))))
     for fault in [*faults, Fault()]:
         timer = trial.after if trial.kind == "instant" and fault is faults[0] else None
         outcome = server.run(command, run, fault, kill_after=timer)
