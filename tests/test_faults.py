@@ -6,12 +6,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from fault_injection import damage, disks, kills
 from fault_injection.checks import Reference, files_of, make_reference, metrics_of, unflushed
-from fault_injection.preload import Fault, compile_library, environment, operations
+from fault_injection.preload import Fault, Operation, compile_library, environment, operations
 from fault_injection.recipes import RECIPES, write_recipes
 from fault_injection.server import THREADS, Server
 
@@ -125,6 +126,31 @@ def test_a_killed_run_comes_back_exactly(house: House, name: str) -> None:
         trial = rng.choice([one for one in trials if one.kind == kind])
         problems = kills.carry_out(house.server, reference, trial, house.folder / "run")
         assert not problems, trial
+
+
+def test_what_is_not_flushed_is_found() -> None:
+    def done(*texts: str) -> list[Operation]:
+        fields = [[*text.split(), "", ""][:3] for text in texts]
+        return [Operation(name, path, target, 1) for name, path, target in fields]
+
+    partial, final = "checkpoints/.partial-step-000002", "checkpoints/step-000002"
+    begin = done(f"mkdir {partial}", f"open {partial}/a", f"write {partial}/a")
+    data, move, name = done(f"fsync {partial}/a"), done(f"rename {partial} {final}"), done("fsync checkpoints")
+    prune = done("unlink checkpoints/step-000001/a")
+    assert unflushed([*begin, *data, *move, *name, *prune]) == []
+    assert unflushed([*begin, *move, *name]) == [f"{partial}/a gets the name {final} before it is flushed"]
+    assert unflushed([*begin, *data, *move]) == [f"the name {final} is never flushed"]
+    early = unflushed([*begin, *data, *move, *prune, *name])
+    assert early == [f"checkpoints/step-000001/a is removed before the name {final} is flushed"]
+
+
+def test_kills_are_spread_over_the_operations() -> None:
+    names = ["open", "write", "write", "write", "write", "close"]
+    done = [Operation(name, "metrics.jsonl", "", 1) for name in names] + [Operation("mkdir", "checkpoints", "", 0)]
+    assert kills.points(done) == [0, 1, 4, 5, 6]  # writes 2 and 3 are like 1 and 4
+    assert kills.points(done, checkpoints=True) == [6]
+    found = kills.spread(list(range(100)), 10, random.Random(0))
+    assert len(set(found)) == 10 and {after - before for before, after in pairwise(found)} == {10}
 
 
 def test_data_are_flushed_before_they_get_their_names(house: House) -> None:

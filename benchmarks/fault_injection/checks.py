@@ -126,10 +126,12 @@ def complete_checkpoints(done: Sequence[Operation]) -> list[str]:
     return sorted({path.name for path in names if path.parent.name == "checkpoints" and path.name.startswith("step-")})
 
 
-def lost(run: Path, done: Sequence[Operation]) -> list[str]:
-    """Whether the newest checkpoint that was written is gone."""
-    written = complete_checkpoints(done)
-    there = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+def lost(run: Path, before: Path | None, done: Sequence[Operation]) -> list[str]:
+    """Whether the newest checkpoint is gone, of those that were there in the state `before` and that were written since."""
+    old = [path.name for path in (before / "checkpoints").glob("step-*")] if before else []
+    written = sorted({*complete_checkpoints(done), *old})
+    names = [path.name.removeprefix(".replaced-") for path in (run / "checkpoints").glob("*step-*")]  # killed between two renames
+    there = sorted(name for name in names if name.startswith("step-"))
     return [f"{written[-1]} was written and is gone"] if written and (not there or there[-1] < written[-1]) else []
 
 

@@ -67,7 +67,7 @@ def carry_out(server: Server, reference: Reference, trial: Disk, run: Path) -> l
     outcome = server.run(resume if trial.resumed else begin, run, trial.fault)
     problems = said_once(outcome)
     if outcome.code != 0:  # a failure to remove what is no longer needed may be passed over
-        problems += lost(run, outcome.operations[: trial.fault.at])
+        problems += lost(run, reference.halfway if trial.resumed else None, outcome.operations[: trial.fault.at])
         outcome = go_on(server, run, begin)
         if outcome.code != 0:
             return [*problems, f"with room again: exit code {outcome.code}: {outcome.output.strip()[-200:]}"]

@@ -113,7 +113,7 @@ def carry_out(server: Server, reference: Reference, trial: Kill, run: Path) -> l
         if outcome.code != -9:
             last = outcome.output.strip().splitlines()[-1:]
             return [*problems, f"{' '.join(map(str, command[:2]))}: exit code {outcome.code}: {last}"]
-        problems += lost(run, outcome.operations)
+        problems += lost(run, reference.halfway if trial.kind == "resume" else None, outcome.operations)
         begun = (run / "recipe.toml").is_file()
         again = not any((run / "checkpoints").glob("step-*")) and (trial.same_command or not begun)
         command = begin if again else resume
