@@ -13,6 +13,7 @@ import argparse
 import random
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,22 +27,24 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 CAMPAIGNS = ("kills", "damage", "foreign", "disks")
-Trial = tuple[str, str, Callable[[], list[str]]]
-"""Its kind, what it is, and what carries it out and returns what is wrong."""
+Trial = tuple[str, str, Callable[[], tuple[str, list[str]]]]
+"""Its kind, what it is, and what carries it out and returns what came of it and what is wrong with that."""
 
 
 class Tally:
     """Recipe x kind: how many trials passed. A failure is printed at once."""
 
     def __init__(self) -> None:
+        self.outcomes: Counter[tuple[str, str]] = Counter()
         self.counts: dict[str, dict[str, list[bool]]] = {}
         self.failed = 0
 
-    def add(self, recipe: str, kind: str, trial: str, problems: Sequence[str]) -> None:
+    def add(self, recipe: str, kind: str, trial: str, outcome: str, problems: Sequence[str]) -> None:
+        self.outcomes[kind, outcome] += 1
         self.counts.setdefault(recipe, {}).setdefault(kind, []).append(not problems)
         if problems:
             self.failed += 1
-            print(f"- {recipe}, {kind}, {trial}: {'; '.join(problems)}", flush=True)
+            print(f"- {recipe}, {kind}, {trial}, {outcome}: {'; '.join(problems)}", flush=True)
 
     def table(self) -> str:
         """In Markdown: how many passed of how many."""
@@ -53,7 +56,13 @@ class Tally:
             cells = (f"{sum(row[kind])} of {len(row[kind])}" if row.get(kind) else "" for kind in kinds)
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         passed = [one for row in self.counts.values() for found in row.values() for one in found]
-        return "\n".join([*lines, "", f"{sum(passed)} of {len(passed)}"])
+        return "\n".join([*lines, "", f"{sum(passed)} of {len(passed)}", "", *self.ways()])
+
+    def ways(self) -> list[str]:
+        """For each kind what came of the trials, and how often."""
+        kinds = dict.fromkeys(kind for kind, _ in self.outcomes)
+        found = {kind: [f"{outcome} {count}" for (of, outcome), count in self.outcomes.items() if of == kind] for kind in kinds}
+        return [f"{kind}: {', '.join(outcomes)}" for kind, outcomes in found.items()]
 
 
 def trials(
@@ -66,23 +75,18 @@ def trials(
         return found if every else rng.sample(found, min(count, len(found)))
 
     if "kills" in only:
-        yield "flushed", "in order", lambda: unflushed(reference.operations) + unflushed(reference.resuming)
+        yield "flushed", "in order", lambda: ("compared", unflushed(reference.operations) + unflushed(reference.resuming))
         for kill in kills.every(reference) if every else kills.plan(reference, count, rng):
-            yield f"kill: {kill.kind}", str(kill), lambda kill=kill: kills.carry_out(server, reference, kill, run)
+            yield f"kill: {kill.kind}", str(kill), lambda kill=kill: ("resumed", kills.carry_out(server, reference, kill, run))
     if "damage" in only:
         for one in some(damage.plan(reference, rng)):
-            yield f"file {one.kind}", str(one), lambda one=one: _named(damage.carry_out(server, reference, one, run))
+            yield f"file {one.kind}", str(one), lambda one=one: damage.carry_out(server, reference, one, run)
     if "foreign" in only:
         for name in some(list(damage.FOREIGN)):
-            yield "foreign", name, lambda name=name: _named(damage.add_foreign(server, reference, name, run))
+            yield "foreign", name, lambda name=name: damage.add_foreign(server, reference, name, run)
     if "disks" in only:
         for disk in some(disks.plan(reference, rng)):
             yield f"disk {disk.kind}", str(disk), lambda disk=disk: disks.carry_out(server, reference, disk, run)
-
-
-def _named(judged: tuple[str, list[str]]) -> list[str]:
-    outcome, problems = judged
-    return [f"({outcome}) {problem}" for problem in problems]
 
 
 def main() -> None:
@@ -115,12 +119,12 @@ def main() -> None:
                 todo = list(trials(server, reference, folder, options.only, share, rng, every=options.every))
                 bar = progress.add_task(name, total=len(todo), failed="")
                 for kind, what, carry_out in todo:
-                    tally.add(name, kind, what, carry_out())
+                    tally.add(name, kind, what, *carry_out())
                     progress.update(bar, advance=1, failed=f"{tally.failed} failed" if tally.failed else "")
             if "disks" in options.only and disks.may_mount():
                 for mebibytes in (1, 4, 9, 16):
                     problems = disks.really_full(library, reference, folder / f"{mebibytes}-MiB", mebibytes)
-                    tally.add(name, "tmpfs", f"of {mebibytes} MiB", problems)
+                    tally.add(name, "tmpfs", f"of {mebibytes} MiB", "resumed", problems)
     print(tally.table())
     sys.exit(tally.failed > 0)
 

@@ -179,7 +179,7 @@ def test_foreign_files_are_passed_over(house: House) -> None:
 def test_a_failing_disk_is_said_and_nothing_is_lost(house: House) -> None:
     reference, rng = house.reference("GRPO"), random.Random(SEED)
     for trial in rng.sample(disks.plan(reference, rng), 6):
-        problems = disks.carry_out(house.server, reference, trial, house.folder / "run")
+        _, problems = disks.carry_out(house.server, reference, trial, house.folder / "run")
         assert not problems, trial
 
 

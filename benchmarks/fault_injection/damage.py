@@ -18,7 +18,7 @@ from fault_injection.checks import Reference, differences, metrics_of, said_once
 from fault_injection.preload import Fault
 from fault_injection.server import Server
 
-OUTCOMES = REFUSED, NAMED, NOT_READ = "refused", "named, same end", "not read, same end"
+OUTCOMES = REFUSED, NAMED, NOT_READ = "refused", "named", "not read"
 RECORDS = ("rollouts/", "tokens/", "events.jsonl")
 """Files for people and reports: a resume does not read those of past steps, and they stay as they are."""
 

@@ -57,22 +57,22 @@ def plan(reference: Reference, rng: random.Random) -> list[Disk]:
     return trials
 
 
-def carry_out(server: Server, reference: Reference, trial: Disk, run: Path) -> list[str]:
-    """Let the disk fail, then go on with room again; what is wrong."""
+def carry_out(server: Server, reference: Reference, trial: Disk, run: Path) -> tuple[str, list[str]]:
+    """Let the disk fail, then go on with room again; how it first ended, and what is wrong."""
     shutil.rmtree(run, ignore_errors=True)
     begin = ["train", reference.recipe, "--out", run]
     resume = ["train", "--resume", run]
     if trial.resumed:
         shutil.copytree(reference.halfway, run)
     outcome = server.run(resume if trial.resumed else begin, run, trial.fault)
-    problems = said_once(outcome)
+    problems, ended = said_once(outcome), f"ended {outcome.code}"
     if outcome.code != 0:  # a failure to remove what is no longer needed may be passed over
         problems += lost(run, reference.halfway if trial.resumed else None, outcome.operations[: trial.fault.at])
         outcome = go_on(server, run, begin)
         if outcome.code != 0:
-            return [*problems, f"with room again: exit code {outcome.code}: {outcome.output.strip()[-200:]}"]
+            return ended, [*problems, f"with room again: exit code {outcome.code}: {outcome.output.strip()[-200:]}"]
         problems += said_once(outcome)
-    return problems + list(differences(run, reference).values())
+    return ended, problems + list(differences(run, reference).values())
 
 
 def go_on(server: Server, run: Path, begin: Sequence[str | Path]) -> Outcome:
