@@ -1,4 +1,4 @@
-"""The program of a worker process. It imports the standard library only, so that it starts in some 30 ms.
+"""The program of a worker process. It imports the standard library only, so that it starts in some 30 ms. `keeper.py` runs it.
 
 Run as a script, never imported by multiprocessing, whose spawned processes run the user's own script again. Requests come in on
 standard input: id and length, then a pickle. Replies go out on what was standard output, as JSON after their length, so that
@@ -183,6 +183,7 @@ class Worker:
 
     def __init__(self, replies: BinaryIO) -> None:
         self.replies = replies
+        self.pid = os.getpid()
         self.writing = threading.Lock()
         self.targets: dict[str, Any] = {}
         self.instances: dict[int, Any] = {}
@@ -219,6 +220,8 @@ class Worker:
     # --- requests and replies
 
     def reply(self, number: int, **fields: Any) -> None:
+        if os.getpid() != self.pid:  # a process that the user's code forked, and which came back as if it were this one
+            os._exit(0)
         data = json.dumps({"id": number, **fields}).encode()
         with self.writing:
             self.replies.write(LENGTH.pack(len(data)) + data)
@@ -250,7 +253,7 @@ class Worker:
             self.loop.call_soon_threadsafe(action, number)
 
     def pong(self, number: int) -> None:
-        self.reply(number, value=None)
+        self.succeed(number, None, False, Logs())
 
     def cancel(self, number: int) -> None:
         if number in self.tasks:
@@ -268,12 +271,13 @@ class Worker:
             if request["cpu_limit"]:
                 signal.setitimer(signal.ITIMER_VIRTUAL, request["cpu_limit"])  # whose signal ends the process
             value = getattr(self, request["operation"])(**request, number=number)
+            awaitable = hasattr(value, "__await__")
         except BaseException as error:  # the user's code may raise anything, SystemExit too
             self.fail(number, error)
             return
         finally:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        if hasattr(value, "__await__"):
+        if awaitable:
             self.start_loop()
             self.loop.call_soon_threadsafe(self.start_task, number, value, request["text"], logs)
         else:
@@ -330,17 +334,7 @@ class Logs:
         self.values.setdefault(name, []).append(value)
 
 
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when the one that started it ends, however that ends."""
-    with contextlib.suppress(ImportError, OSError, AttributeError):
-        import ctypes
-
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
 def main() -> None:
-    die_with_parent()
     os.nice(NICENESS)
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)
