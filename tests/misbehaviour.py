@@ -1,6 +1,8 @@
-"""A file of a user whose code misbehaves: what it does is chosen by a name, so that one file serves rewards, environments, tasks."""
+"""A file of a user whose code misbehaves, in a way that is chosen by a name."""
 
-CODE = '''
+import re
+
+CODE = """
 import asyncio, atexit, ctypes, gc, json, os, re, resource, signal, struct, subprocess, sys, threading, time
 
 class Rude(Exception):
@@ -30,6 +32,8 @@ class Names(dict):
     def items(self): raise GeneratorExit
 def lie(*args, **kwargs): return "garbage"
 
+# --- endless: the time limit ends them
+
 def sleep(): time.sleep(600)
 def loop():
     while True: pass
@@ -53,16 +57,52 @@ def lock():
     held = threading.Lock(); held.acquire(); held.acquire()
 def thread():
     other = threading.Thread(target=time.sleep, args=(600,)); other.start(); other.join()
-def read_input(): return sys.stdin.read() and input()
 def read_requests(): os.read(3, 1); time.sleep(600)
-def leave(): sys.exit(0)
-def leave_text(): sys.exit("text")
-def end(): os._exit(0)
-def shoot(): os.kill(os.getpid(), 9)
 def stop(): os.kill(os.getpid(), signal.SIGSTOP); time.sleep(600)
 def stop_group(): os.killpg(0, signal.SIGSTOP); time.sleep(600)
+def odd_reply():
+    for data in (b"[1]", b'{"id": [], "value": 1}', b'{"id": 2}', b'{"id": 2, "failure": {}}', b'{"id": 3, "began": 7}',
+                 b'{"id": 2, "value": {"x": 1}, "extra": 1, "metrics": 1}', b"[" * 10**5, b"\\xff", b"1" * 9999):
+        for fd in range(3, 64):
+            try: os.write(fd, struct.pack(">Q", len(data)) + data)
+            except OSError: pass
+    time.sleep(600)
+def half_reply():
+    for fd in range(3, 64):
+        try: os.write(fd, struct.pack(">Q", 1000) + b"{")
+        except OSError: pass
+    time.sleep(600)
+def patch_worker():
+    import __main__
+    __main__.Worker.reply = lie
+
+# --- ended: their process ends, or its replies cannot be read
+
+def end(): os._exit(0)
+def shoot(): os.kill(os.getpid(), 9)
 def hang_up(): os.kill(os.getpid(), signal.SIGHUP)
 def terminate_group(): os.killpg(0, signal.SIGTERM); time.sleep(600)
+def deep_c():
+    sys.setrecursionlimit(10**9)
+    def down(): return down()
+    return down()
+def segfault(): ctypes.string_at(0)
+def abort(): os.abort()
+def close_all(): os.closerange(0, 64)
+def garbage_all():
+    for fd in range(3, 64):
+        try: os.write(fd, b"\\0" * 64 + b"\\xff" * 4096)
+        except OSError: pass
+def huge_reply():
+    for fd in range(3, 64):
+        try: os.write(fd, b"\\xff" * 8)
+        except OSError: pass
+def alarm(): signal.setitimer(signal.ITIMER_REAL, 0.05)
+
+# --- raised
+
+def leave(): sys.exit(0)
+def leave_text(): sys.exit("text")
 def interrupt(): raise KeyboardInterrupt
 def generator_exit(): raise GeneratorExit
 def base(): raise Base("base")
@@ -77,45 +117,15 @@ def chain():
         new = ValueError("deep"); new.__cause__ = error; error = new
     raise error
 def deep(): return deep()
-def deep_c():
-    sys.setrecursionlimit(10**9)
-    def down(): return down()
-    return down()
-def segfault(): ctypes.string_at(0)
-def abort(): os.abort()
-def memory():
-    held = []
-    while True: held.append(bytearray(2**26))
+def exception_hook(): sys.excepthook = lie; sys.unraisablehook = lie; raise ValueError("hook")
+
+# --- harmless: the result counts
+
+def read_input(): return sys.stdin.read() and input()
 def close_output(): sys.stdout.close(); sys.stderr.close()
-def close_all(): os.closerange(0, 64)
 def close_012():
     for fd in (0, 1, 2): os.close(fd)
 def garbage_1(): os.write(1, os.urandom(2**20))
-def garbage_all():
-    for fd in range(3, 64):
-        try: os.write(fd, b"\\0" * 64 + b"\\xff" * 4096)
-        except OSError: pass
-def forged_reply():
-    data = b'{"id": 1, "value": [1.0, 1.0], "extra": {"map": {}}, "metrics": {"map": {}}}'
-    for fd in range(3, 64):
-        try: os.write(fd, struct.pack(">Q", len(data)) + data)
-        except OSError: pass
-def odd_reply():
-    for data in (b"[1]", b'{"id": [], "value": 1}', b'{"id": 2}', b'{"id": 2, "failure": {}}', b'{"id": 3, "began": 7}',
-                 b'{"id": 2, "value": {"x": 1}, "extra": 1, "metrics": 1}', b"[" * 10**5, b"\\xff", b"1" * 9999):
-        for fd in range(3, 64):
-            try: os.write(fd, struct.pack(">Q", len(data)) + data)
-            except OSError: pass
-    time.sleep(600)
-def half_reply():
-    for fd in range(3, 64):
-        try: os.write(fd, struct.pack(">Q", 1000) + b"{")
-        except OSError: pass
-    time.sleep(600)
-def huge_reply():
-    for fd in range(3, 64):
-        try: os.write(fd, b"\\xff" * 8)
-        except OSError: pass
 def directory(): os.chdir("/")
 def dtype():
     import torch
@@ -124,17 +134,20 @@ def signals():
     for number in range(1, 65):
         try: signal.signal(number, signal.SIG_IGN)
         except (OSError, ValueError): pass
-def alarm(): signal.setitimer(signal.ITIMER_REAL, 0.05)
 def nice():
     os.nice(5)
 def limits(): resource.setrlimit(resource.RLIMIT_NOFILE, (8, 8))
-def environment(): os.environ.clear(); sys.path.clear(); sys.modules.pop("json")
-def fork():
-    os.fork()
-def fork_many():
-    for _ in range(6): os.fork()
 def fork_end():
     if os.fork() == 0: os._exit(0)
+def sleeper(): subprocess.Popen(["sleep", "601"])
+def sleeper_session(): subprocess.Popen(["sleep", "601"], start_new_session=True)
+def no_gc(): gc.disable(); gc.freeze()
+def at_exit(): atexit.register(time.sleep, 600)
+def leave_threads():
+    for _ in range(20): threading.Thread(target=time.sleep, args=(600,)).start()
+def print_much():
+    for _ in range(200): print("x" * 2**16)
+def print_hostile(): sys.stderr.write("\\x1b[2J\\x1b]0;owned\\x07"); os.write(2, b"\\xff\\xfe\\n")
 def daemon():
     if os.fork() == 0:
         os.setsid()
@@ -144,26 +157,33 @@ def daemon():
                 except OSError: pass
             time.sleep(601)
         os._exit(0)
+
+# --- others: either
+
+def forged_reply():
+    data = b'{"id": 1, "value": [1.0, 1.0], "extra": {"map": {}}, "metrics": {"map": {}}}'
+    for fd in range(3, 64):
+        try: os.write(fd, struct.pack(">Q", len(data)) + data)
+        except OSError: pass
+def memory():
+    held = []
+    while True: held.append(bytearray(2**26))
+def environment(): os.environ.clear(); sys.path.clear(); sys.modules.pop("json")
+def fork():
+    os.fork()
+def fork_many():
+    for _ in range(6): os.fork()
 def daemon_keeps_pipes():
     if os.fork() == 0:
         os.setsid()
         if os.fork() == 0: time.sleep(601)
         os._exit(0)
-def sleeper(): subprocess.Popen(["sleep", "601"])
-def sleeper_session(): subprocess.Popen(["sleep", "601"], start_new_session=True)
-def no_gc(): gc.disable(); gc.freeze()
-def at_exit(): atexit.register(time.sleep, 600)
-def leave_threads():
-    for _ in range(20): threading.Thread(target=time.sleep, args=(600,)).start()
 def busy_threads():
     def busy():
         while True: pass
     for _ in range(3): threading.Thread(target=busy, daemon=True).start()
 def patch_json(): json.dumps = lie
 def patch_struct(): struct.Struct = lie; struct.pack = lie
-def patch_worker():
-    import __main__
-    __main__.Worker.reply = lie
 def patch_encoder():
     import __main__
     __main__.Encoder.encode = lie
@@ -175,16 +195,16 @@ def patch_pickle():
 def trace():
     def follow(*args): raise Base
     sys.settrace(follow)
-def print_much():
-    for _ in range(200): print("x" * 2**16)
-def print_hostile(): sys.stderr.write("\\x1b[2J\\x1b]0;owned\\x07"); os.write(2, b"\\xff\\xfe\\n")
-def exception_hook(): sys.excepthook = lie; sys.unraisablehook = lie; raise ValueError("hook")
 def delete_main():
     import __main__
     vars(__main__).clear()
 def kill_all_threads():
     for id in list(sys._current_frames()):
-        if id != threading.get_ident(): ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(id), ctypes.py_object(SystemExit))
+        if id != threading.get_ident():
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(id), ctypes.py_object(SystemExit))
+
+# ---
+
 
 VALUES = {
     "none_at_all": lambda n: None, "number": lambda n: 1.0, "text": lambda n: "1.0", "short": lambda n: [1.0] * (n - 1),
@@ -196,7 +216,8 @@ VALUES = {
     "hostile": lambda n: [Hostile()] * n, "hostile_list": lambda n: Hostile(), "floats": lambda n: [Floats(1)] * n,
     "hostile_text": lambda n: [Text("x")] * n, "hostile_mapping": lambda n: [Names(a=1)] * n,
     "self": lambda n: [looped()] * n, "functions": lambda n: [print] * n, "types": lambda n: [int] * n,
-    "nested": lambda n: [nested(10**5)] * n, "surrogates": lambda n: [{"\\ud800": 1.0}] * n, "keys": lambda n: [{1: 1.0, (2,): Hostile()}] * n,
+    "nested": lambda n: [nested(10**5)] * n, "surrogates": lambda n: [{"\\ud800": 1.0}] * n,
+    "keys": lambda n: [{1: 1.0, (2,): Hostile()}] * n,
 }
 def looped():
     value = []; value.append(value); return value
@@ -204,23 +225,16 @@ def nested(depth):
     value = []
     for _ in range(depth): value = [value]
     return value
-'''
+"""
 
-ENDLESS = """sleep loop loop_all_caught regex power deaf deaf_loop lock thread read_requests stop stop_group odd_reply half_reply
-patch_worker""".split()
-"""Take for ever: the time limit ends them."""
-ENDED = "end shoot hang_up terminate_group deep_c segfault abort close_all garbage_all huge_reply alarm".split()
-"""End the process, or make its replies unreadable."""
-RAISED = """leave leave_text interrupt generator_exit base cancelled stop_iteration rude mute long_text chain deep
-exception_hook""".split()
-"""Raise."""
-HARMLESS = """read_input close_output close_012 garbage_1 directory dtype signals nice limits fork_end sleeper
-sleeper_session no_gc at_exit leave_threads print_much print_hostile daemon""".split()
-"""Are nothing to others: the result counts."""
-OTHERS = """forged_reply memory environment fork fork_many daemon_keeps_pipes busy_threads patch_json patch_struct patch_encoder patch_builtins
-patch_pickle trace delete_main kill_all_threads""".split()
-"""May end in one way or another."""
-VALUES = """none_at_all number text short empty long ten_million endless endless_list generator nan infinite huge digits bools complex
-texts bytes hostile hostile_list floats hostile_text hostile_mapping self functions types nested surrogates keys""".split()
-"""Return what is no list of numbers."""
+
+def names(kind: str) -> list[str]:
+    """Of the functions in a part of the file."""
+    part = CODE.partition(f"# --- {kind}")[2].partition("# ---")[0]
+    return re.findall(r"^def (\w+)", part, re.MULTILINE)
+
+
+ENDLESS, ENDED, RAISED, HARMLESS, OTHERS = map(names, ("endless", "ended", "raised", "harmless", "others"))
 ACTIONS = [*ENDLESS, *ENDED, *RAISED, *HARMLESS, *OTHERS]
+VALUES = re.findall(r'"(\w+)": lambda n', CODE)
+"""What is returned instead of a list of numbers."""

@@ -12,7 +12,7 @@ from groupwise.config import Source
 from groupwise.environments.hosting import ENVIRONMENTS, Lent
 from groupwise.errors import UserError, nearest
 from groupwise.models.reward_model import RewardModel
-from groupwise.plugins import UserFunction, is_reference
+from groupwise.plugins import UserFunction, find_file, is_reference
 from groupwise.rewards.base import Progress, Reward
 from groupwise.rewards.checkers import CHECKERS, SLOW_CHECKERS, TIME_LIMIT, CheckerReward
 from groupwise.rewards.model import ModelReward
@@ -165,11 +165,8 @@ class _Builder:
         return (await self.pool.call(target, *args, limit=self.limit, cpu_limit=TIME_LIMIT)).value
 
     def in_file(self, reference: str) -> tuple[Reward, str]:
-        file, _, name = reference.rpartition(":")
-        path = next((path for path in (self.base / file, Path(file)) if path.is_file()), None)
-        if path is None:
-            raise UserError(f"{reference}: there is no file {file!r} beside the recipe or here")
-        return self.in_pool(Target.in_file(path, name), str(path)), f"{path.resolve()}:{name}"
+        path, name = find_file(reference, self.base)
+        return self.in_pool(Target.in_file(path, name), str(path)), f"{path}:{name}"
 
     def of_object(self, given: UserFunction) -> Reward:
         """By value in a worker process; what cannot be pickled runs in a thread of this one."""

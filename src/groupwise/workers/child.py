@@ -9,15 +9,15 @@ event loop of a second thread, any number at once. A third thread reads the requ
 """
 
 import contextlib
-import json
 import os
-import pickle
 import queue
 import signal
 import struct
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from json import dumps, loads  # by name, since the user's code can put others in their modules
+from pickle import loads as unpickle
 from typing import Any, BinaryIO
 
 HEADER = struct.Struct(">QQ")
@@ -195,7 +195,7 @@ class Worker:
 
     def load(self, key: str, file: str, name: str, value: bytes, **_: Any) -> None:
         if key not in self.targets:
-            self.targets[key] = load_file(file, name) if file else pickle.loads(value)
+            self.targets[key] = load_file(file, name) if file else unpickle(value)
 
     def describe(self, target: str, **_: Any) -> dict[str, Any]:
         return describe(self.targets[target])
@@ -222,7 +222,7 @@ class Worker:
     def reply(self, number: int, **fields: Any) -> None:
         if os.getpid() != self.pid:  # a process that the user's code forked, and which came back as if it were this one
             os._exit(0)
-        data = json.dumps({"id": number, **fields}).encode()
+        data = dumps({"id": number, **fields}).encode()
         with self.writing:
             self.replies.write(LENGTH.pack(len(data)) + data)
             self.replies.flush()
@@ -235,16 +235,18 @@ class Worker:
 
     def read(self, requests: BinaryIO) -> None:
         """Pass requests to the main thread, and what concerns the event loop to that."""
-        while len(header := requests.read(HEADER.size)) == HEADER.size:
-            number, length = HEADER.unpack(header)
-            payload = requests.read(length)
-            if payload == PING:
-                self.on_loop(self.pong, number)
-            elif payload == CANCEL:
-                self.on_loop(self.cancel, number)
-            else:
-                self.waiting.put((number, payload))
-        os.killpg(0, signal.SIGKILL)  # with whatever processes the user's code started
+        try:
+            while len(header := requests.read(HEADER.size)) == HEADER.size:
+                number, length = HEADER.unpack(header)
+                payload = requests.read(length)
+                if payload == PING:
+                    self.on_loop(self.pong, number)
+                elif payload == CANCEL:
+                    self.on_loop(self.cancel, number)
+                else:
+                    self.waiting.put((number, payload))
+        finally:  # the user's code can also have raised something in this thread
+            os.killpg(0, signal.SIGKILL)
 
     def on_loop(self, action: Callable[[int], Any], number: int) -> None:
         if self.loop is None:
@@ -263,7 +265,7 @@ class Worker:
         """Run a request, and reply; what it returns to be awaited is left to the event loop."""
         logs = Logs()
         try:
-            request = pickle.loads(payload)
+            request = unpickle(payload)
             if request["clock"] == "called":
                 self.reply(number, began="called")
             if request["logs"]:
@@ -340,7 +342,7 @@ def main() -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.dup2(2, 1)
-    sys.path[:] = json.loads(sys.argv[1])
+    sys.path[:] = loads(sys.argv[1])
     sys.argv[1:] = []
     Worker(replies).serve(requests)
 
