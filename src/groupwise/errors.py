@@ -12,3 +12,14 @@ class RunError(Exception):
 
 
 DIVERGED = "the weights have diverged: a lower learning rate or more warm-up may help"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be allocated: of a GPU, or of the machine, which PyTorch reports as a
+    RuntimeError like any other."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in ALLOCATION_FAILED)
+
+
+ALLOCATION_FAILED = ("DefaultCPUAllocator", "can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "out of memory")

@@ -20,18 +20,11 @@ from typing import Any
 
 import torch
 
-from groupwise.errors import RunError, UserError
+from groupwise.errors import RunError, UserError, is_out_of_memory
 from groupwise.workers.child import text_of
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STREAMS = {0: "standard input", 1: "standard output", 2: "standard error"}
-OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of which the code that happened to ask for it is not the cause."""
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or (isinstance(error, RuntimeError) and any(text in text_of(error) for text in OUT_OF_MEMORY))
 
 
 @dataclass(slots=True)
@@ -134,7 +127,7 @@ def user_code(place: str, let: type[BaseException] | tuple[()] = ()) -> Iterator
         yield
     except BaseException as error:  # the user's code may raise anything
         watch.end()
-        if watch.signalled or is_out_of_memory(error) or isinstance(error, let):
+        if passes(error, watch) or isinstance(error, let):
             raise
         raise failure(place, error) from error
     if (changed := watch.end()) is not None:
@@ -155,6 +148,16 @@ def user_code_at_start(place: str, let: type[BaseException] | tuple[()] = ()) ->
         raise UserError(str(error)) from error
 
 
+def passes(error: BaseException, watch: Watch) -> bool:
+    """Whether the user's code is not the cause: a signal came, memory ran out, or the task under way was told to stop."""
+    if watch.signalled or is_cancelled(error):
+        return True
+    try:
+        return is_out_of_memory(error)
+    except BaseException as own:  # the text of the user's exception may raise anything
+        return isinstance(own, MemoryError)
+
+
 def failure(place: str, error: BaseException) -> RunError:
     """The error that says what the user's code raised, and on which line."""
     if isinstance(error, RunError | UserError):
@@ -171,8 +174,13 @@ def failure(place: str, error: BaseException) -> RunError:
 
 def is_cancelled(error: BaseException) -> bool:
     """Whether the task under way was told to stop, and did not raise this by itself."""
-    task = asyncio.current_task()
-    return isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
+    if not isinstance(error, asyncio.CancelledError):
+        return False
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no event loop runs here
+        return False
+    return task is not None and task.cancelling() > 0
 
 
 HEAP_TYPE = 1 << 9

@@ -9,7 +9,7 @@ import torch
 
 from groupwise.config import RolloutsSection, Source
 from groupwise.errors import RunError, UserError, nearest
-from groupwise.guard import Watch, failure, is_cancelled, is_out_of_memory, user_code, user_code_at_start
+from groupwise.guard import Watch, failure, passes, user_code, user_code_at_start
 from groupwise.models import LanguageModel
 from groupwise.plugins import UserFunction, is_reference, load_function
 from groupwise.rollouts.base import Request, Sampler
@@ -66,7 +66,7 @@ class GuardedSampler:
         try:
             found = await self._sampler.generate(request)
         except BaseException as error:  # the user's sampler may raise anything
-            if is_cancelled(error) or self._watch.signalled or is_out_of_memory(error):
+            if passes(error, self._watch):
                 raise
             raise failure(f"{self._place}: generate()", error) from error
         finally:

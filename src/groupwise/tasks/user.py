@@ -4,8 +4,8 @@ A class with problem(position, seed), held_out(count) and score(problem, complet
 may be async or not, and demonstration(position, seed) is only needed for `groupwise sft`. The other keys of [task] are its
 settings: the fields of a pydantic model, or the keyword arguments of a plain class.
 
-The object lives in a worker process (`groupwise.tasks.hosted`), one call at a time, and is made again where that process ends. Calls
-of an async score run at once, in a second process.
+The object lives in a worker process (`groupwise.tasks.hosted`), one call at a time, and is made again where that process ends.
+Calls of an async score run at once, in a second process.
 """
 
 import json
@@ -87,10 +87,10 @@ class UserTask:
             reply = await self._pool.call(target, problem, passed, limit=self._limit, shared=self._asynchronous)
             return [Score(**{**tree, "steps": tuple(map(tuple, tree["steps"]))}) for tree in json.loads(reply.value)]
         except WorkerError as error:
-            wrong = error.detail.startswith("UserError: ")
-            failed = Score.failed(
-                "wrong type" if wrong else error.kind, f"{self._short}: {error.text if wrong else error.detail}"
-            )
+            cause, said = str(error.kind), error.detail
+            if said.startswith("UserError: "):
+                cause, said = "wrong type", error.text
+            failed = Score.failed(cause, f"{self._short}: {said}")
         except (ValueError, TypeError, KeyError) as error:  # code that changed what its process writes
             failed = Score.failed("bad result", f"{self._short}: what it returned cannot be read: {error}")
         return [failed] * len(completions)

@@ -208,7 +208,7 @@ class Guarded:
         if isinstance(self.recorder, Sender):
             method(*arguments)
         else:
-            with user_code(f"{method.__name__}()"):
+            with user_code("it", let=BaseException):
                 method(*arguments)
 
     def _fail(self, reason: str) -> None:

@@ -32,6 +32,7 @@ DEEPEST = 32
 """Lists within lists."""
 LONGEST_TEXT = 2000
 """Characters of an exception's text that are passed on."""
+PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120 pathlib is slow to import
 NICENESS = 10
 """Of a worker: where cores are few, those who generate keep them."""
 
@@ -143,7 +144,7 @@ def load_file(path: str, name: str) -> Any:
     known = [sys.modules[key] for key in (module_name, plain_name) if key in sys.modules]
     module = next((item for item in known if getattr(item, "__file__", None) == path), None)
     if module is None:
-        if folder not in sys.path:
+        if folder not in sys.path and not folder.startswith(PACKAGE):  # whose modules are no user's to import by their bare names
             sys.path.insert(0, folder)
         spec = importlib.util.spec_from_file_location(module_name, path)
         assert spec is not None and spec.loader is not None
