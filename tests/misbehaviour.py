@@ -2,7 +2,7 @@
 
 import re
 
-CODE = """
+CODE = '''
 import asyncio, atexit, ctypes, gc, json, os, re, resource, signal, struct, subprocess, sys, threading, time
 
 class Rude(Exception):
@@ -97,7 +97,6 @@ def huge_reply():
     for fd in range(3, 64):
         try: os.write(fd, b"\\xff" * 8)
         except OSError: pass
-def alarm(): signal.setitimer(signal.ITIMER_REAL, 0.05)
 
 # --- raised
 
@@ -127,9 +126,6 @@ def close_012():
     for fd in (0, 1, 2): os.close(fd)
 def garbage_1(): os.write(1, os.urandom(2**20))
 def directory(): os.chdir("/")
-def dtype():
-    import torch
-    torch.set_default_dtype(torch.float64); torch.set_grad_enabled(False); torch.set_num_threads(7)
 def signals():
     for number in range(1, 65):
         try: signal.signal(number, signal.SIG_IGN)
@@ -160,6 +156,10 @@ def daemon():
 
 # --- others: either
 
+def dtype():
+    import torch
+    torch.set_default_dtype(torch.float64); torch.set_grad_enabled(False); torch.set_num_threads(7)
+def alarm(): signal.setitimer(signal.ITIMER_REAL, 0.05)
 def forged_reply():
     data = b'{"id": 1, "value": [1.0, 1.0], "extra": {"map": {}}, "metrics": {"map": {}}}'
     for fd in range(3, 64):
@@ -225,7 +225,42 @@ def nested(depth):
     value = []
     for _ in range(depth): value = [value]
     return value
-"""
+
+def act(name, n=1):
+    if name in VALUES: return VALUES[name](n)
+    if name != "fine": globals()[name]()
+    return [1.0] * n
+def reward(problem, completions): return act(completions[0], len(completions))
+async def reward_async(problem, completions): return act(completions[0], len(completions))
+class Environment:
+    """Each of its methods does what it is told."""
+    def reset(self, doing="fine", **row):
+        act(doing)
+    def tool(self, name: str) -> str:
+        """Do something.
+
+        Args:
+            name: what.
+        """
+        return str(act(name))
+    async def asynchronous(self, name: str) -> str:
+        """Do something.
+
+        Args:
+            name: what.
+        """
+        return str(act(name))
+class Task:
+    def problem(self, position, seed):
+        from groupwise.types import Problem
+        act(NAMES[position])
+        return Problem(id="p", prompt="p", answer="a")
+    def held_out(self, count): return [self.problem(0, 0)]
+    def score(self, problem, completions):
+        from groupwise.types import Score
+        found = act(completions[0].text, len(completions))
+        return [Score(reward=value) for value in found] if isinstance(found, list) else found
+'''
 
 
 def names(kind: str) -> list[str]:
@@ -238,3 +273,5 @@ ENDLESS, ENDED, RAISED, HARMLESS, OTHERS = map(names, ("endless", "ended", "rais
 ACTIONS = [*ENDLESS, *ENDED, *RAISED, *HARMLESS, *OTHERS]
 VALUES = re.findall(r'"(\w+)": lambda n', CODE)
 """What is returned instead of a list of numbers."""
+POISONED = ["patch_encoder", "kill_all_threads", "patch_builtins", "patch_struct", "trace"]
+"""After which the same process gives nothing right; the user's own calls alone are concerned."""

@@ -679,7 +679,7 @@ def test_parts_are_tried_only_where_they_are_the_users_own() -> None:
         return uniform(given)
 
     try_parts(named("grpo", allocation=large), 8)
-    with pytest.raises(UserError, match=r"algorithm.surrogate = .*: ZeroDivisionError"):
+    with pytest.raises(UserError, match=r"trying surrogate .*: ZeroDivisionError"):
         try_parts(named("grpo", surrogate=lambda _: 1 / 0, bounds="none"), 8)
 
 
