@@ -20,6 +20,7 @@ from groupwise.config import Source
 from groupwise.environments.find import Found, kind_of
 from groupwise.environments.hosting import Host
 from groupwise.environments.instance import EnvironmentFailed
+from groupwise.environments.kinds import Kind
 from groupwise.errors import UserError
 from groupwise.rewards.settings import RewardSettings
 from groupwise.tasks.user import UserTask
@@ -35,6 +36,7 @@ FAILURES = {"raised", "timeout", "died", "too large", "bad result", "wrong type"
 Outcome = tuple[str, str]
 """What came of it, a failure's cause or "value", and its text."""
 Call = Callable[[str], Awaitable[Outcome]]
+_environments: dict[Path, Kind] = {}
 
 
 def write(home: Path) -> None:
@@ -61,7 +63,10 @@ def in_environment(method: str) -> Callable[[Path], Call]:
     """Who calls a method of an environment."""
 
     def build(home: Path) -> Call:
-        kind, host = kind_of(Found.of("code.py:Environment", home), []), Host(LIMIT)
+        host = Host(LIMIT)
+        if home not in _environments:
+            _environments[home] = kind_of(Found.of("code.py:Environment", home), [])
+        kind = _environments[home]
 
         async def call(doing: str) -> Outcome:
             async with host.instances(kind, 1) as (instance,):
@@ -110,7 +115,7 @@ KINDS = {
     "task score": in_task("score"),
     "task problem": in_task("problem"),
 }
-_built: dict[tuple[str, Path], Call] = {}
+_tasks: dict[tuple[str, Path], Call] = {}
 
 
 def expected(kind: str, doing: str) -> set[str]:
@@ -126,8 +131,8 @@ def expected(kind: str, doing: str) -> set[str]:
 
 async def check(kind: str, doing: str, home: Path) -> str:
     """What is wrong; nothing if it held."""
-    if kind not in ("reward", "async reward"):  # whose processes are each group's own, or take long to start
-        call = _built.get((kind, home)) or _built.setdefault((kind, home), await asyncio.to_thread(KINDS[kind], home))
+    if "task" in kind:  # whose process takes long to start
+        call = _tasks.get((kind, home)) or _tasks.setdefault((kind, home), await asyncio.to_thread(KINDS[kind], home))
     else:
         call = await asyncio.to_thread(KINDS[kind], home)
     began = time.monotonic()
@@ -208,7 +213,7 @@ def main(kinds: Sequence[str]) -> None:
             wrong = asyncio.run(check_all(pairs, Path(folder), 2 if "task" not in kind else 1))
             print(f"{kind}: held {len(pairs) - len(wrong)} of {len(pairs)}", *wrong, sep="\n  ", flush=True)
             total, held = total + len(pairs), held + len(pairs) - len(wrong)
-            _built.clear()
+            _tasks.clear()
     print(f"held {held} of {total}; processes left: {len(left_after(os.environ[MARK]))}")
 
 

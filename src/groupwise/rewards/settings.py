@@ -119,6 +119,9 @@ class _Builder:
     """Makes rewards from what a recipe names."""
 
     pool: Pool
+    """For the user's functions."""
+    checkers: Pool
+    """For answers that are compared by math-verify: in processes in which no code of the user's has run."""
     threads: Threads
     base: Path
     limit: float
@@ -130,6 +133,7 @@ class _Builder:
         workers = settings.reward_workers or min(MOST_WORKERS, max(FEWEST_WORKERS, os.cpu_count() or 1))
         return cls(
             pool=Pool(workers),
+            checkers=Pool(workers),
             threads=Threads(workers),
             base=base,
             limit=settings.reward_timeout,
@@ -162,7 +166,7 @@ class _Builder:
         raise UserError(f"there is no reward {item!r}{nearest(item, known)}; {forms}")
 
     async def in_worker(self, target: Target, *args: Any) -> Any:
-        return (await self.pool.call(target, *args, limit=self.limit, cpu_limit=TIME_LIMIT)).value
+        return (await self.checkers.call(target, *args, limit=self.limit, cpu_limit=TIME_LIMIT)).value
 
     def in_file(self, reference: str) -> tuple[Reward, str]:
         path, name = find_file(reference, self.base)

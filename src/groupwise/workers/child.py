@@ -185,6 +185,7 @@ class Worker:
     def __init__(self, replies: BinaryIO) -> None:
         self.replies = replies
         self.pid = os.getpid()
+        self.errors = os.dup(2)
         self.writing = threading.Lock()
         self.targets: dict[str, Any] = {}
         self.instances: dict[int, Any] = {}
@@ -265,6 +266,7 @@ class Worker:
     def handle(self, number: int, payload: bytes) -> None:
         """Run a request, and reply; what it returns to be awaited is left to the event loop."""
         logs = Logs()
+        mend_streams(self.errors)
         try:
             request = unpickle(payload)
             if request["clock"] == "called":
@@ -321,6 +323,17 @@ class Worker:
         known = error.known if isinstance(error, Missing) else None
         detail = text_of(error) if isinstance(error, TooLarge) else describe_error(error)
         self.reply(number, failure=failure, detail=detail, text=text_of(error), known=known)
+
+
+def mend_streams(errors: int) -> None:
+    """Open standard output and standard error again, where an earlier call closed them; `errors`: a copy of the latter."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(errors, number)
+        if getattr(getattr(sys, name, None), "closed", True):
+            setattr(sys, name, open(number, "w", buffering=1, errors="replace", closefd=False))  # noqa: SIM115
 
 
 class Logs:
