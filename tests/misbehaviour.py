@@ -53,6 +53,10 @@ def deaf_loop():
         try: signal.signal(number, signal.SIG_IGN)
         except (OSError, ValueError): pass
     while True: pass
+def deep_c():
+    sys.setrecursionlimit(10**9)
+    def down(): return down()
+    return down()
 def lock():
     held = threading.Lock(); held.acquire(); held.acquire()
 def thread():
@@ -82,10 +86,6 @@ def end(): os._exit(0)
 def shoot(): os.kill(os.getpid(), 9)
 def hang_up(): os.kill(os.getpid(), signal.SIGHUP)
 def terminate_group(): os.killpg(0, signal.SIGTERM); time.sleep(600)
-def deep_c():
-    sys.setrecursionlimit(10**9)
-    def down(): return down()
-    return down()
 def segfault(): ctypes.string_at(0)
 def abort(): os.abort()
 def close_all(): os.closerange(0, 64)
