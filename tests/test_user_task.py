@@ -114,8 +114,9 @@ def test_what_it_returns_is_checked(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"tasks.py:Doubles: held_out\(\) returned int; expected groupwise.types.Problem"):
         task.held_out(3)
-    with pytest.raises(UserError, match=r"score\(\) returned \[1, 1\]; expected 2 groupwise.types.Score"):
-        asyncio.run(task.score(task.problem(0, 0), [said("a"), said("b")]))
+    wrong = asyncio.run(task.score(Problem(id="p", prompt="p"), [said("a"), said("b")]))
+    assert [score.failure for score in wrong] == ["wrong type"] * 2
+    assert "tasks.py:Doubles: score() returned [1, 1]; expected 2 groupwise.types.Score" in wrong[0].detail
     task = build(tmp_path, PLAIN.replace("c.text ==", "c.txt =="))
     scores = asyncio.run(task.score(task.problem(0, 0), [said("a")]))
     assert isinstance(scores[0], Score) and scores[0].failure == "raised" and "no attribute 'txt'" in scores[0].detail

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from groupwise.config import EnvironmentSection, Source
+from groupwise.environments.describing import Refused, describe
 from groupwise.environments.kinds import Kind
 from groupwise.errors import UserError
-from groupwise.plugins import UserFunction, load_function
+from groupwise.plugins import UserFunction, find_file
 from groupwise.types import Problem
 from groupwise.workers import Target
 
@@ -61,27 +62,30 @@ class Environments:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A class or function, and how worker processes load it."""
+    """A class or function: one that is shipped, and runs in this process, or one of the user's, which worker processes load."""
 
     function: Callable[..., Any] | None
+    """Shipped."""
     target: Target | None
-    """None: it is shipped, and runs in this process."""
+    """The user's."""
 
     @classmethod
     def of(cls, reference: str | UserFunction, base: Path) -> "Found":
         """What a recipe's "file.py:name" means, or what Python gave.
 
         Raises:
-            UserError: there is no such thing, or it cannot be passed to another process.
+            UserError: there is no such file, or it cannot be passed to another process.
         """
         if isinstance(reference, str):
-            loaded = load_function(reference, base)
-            file, _, name = loaded.reference.rpartition(":")
-            return cls(loaded.function, Target.in_file(Path(file), name))
+            return cls(None, Target.in_file(*find_file(reference, base)))
         try:
-            return cls(reference.function, Target.of(reference.function))
+            return cls(None, Target.of(reference.function))
         except ValueError as error:
             raise UserError(f"{reference.reference} cannot run in another process: {error}") from error
+
+    def elsewhere(self) -> Target | None:
+        """As a worker process loads it."""
+        return Target.of(self.function) if self.target is None and self.function is not None else self.target
 
 
 def kind_of(made: Found, functions: Sequence[Found]) -> Kind:
@@ -89,9 +93,9 @@ def kind_of(made: Found, functions: Sequence[Found]) -> Kind:
     Raises:
         UserError: see `Kind.of`.
     """
-    parts = [made, *functions]
-    targets = [part.target for part in parts] if any(part.target is not None for part in parts) else []
-    return Kind.of(made.function, [tool.function for tool in functions if tool.function is not None], targets)
+    if all(part.target is None for part in (made, *functions)):
+        return Kind.of(made.function, [tool.function for tool in functions if tool.function is not None])
+    return describe(made.elsewhere(), [target for tool in functions if (target := tool.elsewhere()) is not None])
 
 
 def find_environments(settings: EnvironmentSection, task: Any, source: Source) -> Environments | None:
@@ -127,4 +131,5 @@ def find_environments(settings: EnvironmentSection, task: Any, source: Source) -
     try:
         return Environments({name: kind_of(item, functions) for name, item in classes.items()}, above, **keys)
     except UserError as error:
-        raise source.error("environment.class" if named else "environment.tools", str(error)) from error
+        key = error.key if isinstance(error, Refused) else None
+        raise source.error(f"environment.{key or ('class' if named else 'tools')}", str(error)) from error

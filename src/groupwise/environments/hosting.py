@@ -86,7 +86,7 @@ class WorkerInstance:
     def __init__(self, lease: Lease, kind: Kind, time_limit: float) -> None:
         self.lease, self._kind, self._limit = lease, kind, time_limit
         self._made, *functions = kind.targets
-        self._functions = {f.__name__: target for f, target in zip(kind.functions, functions, strict=True)}
+        self._functions = dict(zip(kind.names, functions, strict=True))
         self.handle: int | None = None
         """None: not made yet, or there is no class."""
 

@@ -22,6 +22,7 @@ from transformers.utils import get_json_schema
 
 from groupwise.errors import UserError
 from groupwise.workers import Target
+from groupwise.workers.child import text_of
 
 RESERVED = ("reset", "get_reward")
 """Methods that are no tools."""
@@ -32,9 +33,12 @@ class Kind:
     """An environment class, or none, and tool functions."""
 
     make: Callable[[], Any] | None
-    """Makes an instance, which serves one conversation at a time; None: there are only functions."""
+    """Makes an instance in this process, which serves one conversation at a time; None: there are only functions, or instances
+    live elsewhere."""
     functions: tuple[Callable[..., Any], ...] = ()
-    """Tools that belong to no instance."""
+    """Tools of this process that belong to no instance."""
+    names: tuple[str, ...] = ()
+    """Of the functions."""
     schemas: tuple[Mapping[str, Any], ...] = ()
     """JSON schemas of all tools, for the chat template."""
     has_reward: bool = False
@@ -42,14 +46,13 @@ class Kind:
     rewards_turns: bool = False
     """Whether instances have the attribute `turn_reward`."""
     targets: tuple[Target | None, ...] = ()
-    """The class and the functions as worker processes load them; empty: they run in this process."""
+    """The class, or None, and the functions as worker processes load them; empty: they run in this process."""
 
     @classmethod
     def of(
         cls,
         make: Callable[[], Any] | None,
         functions: Sequence[Callable[..., Any]] = (),
-        targets: Sequence[Target | None] = (),
     ) -> "Kind":
         """Look at a class, by making an instance of it, and at functions.
 
@@ -61,8 +64,8 @@ class Kind:
         if make is not None:
             try:
                 instance = make()
-            except (Exception, SystemExit) as error:  # the user's class may raise anything
-                raise UserError(f"{name}(): {type(error).__name__}: {error}") from error
+            except BaseException as error:  # the user's class may raise anything
+                raise UserError(f"{name}(): {type(error).__name__}: {text_of(error)}") from error
             if not callable(getattr(instance, "reset", None)):
                 raise UserError(f"{name} has no reset(): it is called with the row's columns before each conversation")
         methods = tool_methods(instance)
@@ -74,11 +77,11 @@ class Kind:
         return cls(
             make=make,
             functions=tuple(functions),
+            names=tuple(function.__name__ for function in functions),
             schemas=tuple(schema(tool) for tool in (*functions, *methods.values())),
             has_reward=hasattr(instance, "get_reward"),
             has_step=answers_turns(instance),
             rewards_turns=hasattr(instance, "turn_reward"),
-            targets=tuple(targets),
         )
 
     @property

@@ -12,7 +12,7 @@ from groupwise.config import Source
 from groupwise.environments.hosting import ENVIRONMENTS, Lent
 from groupwise.errors import UserError, nearest
 from groupwise.models.reward_model import RewardModel
-from groupwise.plugins import UserFunction, is_reference
+from groupwise.plugins import UserFunction, find_file, is_reference
 from groupwise.rewards.base import Progress, Reward
 from groupwise.rewards.checkers import CHECKERS, SLOW_CHECKERS, TIME_LIMIT, CheckerReward
 from groupwise.rewards.model import ModelReward
@@ -119,6 +119,9 @@ class _Builder:
     """Makes rewards from what a recipe names."""
 
     pool: Pool
+    """For the user's functions."""
+    checkers: Pool
+    """For answers that are compared by math-verify: in processes in which no code of the user's has run."""
     threads: Threads
     base: Path
     limit: float
@@ -130,6 +133,7 @@ class _Builder:
         workers = settings.reward_workers or min(MOST_WORKERS, max(FEWEST_WORKERS, os.cpu_count() or 1))
         return cls(
             pool=Pool(workers),
+            checkers=Pool(workers),
             threads=Threads(workers),
             base=base,
             limit=settings.reward_timeout,
@@ -162,14 +166,11 @@ class _Builder:
         raise UserError(f"there is no reward {item!r}{nearest(item, known)}; {forms}")
 
     async def in_worker(self, target: Target, *args: Any) -> Any:
-        return (await self.pool.call(target, *args, limit=self.limit, cpu_limit=TIME_LIMIT)).value
+        return (await self.checkers.call(target, *args, limit=self.limit, cpu_limit=TIME_LIMIT)).value
 
     def in_file(self, reference: str) -> tuple[Reward, str]:
-        file, _, name = reference.rpartition(":")
-        path = next((path for path in (self.base / file, Path(file)) if path.is_file()), None)
-        if path is None:
-            raise UserError(f"{reference}: there is no file {file!r} beside the recipe or here")
-        return self.in_pool(Target.in_file(path, name), str(path)), f"{path.resolve()}:{name}"
+        path, name = find_file(reference, self.base)
+        return self.in_pool(Target.in_file(path, name), str(path)), f"{path}:{name}"
 
     def of_object(self, given: UserFunction) -> Reward:
         """By value in a worker process; what cannot be pickled runs in a thread of this one."""

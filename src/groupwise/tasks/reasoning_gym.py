@@ -1,4 +1,5 @@
-"""Puzzles from the generators of reasoning-gym (the extra `reasoning-gym`), scored by its own scorers in a sandbox.
+"""Puzzles from the generators of reasoning-gym (the extra `reasoning-gym`), which run in a worker process, scored by its own
+scorers in a sandbox.
 
 Some of those scorers evaluate what a model wrote as code, so they run in a box (`groupwise.rewards.sandbox`): a process that has
 imported the library, and forks for each request.
@@ -25,6 +26,7 @@ from groupwise.rewards.answers import last_tagged
 from groupwise.rewards.boxes import Limits, SandboxError
 from groupwise.rewards.sandbox import Box, end, find_box
 from groupwise.types import Completion, Demonstration, Problem, Score
+from groupwise.workers import Pool, Target, WorkerError, wait_elsewhere
 
 HELD_OUT_SHARE = 10
 """One question in this many, chosen by its digest, is held out: never trained on."""
@@ -33,7 +35,7 @@ TRIES = 100
 CORRECT = 0.99
 """Scores from here on count as correct; some scorers give a little for a wrong answer, and a sum may miss 1."""
 SECONDS = 60.0
-"""For the scores of one group."""
+"""For the scores of one group, or to make one question."""
 LIMITS = Limits(memory=8 << 30, processes=64)
 WORKER = """
 import json, os, signal, sys
@@ -84,7 +86,7 @@ class ReasoningGymTask(BaseModel):
     """"auto": the strongest sandbox that can be built here, or a refusal; "processes": without one, which is unsafe, since some
     scorers call eval on what a model wrote."""
 
-    _made: dict[tuple[str, int], Any] = PrivateAttr(default_factory=dict)
+    _generators: Pool = PrivateAttr(default_factory=lambda: Pool(1))
     _scorer: "Scorer | None" = PrivateAttr(default=None)
 
     def open(self, source: Source, base: Path) -> None:
@@ -95,11 +97,13 @@ class ReasoningGymTask(BaseModel):
         """
         if find_spec("reasoning_gym") is None:
             raise source.error("task.name", "reasoning-gym is not installed: pip install 'groupwise[reasoning-gym]'")
-        from reasoning_gym.factory import DATASETS
-
+        try:
+            known = self._ask("names")
+        except WorkerError as error:
+            raise source.error("task.name", f"reasoning-gym: {error.detail}") from error
         for name in self.datasets:
-            if name not in DATASETS:
-                raise source.error("task.datasets", f"reasoning-gym has no dataset {name!r}{nearest(name, DATASETS)}")
+            if name not in known:
+                raise source.error("task.datasets", f"reasoning-gym has no dataset {name!r}{nearest(name, known)}")
         for name in self.config:
             if name not in self.datasets:
                 raise source.error(f"task.config.{name}", f"not among task.datasets{nearest(name, self.datasets)}")
@@ -107,9 +111,9 @@ class ReasoningGymTask(BaseModel):
             raise source.error("task.prompt_template", "there is no {prompt} in it, which stands for the question")
         for name in self.datasets:
             try:
-                self._entry(name, 0, 0)
-            except Exception as error:  # a generator may refuse its settings in any way
-                raise source.error(f"task.config.{name}", f"{type(error).__name__}: {error}") from error
+                self._ask("entry", *self._named(name, 0), 0)
+            except WorkerError as error:
+                raise source.error(f"task.config.{name}", error.detail) from error
         try:
             self._scorer = Scorer(find_box(weaker=self.sandbox == "processes"))
         except UserError as error:
@@ -124,13 +128,14 @@ class ReasoningGymTask(BaseModel):
         """What a generator is made from."""
         return [name, self.config.get(name, {}), seed, self.size * TRIES]
 
-    def _entry(self, name: str, seed: int, index: int) -> dict[str, Any]:
-        if (name, seed) not in self._made:
-            import reasoning_gym
+    def _ask(self, function: str, *arguments: Any) -> Any:
+        """What a function of `puzzles.py` returns.
 
-            _, config, _, size = self._named(name, seed)
-            self._made[name, seed] = reasoning_gym.create_dataset(name, seed=seed, size=size, **config)
-        return dict(self._made[name, seed][index])
+        Raises:
+            WorkerError: it raised, or took longer than `SECONDS`.
+        """
+        target = Target.in_file(Path(__file__).with_name("puzzles.py"), function)
+        return wait_elsewhere(self._generators.call(target, *arguments, limit=SECONDS)).value
 
     def problem(self, position: int, seed: int) -> Problem:
         turn, which = divmod(position, len(self.datasets))
@@ -153,12 +158,14 @@ class ReasoningGymTask(BaseModel):
         return list(found.values())
 
     def _problem(self, name: str, seed: int, index: int) -> Problem:
-        entry = self._entry(name, seed, index)
-        question, answer = entry["question"], entry["answer"]
+        try:
+            question, answer = self._ask("entry", *self._named(name, seed), index)
+        except WorkerError as error:
+            raise UserError(f"reasoning-gym's {name}, question {index}: {error.detail}") from error
         return Problem(
             id=question,
             prompt=self.prompt_template.replace("{prompt}", question),
-            answer="" if answer is None else str(answer),
+            answer=answer,
             metadata={"dataset": name, "seed": seed, "index": index},
         )
 

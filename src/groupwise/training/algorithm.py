@@ -1,6 +1,7 @@
 """The algorithm that a recipe describes, checked before anything is trained."""
 
 from collections.abc import Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,7 +12,8 @@ from groupwise.algorithms import NAMED, PARTS, Algorithm, Candidates, Outcomes, 
 from groupwise.algorithms.allocation import allocation_problem
 from groupwise.algorithms.named import general_settings, merged, part_settings, target_of
 from groupwise.config import Recipe, Source, explain
-from groupwise.errors import UserError, nearest
+from groupwise.errors import RunError, UserError, nearest
+from groupwise.guard import guarded, user_code_at_start
 from groupwise.models.export import ON_ADAPTERS
 from groupwise.models.loading import is_adapter
 from groupwise.plugins import is_reference, load_function
@@ -41,10 +43,26 @@ def build_algorithm(settings: dict[str, Any], source: Source) -> Algorithm:
             changes = {key: value for key, value in changes.items() if key in types or key in given}
         changes = {key: None if value == "none" and _may_be_none(types.get(key)) else value for key, value in changes.items()}
         _check_types(changes, types, source)
-        return named(name, **changes)
+        return _named(name, changes)
     except ValueError as error:  # raised by the algorithm itself, as "key: what is wrong"
         key, colon, message = str(error).partition(": ")
         raise source.error(f"algorithm.{key}" if colon else "algorithm.name", message or str(error)) from error
+
+
+def _named(name: str, changes: dict[str, Any]) -> Algorithm:
+    """The algorithm; parts of the user's own are called under guard.
+
+    Raises:
+        UserError: one of these cannot be made.
+        ValueError: "key: what is wrong with it".
+    """
+    own = {kind: part.reference for kind, part in changes.items() if isinstance(part, OwnPart)}
+    if not own:
+        return named(name, **changes)
+    with user_code_at_start(", ".join(f"algorithm.{kind} = {reference!r}" for kind, reference in own.items()), let=ValueError):
+        algorithm = named(name, **changes)
+    parts = {kind: guarded(getattr(algorithm, kind), f"algorithm.{kind} = {reference!r}") for kind, reference in own.items()}
+    return replace(algorithm, **parts)
 
 
 def setting_types(name: str, changes: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +149,9 @@ def try_parts(algorithm: Algorithm, group_size: int) -> None:
                 raise ValueError(f"the allocation {problem}")
         if own.keys() & {"advantage", "aggregation", *LOSS_PARTS}:
             _try_loss(algorithm, own.keys())
-    except Exception as error:  # the user's functions may raise or return anything
+    except RunError as error:  # what the part raised, or changed
+        raise UserError(str(error)) from error
+    except Exception as error:  # the user's functions may return anything
         raise UserError(f"trying {names}: {type(error).__name__}: {error}") from error
 
 

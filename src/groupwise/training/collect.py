@@ -12,7 +12,7 @@ import torch
 from groupwise.algorithms import Algorithm, Candidates, Results
 from groupwise.algorithms.allocation import allocation_problem
 from groupwise.config import Recipe, RolloutsSection
-from groupwise.errors import RunError
+from groupwise.errors import RunError, UserError
 from groupwise.rollouts.base import Sampling
 from groupwise.rollouts.groups import Rollouts
 from groupwise.seeding import derive
@@ -137,10 +137,13 @@ class Collector:
         """The problems that the algorithm allocates completions to, and how many each: `group_size` on average.
 
         Raises:
-            RunError: an allocation of the user's own gave what cannot be used.
+            RunError: an allocation of the user's own gave what cannot be used, or the task has no such problem.
         """
         ahead = math.ceil(count * getattr(self.algorithm.allocation, "candidates", 1))
-        problems = [self.rollouts.task.problem(self.position + i, self.recipe.seed) for i in range(ahead)]
+        try:
+            problems = [self.rollouts.task.problem(self.position + i, self.recipe.seed) for i in range(ahead)]
+        except UserError as error:  # a row of a stream, or a task of the user's own, is found to be wrong only now
+            raise RunError(str(error)) from error
         self.position += ahead
         candidates = Candidates(
             prompt_ids=[problem.id for problem in problems],

@@ -17,7 +17,7 @@ from groupwise.errors import UserError
 from groupwise.learner.base import Learner
 from groupwise.learner.local import LocalLearner
 from groupwise.models import FULL_TRAINING_RATE, Chat, LanguageModel, load_config
-from groupwise.plugins import UserFunction, load_function
+from groupwise.plugins import UserFunction, find_file
 from groupwise.rollouts.base import Sampler
 from groupwise.rollouts.driver import wait_for
 from groupwise.rollouts.episodes import Episodes
@@ -84,14 +84,7 @@ class Ready:
         Raises:
             UserError: the user's own cannot be made, or is no sampler.
         """
-        name = self.recipe.rollouts.sampler
-        try:
-            sampler = self.sampler(self.recipe.rollouts, weights, self.tokenizer)
-        except Exception as error:  # the user's function may raise anything
-            raise UserError(f"rollouts.sampler, {name}: {type(error).__name__}: {error}") from error
-        if not (hasattr(sampler, "generate") and hasattr(sampler, "load")):
-            raise UserError(f"rollouts.sampler, {name}: gives {type(sampler).__name__}, which has no generate() and load()")
-        return sampler
+        return self.sampler(self.recipe.rollouts, weights, self.tokenizer)
 
     def fallback(self) -> str | None:
         """What keeps the model from its fastest path, and why; None if nothing does."""
@@ -339,7 +332,7 @@ def _references(value: Any, base: Path) -> Any:
         return [_references(item, base) for item in value]
     if isinstance(value, UserFunction):
         return value.reference
-    return value and load_function(value, base).reference
+    return value and ":".join(map(str, find_file(value, base)))
 
 
 def _written(value: Any) -> Any:

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from groupwise.config import Source, TrackersSection
-from groupwise.errors import UserError, nearest
+from groupwise.errors import RunError, UserError, nearest
+from groupwise.guard import user_code, user_code_at_start
 from groupwise.plugins import is_reference, load_function
 from groupwise.training.events import Event, Recorder
+from groupwise.workers.child import text_of
 
 MakeRecorder = Callable[[Path, Mapping[str, Any]], Recorder]
 
@@ -146,10 +148,8 @@ def make_trackers(trackers: Sequence[Tracker], run: Path, recipe: Mapping[str, A
     made = []
     for tracker in trackers:
         name = tracker.name.rpartition(":")[2]
-        try:
+        with user_code_at_start(f"trackers.names: {name}"):
             recorder = tracker.make(run, recipe)
-        except Exception as error:  # the user's tracker may raise anything
-            raise UserError(f"trackers.names: {name}: {type(error).__name__}: {error}") from error
         if not hasattr(recorder, "record"):
             raise UserError(f"trackers.names: {name} gives {type(recorder).__name__}, which has no record()")
         made.append(recorder)
@@ -197,12 +197,19 @@ class Guarded:
     def _run(self) -> None:
         try:
             while (event := self.events.get()) is not None:
-                self.recorder.record(event)
+                self._call(self.recorder.record, event)
             if close := getattr(self.recorder, "close", None):
-                close()
-        except Exception as error:  # a tracker's library, or the user's own, may raise anything
-            own = "" if isinstance(self.recorder, Sender) else f"{type(error).__name__}: "
-            self._fail(f"{own}{error}")
+                self._call(close)
+        except BaseException as error:  # a tracker's library, or the user's own, may raise anything
+            own = "" if isinstance(error, RuntimeError | RunError) else f"{type(error).__name__}: "
+            self._fail(f"{own}{text_of(error)}")
+
+    def _call(self, method: Callable[..., Any], *arguments: Any) -> None:
+        if isinstance(self.recorder, Sender):
+            method(*arguments)
+        else:
+            with user_code("it", let=BaseException):
+                method(*arguments)
 
     def _fail(self, reason: str) -> None:
         if not self.failed:

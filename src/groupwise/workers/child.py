@@ -1,4 +1,4 @@
-"""The program of a worker process. It imports the standard library only, so that it starts in some 30 ms.
+"""The program of a worker process. It imports the standard library only, so that it starts in some 30 ms. `keeper.py` runs it.
 
 Run as a script, never imported by multiprocessing, whose spawned processes run the user's own script again. Requests come in on
 standard input: id and length, then a pickle. Replies go out on what was standard output, as JSON after their length, so that
@@ -9,15 +9,15 @@ event loop of a second thread, any number at once. A third thread reads the requ
 """
 
 import contextlib
-import json
 import os
-import pickle
 import queue
 import signal
 import struct
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from json import dumps, loads  # by name, since the user's code can put others in their modules
+from pickle import loads as unpickle
 from typing import Any, BinaryIO
 
 HEADER = struct.Struct(">QQ")
@@ -32,6 +32,7 @@ DEEPEST = 32
 """Lists within lists."""
 LONGEST_TEXT = 2000
 """Characters of an exception's text that are passed on."""
+PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120 pathlib is slow to import
 NICENESS = 10
 """Of a worker: where cores are few, those who generate keep them."""
 
@@ -143,7 +144,7 @@ def load_file(path: str, name: str) -> Any:
     known = [sys.modules[key] for key in (module_name, plain_name) if key in sys.modules]
     module = next((item for item in known if getattr(item, "__file__", None) == path), None)
     if module is None:
-        if folder not in sys.path:
+        if folder not in sys.path and not folder.startswith(PACKAGE):  # whose modules are no user's to import by their bare names
             sys.path.insert(0, folder)
         spec = importlib.util.spec_from_file_location(module_name, path)
         assert spec is not None and spec.loader is not None
@@ -183,6 +184,8 @@ class Worker:
 
     def __init__(self, replies: BinaryIO) -> None:
         self.replies = replies
+        self.pid = os.getpid()
+        self.errors = os.dup(2)
         self.writing = threading.Lock()
         self.targets: dict[str, Any] = {}
         self.instances: dict[int, Any] = {}
@@ -194,7 +197,7 @@ class Worker:
 
     def load(self, key: str, file: str, name: str, value: bytes, **_: Any) -> None:
         if key not in self.targets:
-            self.targets[key] = load_file(file, name) if file else pickle.loads(value)
+            self.targets[key] = load_file(file, name) if file else unpickle(value)
 
     def describe(self, target: str, **_: Any) -> dict[str, Any]:
         return describe(self.targets[target])
@@ -219,7 +222,9 @@ class Worker:
     # --- requests and replies
 
     def reply(self, number: int, **fields: Any) -> None:
-        data = json.dumps({"id": number, **fields}).encode()
+        if os.getpid() != self.pid:  # a process that the user's code forked, and which came back as if it were this one
+            os._exit(0)
+        data = dumps({"id": number, **fields}).encode()
         with self.writing:
             self.replies.write(LENGTH.pack(len(data)) + data)
             self.replies.flush()
@@ -232,16 +237,18 @@ class Worker:
 
     def read(self, requests: BinaryIO) -> None:
         """Pass requests to the main thread, and what concerns the event loop to that."""
-        while len(header := requests.read(HEADER.size)) == HEADER.size:
-            number, length = HEADER.unpack(header)
-            payload = requests.read(length)
-            if payload == PING:
-                self.on_loop(self.pong, number)
-            elif payload == CANCEL:
-                self.on_loop(self.cancel, number)
-            else:
-                self.waiting.put((number, payload))
-        os.killpg(0, signal.SIGKILL)  # with whatever processes the user's code started
+        try:
+            while len(header := requests.read(HEADER.size)) == HEADER.size:
+                number, length = HEADER.unpack(header)
+                payload = requests.read(length)
+                if payload == PING:
+                    self.on_loop(self.pong, number)
+                elif payload == CANCEL:
+                    self.on_loop(self.cancel, number)
+                else:
+                    self.waiting.put((number, payload))
+        finally:  # the user's code can also have raised something in this thread
+            os.killpg(0, signal.SIGKILL)
 
     def on_loop(self, action: Callable[[int], Any], number: int) -> None:
         if self.loop is None:
@@ -250,7 +257,7 @@ class Worker:
             self.loop.call_soon_threadsafe(action, number)
 
     def pong(self, number: int) -> None:
-        self.reply(number, value=None)
+        self.succeed(number, None, False, Logs())
 
     def cancel(self, number: int) -> None:
         if number in self.tasks:
@@ -259,8 +266,9 @@ class Worker:
     def handle(self, number: int, payload: bytes) -> None:
         """Run a request, and reply; what it returns to be awaited is left to the event loop."""
         logs = Logs()
+        mend_streams(self.errors)
         try:
-            request = pickle.loads(payload)
+            request = unpickle(payload)
             if request["clock"] == "called":
                 self.reply(number, began="called")
             if request["logs"]:
@@ -268,12 +276,13 @@ class Worker:
             if request["cpu_limit"]:
                 signal.setitimer(signal.ITIMER_VIRTUAL, request["cpu_limit"])  # whose signal ends the process
             value = getattr(self, request["operation"])(**request, number=number)
+            awaitable = hasattr(value, "__await__")
         except BaseException as error:  # the user's code may raise anything, SystemExit too
             self.fail(number, error)
             return
         finally:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        if hasattr(value, "__await__"):
+        if awaitable:
             self.start_loop()
             self.loop.call_soon_threadsafe(self.start_task, number, value, request["text"], logs)
         else:
@@ -316,6 +325,17 @@ class Worker:
         self.reply(number, failure=failure, detail=detail, text=text_of(error), known=known)
 
 
+def mend_streams(errors: int) -> None:
+    """Open standard output and standard error again, where an earlier call closed them; `errors`: a copy of the latter."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(errors, number)
+        if getattr(getattr(sys, name, None), "closed", True):
+            setattr(sys, name, open(number, "w", buffering=1, errors="replace", closefd=False))  # noqa: SIM115
+
+
 class Logs:
     """What a reward logs: TRL's `log_extra` and `log_metric`."""
 
@@ -330,23 +350,13 @@ class Logs:
         self.values.setdefault(name, []).append(value)
 
 
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when the one that started it ends, however that ends."""
-    with contextlib.suppress(ImportError, OSError, AttributeError):
-        import ctypes
-
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
 def main() -> None:
-    die_with_parent()
     os.nice(NICENESS)
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.dup2(2, 1)
-    sys.path[:] = json.loads(sys.argv[1])
+    sys.path[:] = loads(sys.argv[1])
     sys.argv[1:] = []
     Worker(replies).serve(requests)
 

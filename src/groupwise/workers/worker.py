@@ -26,6 +26,10 @@ LOAD_LIMIT = 300.0
 """Seconds in which a user's file must be loaded, with everything that it imports."""
 PING_LIMIT = 2.0
 """Seconds in which the event loop of a worker must answer, or something blocks it."""
+END_LIMIT = 5.0
+"""Seconds in which a keeper must have ended everything."""
+KEEPER = Path(__file__).with_name("keeper.py")
+"""The program that starts `child.py`."""
 MOST_SHOWN = 2**20
 """Bytes of what a worker prints that are passed on to standard error."""
 
@@ -57,7 +61,7 @@ class Other:
 class _Call:
     """A request under way."""
 
-    reply: "asyncio.Future[dict[str, Any]]"
+    reply: "asyncio.Future[Reply]"
     begun: "asyncio.Future[None]"
     stage: str = "waiting"
     """Then a `Clock`: what the worker said last."""
@@ -84,6 +88,7 @@ class Worker:
     """A process that runs `child.py`."""
 
     def __init__(self, process: Process) -> None:
+        """`process`: its keeper."""
         self.process = process
         self.loaded: dict[str, asyncio.Task[Any]] = {}
         """The targets that it has, or is loading."""
@@ -97,9 +102,9 @@ class Worker:
 
     @classmethod
     async def start(cls) -> "Worker":
-        """A process in a session of its own, which gets no Ctrl-C and can be killed with everything that it started."""
+        """A process in a session of its own, which gets no Ctrl-C, and whose keeper ends it with everything that it started."""
         paths = json.dumps([item for item in sys.path if isinstance(item, str)])
-        arguments = (sys.executable, "-P", str(Path(child.__file__)), paths)
+        arguments = (sys.executable, "-P", str(KEEPER), child.__file__, str(os.getpid()), paths)
         try:
             process = await asyncio.create_subprocess_exec(
                 *arguments, stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True
@@ -109,12 +114,15 @@ class Worker:
         return cls(process)
 
     def kill(self) -> None:
-        """End the process and all of its session's; safe from any thread, at any time."""
-        if not self.alive:
-            return
-        self.alive = False
+        """End the process and all that it started; safe from any thread, at any time."""
+        if self.alive:
+            self.alive = False
+            self._signal(signal.SIGTERM)
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To the keeper."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+            os.kill(self.process.pid, number)
 
     @property
     def busy(self) -> bool:
@@ -197,11 +205,7 @@ class Worker:
         if not call.reply.done():
             self.kill() if blocked else self._give_up(number, call)
             raise WorkerError("timeout", f"no result within {limit:g} s" + (BLOCKED if blocked else ""))
-        found = call.reply.result()
-        if "failure" in found:
-            raise WorkerError(found["failure"], found["detail"], text=found["text"], known=found["known"])
-        value, extra, metrics = (child.decode(found[name], Other) for name in ("value", "extra", "metrics"))
-        return Reply(value=value, extra=extra, metrics=metrics)
+        return call.reply.result()
 
     async def responds(self) -> bool:
         """Whether the worker's event loop turns: nothing in it blocks."""
@@ -225,28 +229,50 @@ class Worker:
                 (length,) = child.LENGTH.unpack(await self.process.stdout.readexactly(child.LENGTH.size))
                 if length > 16 * child.LARGEST:
                     raise ValueError("a reply too large")
-                found = json.loads(await self.process.stdout.readexactly(length))
-                call = self._calls.get(found["id"])
-                if call is not None and "began" in found:
-                    call.come_to(found["began"])
-                elif call is not None and not call.reply.done():
-                    call.reply.set_result(found)
+                self._take(json.loads(await self.process.stdout.readexactly(length)))
         except asyncio.IncompleteReadError:
             pass
-        except (ValueError, KeyError, TypeError) as error:
-            reason = f"its replies cannot be read: {error}; "
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            reason = f"its replies cannot be read: {type(error).__name__}: {str(error)[:200]}; "
         self.kill()
-        code = await self.process.wait()
+        code = await self._ended()
         await asyncio.wait({self._showing}, timeout=1.0)  # for its last words
         end = self._how_it_ended(code, reason)
         for call in self._calls.values():
             if not call.reply.done():
                 call.reply.set_exception(end)
 
+    def _take(self, found: Any) -> None:
+        """Hand a reply to the one who waits for it.
+
+        Raises:
+            ValueError, LookupError, TypeError, AttributeError, RecursionError: it has not the form of a reply, which the user's
+                code may have seen to.
+        """
+        call = self._calls.get(int(found["id"]))
+        if "began" in found:
+            if call is not None:
+                call.come_to(str(found["began"]))
+            return
+        reply = _read_reply(found)
+        if call is None or call.reply.done():
+            return
+        if isinstance(reply, Reply):
+            call.reply.set_result(reply)
+        else:
+            call.reply.set_exception(reply)
+
+    async def _ended(self) -> int:
+        """The exit code of the process, which is told to end."""
+        try:
+            return await asyncio.wait_for(asyncio.shield(self.process.wait()), END_LIMIT)
+        except TimeoutError:  # its keeper was stopped
+            self._signal(signal.SIGKILL)
+            return await self.process.wait()
+
     async def _end(self) -> None:
-        """When the process has ended end those that it started: they may hold its pipes."""
         await self.process.wait()
-        self.kill()
+        self.alive = False
 
     def _how_it_ended(self, code: int, reason: str) -> WorkerError:
         if code == -signal.SIGVTALRM:
@@ -266,6 +292,18 @@ class Worker:
                     sys.stderr.write(part.decode(errors="replace"))
                     sys.stderr.flush()
             shown += len(part)
+
+
+def _read_reply(found: Any) -> Reply | WorkerError:
+    if "failure" not in found:
+        value, extra, metrics = (child.decode(found[name], Other) for name in ("value", "extra", "metrics"))
+        if not all(isinstance(values, list) for logged in (extra, metrics) for values in logged.values()):
+            raise ValueError("what was logged is no list")
+        return Reply(value=value, extra=extra, metrics=metrics)
+    kind, detail, text, known = (found[name] for name in ("failure", "detail", "text", "known"))
+    if kind not in ("raised", "too large", "bad result"):
+        raise ValueError("there is no such failure")
+    return WorkerError(kind, str(detail), text=str(text), known=None if known is None else list(map(str, known)))
 
 
 BLOCKED = "; something blocks the event loop that asynchronous functions share"
