@@ -87,7 +87,9 @@ def shown_step(step: int, table: pa.Table) -> dict[str, Any]:
     table = table.filter(pc.is_finite(table["ratio"]))
     places = evenly(len(table), SHOWN_TOKENS)
     old, ratio = (table[name].take(places).to_pylist() for name in ("old_logprob", "ratio"))
-    sampler = table["rollout_logprob"].take(places).to_pylist() if "rollout_logprob" in table.column_names else [None] * len(places)
+    sampler = (
+        table["rollout_logprob"].take(places).to_pylist() if "rollout_logprob" in table.column_names else [None] * len(places)
+    )
     return {
         "step": step,
         "p": [_short(math.exp(value)) for value in old],

@@ -146,7 +146,7 @@ function makeSlider(control, panel, id, name) {
   const input = make("input", { type: "range", min, max, step, value: control.value, id });
   input.addEventListener("input", () => panel.change(control.id, Number(input.value)));
   const show = () => {
-    value.textContent = isOpen(control, panel.values) ? say("surrogate", "none") : format(panel.values[control.id]);
+    value.textContent = isOpen(control, panel.values) ? say("surrogate", "none") : format(panel.values[control.id], 7);
     input.setAttribute("aria-valuetext", value.textContent);
   };
   return { box: make("label", {}, name, value, input), show };

@@ -29,12 +29,16 @@ function surrogateFigure(v) {
   const end = v.surrogate === "cispo" ? Math.max(3, 1.2 * v.ratio_cap) : 3;
   const x = narrow ? [1 - width, 1 + width] : [0, end];
   const settings = { ...v, low: theory.lower_bound(bounded(v) ? v.bounds : "none", v.old, v.clip_low), high: theory.upper_bound(bounded(v) ? v.bounds : "none", v.old, v.clip_high, v.ratio_cap) };
-  const at = (ratio, advantage) => theory.surrogate(v.surrogate, ratio, v.old, advantage, settings);
+  const from = (advantage) => (narrow ? theory.surrogate(v.surrogate, 1, v.old, advantage, settings)[0] : 0);
+  const at = (ratio, advantage) => {
+    const [objective, gradient] = theory.surrogate(v.surrogate, ratio, v.old, advantage, settings);
+    return [objective - from(advantage), gradient];
+  };
   const last = Math.min(x[1], 1 / v.old), ratio = Math.min(Math.max(v.ratio, x[0]), last);
   const breaks = [settings.low, settings.high, v.ratio_cap, v.dual_clip, 1 + v.divergence_limit / v.old, 1 - v.divergence_limit / v.old];
+  const unclipped = (part) => [1, -1].map((a) => ({ name: a > 0 ? "unclipped" : null, style: "c4 dashed", points: x.map((r) => [r, a * (part === 0 && narrow ? r - 1 : r)]) }));
   const curves = (part) => [
-    { name: "unclipped", style: "c4 dashed", points: [[x[0], x[0]], [x[1], x[1]]] },
-    { name: null, style: "c4 dashed", points: [[x[0], -x[0]], [x[1], -x[1]]] },
+    ...unclipped(part),
     ...[["positive", "c0", 1], ["negative", "c1", -1]].map(([name, style, advantage]) => ({ name, style, points: along(Math.max(x[0], 1e-3), last, (r) => at(r, advantage)[part], breaks) })),
   ];
   const verticals = [settings.low, settings.high].filter((bound) => bound > 0 && Number.isFinite(bound));
@@ -42,7 +46,7 @@ function surrogateFigure(v) {
     const drawn = curves(part);
     // log π falls without end towards a ratio of 0, so the range leaves out the first twentieth.
     const shown = drawn.map((curve) => ({ points: curve.points.filter(([r]) => r >= x[0] + 0.05 * (x[1] - x[0])) }));
-    return { id: y, x, y: around(shown), labels: ["ratio", y], curves: drawn, verticals, verticalsName: "limits", markers: [1, -1].map((a) => [ratio, at(ratio, a)[part]]) };
+    return { id: y, x, y: around(shown), labels: ["ratio", narrow && part === 0 ? "change" : y], curves: drawn, verticals, verticalsName: "limits", markers: [1, -1].map((a) => [ratio, at(ratio, a)[part]]) };
   });
   const numbersShown = [["at_positive", format(at(ratio, 1)[1])], ["at_negative", format(at(ratio, -1)[1])]];
   return { plots, readouts: bounded(v) ? [...numbersShown, ["bounds_at", verticals.map((bound) => format(bound, 6)).join(" … ")]] : numbersShown };
