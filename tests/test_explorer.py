@@ -322,9 +322,10 @@ def test_credit_for_turns(estimator: str, published: tuple[Any, list[str]]) -> N
     if estimator == "turns":
         page.fill("#turns-gamma", "0.9")
     expected = theory.turn_credit(group, estimator, 0.9, 1, 1e-6)
-    for row, values in zip(table(page, "turns"), expected, strict=True):
-        assert [number(cell) for cell in row[1 : len(values) + 1]] == pytest.approx(values, rel=1e-3, abs=1e-4)
-        assert set(row[len(values) + 1 :]) <= {"–"}
+    _, *columns = zip(*table(page, "turns"), strict=True)
+    for column, values in zip(columns, expected, strict=True):
+        assert [number(cell) for cell in column[: len(values)]] == pytest.approx(values, rel=1e-3, abs=1e-4)
+        assert set(column[len(values) :]) <= {"–"}
     page.click("#turns .reset")
 
 
@@ -357,6 +358,7 @@ def test_the_page_opens_at_the_runs_settings(explorer: tuple[Any, list[str]]) ->
         found = page.input_value(f"#{key}")
         assert (found if isinstance(value, str) else float(found)) == value, key
     assert page.inner_text("#run-name") == "run · dapo"
+    assert "uses GRPO." in page.inner_text("#advantages .notes") and "TIS" in page.inner_text("#correction .notes")
     assert float(page.input_value("#overlong-limit")) == open_run(page_run(page)).recipe["rollouts"]["max_tokens"]
     assert wrong == []
 
@@ -387,7 +389,7 @@ def test_another_recorded_step_can_be_chosen(explorer: tuple[Any, list[str]]) ->
     assert len(seen) == 3 and wrong == []
 
 
-@pytest.mark.parametrize("name", ["gspo", "dcpo", "cispo", "sapo", "gmpo", "vespo", "rloo", "ppo"])
+@pytest.mark.parametrize("name", ["gspo", "dcpo", "cispo", "sapo", "gmpo", "vespo", "rloo", "ppo", "dr_grpo"])
 @needs_browser
 def test_runs_of_other_algorithms(name: str, browser: Any, run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
@@ -401,6 +403,8 @@ def test_runs_of_other_algorithms(name: str, browser: Any, run: Path, tmp_path: 
     for key in ("clip_low", "clip_high", "ratio_cap", "gate_positive", "divergence_limit"):
         if settings.get(key) is not None:
             assert float(page.input_value(f"#surrogate-{key}")) == pytest.approx(settings[key]), key
+    own = {"gspo": "GRPO", "dcpo": "DCPO", "rloo": "RLOO", "dr_grpo": "Dr.GRPO", "ppo": ""}.get(name, "GRPO")
+    assert page.inner_text("#advantages .notes").startswith(f"The run uses {own}." if own else "The rewards")
     assert illegible(page) == [] and wrong == []
     page.context.close()
 
@@ -443,6 +447,8 @@ def test_no_text_is_small_cut_off_or_covered(width: int, locale: str, browser: A
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         assert illegible(page) == []
         assert page.locator("svg[role=img]").count() == 14
+        scrolling = "all => all.filter(box => box.scrollWidth > box.clientWidth).length"
+        assert page.locator(".scroll").evaluate_all(scrolling) == 0, "a table hides a column"
         for surrogate in PARTS["surrogate"] if width == 390 and path == PUBLISHED else ():
             page.select_option("#surrogate-surrogate", surrogate)
             assert illegible(page) == []

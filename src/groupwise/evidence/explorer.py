@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from groupwise.algorithms import NAMED, PARTS, Algorithm, named, theory
+from groupwise.algorithms import NAMED, Algorithm, named, theory
 from groupwise.errors import UserError
 from groupwise.evidence.javascript import to_javascript
 from groupwise.evidence.page import asset, embed, embed_script, render, write
@@ -66,14 +66,11 @@ def settings(run: Run) -> dict[str, Any]:
     usual: dict[str, Any] = {**Algorithm().settings(), **(named(run.algorithm).settings() if run.algorithm in NAMED else {})}
     sampling = run.recipe.get("rollouts", {})
     found = {**usual, **own, **{key: sampling[key] for key in SAMPLING if key in sampling}}
-    return {key: value for key, value in found.items() if _is_shown(key, value)}
-
-
-def _is_shown(key: str, value: Any) -> bool:
-    """Whether a setting is a word or a finite number; "none" is a word only where it names a choice, elsewhere no number is set."""
-    if isinstance(value, str):
-        return value != "none" or key in PARTS
-    return isinstance(value, int | float) and math.isfinite(value)
+    return {
+        key: value
+        for key, value in found.items()
+        if isinstance(value, str) or (isinstance(value, int | float) and math.isfinite(value))
+    }
 
 
 def shown_step(step: int, table: pa.Table) -> dict[str, Any]:

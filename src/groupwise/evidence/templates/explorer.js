@@ -108,7 +108,8 @@ class Panel {
 
   showNotes(notes) {
     const own = this.controls.filter((control) => control.own).map((control) => say("page", "own", { part: control.own }));
-    const texts = [...notes.filter(Boolean).map((note) => this.text(...note)), ...own];
+    const named = (values) => Object.fromEntries(Object.entries(values).map(([key, value]) => [key, Array.isArray(value) ? this.text(...value) : value]));
+    const texts = [...notes.filter(Boolean).map(([key, values = {}]) => this.text(key, named(values))), ...own];
     if (texts.join() !== [...this.notes.children].map((note) => note.textContent).join()) this.notes.replaceChildren(...texts.map((text) => make("p", {}, text)));
   }
 

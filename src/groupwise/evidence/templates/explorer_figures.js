@@ -79,19 +79,25 @@ function sequenceFigure(v) {
 
 const ESTIMATORS = ["grpo", "dr_grpo", "rloo", "maxrl", "lite_ppo", "reinforce_pp", "dcpo", "gdpo"];
 const LINES = ["c0", "c1 dashed", "c2 broken", "c3 dotted", "c5", "c6 dashed", "c7 broken", "c8 dotted"];
+// Which of them a run's settings are; null: none.
+function estimatorOf(s) {
+  const group = s.center === "group" ? { group: "grpo", batch: "lite_ppo", mean: "maxrl", none: "dr_grpo" }[s.scale] : undefined;
+  return { group, leave_one_out: "rloo", smoothed: "dcpo", decoupled: "gdpo", reward_to_go: "reinforce_pp" }[s.advantage] ?? null;
+}
 function advantagesFigure(v, state) {
   const different = [...new Set(v.rewards)].sort((a, b) => a - b), eps = state.settings.advantage_eps ?? 1e-6;
   const of = (name) => {
     const found = theory.group_estimate(v.rewards, v.rest, name, v.ddof === "ddof_1" ? 1 : 0, eps);
     return different.map((reward) => found[v.rewards.indexOf(reward)]);
   };
+  const own = estimatorOf(state.settings);
   const all = ESTIMATORS.map((name, i) => ({ name, style: LINES[i], values: of(name) }));
   const curves = all.filter((curve) => v.shown.includes(curve.name)).map((curve) => ({ ...curve, dotted: true, points: different.map((reward, i) => [reward, curve.values[i]]) }));
   const margin = 0.08 * (different.at(-1) - different[0]) || 0.5;
   return {
     plots: [{ x: [different[0] - margin, different.at(-1) + margin], y: around([...curves, { points: [[0, 0]] }]), labels: ["x", "y"], curves }],
     readouts: [["mean", format(theory.mean(v.rewards))], ["deviation", format(theory.deviation(v.rewards, v.ddof === "ddof_1" ? 1 : 0))]],
-    notes: [different.length === 1 ? ["zero_variance"] : null, state.rewardsOf === v.rewards ? ["of_run", { step: state.run.steps[state.step].step }] : null],
+    notes: [own ? ["own_estimator", { name: [own] }] : null, different.length === 1 ? ["zero_variance"] : null, state.rewardsOf === v.rewards ? ["of_run", { step: state.run.steps[state.step].step }] : null],
     table: {
       head: [["estimator"], ...different.map((reward) => ["column", { reward: format(reward), count: v.rewards.filter((r) => r === reward).length }])],
       rows: all.map((curve) => [[curve.name], ...curve.values.map((x) => format(x))]),
@@ -107,8 +113,8 @@ function turnsFigure(v, state) {
     plots: [{ x: [0.5, most + 0.5], y: around([...curves, { points: [[0, 0]] }]), integer: true, labels: ["x", "y"], curves }],
     readouts: [],
     table: {
-      head: [["conversation", { number: "" }], ...Array.from({ length: most }, (_, k) => ["turn", { number: k + 1 }])],
-      rows: credit.map((values, i) => [["conversation", { number: i + 1 }], ...Array.from({ length: most }, (_, k) => (k < values.length ? format(values[k]) : "–"))]),
+      head: [["x"], ...credit.map((_, i) => ["spoken", { number: i + 1 }])],
+      rows: Array.from({ length: most }, (_, k) => [["turn", { number: k + 1 }], ...credit.map((values) => (k < values.length ? format(values[k]) : "–"))]),
     },
   };
 }
@@ -133,6 +139,7 @@ function correctionFigure(v, state) {
   return {
     plots: [{ x: [0, end], y: [-0.05 * v.high, Math.max(1, v.high) * 1.1], labels: ["x", "y"], curves, dots: tokensOf(state).weights.filter((w) => w !== null).map((w) => [w, theory.correction_weight(own, w, low, v.high)]), markers: [[v.w, theory.correction_weight("tis", v.w, low, v.high)]] }],
     readouts: [["token_level", weights(v.w)], ["sequence_ratio", format(v.w ** v.tokens)], ["sequence_level", weights(v.w ** v.tokens)]],
+    notes: state.run ? [["own_correction", { name: [own] }]] : [],
   };
 }
 
@@ -181,14 +188,14 @@ const figures = [
     id: "compounding", dragX: "n",
     controls: (s) => {
       const first = clipOf(s, "fixed", "token").clip_high;
-      return [slider("start", [0.001, 0.5, 0.001], 0.01), slider("target", [0.01, 1, 0.01], 0.1), slider("first", [0.05, 1, 0.01], first >= 0.05 ? first : 0.2), slider("second", [0.05, 1, 0.01], 0.28), slider("n", [0, 60, 1], 20)];
+      return [slider("start", [0.001, 0.5, 0.001], 0.01), slider("target", [0.01, 1, 0.01], 0.1), slider("first", [0.05, 1, 0.01], first >= 0.05 ? first : 0.2), slider("second", [0.05, 1, 0.01], first === 0.28 ? 0.2 : 0.28), slider("n", [0, 60, 1], 20)];
     },
     draw: (v) => {
       const climb = (epsilon) => along(0, 60, (n) => theory.probability_after(v.start, n, epsilon), [theory.steps_to_reach(v.start, 1, epsilon)]);
       const needed = (epsilon) => format(Math.max(0, theory.steps_to_reach(v.start, v.target, epsilon)));
       const at = (epsilon) => theory.probability_after(v.start, v.n, epsilon);
       return {
-        plots: [{ x: [0, 60], y: [0, 1], labels: ["x", "y"], curves: [{ name: "first", style: "c0", points: climb(v.first) }, { name: "second", style: "c1", points: climb(v.second) }, { name: "target", style: "c4 dashed", points: [[0, v.target], [60, v.target]] }], markers: [[v.n, at(v.first)]] }],
+        plots: [{ x: [0, 60], y: [0, 1], labels: ["x", "y"], curves: [{ name: "first", style: "c0", points: climb(v.first) }, { name: "second", style: "c1 broken", points: climb(v.second) }, { name: "target", style: "c4 dashed", points: [[0, v.target], [60, v.target]] }], markers: [[v.n, at(v.first)]] }],
         readouts: [["to_first", needed(v.first)], ["to_second", needed(v.second)], ["factor", format(at(v.second) / at(v.first))]],
       };
     },
@@ -223,7 +230,7 @@ const figures = [
   },
   {
     id: "advantages",
-    controls: (s) => [numbers("rewards", s.rewards ?? [1, 1, 0, 0, 0, 0, 0, 0], 64), numbers("rest", [1, 1, 1, 0], 64), choice("ddof", ["ddof_1", "ddof_0"], s.ddof === 0 ? "ddof_0" : "ddof_1"), checks("shown", ESTIMATORS, ["grpo", "dr_grpo", "rloo", "maxrl", "lite_ppo"])],
+    controls: (s) => [numbers("rewards", s.rewards ?? [1, 1, 0, 0, 0, 0, 0, 0], 64), numbers("rest", [1, 1, 1, 0], 64), choice("ddof", ["ddof_1", "ddof_0"], s.ddof === 0 ? "ddof_0" : "ddof_1"), checks("shown", ESTIMATORS, [...new Set(["grpo", "dr_grpo", "rloo", "maxrl", "lite_ppo", estimatorOf(s) ?? "grpo"])])],
     draw: advantagesFigure,
   },
   {
