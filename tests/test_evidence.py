@@ -1,27 +1,22 @@
 """Reports name the fault of runs made to fail, and the pages are checked in a real browser."""
 
 import json
-import math
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 from typer.testing import CliRunner
 
-import groupwise as gw
-from groupwise.algorithms import theory
 from groupwise.cli import app
 from groupwise.evidence.findings import findings
 from groupwise.evidence.runs import RENAMED, Run, by_setting, open_run
 from groupwise.evidence.statistics import interval, paired
+from tests.pages import chromium, needs_browser, opened
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt-get install chromium)")
 QUICK = ["--set", "training.eval_problems=100", "--set", "training.eval_every=6", "--set", "training.steps=12"]
 
 
@@ -42,25 +37,10 @@ def healthy(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return runs
 
 
-@pytest.fixture(scope="module")  # while playwright is open an event loop runs in this thread, and asyncio.run() of others fails
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as browser:
         yield browser
-        browser.close()
-
-
-def opened(browser: Any, path: Path, **settings: Any) -> tuple[Any, list[str]]:
-    """Open a file in the browser; returns the page and a list that collects console errors and network requests."""
-    page = browser.new_context(**settings).new_page()
-    wrong: list[str] = []
-    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith(("file:", "data:")) else wrong.append(request.url))
-    page.goto(path.as_uri())
-    return page, wrong
 
 
 def test_intervals_by_hand() -> None:
@@ -264,7 +244,6 @@ def test_a_damaged_file_and_a_path_that_cannot_be_written_are_reported(healthy: 
     run = tmp_path / "run"
     shutil.copytree(healthy[0], run)
     assert "--out" in groupwise("report", str(run), "--out", str(tmp_path), code=2)
-    assert "--out" in groupwise("explore", "--no-open", "--out", str(run / "recipe.toml" / "x.html"), code=2)
     (run / "tokens" / "step-000012.parquet").write_bytes(b"PAR1")
     assert "step-000012.parquet: cannot be read" in groupwise("report", str(run), code=2)
 
@@ -325,154 +304,3 @@ def test_an_invalid_ladder_is_refused_before_anything_runs(change: tuple[str, st
     ladder.write_text(LADDER.replace(*change))
     assert message in groupwise("ablate", str(ladder), "--out", str(tmp_path / "out"), code=2)
     assert not (tmp_path / "out").exists()
-
-
-def noise(count: int) -> list[float]:
-    """The explorer's pseudo-random normal numbers: Lehmer's generator, then the Box-Muller transform."""
-    state, numbers = 12345, []
-    for _ in range(count):
-        pair = []
-        for _ in range(2):
-            state = state * 16807 % 2147483647
-            pair.append(state / 2147483647)
-        numbers.append(math.sqrt(-2 * math.log(pair[0])) * math.cos(2 * math.pi * pair[1]))
-    return numbers
-
-
-def ceiling(v: dict[str, float]) -> tuple[float, float]:
-    bound = gw.fixed_bounds(torch.tensor([[math.log(v["q"])]], dtype=torch.float64), v["high"], v["high"])[1]
-    return v["q"], min(1.0, float(bound) * v["q"])
-
-
-def compounding(v: dict[str, float]) -> tuple[float, float]:
-    return v["n"], theory.probability_after(v["start"], v["n"], v["first"])
-
-
-def sequence(v: dict[str, float]) -> tuple[float, float]:
-    return v["length"], sum(v["bias"] + v["spread"] * z for z in noise(2048)[: int(v["length"])])
-
-
-def dynamic(v: dict[str, float]) -> tuple[float, float]:
-    bound = gw.dynamic_bounds(torch.tensor([[math.log(v["q"])]], dtype=torch.float64), v["low"], v["high"])[1]
-    return v["q"], min(4.0, float(bound))
-
-
-def overlong(v: dict[str, float]) -> tuple[float, float]:
-    penalty = gw.soft_overlong_penalty(torch.tensor([int(v["length"])]), int(v["limit"]), int(min(v["cache"], v["limit"])))
-    return v["length"], float(penalty)
-
-
-def aggregation(v: dict[str, float]) -> tuple[float, float]:
-    mask = torch.arange(int(max(v["first"], v["second"]))) < torch.tensor([v["first"], v["second"]])[:, None]
-    return v["second"], float(gw.token_weights(mask, "token_mean")[1].sum())
-
-
-def smoothing(v: dict[str, float]) -> tuple[float, float]:
-    history: Any = {}
-    size = int(v["size"])
-    for visit in range(1, 7):
-        right = math.floor(v[f"v{visit}"] * size + 0.5)
-        rewards = torch.tensor([1.0] * right + [0.0] * (size - right), dtype=torch.float64)
-        advantages, history = gw.smoothed_advantages(rewards, torch.zeros(size, dtype=torch.long), ["p"] * size, history)
-    assert right > 0, "choose values whose last visit has a right answer"
-    return 6, float(advantages[0])
-
-
-def zero_variance(v: dict[str, float]) -> tuple[float, float]:
-    return v["p"], theory.dead_group_probability(v["p"], int(v["size"]))
-
-
-PANELS: dict[str, tuple[Callable[[dict[str, float]], tuple[float, float]], dict[str, float]]] = {
-    "ceiling": (ceiling, {"high": 0.28, "q": 0.45}),
-    "compounding": (compounding, {"start": 0.02, "target": 0.5, "first": 0.1, "second": 0.4, "n": 31}),
-    "sequence": (sequence, {"length": 1024, "spread": 0.08, "bias": 0.002, "tokenClip": 0.3, "sequenceClip": 0.001}),
-    "dynamic": (dynamic, {"low": 0.1, "high": 0.3, "fixed": 0.4, "q": 0.3}),
-    "overlong": (overlong, {"limit": 16384, "cache": 8192, "length": 12800}),
-    "aggregation": (aggregation, {"first": 640, "second": 1210, "limit": 1000}),
-    "smoothing": (smoothing, {"size": 8, "v1": 0.5, "v2": 0.25, "v3": 0.875, "v4": 0.0, "v5": 0.625, "v6": 0.75}),
-    "zero-variance": (zero_variance, {"size": 5, "p": 0.35}),
-}
-"""Panel id -> (the library's closed form for the panel's marker, a value to set for each of its sliders)."""
-
-
-@pytest.fixture(scope="module")
-def explorer(browser: Any, healthy: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[str]]:
-    path = tmp_path_factory.mktemp("explorer") / "explorer.html"
-    groupwise("explore", str(healthy[0]), "--out", str(path), "--no-open")
-    return opened(browser, path, locale="en-US", viewport={"width": 900, "height": 800})
-
-
-@needs_browser
-@pytest.mark.parametrize("name", PANELS)
-def test_every_slider_moves_the_marker_and_the_curve_to_the_closed_form(name: str, explorer: tuple[Any, list[str]]) -> None:
-    page, wrong = explorer
-    expected, changes = PANELS[name]
-    sliders = page.locator(f"#{name} input[type=range]")
-    values = {s.get_attribute("id").removeprefix(f"{name}-"): float(s.input_value()) for s in sliders.all()}
-    assert values.keys() == changes.keys()
-
-    def check() -> None:
-        x, y = expected(values)
-        box = {
-            key: float(value) for key, value in page.evaluate(f"({{...document.querySelector('#{name} svg').dataset}})").items()
-        }
-        px = box["left"] + (x - box["x0"]) / (box["x1"] - box["x0"]) * (box["width"] - box["left"] - box["right"])
-        py = (
-            box["height"]
-            - box["bottom"]
-            - (y - box["y0"]) / (box["y1"] - box["y0"]) * (box["height"] - box["top"] - box["bottom"])
-        )
-        marker = page.locator(f"#{name} .marker")
-        assert float(marker.get_attribute("cx")) == pytest.approx(px, abs=0.6)
-        assert float(marker.get_attribute("cy")) == pytest.approx(py, abs=0.6)
-        points = [
-            tuple(map(float, point.split(",")))
-            for d in page.locator(f"#{name} .curve").evaluate_all("paths => paths.map(p => p.getAttribute('d'))")
-            for point in re.split("[ML]", d)[1:]
-        ]
-        step = (box["width"] - box["left"] - box["right"]) / 200
-        assert min(abs(a - px) / step + abs(b - py) / 8 for a, b in points) < 1.5  # a curve passes the marker
-
-    check()
-    for key, value in changes.items():
-        drawn_before = page.locator(f"#{name}").inner_html()
-        page.fill(f"#{name}-{key}", str(value))
-        values[key] = value
-        check()
-        assert page.locator(f"#{name}").inner_html() != drawn_before, f"{key} changes nothing"
-    assert wrong == []
-
-
-@needs_browser
-def test_the_explorer_has_two_languages_and_takes_keys_and_dragging(explorer: tuple[Any, list[str]]) -> None:
-    page, _ = explorer
-    assert "tokens of your run" in page.inner_text("#run") and page.locator("#ceiling .dot").count() > 50
-    page.click("#language")
-    assert "裁剪上界" in page.inner_text("#ceiling h2") and "通过率" in page.inner_text("#zero-variance p")
-    page.click("#language")
-    page.focus("#zero-variance-size")
-    before = page.input_value("#zero-variance-size")
-    page.keyboard.press("ArrowRight")
-    assert float(page.input_value("#zero-variance-size")) == float(before) + 1
-    page.locator("#ceiling svg").scroll_into_view_if_needed()
-    box = page.locator("#ceiling svg").bounding_box()
-    page.mouse.click(box["x"] + box["width"] * 0.75, box["y"] + box["height"] / 2)
-    assert 0.6 < float(page.input_value("#ceiling-q")) < 0.8
-    theme = page.get_attribute("html", "data-theme")
-    page.click("#theme")
-    assert page.get_attribute("html", "data-theme") != theme
-
-
-@needs_browser
-def test_the_explorer_fits_a_phone(browser: Any) -> None:
-    published = Path(__file__).parent.parent / "docs" / "explorer.html"
-    page, wrong = opened(browser, published, viewport={"width": 360, "height": 740}, color_scheme="dark", locale="zh-CN")
-    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    assert page.get_attribute("html", "data-theme") == "dark" and page.get_attribute("html", "lang") == "zh"
-    assert wrong == []
-
-
-def test_the_published_explorer_is_up_to_date(tmp_path: Path) -> None:
-    groupwise("explore", "--out", str(tmp_path / "explorer.html"), "--no-open")
-    published = Path(__file__).parent.parent / "docs" / "explorer.html"
-    assert (tmp_path / "explorer.html").read_text() == published.read_text(), "run: groupwise explore --out docs/explorer.html"

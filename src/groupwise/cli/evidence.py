@@ -33,7 +33,7 @@ def report(
 
 @app.command()
 def explore(
-    run: Annotated[Path | None, typer.Argument(help="A run whose tokens are laid over the figures.")] = None,
+    run: Annotated[Path | None, typer.Argument(help="A run whose settings the figures open at, with its tokens as dots.")] = None,
     out: Annotated[Path, typer.Option("--out", help="Where to write the page.")] = Path("explorer.html"),
     show: Annotated[bool, typer.Option("--open/--no-open", help="Open it in the browser.")] = True,
 ) -> None:

@@ -20,6 +20,8 @@ TOKEN_COLUMNS = (
     "entropy",
 )  # fmt: skip
 """The columns of tokens/step-*.parquet that the pages use."""
+FURTHER_COLUMNS = ("role", "rollout_logprob")
+"""Columns that runs of earlier versions lack: who said a token, and its log-probability in the sampler."""
 RENAMED = {
     "groups/dead": "groups/zero_variance",
     "dropped/uniform": "dropped/zero_variance",
@@ -110,7 +112,7 @@ class Run:
         return sorted(int(name) for name in names if name.isdecimal())
 
     def tokens(self, step: int) -> pa.Table:
-        """`TOKEN_COLUMNS` of a step, and where it was recorded the `role` of who said a token; one row per completion token.
+        """`TOKEN_COLUMNS` of a step, and `FURTHER_COLUMNS` where they were recorded; one row per completion token.
 
         Raises:
             UserError: the file is missing or damaged, or lacks a column.
@@ -118,7 +120,7 @@ class Run:
         path = self.path / "tokens" / f"step-{step:06d}.parquet"
         try:
             known = pq.read_schema(path).names
-            return pq.read_table(path, columns=[*TOKEN_COLUMNS, *(name for name in ("role",) if name in known)])
+            return pq.read_table(path, columns=[*TOKEN_COLUMNS, *(name for name in FURTHER_COLUMNS if name in known)])
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
 
