@@ -33,10 +33,6 @@ def export_checkpoint(run: Path, which: str, out: Path) -> tuple[Checkpoint, flo
     except ValueError as error:
         raise UserError(f"{found.path}: {error}") from error
     merge = recipe.model.lora is None or recipe.model.lora.export == "merged"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}") from error
     said = write_model(out, lambda path: model.export(path, tokenizer, merge=merge))
     return found, said.get("export/merge_gap")
 

@@ -228,6 +228,8 @@ def write_model(final: Path, export: Callable[[Path], dict[str, float]]) -> dict
     """
     partial = final.with_name(files.PARTIAL + final.name)
     files.remove(partial)
+    with files.explained(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
     try:
         found = export(partial)
         files.sync_tree(partial)

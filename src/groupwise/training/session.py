@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from groupwise.training.interrupts import Interrupt, ending, interruptible
 from groupwise.training.loop import Result, Trainer
 from groupwise.training.records import RunDirectory
 from groupwise.training.resume import Resumption, resumed_recipe, resumption
-from groupwise.training.segments import after, keep_damaged, metrics_at, plain
+from groupwise.training.segments import after, changes, keep_damaged, metrics_at, plain
 from groupwise.training.setup import Ready, prepare, resolved
 from groupwise.training.trackers import Guarded, make_trackers
 
@@ -130,7 +130,8 @@ def start(session: Session, ready: Ready, trainer: Trainer, tree: Mapping[str, A
         return []
     if found.checkpoint is None:
         keep_damaged(session.path, found.recorded)
-        return found.events([directory.create_again(tree, inputs)], None)
+        first = directory.create_again(tree, inputs)
+        return found.events([*found.recorded.segments[-1:], replace(first, changed=changes(found.recorded.tree, tree))], None)
     trainer.resume(found.checkpoint)
     segments = after(found.recorded.segments, found.checkpoint, tree, inputs)
     keep_damaged(session.path, found.recorded)

@@ -21,6 +21,7 @@ from groupwise.seeding import derive
 from groupwise.tasks.base import Task, build_task, limit_prompts
 from groupwise.training.demonstrations import demonstration_batch, demonstration_text
 from groupwise.training.evaluate import evaluate
+from groupwise.training.records import write_model
 from groupwise.training.setup import LOOKED_AT, device_of
 from groupwise.types import Batch, Demonstration
 
@@ -62,8 +63,13 @@ def sft(recipe: SftRecipe, source: Source, out: Path, report: Callable[[int, flo
         loss = train_step(model, optimiser, batch, settings.micro_batch_tokens)
         report(step + 1, loss)
     record = {"steps": settings.steps, "loss": loss, **sources.pass_rates(model, chat, recipe)}
-    model.export(out, tokenizer)
-    (out / "sft.json").write_text(json.dumps(record, indent=2) + "\n")
+
+    def export(path: Path) -> dict[str, float]:
+        found = model.export(path, tokenizer)
+        (path / "sft.json").write_text(json.dumps(record, indent=2) + "\n")
+        return found
+
+    write_model(out, export)
     return record
 
 
