@@ -268,7 +268,7 @@ paths += ["/proc/kcore", "/proc/kmsg"]
 for path in paths:
     attempt(path, lambda: open(path, "rb"))
 attempt("listing", lambda: os.listdir(os.path.dirname(CANARY)))
-attempt("listing home", lambda: os.listdir("/root"))
+attempt("listing home", lambda: bool(set(os.listdir("/root")) - set(sys.base_prefix.split("/"))))
 attempt("running", lambda: __import__("subprocess").run(["/bin/cat", CANARY], capture_output=True).stdout or False)
 os.chdir("/")
 attempt("relative", lambda: open(CANARY.lstrip("/")))

@@ -19,9 +19,12 @@ from typing import Any
 
 import pytest
 
+from groupwise.rewards import boxes
 from groupwise.rewards.boxes import Limits
 from groupwise.rewards.code import judge
+from groupwise.rewards.filters import landlock_abi
 from groupwise.rewards.sandbox import Box, why_not
+from groupwise.rewards.warm import WAITING
 from tests.hostile import REACHING, SEARCH, TAKING, Attack
 
 REAL = [kind for kind in ("bubblewrap", "namespaces", "landlock") if why_not(kind) is None]
@@ -130,6 +133,7 @@ def test_boxes_end_with_a_trainer_that_is_killed(kind: Any, tmp_path: Path) -> N
     """Also daemons in them, and boxes that wait."""
     script = f"""
 import sys
+from groupwise.rewards import boxes
 from groupwise.rewards.boxes import Limits
 from groupwise.rewards.sandbox import Box
 from groupwise.rewards.warm import WAITING
@@ -149,3 +153,31 @@ WAITING.run(Box({kind!r}), {TAKING["daemons in their own sessions"].program + "t
     while set(left()) - before:
         assert time.monotonic() < deadline + 10
         time.sleep(0.05)
+
+
+@pytest.mark.skipif("landlock" not in REAL, reason="no Landlock here, or no interpreter that another user than root may run")
+@pytest.mark.parametrize("version", range(1, 7))
+def test_older_versions_of_landlock_confine_as_much(
+    version: int, outside: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a version does not cover (truncating, TCP, devices, signals) the filter of system calls does."""
+    if version >= landlock_abi():
+        pytest.skip("this kernel's own, or newer")
+    monkeypatch.setattr(boxes, "landlock_abi", lambda: version)
+    for name in ("reading a file", "writing outside", "processes of others", "signals", "sockets"):
+        attack("landlock", REACHING[name], outside)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in REAL if kind != "landlock"])
+def test_namespaces_alone_hide_files_and_processes(kind: Any, outside: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a kernel without Landlock and seccomp."""
+    monkeypatch.setattr(boxes, "landlock_abi", lambda: 0)
+    monkeypatch.setattr(boxes, "has_seccomp", lambda: False)
+    for name in ("reading a file", "reading by links", "environment", "signals", "more privileges"):
+        attack(kind, REACHING[name], outside)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def none_waits() -> Iterator[None]:
+    yield
+    WAITING.close()

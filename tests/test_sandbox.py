@@ -9,6 +9,7 @@ import os
 import struct
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from groupwise.rewards.boxes import Limits, SandboxError
 from groupwise.rewards.code import judge, parse_tests, program_of
 from groupwise.rewards.filters import has_seccomp, seccomp_filter
 from groupwise.rewards.sandbox import Box, why_not
-from groupwise.rewards.warm import AHEAD, Waiting
+from groupwise.rewards.warm import AHEAD, WAITING, Waiting
 from groupwise.tasks.base import build_task
 from tests.conftest import SIZES, said
 
@@ -37,6 +38,12 @@ every_box = pytest.mark.parametrize("kind", BOXES)
 NONE = pytest.param("none", marks=pytest.mark.skip(reason="no such box here"))
 every_real_box = pytest.mark.parametrize("kind", HELD or [NONE])
 every_own_box = pytest.mark.parametrize("kind", OWN or [NONE])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def none_waits() -> Iterator[None]:
+    yield
+    WAITING.close()
 
 
 def fenced(program: str) -> str:
