@@ -2,8 +2,8 @@
 message that names the key, and changes nothing of the process."""
 
 import asyncio
-import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -22,6 +22,9 @@ from groupwise.algorithms import named
 from groupwise.algorithms.part import settings_of
 from groupwise.errors import RunError, UserError
 from groupwise.guard import STATE, guarded, user_code
+from groupwise.rewards import answers
+from groupwise.rewards.answers import answer_line, any_final, last_boxed, last_number, last_tagged
+from groupwise.rewards.code import BLOCK, program_of
 from groupwise.rewards.settings import RewardSettings
 from groupwise.rollouts.base import Request, Sampling
 from groupwise.rollouts.samplers import GuardedSampler
@@ -29,6 +32,7 @@ from groupwise.training.events import Warned
 from groupwise.training.trackers import Guarded, Tracker, make_trackers
 from tests.conftest import said
 from tests.misbehaviour_matrix import KINDS, MARK, PROBLEM, Source, check_all, left, left_after, share, write
+from tests.misbehaviour_runs import RUNS, wrong_with
 
 SHARE = {"reward": 3, "async reward": 1, "reset": 1, "tool": 2, "async tool": 1, "task score": 1}
 """How many ways of each group are tried here. `python -m tests.misbehaviour_matrix` tries all."""
@@ -112,6 +116,46 @@ def test_math_shares_no_process_with_the_users_code(tmp_path: Path) -> None:
     for _ in range(2):
         (score,) = asyncio.run(settings.score(PROBLEM, [said("a")]))
         assert score.failure is None, score
+
+
+LONG = 60_000
+TEXTS = [
+    "<answer>",
+    "####" + " " * LONG,
+    "```" + " " * LONG,
+    "```",
+    "\\boxed{",
+    "}",
+    "\\",
+    "#",
+    "Answer:",
+    "-",
+    "```python ",
+    "<answer>x",
+]
+
+
+@pytest.mark.parametrize("unit", TEXTS, ids=lambda text: text[:9].strip())
+def test_answers_are_found_in_a_time_in_proportion_to_the_text(unit: str) -> None:
+    """In the process that trains: a pattern that goes back over a text again and again would hold it up for minutes."""
+    text = (unit * LONG)[: max(LONG, len(unit))]
+    for find in (last_number, last_boxed, answer_line, last_tagged, any_final, program_of):
+        began = time.thread_time()
+        find(text)
+        assert time.thread_time() - began < 1
+
+
+def test_the_last_answer_is_what_it_was() -> None:
+    rng = random.Random(0)
+    for _ in range(2000):
+        text = "".join(rng.choices(["<answer>", "</answer>", "a", " ", "\n"], k=rng.randint(0, 12)))
+        found = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+        assert last_tagged(text) == (found[-1].strip() if found else None)
+        text = "".join(rng.choices(["####", " ", "$", "-", "1", ",", "."], k=rng.randint(0, 12)))
+        found = re.findall(r"####\s*\$?\s*(-?[0-9.,]+)", text)
+        assert answers.NUMBER.findall(text) == found
+        text = "".join(rng.choices(["```", "python", "py", " ", "\n", "x"], k=rng.randint(0, 12)))
+        assert BLOCK.findall(text) == re.findall(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)```", text, re.DOTALL)
 
 
 # --- in the trainer's own process
@@ -279,95 +323,10 @@ def test_a_tracker_of_the_users_own(name: str, tmp_path: Path) -> None:
 
 # --- whole runs
 
-RECIPE = """
-extends = "quick"
-[task]
-{task}
-[algorithm]
-name = "grpo"
-{algorithm}
-[rollouts]
-group_size = 4
-prompts_per_step = 4
-max_failed_groups = 3
-{rollouts}
-[learner]
-minibatches = 1
-[training]
-steps = 2
-eval_problems = 2
-checkpoint_every = 1
-"""
-CODE = """
-import json, os, signal, sys, time
-from pathlib import Path
-import groupwise as gw
-calls = 0
-def later():
-    global calls
-    calls += 1
-    return calls > AFTER
-def reward(problem, completions, *more):
-    return [1.0 if later_step(0) else 0.0] * len(completions)
-def timed(completions, trainer_state, **kwargs):
-    if trainer_state.global_step >= 1: ACT
-    return [float(len(text)) for text in completions]
-def surrogate(terms):
-    if later(): ACT
-    return -terms.log_ratio_BT.exp() * terms.advantages_BT, __import__("torch").zeros_like(terms.mask_BT)
-def sampler(settings, model, tokenizer):
-    from groupwise.rollouts.samplers import native
-    found = native(settings, model, tokenizer)
-    class Mine:
-        def __getattr__(self, name): return getattr(found, name)
-        def load(self, weights, version): found.load(weights, version)
-        async def generate(self, request):
-            if later(): ACT
-            return await found.generate(request)
-    return Mine()
-class Task:
-    def problem(self, position, seed):
-        if position > 300: ACT
-        return gw.Problem(id=str(position), prompt=f"{position % 9}+1=", answer="1")
-    def held_out(self, count): return [self.problem(position, 0) for position in range(count)]
-    def score(self, problem, completions):
-        return [gw.Score(reward=float(len(c.text))) for c in completions]
-"""
-REWARD = {"task": 'name = "dataset"\npath = "data.jsonl"\nreward = "mine.py:timed"\nreward_timeout = 2.0'}
-PART = {"algorithm": 'surrogate = "mine.py:surrogate"\nbounds = "none"'}
-RUNS: dict[str, tuple[dict[str, str], str, int, str]] = {
-    "a reward hangs": (REWARD, "time.sleep(600)", 1, "4 timeout; the first: mine.py:timed: no result within 2 s"),
-    "a reward leaves": (REWARD, "sys.exit(0)", 1, "mine.py:timed: SystemExit: 0"),
-    "a reward ends its process": (REWARD, "os._exit(0)", 1, "mine.py:timed: its process ended with exit code 0"),
-    "a reward kills its parent": (REWARD, "os.kill(os.getppid(), 9); time.sleep(9)", 1, "4 died"),
-    "a reward forks": (REWARD, "os.fork()", 0, ""),
-    "a reward closes everything": (REWARD, "os.closerange(0, 99)", 1, "4 died"),
-    "a part leaves": (PART, "sys.exit(0)", 1, "algorithm.surrogate = "),
-    "a part interrupts": (PART, "raise KeyboardInterrupt", 1, "KeyboardInterrupt (mine.py, line"),
-    "a part forks": (PART, "os.fork()", 0, ""),
-    "a part changes the dtype": (PART, "import torch; torch.set_default_dtype(torch.float64)", 1, "torch's default dtype"),
-    "a part closes the output": (PART, "os.close(1)", 1, "descriptor 1, which is standard output"),
-    "a sampler leaves": ({"rollouts": 'sampler = "mine.py:sampler"'}, "sys.exit(0)", 1, "generate(): SystemExit: 0"),
-    "a task leaves": ({"task": 'name = "mine.py:Task"'}, "sys.exit(0)", 1, "mine.py:Task: problem("),
-}
 
-
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", ["a reward hangs", "a reward kills its parent", "a reward forks", "a part leaves", "a part forks", "a task leaves"]
+)
 def test_a_run_ends_with_one_message_or_goes_on(name: str, tmp_path: Path) -> None:
-    settings, act, code, message = RUNS[name]
-    recipe = RECIPE.format(**{"task": "", "algorithm": "", "rollouts": "", **settings})
-    (tmp_path / "r.toml").write_text(recipe)
-    (tmp_path / "data.jsonl").write_text("".join(f'{{"prompt": "{i}+1=", "answer": "{i + 1}"}}\n' for i in range(40)))
-    (tmp_path / "mine.py").write_text(CODE.replace("ACT", act).replace("AFTER", "2" if "part" in name else "12"))
-    command = [sys.executable, "-m", "groupwise", "train", "r.toml", "--out", "run"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, MARK: name}, capture_output=True, text=True, timeout=200, check=False
-    )
-    said = done.stdout + done.stderr
-    assert done.returncode == code, said
-    assert message in " ".join(said.split()) and "Traceback" not in said, said
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    steps = [line["step"] for line in lines if "reward/mean" in line]
-    assert steps == ([1, 2] if code == 0 else [1])
-    assert (tmp_path / "run" / "checkpoints" / "step-000001").is_dir()
-    assert not left_after(name)
+    """`python -m tests.misbehaviour_runs` tries more."""
+    assert name in RUNS and wrong_with(name, tmp_path) == ""

@@ -15,7 +15,7 @@ from groupwise.rewards.sandbox import Box
 from groupwise.rewards.warm import WAITING
 from groupwise.types import Verdict
 
-BLOCK = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+BLOCK = re.compile(r"```[ \t]*+(?:python3?|py)?+[ \t]*+\n(.*?)```", re.DOTALL | re.IGNORECASE)
 LIMITS = Limits()
 """Of each test."""
 CALL = """
