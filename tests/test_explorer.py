@@ -607,6 +607,15 @@ def test_a_run_without_tokens_is_refused(run: Path, tmp_path: Path) -> None:
     assert "--out" in groupwise("explore", "--no-open", "--out", str(run / "recipe.toml" / "x.html"), code=2)
 
 
+def test_a_damaged_step_is_left_out(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    for step, left in ((2, [1, 3]), (1, [3])):
+        (tmp_path / "run" / "tokens" / f"step-{step:06d}.parquet").write_bytes(b"PAR1")
+        assert [shown["step"] for shown in made.shown_run(open_run(tmp_path / "run"))["steps"]] == left
+    (tmp_path / "run" / "tokens" / "step-000003.parquet").write_bytes(b"")
+    assert "none of its files can be read" in groupwise("explore", str(tmp_path / "run"), "--no-open", code=2)
+
+
 def test_the_published_explorer_is_up_to_date(tmp_path: Path) -> None:
     groupwise("explore", "--out", str(tmp_path / "explorer.html"), "--no-open")
     assert (tmp_path / "explorer.html").read_text() == PUBLISHED.read_text(), "run: groupwise explore --out docs/explorer.html"

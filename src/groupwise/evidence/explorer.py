@@ -44,20 +44,35 @@ def write_explorer(run: Run | None, out: Path) -> None:
 
 
 def shown_run(run: Run) -> dict[str, Any]:
-    """What the page shows of a run: its settings, and of evenly spaced recorded steps tokens and a group's rewards."""
+    """What the page shows of a run: its settings, and of evenly spaced recorded steps tokens and a group's rewards.
+
+    Raises:
+        UserError: no recorded step can be read.
+    """
     recorded = run.token_steps()
     if not recorded:
         raise UserError(
             f"{run.path}: this run recorded no tokens, so none can be plotted; set training.tokens_every above 0 and train again"
         )
-    chosen = [recorded[i] for i in evenly(len(recorded), SHOWN_STEPS)]
+    tables = {recorded[i]: _tokens(run, recorded[i]) for i in evenly(len(recorded), SHOWN_STEPS)}
+    steps = [shown_step(step, table) for step, table in tables.items() if table is not None]
+    if not steps:
+        raise UserError(f"{run.path}/tokens: none of its files can be read, step {recorded[0]} among them")
     return {
         "name": run.path.resolve().name,
         "algorithm": run.algorithm,
         "settings": settings(run),
         "recorded": len(recorded),
-        "steps": [shown_step(step, run.tokens(step)) for step in chosen],
+        "steps": steps,
     }
+
+
+def _tokens(run: Run, step: int) -> pa.Table | None:
+    """The tokens of a step; None if its file is damaged, which leaves it out of the page."""
+    try:
+        return run.tokens(step)
+    except UserError:
+        return None
 
 
 def settings(run: Run) -> dict[str, Any]:
@@ -81,7 +96,7 @@ def shown_step(step: int, table: pa.Table) -> dict[str, Any]:
             rewards.setdefault(token["group"], {})[token["row"]] = token["reward"]
     groups = [list(group.values())[:SHOWN_REWARDS] for group in rewards.values()]
     mixed = [group for group in groups if len(set(group)) > 1]
-    table = table.filter(pc.is_finite(table["ratio"]))
+    table = table.filter(pc.and_(pc.is_finite(table["ratio"]), pc.less_equal(table["old_logprob"], 1e-3)))
     places = evenly(len(table), SHOWN_TOKENS)
     old, ratio = (table[name].take(places).to_pylist() for name in ("old_logprob", "ratio"))
     sampler = (
