@@ -12,8 +12,8 @@ import groupwise
 ROOT = Path(groupwise.__file__).parent
 LEVELS = [
     {"algorithms"},
-    {"errors", "seeding", "kept", "thresholds"},
-    {"files"},
+    {"errors", "seeding", "kept", "thresholds", "text"},
+    {"files", "terminal"},
     {"types", "kernels", "workers", "state"},
     {"guard"},
     {"plugins"},

@@ -1,5 +1,8 @@
 """The command line. Exit codes: 0 done, 1 a run failed, 2 the input is wrong, 130 interrupted."""
 
+import io
+import sys
+
 from groupwise.cli import (  # each adds its commands to the application
     ablate,
     algorithms,
@@ -19,6 +22,9 @@ __all__ = ["ablate", "algorithms", "app", "data", "evaluate", "evidence", "expor
 
 def main() -> None:
     """The command `groupwise`. What its streams cannot take any more does not change the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not stream.closed:  # a terminal that lacks a letter shows its code
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     finally:

@@ -6,11 +6,11 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
-from rich.text import Text
 
 from groupwise.cli.common import Out, app, console, exit_codes
 from groupwise.config import Recipe, load
 from groupwise.errors import RunError
+from groupwise.text import visible
 
 
 @app.command()
@@ -44,9 +44,9 @@ def ablate(
         rows = ladders.compare(settings, plan)
         table = Table(*ladders.columns(rows), title=settings.title)
         for row in rows:
-            table.add_row(*map(Text, ladders.cells(row)))
+            table.add_row(*ladders.cells(row))
         console.print(table)
-        (home / "ladder.md").write_text(ladders.as_markdown(settings, rows))
+        (home / "ladder.md").write_text(visible(ladders.as_markdown(settings, rows), lines=True))
         ladders.picture(settings, rows).save(home / "ladder.png", scale_factor=2)
         console.print(
             f"written: {home / 'ladder.md'} and ladder.png; groupwise report {home}/*/seed-* draws every run", soft_wrap=True

@@ -4,7 +4,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from groupwise.algorithms import NAMED, PARTS, Algorithm, named
 from groupwise.algorithms.algorithm import FORMULAS
@@ -44,7 +43,7 @@ def _one_algorithm(algorithm: Algorithm, other: Algorithm | None) -> Table:
     table = Table("setting", *(column.name for column in columns), title=NAMED[algorithm.name].summary, show_lines=True)
     for key in dict.fromkeys(key for column in settings for key in column):
         if other is None or settings[0].get(key, _UNUSED) != settings[1].get(key, _UNUSED):
-            table.add_row(key, *(Text(_explained(key, column.get(key, _UNUSED))) for column in settings))
+            table.add_row(key, *(_explained(key, column.get(key, _UNUSED)) for column in settings))
     return table
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
 from groupwise.errors import RunError, UserError
+from groupwise.text import shortened
 from groupwise.training.failures import first_line, place
 from groupwise.training.output import make_console
 
@@ -23,6 +23,8 @@ app = typer.Typer(
 )
 console = make_console("stdout")
 complaints = make_console("stderr")
+LONGEST_COMPLAINT = 20_000
+"""Characters of an error message that are shown."""
 
 
 def _print_version(asked: bool) -> None:
@@ -53,7 +55,8 @@ def exit_codes(*, as_json: bool = False) -> Iterator[None]:
         yield
     except (UserError, RunError, OSError) as error:  # OSError: a full disk, a file that cannot be written
         wrong = isinstance(error, UserError)
-        complaints.print(Text(f"{'error' if wrong else 'the run failed'}: {error}"), style="red", soft_wrap=True)
+        text = shortened(str(error), LONGEST_COMPLAINT)
+        complaints.print(f"{'error' if wrong else 'the run failed'}: {text}", style="red", soft_wrap=True)
         if as_json:
             typer.echo(json.dumps({"error": str(error)}))
         raise typer.Exit(2 if wrong else 1) from error
@@ -65,7 +68,7 @@ def exit_codes(*, as_json: bool = False) -> Iterator[None]:
         text = (
             f"unexpected {type(error).__name__}: {first_line(error)} ({place(error)}). GROUPWISE_TRACEBACK=1 shows the traceback"
         )
-        complaints.print(Text(text), style="red", soft_wrap=True)
+        complaints.print(text, style="red", soft_wrap=True)
         if as_json:
             typer.echo(json.dumps({"error": text}))
         raise typer.Exit(1) from error

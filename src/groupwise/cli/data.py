@@ -12,6 +12,7 @@ from rich.text import Text
 
 from groupwise.cli.common import Overrides, app, console, exit_codes
 from groupwise.config import Recipe, find_recipe, load
+from groupwise.text import shortened
 
 MEASURED = 2000
 """How many prompts' lengths are drawn."""
@@ -52,21 +53,14 @@ def _show(number: int, problem: Any, chat: Any, tokens: list[int]) -> None:
     how = "through the chat template" if chat.template else "as text, without a chat template"
     ids = " ".join(map(str, tokens if len(tokens) <= IDS else [*tokens[: IDS // 2], "…", *tokens[-IDS // 2 :]]))
     title = f"prompt {number}: {len(tokens)} tokens, {how}"
-    console.print(Panel(shown(chat.tokenizer.decode(tokens), LONGEST), title=title, title_align="left"))
+    console.print(Panel(shortened(chat.tokenizer.decode(tokens), LONGEST), title=title, title_align="left"))
     table = Table.grid(padding=(0, 2))
-    table.add_row("[bold]ids[/bold]", Text(ids))
-    table.add_row("[bold]answer[/bold]", shown(problem.answer, 300))
+    table.add_row(Text("ids", style="bold"), ids)
+    table.add_row(Text("answer", style="bold"), shortened(problem.answer, 300))
     for name, value in problem.metadata.items():
-        table.add_row(Text(str(name), style="bold"), shown(str(value), 300))
+        table.add_row(Text(str(name), style="bold"), shortened(str(value), 300))
     console.print(table)
     console.print()
-
-
-def shown(text: str, most: int) -> Text:
-    """A text with its control characters made visible, cut after `most` characters."""
-    visible = "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in text[:most])
-    more = f" … {len(text) - most} more characters" if len(text) > most else ""
-    return Text(visible).append(more, style="dim")
 
 
 def _count(task: Any, datasets: list[Any], held_out: list[Any]) -> None:
@@ -76,7 +70,7 @@ def _count(task: Any, datasets: list[Any], held_out: list[Any]) -> None:
         pool = dataset.problems
         sizes = [f"{len(part):,}" for part in (pool.train, pool.held)] if hasattr(pool, "train") else ["a stream", "a stream"]
         dropped = "\n".join(f"{number:,} {reason}" for reason, number in pool.dropped.items())
-        table.add_row(Text(_short(dataset.path)), *sizes, Text(dropped or "none"))
+        table.add_row(_short(dataset.path), *sizes, dropped or "none")
     if datasets:
         console.print(table)
     else:

@@ -21,4 +21,4 @@ def export(
         found, gap = export_checkpoint(run, checkpoint, out)
         if gap is not None:
             console.print(f"merging the adapters moved logits by at most {gap:.2g}", soft_wrap=True)
-        console.print(f"the model of {run}, step {found.step}, is in {out}", soft_wrap=True, markup=False)
+        console.print(f"the model of {run}, step {found.step}, is in {out}", soft_wrap=True)

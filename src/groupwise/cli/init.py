@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 
 from groupwise.algorithms import NAMED
 from groupwise.cli.common import app, console, exit_codes
 from groupwise.config import Recipe, Source
 from groupwise.errors import UserError, nearest
 from groupwise.plugins import is_reference, load_function
+from groupwise.text import visible
 
 PROMPT_KEYS = ("prompt", "question", "problem", "instruction", "query", "input", "messages")
 ANSWER_KEYS = ("answer", "solution", "ground_truth", "label", "target", "output", "response")
@@ -50,9 +50,9 @@ def init(
         text = recipe_text(Answers({**flags, "prompt-key": prompt_key, "answer-key": answer_key}), algorithm, out)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
-        console.print(Text(f"written: {out}; go on with"), soft_wrap=True)
+        console.print(f"written: {out}; go on with", soft_wrap=True)
         for command in NEXT:
-            console.print(Text(f"  groupwise {command} {out}"), soft_wrap=True)
+            console.print(f"  groupwise {command} {out}", soft_wrap=True)
 
 
 class Answers:
@@ -87,12 +87,13 @@ class Answers:
             return given
         self.need(name)
         while True:
-            answer = str(typer.prompt(question, default=proposed)).strip()
+            offered = "" if proposed is None else f" [{visible(str(proposed))}]"
+            answer = str(typer.prompt(visible(question) + offered, default=proposed, show_default=False)).strip()
             try:
                 check(answer)
                 return answer
             except UserError as error:
-                console.print(Text(str(error)), style="red", soft_wrap=True)
+                console.print(str(error), style="red", soft_wrap=True)
 
 
 def recipe_text(answers: Answers, algorithm: str, out: Path) -> str:
@@ -179,7 +180,7 @@ def task_keys(answers: Answers, out: Path) -> dict[str, str]:
         task |= {"preset": data, **_changes(answers, out)}
     else:
         row = first_row(data, config)
-        console.print(Text(f"first row of {data}: {json.dumps(row, ensure_ascii=False)[:300]}"), soft_wrap=True)
+        console.print(f"first row of {data}: {json.dumps(row, ensure_ascii=False)[:300]}", soft_wrap=True)
         task |= {"path": _from(out, data), **({"config": config} if config else {}), **_reading(answers, row, out)}
     if flags["held-out"] is not None:
         held_out = answers.get("held-out", "", lambda name: first_row(name, ""))
@@ -200,7 +201,7 @@ def _reading(answers: Answers, row: Mapping[str, Any], out: Path) -> dict[str, s
         preset = answers.get("preset", question, _check_preset, fitting)
         if preset != NONE:
             if not answers.asks and answers.flags["preset"] is None:
-                console.print(Text(f"{about}; --preset {NONE} takes columns and a reward of yours"), soft_wrap=True)
+                console.print(f"{about}; --preset {NONE} takes columns and a reward of yours", soft_wrap=True)
             return {"preset": preset, **_changes(answers, out)}
     answers.need("reward")
     checkers = (*CHECKERS, *SLOW_CHECKERS)

@@ -11,6 +11,10 @@ from rich.text import Text
 
 from groupwise.cli.common import Out, Overrides, app, console, exit_codes
 from groupwise.config import Recipe, SftRecipe, find_recipe, is_sft, load
+from groupwise.text import shortened
+
+LONGEST = 1000
+"""Characters of a text in a table."""
 
 
 @app.command()
@@ -77,7 +81,7 @@ def _examples(result: Any, count: int = 3) -> Table:
     turned.sort(key=lambda pair: -len(pair[1].completions[0].text))
     for old, new in turned[:: max(1, len(turned) // count)][:count]:
         said = (group.completions[0].text for group in (old, new))
-        table.add_row(Text(new.problem.text), Text(new.problem.answer), *(Text(text) for text in said))
+        table.add_row(*(shortened(text, LONGEST) for text in (new.problem.text, new.problem.answer, *said)))
     return table
 
 
@@ -141,11 +145,11 @@ def check(recipe: Annotated[str, typer.Argument(help="A TOML file, or a shipped 
         }
         table = Table.grid(padding=(0, 2))
         for name, value in facts.items():
-            table.add_row(f"[bold]{name}[/bold]", Text(value))
+            table.add_row(Text(name, style="bold"), shortened(value, LONGEST))
         console.print(table)
         for hint in ready.hints():
             console.print(f"hint: {hint}", soft_wrap=True)
-        console.print("[green]nothing wrong found[/green]")
+        console.print("nothing wrong found", style="green")
         console.print(f"groupwise train {recipe} trains it", soft_wrap=True)
 
 
@@ -168,4 +172,4 @@ def _check_sft(path: Path, overrides: list[str]) -> None:
     settings, source = load(path, SftRecipe, overrides)
     _, model = start(settings, Sources.of(settings, source), source)
     console.print(f"{model.name}, {model.num_parameters():,} parameters; {settings.sft.steps} steps")
-    console.print("[green]nothing wrong found[/green]")
+    console.print("nothing wrong found", style="green")

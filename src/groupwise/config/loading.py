@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from groupwise.config.sections import Recipe, SftRecipe
 from groupwise.config.source import Source, explain
 from groupwise.errors import UserError, nearest
+from groupwise.text import toml_text
 
 
 def shipped_recipes() -> list[str]:
@@ -155,4 +156,4 @@ def dump(tree: dict[str, Any]) -> str:
             return {key: without_none(item) for key, item in value.items() if item is not None}
         return value
 
-    return tomli_w.dumps(without_none(tree))
+    return toml_text(tomli_w.dumps(without_none(tree)))

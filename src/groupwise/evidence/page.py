@@ -1,6 +1,5 @@
 """Render templates to self-contained HTML files that open from disk, without a server or a network."""
 
-import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -8,15 +7,18 @@ from typing import Any
 from jinja2 import Environment, select_autoescape
 
 from groupwise.errors import UserError
+from groupwise.text import json_line, visible
 
 
 def render(template: str, **values: Any) -> str:
-    """Render a template of this package. Values are HTML-escaped unless the template marks them `safe`."""
-    return (
-        Environment(autoescape=select_autoescape(default=True, default_for_string=True))
-        .from_string(asset(template))
-        .render(**values)
-    )
+    """Render a template of this package. Values are HTML-escaped, with hidden characters shown, unless the template marks them
+    `safe`."""
+    environment = Environment(autoescape=select_autoescape(default=True, default_for_string=True), finalize=_finalized)
+    return environment.from_string(asset(template)).render(**values)
+
+
+def _finalized(value: Any) -> Any:
+    return visible(value, lines=True) if type(value) is str else value  # what is `safe` is a Markup
 
 
 def write(out: Path, page: str) -> None:
@@ -38,8 +40,9 @@ def asset(name: str) -> str:
 
 
 def embed(value: Any) -> str:
-    """JSON for a script element: "</" and "<!--" are escaped, so that no string in it can end or comment out the element."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/").replace("<!--", "<\\u0021--")
+    """JSON for a script element: "</" and "<!--" are escaped, so that no string in it can end or comment out the element. Texts
+    that are to be read must be `visible` before."""
+    return json_line(value, (",", ":")).replace("</", "<\\/").replace("<!--", "<\\u0021--")
 
 
 def embed_script(script: str) -> str:

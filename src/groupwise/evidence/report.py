@@ -9,6 +9,7 @@ from typing import Any
 import altair as alt
 import pyarrow.compute as pc
 import vl_convert
+from rich.text import Text
 
 from groupwise.config import dump
 from groupwise.errors import UserError
@@ -18,7 +19,12 @@ from groupwise.evidence.findings import Finding, findings, worst_first
 from groupwise.evidence.page import asset, embed, embed_script, render, write
 from groupwise.evidence.runs import Measure, Run, by_setting, measure
 from groupwise.evidence.statistics import interval
+from groupwise.text import shortened, visible
 
+SHOWN_TOKENS = 4000
+"""How many tokens of a completion the page shows, the first and the last ones."""
+SHOWN_CHARACTERS = 8000
+"""How many characters of a prompt it shows."""
 SHOWN_GROUPS, SHOWN_COMPLETIONS = 6, 4
 """How many groups of a recorded step the page shows, and how many completions of each: those with the highest and lowest rewards."""
 
@@ -140,18 +146,26 @@ def readable_completions(run: Run) -> list[dict[str, Any]]:
             half = SHOWN_COMPLETIONS // 2
             picked = ranked if len(ranked) <= SHOWN_COMPLETIONS else ranked[:half] + ranked[-half:]
             shown.append(
-                {"step": step, "prompt": ranked[0][0]["prompt"], "completions": [_completion(tokens) for tokens in picked]}
+                {
+                    "step": step,
+                    "prompt": visible(shortened(ranked[0][0]["prompt"], SHOWN_CHARACTERS), lines=True),
+                    "completions": [_completion(tokens) for tokens in picked],
+                }
             )
     return shown
 
 
 def _completion(tokens: list[dict[str, Any]]) -> dict[str, Any]:
-    first = tokens[0]
+    first, left_out = tokens[0], max(0, len(tokens) - SHOWN_TOKENS)
+    start = (min(len(tokens), SHOWN_TOKENS) + 1) // 2
+    tokens = tokens[:start] + tokens[start + left_out :]
     return {
+        "left_out": left_out,
+        "start": start,
         "reward": _round(first["reward"]),
         "correct": first["correct"],
         "stop": first["stop"],
-        "text": [token["text"] for token in tokens],
+        "text": [visible(shortened(token["text"], 1000), lines=True) for token in tokens],
         "advantage": [_round(token["advantage"]) for token in tokens],
         "ratio": [_round(token["ratio"]) for token in tokens],
         "entropy": [_round(token["entropy"]) for token in tokens],
@@ -178,7 +192,7 @@ def _spec(figure: Figure) -> dict[str, Any]:
     return spec
 
 
-def as_text(items: Sequence[Finding]) -> list[str]:
-    """Each finding as a line for the terminal, with rich markup."""
-    marks = {"unhealthy": "[red]unhealthy[/red]", "watch": "[yellow]watch[/yellow]", "healthy": "[green]healthy[/green]"}
-    return [f"{marks[item.kind]}  {item.title}: {item.text}" for item in items]
+def as_text(items: Sequence[Finding]) -> list[Text]:
+    """Each finding as a line for the terminal."""
+    colours = {"unhealthy": "red", "watch": "yellow", "healthy": "green"}
+    return [Text.assemble((item.kind, colours[item.kind]), f"  {item.title}: {item.text}") for item in items]

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from groupwise.algorithms import NAMED, named
 from groupwise.errors import UserError
+from groupwise.text import shortened, visible
 
 TOKEN_COLUMNS = (
     "group", "row", "position", "prompt", "token", "text", "reward", "correct", "stop", "advantage", "old_logprob", "ratio", "clipped",
@@ -163,6 +164,10 @@ def measure(runs: Iterable[Run]) -> Measure:
     return MEAN_REWARD if graded else PASS_RATE
 
 
+LONGEST_NAME = 200
+"""Characters of a group's name."""
+
+
 def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Group runs that differ in their seed only; each group is named by the settings in which it differs from the others.
 
@@ -174,7 +179,7 @@ def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
         rungs: dict[str, list[Run]] = {}
         for run in runs:
             rungs.setdefault(run.path.resolve().parent.name.split("-", 1)[-1], []).append(run)
-        return rungs
+        return _named(rungs)
     flat = [_flat({**run.recipe, "algorithm": _own_settings(run)}) for run in runs]
     keys = [key for key in dict.fromkeys(key for tree in flat for key in tree) if key != "seed"]
     differing = [key for key in keys if len({str(tree.get(key)) for tree in flat}) > 1]
@@ -182,7 +187,16 @@ def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
     for run, tree in zip(runs, flat, strict=True):
         details = [f"{key.split('.', 1)[-1]} {tree[key]}" for key in differing if key in tree and key != "algorithm.name"]
         groups.setdefault(", ".join([run.algorithm, *details]), []).append(run)
-    return groups
+    return _named(groups)
+
+
+def _named(groups: dict[str, list[Run]]) -> dict[str, list[Run]]:
+    """The groups under names that figures can draw: what differs may be a whole system prompt."""
+    shown: dict[str, list[Run]] = {}
+    for full, runs in groups.items():
+        name = visible(shortened(full, LONGEST_NAME))
+        shown[name if name not in shown else f"{name} ({len(shown) + 1})"] = runs
+    return shown
 
 
 def _own_settings(run: Run) -> dict[str, Any]:

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jinja2
-import jinja2.meta
 import torch
 from torch import Tensor
 
 from groupwise.errors import UserError, nearest
+from groupwise.models import templates
+from groupwise.text import shortened
 from groupwise.types import Message
 
 Tool = Mapping[str, Any]
@@ -52,11 +52,8 @@ class Chat:
 
     def _check_arguments(self) -> None:
         for key in self.template_kwargs:
-            source = self.tokenizer.get_chat_template()
-            if not re.search(rf"\b{re.escape(key)}\b", source):
-                read = jinja2.meta.find_undeclared_variables(
-                    jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
-                )
+            if not re.search(rf"\b{re.escape(key)}\b", templates.source_of(self.tokenizer)):
+                read = templates.variables(self.tokenizer)
                 known = sorted(read - {"messages", "tools", "documents", "add_generation_prompt", "raise_exception"})
                 raise UserError(f"model.chat_template_kwargs: the chat template never reads {key!r}{nearest(key, known)}")
 
@@ -68,32 +65,30 @@ class Chat:
         return messages
 
     def render(self, prompt: str | Sequence[Message], tools: Sequence[Tool] = (), generation: bool = True) -> str:
-        """The text that the chat template makes of a conversation, run in the sandbox of transformers.
+        """The text that the chat template makes of a conversation, run in transformers' sandbox, with limits.
 
         Args:
             tools: what the model may call.
             generation: whether the opening of the assistant's turn follows.
 
         Raises:
-            UserError: the template refuses the messages.
+            UserError: the template refuses the messages, or reaches a limit.
         """
         messages = self.messages(prompt)
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages,
-                    tools=[dict(tool) for tool in tools] or None,
-                    tokenize=False,
-                    add_generation_prompt=generation,
-                    **self.template_kwargs,
-                )
+            schemas = [dict(tool) for tool in tools] or None
+            return templates.render(
+                self.tokenizer, messages, tools=schemas, add_generation_prompt=generation, **self.template_kwargs
             )
+        except UserError:
+            raise
         except Exception as error:  # a template is the model's own program, and raises what it likes
             roles = ", ".join(str(message.get("role")) for message in messages)
             hint = ""
             if self.system_prompt and messages[0]["role"] == "system":
                 hint = "; if it takes no system message, leave model.system_prompt empty and put the text in the prompts"
-            raise UserError(f"the model's chat template refuses messages of the roles {roles}: {error}{hint}") from error
+            reason = shortened(str(error), 500)
+            raise UserError(f"the model's chat template refuses messages of the roles {roles}: {reason}{hint}") from error
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a rendered text."""

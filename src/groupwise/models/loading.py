@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from groupwise.errors import UserError, nearest
 from groupwise.models.adapters import adapter_layers, load_adapters
 from groupwise.models.patches import is_observed
+from groupwise.models.safety import refuse_kernels, refuse_pickles, show_logs
 
 SHIPPED = ("arithmetic-base", "tools-base")
 ADAPTER_CONFIG = "adapter_config.json"
@@ -77,9 +78,10 @@ def base_of(path: str) -> str:
 
 
 @contextmanager
-def _explained(path: str) -> Iterator[None]:
-    """Turn whatever transformers raises about a model's files into one message."""
+def _explained(path: str, *, own_code: bool = True) -> Iterator[None]:
+    """Turn whatever transformers raises about a model's files into one message; `own_code`: a recipe can allow the model's."""
     transformers_logging.disable_progress_bar()
+    show_logs()
     try:
         yield
     except UserError:
@@ -87,9 +89,10 @@ def _explained(path: str) -> Iterator[None]:
     except Exception as error:  # files we do not control: missing, damaged, of another kind
         text = str(error) or type(error).__name__
         if "trust_remote_code" in text:
+            allowed = "read that code, and if you trust it set model.trust_remote_code = true"
             raise UserError(
-                f"the model {path!r} comes with Python code of its own, which loading it would run; read that code, and if you "
-                "trust it set model.trust_remote_code = true"
+                f"the model {path!r} comes with Python code of its own, which loading it would run; "
+                f"{allowed if own_code else 'such models cannot be used here'}"
             ) from error
         raise UserError(f"cannot load the model {path!r}: {text.splitlines()[0]}") from error
 
@@ -106,7 +109,9 @@ def load_module(path: str, dtype: torch.dtype = torch.float32, *, trust_remote_c
     resolved = resolve(base_of(resolve(path)))
     settings: dict[str, Any] = {"trust_remote_code": trust_remote_code, "use_safetensors": True}
     with _explained(path):
-        _need_safetensors(resolved)
+        for directory in {resolved, path}:
+            refuse_pickles(directory)
+        refuse_kernels(load_config(path, trust_remote_code=trust_remote_code), path)
         module = AutoModelForCausalLM.from_pretrained(resolved, dtype=dtype, **settings)
         if is_adapter(path):
             module = load_adapters(module, path)
@@ -138,8 +143,9 @@ def load_classifier(path: str) -> Any:
         UserError: there is no such model, or its files hold no such head.
     """
     resolved = resolve(path)
-    with _explained(path):
-        _need_safetensors(resolved)
+    with _explained(path, own_code=False):
+        refuse_pickles(resolved)
+        refuse_kernels(AutoConfig.from_pretrained(resolved, trust_remote_code=False), path)
         module, info = AutoModelForSequenceClassification.from_pretrained(
             resolved,
             num_labels=1,
@@ -152,15 +158,6 @@ def load_classifier(path: str) -> Any:
     if missing:
         raise UserError(f"{path!r} is no reward model with one output: its weights lack {', '.join(missing[:3])}")
     return module.eval()
-
-
-def _need_safetensors(path: str) -> None:
-    names = [file.name for file in Path(path).iterdir()] if Path(path).is_dir() else []
-    if any(name.endswith(".bin") for name in names) and not any(name.endswith(".safetensors") for name in names):
-        raise UserError(
-            f"the weights of {path!r} are pickled (.bin), and reading them can run code; if you trust them, convert them once: "
-            f"AutoModelForCausalLM.from_pretrained({path!r}, use_safetensors=False).save_pretrained(directory), and the tokenizer"
-        )
 
 
 def load_config(path: str, *, trust_remote_code: bool = False) -> Any:

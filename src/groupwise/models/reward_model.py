@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from groupwise.models.chat import Chat
 from groupwise.models.loading import load_classifier, load_tokenizer
 
 ROWS = 16
@@ -35,11 +36,17 @@ class RewardModel:
 
     @torch.inference_mode()
     def rewards(self, prompt: Any, completions: Sequence[Any]) -> list[float]:
-        """The model's output for a prompt with each completion: texts, or lists of messages, which its chat template writes."""
+        """The model's output for a prompt with each completion: texts, or lists of messages, which its chat template writes.
+
+        Raises:
+            UserError: the template refuses them, or reaches a limit.
+        """
         if isinstance(prompt, str):
             texts = [prompt + completion for completion in completions]
         else:
-            texts = [self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False) for completion in completions]
+            texts = [
+                Chat.build(self.tokenizer, True).render([*prompt, *completion], generation=False) for completion in completions
+            ]
         found: list[float] = []
         for start in range(0, len(texts), ROWS):
             inputs = self.tokenizer(

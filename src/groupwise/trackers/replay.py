@@ -18,7 +18,11 @@ from groupwise.config import Source, TrackersSection, explain, read_tree
 from groupwise.errors import UserError
 from groupwise.evidence.report import write_page
 from groupwise.evidence.runs import open_run
+from groupwise.text import shortened, visible
 from groupwise.trackers.base import SAMPLE_COLUMNS, Destination, Opening, open_destination
+
+LONGEST_SAMPLE = 20_000
+"""Characters of a text in a table of samples."""
 
 
 def read_recipe(run: Path) -> tuple[dict[str, Any], TrackersSection]:
@@ -120,7 +124,7 @@ class Replay:
         due = every > 0 and (step % every == 0 or step in (1, self.steps))
         if "reward/mean" in record and due and samples.exists():
             rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
-            self._opened().write_samples(step, [[row.get(column) for column in SAMPLE_COLUMNS] for row in rows])
+            self._opened().write_samples(step, [[_shown(row.get(column)) for column in SAMPLE_COLUMNS] for row in rows])
 
     def _opened(self) -> Destination:
         if self.destination is None:
@@ -142,6 +146,11 @@ class Replay:
         partial = self.state_path.with_suffix(".partial")
         partial.write_text(json.dumps(state))
         partial.replace(self.state_path)
+
+
+def _shown(value: Any) -> Any:
+    """A cell of a table of samples: trackers escape HTML and nothing else."""
+    return visible(shortened(value, LONGEST_SAMPLE), lines=True) if isinstance(value, str) else value
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from groupwise.errors import UserError
 from groupwise.models import Chat
-from groupwise.types import Batch, Demonstration, Message, pad_rows
+from groupwise.types import Batch, Demonstration, pad_rows
 
 Row = tuple[Tensor, Tensor, Tensor]
 """Prompt int64 [L], completion int64 [T], and its mask bool [T]."""
@@ -68,21 +68,14 @@ def conversation_pieces(chat: Chat, shown: Demonstration, tools: Sequence[Any]) 
     """The conversation's text in pieces, the prompt first, and whether the assistant said each. It ends with its last turn."""
     end = chat.tokenizer.eos_token
 
-    def written(messages: Sequence[Message], *, opening: bool) -> str:
-        arguments = {**chat.template_kwargs, **({"tools": list(tools)} if tools else {})}
-        text: str = chat.tokenizer.apply_chat_template(
-            chat.messages(messages), tokenize=False, add_generation_prompt=opening, **arguments
-        )
-        return text
-
     prompt = chat.messages(shown.prompt)
     pieces: list[tuple[str, bool]] = []
     done = ""
     for i, message in enumerate(shown.messages):
         if message["role"] != "assistant":
             continue
-        before = written([*prompt, *shown.messages[:i]], opening=True)
-        after = written([*prompt, *shown.messages[: i + 1]], opening=False)
+        before = chat.render([*prompt, *shown.messages[:i]], tools)
+        after = chat.render([*prompt, *shown.messages[: i + 1]], tools, generation=False)
         if not (before.startswith(done) and after.startswith(before) and end in after[len(before) :]):
             raise UserError("the chat template rewrites earlier turns, so conversations cannot be demonstrated to it")
         said = after[len(before) :]

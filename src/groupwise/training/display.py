@@ -3,13 +3,14 @@
 import time
 from collections.abc import Iterator, Mapping
 
-from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from groupwise.terminal import Terminal
+from groupwise.text import shortened
 from groupwise.training.events import Evaluated, Event, StepDone
 
 COLUMNS = {
@@ -27,10 +28,14 @@ COLUMNS = {
 """Metric -> (what it is called, how it is written)."""
 
 
+LONGEST_NOTE = 4000
+"""Characters of a note that are shown; the message of an error may hold a whole completion."""
+
+
 class Display:
     """Shows the newest value of each metric, and the time that is left."""
 
-    def __init__(self, console: Console, steps: int, start: int = 0) -> None:
+    def __init__(self, console: Terminal, steps: int, start: int = 0) -> None:
         self.console, self.steps, self.start = console, steps, start
         self.step = start
         self.values: dict[str, float] = {}
@@ -79,8 +84,8 @@ class Display:
             self.console.print(f"step {step}/{self.steps}  {self._line()}  {self._left()} left", soft_wrap=True)
 
     def note(self, text: str, advice: str = "") -> None:
-        # As Text: "[/]" in a name is no markup.
-        self.console.print(Text(text).append(f". {advice}" if advice else "", "dim"), soft_wrap=True)
+        said = Text(shortened(text, LONGEST_NOTE)).append(f". {advice}" if advice else "", "dim")
+        self.console.print(said, soft_wrap=True)
 
     def _items(self) -> list[tuple[str, str]]:
         return [(name, form.format(self.values[key])) for key, (name, form) in self._columns()]
@@ -107,7 +112,9 @@ class Display:
         bar = ProgressBar(total=self.steps, completed=self.step, width=40)
         table.add_row(f"step {self.step}/{self.steps}", bar, f"{self._left()} left")
         for name, value in self._items():
-            table.add_row(name, f"[bold]{value}[/bold]", _sparkline(self.trail) if name in ("train pass rate", "reward") else "")
+            table.add_row(
+                name, Text(value, style="bold"), _sparkline(self.trail) if name in ("train pass rate", "reward") else ""
+            )
         return Panel(table, title="groupwise", border_style="cyan")
 
 

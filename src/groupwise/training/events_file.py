@@ -1,12 +1,12 @@
 """events.jsonl: what a run said of itself, one JSON object a line."""
 
-import json
 import threading
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from groupwise.files import DiskError
+from groupwise.text import json_line
 from groupwise.training.events import Event, Warned
 from groupwise.training.metrics_file import append_line
 
@@ -32,4 +32,4 @@ class EventsFile:
             **({"traceback": event.traceback} if event.traceback else {}),
         }
         with self._lock, suppress(DiskError):  # a full disk is one of the things that are said here
-            append_line(self.path, json.dumps(fields).encode() + b"\n")
+            append_line(self.path, (json_line(fields) + "\n").encode())

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import IO, Any, Literal, cast
 
-from rich.console import Console
+from groupwise.terminal import Terminal
 
 
 class Output(io.TextIOBase):
@@ -55,9 +55,9 @@ class Output(io.TextIOBase):
             self._lost = stream
 
 
-def make_console(name: Literal["stdout", "stderr"] = "stdout", *, quiet: bool = False) -> Console:
+def make_console(name: Literal["stdout", "stderr"] = "stdout", *, quiet: bool = False) -> Terminal:
     """A console on a standard stream that can be lost."""
-    return Console(file=cast(IO[str], Output(name)), highlight=False, quiet=quiet, stderr=name == "stderr")
+    return Terminal(file=cast(IO[str], Output(name)), quiet=quiet, stderr=name == "stderr")
 
 
 def close_outputs() -> None:

@@ -1,6 +1,5 @@
 """What a run leaves in its directory: its settings, metrics.jsonl, events.jsonl, rollouts to read, tokens to analyse, a model."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -17,10 +16,12 @@ from groupwise import files
 from groupwise.errors import RunError, UserError
 from groupwise.files import Digest, DiskError, Lock
 from groupwise.learner.base import TokenRecord
+from groupwise.text import json_line
 from groupwise.training.checkpoints import Checkpoint, Store, listed
 from groupwise.training.events import Evaluated, Event, StepDone
 from groupwise.training.events_file import EventsFile
 from groupwise.training.metrics_file import METRICS, MetricsFile
+from groupwise.training.rollout_text import readable, samples
 from groupwise.training.segments import (
     RECIPE,
     SEGMENTS,
@@ -34,15 +35,13 @@ from groupwise.training.segments import (
     write_segments,
     written,
 )
-from groupwise.types import Completion, Group, Message, TrainingBatch, pad_rows
+from groupwise.types import Completion, Group, TrainingBatch, pad_rows
 
 WRITTEN = {
     RECIPE, SEGMENTS, METRICS, "events.jsonl", "rollouts", "tokens", "checkpoints", "trackers", "report.html", ".lock",
 }  # fmt: skip
 """What may be in a run's directory before its first checkpoint."""
 LEFTOVERS = (files.PARTIAL, files.REPLACED, files.REMOVED, "metrics.damaged-", "recipe.damaged-", "segments.damaged-")
-SURROGATES = "backslashreplace"
-"""How half of a surrogate pair is written, which a sampler of one's own may return: as JSON has it, \\ud800."""
 
 
 class RunDirectory:
@@ -197,11 +196,11 @@ class RunDirectory:
 
     def write_rollouts(self, step: int, groups: Sequence[Group]) -> None:
         """The best and the worst completion of each group: as text for a person to read, and as a line of JSON each."""
-        text = "\n".join(_readable(group) for group in groups)
-        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for group in groups for sample in _samples(group)]
+        text = "\n".join(readable(group) for group in groups)
+        lines = [json_line(sample) + "\n" for group in groups for sample in samples(group)]
         for suffix, content in (("txt", text), ("jsonl", "".join(lines))):
             path = self.path / "rollouts" / f"step-{step:06d}.{suffix}"
-            files.write_atomically(path, content.encode(errors=SURROGATES), durable=False)
+            files.write_atomically(path, content.encode(), durable=False)
 
     def write_tokens(self, step: int, groups: Sequence[Group], batch: TrainingBatch, records: Sequence[TokenRecord]) -> None:
         """Every completion token as a row of Parquet; what only the learner knows is null where a row was not run."""
@@ -305,72 +304,3 @@ def _turns_of_tokens(completion: Completion) -> list[tuple[int, str]]:
     """For each token the number of its turn, from 0, and who said it."""
     spans = completion.turns or completion.said
     return [(number, turn.role) for number, turn in enumerate(spans) for _ in range(turn.start, turn.end)]
-
-
-def _ranked(group: Group) -> list[int]:
-    """The completions that could be scored, by reward."""
-    return sorted((i for i, s in enumerate(group.scores) if s.failure is None), key=lambda i: group.scores[i].reward)
-
-
-def _samples(group: Group) -> list[dict[str, Any]]:
-    ranked = _ranked(group)
-    return [
-        {
-            "rank": rank,
-            "prompt": group.problem.text,
-            "answer": group.problem.answer,
-            "completion": "\n".join(spoken(group.completions[i])),
-            "reward": group.scores[i].reward,
-            "correct": group.scores[i].correct,
-            "stop": group.completions[i].stop,
-        }
-        for rank, i in (("best", ranked[-1]), ("worst", ranked[0]))
-    ] if ranked else []  # fmt: skip
-
-
-def spoken(completion: Completion) -> list[str]:
-    """A completion for a person to read: its text, or the turns of a conversation, each with who said it and what it earned."""
-    if not completion.turns:
-        return [completion.text]
-    turns = [turn for turn in completion.turns if turn.start >= completion.lead]
-    lines = []
-    for turn, messages in zip(turns, _messages_of_turns(completion), strict=False):
-        earned = "" if turn.reward is None else f", reward {turn.reward:g}"
-        errors = f", {turn.errors} failed" if turn.errors else ""
-        lines.append(f"[{turn.role}{earned}{errors}] " + "\n".join(map(_written, messages)))
-    return lines
-
-
-def _messages_of_turns(completion: Completion) -> list[list[Message]]:
-    """The messages of each turn: one of the assistant, or what was said before the assistant's next."""
-    found: list[list[Message]] = []
-    for message in completion.messages:
-        if message["role"] == "assistant" or not found or found[-1][0]["role"] == "assistant":
-            found.append([])
-        found[-1].append(message)
-    return found
-
-
-def _written(message: Message) -> str:
-    calls = [call["function"] for call in message.get("tool_calls") or ()]
-    said = [str(message.get(key) or "") for key in ("reasoning_content", "content")]
-    return " ".join([*(text for text in said if text), *(f"{call['name']}({_arguments(call['arguments'])})" for call in calls)])
-
-
-def _arguments(arguments: Any) -> str:
-    if not isinstance(arguments, Mapping):
-        return str(arguments)
-    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-
-
-def _readable(group: Group) -> str:
-    ranked = _ranked(group)
-    failed = len(group.scores) - len(ranked)
-    right = "" if any(score.correct is None for score in group.scored) else f"{group.correct_count} of {len(ranked)} right; "
-    note = f"; {failed} could not be scored" if failed else ""
-    lines = [f"=== {group.problem.text}   ({right}answer {group.problem.answer}{note})"]
-    for name, i in (("best", ranked[-1]), ("worst", ranked[0])) if ranked else ():
-        completion, score = group.completions[i], group.scores[i]
-        truncated = ", truncated" if completion.stop == "length" else ""
-        lines += [f"--- {name}: reward {score.reward:g}{truncated}", *spoken(completion)]
-    return "\n".join(lines) + "\n"

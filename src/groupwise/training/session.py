@@ -7,11 +7,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from groupwise.config import Recipe, Source, find_recipe, load
 from groupwise.errors import RunError, UserError
 from groupwise.tasks.base import datasets_of
+from groupwise.terminal import Terminal
 from groupwise.training import checkpoints
 from groupwise.training.display import Display
 from groupwise.training.events import Warned
@@ -67,7 +66,7 @@ def plan(
     return Session(recipe=settings, source=source, path=resume, resumption=found)
 
 
-def run(session: Session, console: Console, *, ends: bool = False) -> Result:
+def run(session: Session, console: Terminal, *, ends: bool = False) -> Result:
     """Load what the recipe names, train, and show progress on the console.
 
     Args:
@@ -141,7 +140,7 @@ def start(session: Session, ready: Ready, trainer: Trainer, tree: Mapping[str, A
     return found.events(segments, problem)
 
 
-def _announce(ready: Ready, session: Session, console: Console) -> None:
+def _announce(ready: Ready, session: Session, console: Terminal) -> None:
     model = session.recipe.model.path
     for dataset in datasets_of(ready.task):
         if left_out := dataset.left_out():

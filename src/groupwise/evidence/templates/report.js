@@ -62,6 +62,12 @@ function asElement(completion, quantity) {
   const tokens = document.createElement("div");
   tokens.className = "tokens";
   completion.text.forEach((text, i) => {
+    if (completion.left_out && i === completion.start) {
+      const gap = document.createElement("p");
+      gap.className = "soft";
+      gap.textContent = `… ${completion.left_out.toLocaleString("en")} tokens left out …`;
+      tokens.append(gap);
+    }
     const span = document.createElement("span");
     span.textContent = text;
     const value = completion[quantity][i];
