@@ -268,7 +268,7 @@ def test_each_surrogate_is_drawn_for_both_signs(name: str, published: tuple[Any,
         pairs = ("gate", "power", "decay")
         keys = ["divergence_limit", *(f"{pair}_{sign}" for pair in pairs for sign in ("positive", "negative"))]
         settings = {key: float(page.input_value(f"#surrogate-{key}")) for key in keys}
-        cap = math.inf if name == "clip" else 12.0
+        cap = 5.0 if name == "cispo" else math.inf
         known = {**settings, "ratio_cap": cap, "dual_clip": math.inf, "low": 0.8, "high": 1.28}
         for part, plot in enumerate(("surrogate-objective", "surrogate-gradient")):
             place, box = places(page, plot)
@@ -400,9 +400,10 @@ def test_runs_of_other_algorithms(name: str, browser: Any, run: Path, tmp_path: 
     page, wrong = opened(browser, tmp_path / "x.html", viewport={"width": 390, "height": 800}, locale="en-US")
     settings = gw.named(name).settings()
     assert page.input_value("#surrogate-surrogate") == settings["surrogate"]
-    for key in ("clip_low", "clip_high", "ratio_cap", "gate_positive", "divergence_limit"):
+    for key in ("clip_low", "clip_high", "ratio_cap", "dual_clip", "gate_positive", "divergence_limit"):
         if settings.get(key) is not None:
-            assert float(page.input_value(f"#surrogate-{key}")) == pytest.approx(settings[key]), key
+            control = "cispo_cap" if (name, key) == ("cispo", "ratio_cap") else key
+            assert float(page.input_value(f"#surrogate-{control}")) == pytest.approx(settings[key]), key
     own = {"gspo": "GRPO", "dcpo": "DCPO", "rloo": "RLOO", "dr_grpo": "Dr.GRPO", "ppo": ""}.get(name, "GRPO")
     assert page.inner_text("#advantages .notes").startswith(f"The run uses {own}." if own else "The rewards")
     assert illegible(page) == [] and wrong == []

@@ -124,7 +124,7 @@ class Panel {
   }
 }
 
-const isOpen = (control, values) => Boolean(control.open?.(values)) && values[control.id] >= control.max - 1e-9;
+const isOpen = (control, values) => Boolean(control.open) && values[control.id] >= control.max - 1e-9;
 
 // An element for a control, and what brings it up to date: {box, show}.
 function makeControl(control, panel) {

@@ -5,7 +5,8 @@ const choice = (id, options, value, when) => ({ kind: "choice", id, options, val
 const numbers = (id, value, most) => ({ kind: "numbers", id, value, most });
 const checks = (id, options, value) => ({ kind: "checks", id, options, value });
 
-// A slider; the range and the step are widened where a run's setting asks for it.
+// A slider; the range and the step are widened where a run's setting asks for it. One that is `open` has no limit at its end, where
+// it stands without a value.
 function slider(id, [min, max, step], value, { when, open } = {}) {
   const known = Number.isFinite(value) ? value : max;
   if (known < min) min = known;
@@ -26,16 +27,18 @@ const reads = (names) => (v) => names.includes(v.surrogate);
 const bounded = (v) => reads(["clip", "gmpo"])(v) && v.bounds !== "none";
 function surrogateFigure(v) {
   const width = 5 * Math.max(v.clip_low, v.clip_high), narrow = bounded(v) && width < 0.1;
-  const end = v.surrogate === "cispo" ? Math.max(3, 1.2 * v.ratio_cap) : 3;
+  const cap = v.surrogate === "cispo" ? v.cispo_cap : v.ratio_cap;
+  const limit = { cispo: cap, dppo: 1 + v.divergence_limit / v.old }[v.surrogate] ?? 0;
+  const end = Math.max(3, Math.min(1.2 * limit, 1.05 / v.old));
   const x = narrow ? [1 - width, 1 + width] : [0, end];
-  const settings = { ...v, low: theory.lower_bound(bounded(v) ? v.bounds : "none", v.old, v.clip_low), high: theory.upper_bound(bounded(v) ? v.bounds : "none", v.old, v.clip_high, v.ratio_cap) };
+  const settings = { ...v, ratio_cap: cap, low: theory.lower_bound(bounded(v) ? v.bounds : "none", v.old, v.clip_low), high: theory.upper_bound(bounded(v) ? v.bounds : "none", v.old, v.clip_high, cap) };
   const from = (advantage) => (narrow ? theory.surrogate(v.surrogate, 1, v.old, advantage, settings)[0] : 0);
   const at = (ratio, advantage) => {
     const [objective, gradient] = theory.surrogate(v.surrogate, ratio, v.old, advantage, settings);
     return [objective - from(advantage), gradient];
   };
   const last = Math.min(x[1], 1 / v.old), ratio = Math.min(Math.max(v.ratio, x[0]), last);
-  const breaks = [settings.low, settings.high, v.ratio_cap, v.dual_clip, 1 + v.divergence_limit / v.old, 1 - v.divergence_limit / v.old];
+  const breaks = [settings.low, settings.high, cap, v.dual_clip, 1 + v.divergence_limit / v.old, 1 - v.divergence_limit / v.old];
   const unclipped = (part) => [1, -1].map((a) => ({ name: a > 0 ? "unclipped" : null, style: "c4 dashed", points: x.map((r) => [r, a * (part === 0 && narrow ? r - 1 : r)]) }));
   const curves = (part) => [
     ...unclipped(part),
@@ -148,14 +151,14 @@ const figures = [
     id: "surrogate", dragX: "ratio", layout: "pair",
     controls: (s) => {
       const [clip_low, clip_high] = [s.clip_low ?? 0.2, s.clip_high ?? 0.28], narrow = clip_high < 0.01;
-      const open = (v) => v.surrogate === "clip";
       return [
         choice("surrogate", ["clip", "policy_gradient", "cispo", "sapo", "gmpo", "dppo", "vespo"], s.surrogate),
         choice("bounds", ["fixed", "exponential", "dynamic", "none"], s.bounds, reads(["clip", "gmpo"])),
         epsilon("clip_low", clip_low, { when: bounded }),
         epsilon("clip_high", clip_high, { when: bounded }),
-        slider("ratio_cap", [1.1, 12, 0.1], s.ratio_cap ?? 12, { when: reads(["clip", "cispo"]), open }),
-        slider("dual_clip", [1.1, 6, 0.1], s.dual_clip ?? 6, { when: reads(["clip"]), open }),
+        slider("ratio_cap", [1.1, 12, 0.1], s.surrogate === "cispo" ? 12 : s.ratio_cap, { when: reads(["clip"]), open: true }),
+        slider("cispo_cap", [1.1, 12, 0.1], s.surrogate === "cispo" ? s.ratio_cap : 5, { when: reads(["cispo"]) }),
+        slider("dual_clip", [1.1, 6, 0.1], s.dual_clip, { when: reads(["clip"]), open: true }),
         slider("gate_positive", [0.05, 10, 0.05], s.gate_positive ?? 1, { when: reads(["sapo"]) }),
         slider("gate_negative", [0.05, 10, 0.05], s.gate_negative ?? 1.05, { when: reads(["sapo"]) }),
         slider("divergence_limit", [0, 1, 0.01], s.divergence_limit ?? 0.2, { when: reads(["dppo"]) }),
@@ -163,7 +166,7 @@ const figures = [
         slider("decay_positive", [0.1, 6, 0.1], s.decay_positive ?? 3, { when: reads(["vespo"]) }),
         slider("power_negative", [0, 6, 0.1], s.power_negative ?? 3, { when: reads(["vespo"]) }),
         slider("decay_negative", [0.1, 6, 0.1], s.decay_negative ?? 2, { when: reads(["vespo"]) }),
-        slider("old", [0.01, 1, 0.01], 0.2),
+        slider("old", [0.01, 1, 0.01], 0.1),
         narrow ? slider("ratio", [1 - 5 * clip_high, 1 + 5 * clip_high, clip_high / 10], 1 + clip_high / 2) : slider("ratio", [0.05, 6, 0.05], 1.2),
       ];
     },

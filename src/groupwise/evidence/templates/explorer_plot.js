@@ -18,7 +18,7 @@ const percent = (x) => `${format(100 * x)} %`;
 // Round positions in an interval, about `count` of them, with their labels.
 function ticks(from, to, count, integer = false) {
   const rough = (to - from) / Math.max(1, count), power = 10 ** Math.floor(Math.log10(rough));
-  const step = Math.max([1, 2, 5, 10].find((factor) => factor * power >= rough * 0.999) * power, integer ? 1 : 0);
+  const step = Math.max([1, 2, 5, 10].find((factor) => factor * power >= 0.7 * rough) * power, integer ? 1 : 0);
   const places = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
   const found = [];
   for (let i = Math.ceil(from / step - 1e-9); i * step <= to + step * 1e-9; i += 1) {
