@@ -59,7 +59,7 @@ class Running:
         for number in numbers:
             os.kill(self.pid, number)
 
-    def wait_for(self, what: Path | Callable[[], bool], seconds: float = 60.0) -> None:
+    def wait_for(self, what: Path | Callable[[], bool], seconds: float = 240.0) -> None:
         """Until a file exists, or something is true."""
         deadline = time.monotonic() + seconds
         while not (what.exists() if isinstance(what, Path) else what()):
@@ -72,7 +72,7 @@ class Running:
         status = self.launcher.ended.get(self.pid)
         return None if status is None else os.waitstatus_to_exitcode(status)
 
-    def ends(self, seconds: float = 60.0) -> int:
+    def ends(self, seconds: float = 240.0) -> int:
         """Its exit code, as `subprocess` has it."""
         deadline = time.monotonic() + seconds
         while self.code is None and time.monotonic() < deadline:
@@ -130,9 +130,8 @@ class Launcher:
         return Running(self, self._pids[-1], output)
 
     def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(10)
+        self.process.kill()
+        self.process.wait()
 
 
 if __name__ == "__main__":

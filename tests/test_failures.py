@@ -162,7 +162,7 @@ def test_an_export_that_fails_can_be_done_again(tmp_path: Path, whole: Path) -> 
     out = tmp_path / "run"
     with Fails(LocalLearner, "export", 1, ValueError("a bug")).failing():
         result = train(out)
-    assert result.exit_code == 1 and saved(out)[-1] == STEPS and "export: ValueError: a bug" in result.stderr
+    assert result.exit_code == 1 and saved(out)[-1] == STEPS and "a bug" in result.stderr
     check_same_end(out, whole)
 
 

@@ -74,14 +74,16 @@ def test_skipped_updates() -> None:
 @pytest.mark.parametrize(
     ("series", "expected"),
     [
-        (falling("entropy", 1.0, 0.05, 40), [(24, "entropy_collapse")]),
-        (falling("entropy", 0.004, 0.0009, 40), [(40, "entropy_collapse")]),  # not by 80 %, yet to nothing
+        (falling("entropy", 1.0, 0.05, 40), [(32, "entropy_collapse")]),
+        (falling("entropy", 0.004, 0.0007, 60), [(58, "entropy_collapse")]),  # not by 80 %, yet to nothing
         ([{**m, "train/pass_rate": 0.95} for m in falling("entropy", 1.0, 0.01, 40)], []),  # sure, and rightly so
-        ([*constant(5), *(constant(1, entropy=0.12) + constant(1, entropy=0.06)) * 20], [(8, "entropy_collapse")]),  # once
+        ([{**m, "reward/mean": 0.2 + 0.02 * i} for i, m in enumerate(falling("entropy", 1.0, 0.01, 40))], []),  # still learns
+        ([*constant(5), *(constant(1, entropy=0.12) + constant(14, entropy=0.06)) * 3], [(17, "entropy_collapse")]),  # once
     ],
 )
 def test_entropy_collapse(series: Series, expected: list[tuple[int, str]]) -> None:
-    found = watched(series)
+    assert watched(series) == []  # while groups still differ
+    found = watched([{"groups/zero_variance": 0.85, **metrics} for metrics in series])
     assert [name for _, name in found] == [name for _, name in expected]
     assert all(abs(step - at) <= 3 for (step, _), (at, _) in zip(found, expected, strict=True)), found
 
@@ -130,7 +132,10 @@ def test_out_of_memory_says_both_budgets() -> None:
 
 
 def test_a_resumed_run_says_what_an_uninterrupted_one_says(tmp_path: Path) -> None:
-    series = [{**HEALTHY, "entropy": 0.5 * 0.9**i, "skipped_updates": float(i > 20), "loss": math.nan} for i in range(40)]
+    series = [
+        {**HEALTHY, "groups/zero_variance": 0.8, "entropy": 0.5 * 0.9**i, "skipped_updates": float(i > 20), "loss": math.nan}
+        for i in range(40)
+    ]
     whole = watched(series)
     assert {name for _, name in whole} == {"entropy_collapse", "nonfinite_update"}
     for stop in (1, 3, 19, 21, 30):

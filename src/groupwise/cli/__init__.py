@@ -1,4 +1,4 @@
-"""The command line. Exit codes: 0 done, 1 a run failed, 2 the input is wrong, 130 interrupted."""
+"""The command line. Exit codes: 0 done, 1 a run failed, 2 the input is wrong, 130 interrupted, 143 asked to stop."""
 
 import io
 import sys

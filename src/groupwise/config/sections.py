@@ -90,7 +90,7 @@ class RolloutsSection(Section):
     memory; what the rounding does to log-probabilities is reported as the gap between sampler and learner, which
     `algorithm.correction` takes into account."""
     max_rows: Count = 1024
-    """Completions generated at once."""
+    """Completions generated at once; fewer from then on where memory does not suffice."""
     max_rounds: Count = 10
     """Dynamic sampling: how often to generate before a step goes on with the selected groups it has."""
     max_failed_groups: Count = 8
@@ -142,7 +142,7 @@ class LearnerSection(Section):
     """A gradient with a larger L2 norm, over all weights, is scaled down to it."""
     micro_batch_tokens: Count = 4096
     """Tokens, prompts and completions, that go through the model at once; changes memory and time, not results. More suits
-    a GPU; on a CPU this many keep the intermediate results in its caches."""
+    a GPU; on a CPU this many keep the intermediate results in its caches. Halved where memory does not suffice."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: matmuls run in it, with sums in float32, while weights, gradients and moments keep their dtype. On a GPU, and
     on a CPU without AVX-512 BF16, through torch.autocast, which runs attention in it too."""

@@ -22,8 +22,12 @@ EARLY = 5
 """Steps at the start, whose values later ones are compared with."""
 LATE = 3
 """Steps that a comparison is the mean of."""
+ALIKE = 0.8
+"""Share of zero-variance groups that makes low entropy a collapse."""
 NO_ENTROPY = 1e-3
 """Nats: below it sampling is deterministic, whatever the entropy was at first."""
+RISES = 0.02
+"""By what share of it the reward must rise within `MANY` steps, half against half, to count as learning."""
 RISE = 5.0
 """How many times its early level the gap between sampler and learner must exceed."""
 ZERO_VARIANCE, MANY = 0.9, 10
@@ -111,12 +115,18 @@ def nonfinite_update(watch: Watch) -> Found | None:
 
 
 def entropy_collapse(watch: Watch) -> Found | None:
-    """The policy hardly varies its completions, though it is far from solving the problems."""
-    first, last = watch.first("entropy"), watch.last("entropy")
-    if watch.steps <= LATE or watch.last("train/pass_rate") > SOLVED or not last < max(ENTROPY_LEFT * first, NO_ENTROPY):
+    """The policy has hardly varied its completions for many steps, so that most groups teach nothing, and gets no better though
+    much is left to learn. Entropy alone says little: it also falls as far in runs that go on to solve their problems."""
+    first, recent = watch.first("entropy"), list(watch.recent)[-MANY:]
+    gone = all(record.get("entropy", math.nan) < max(ENTROPY_LEFT * first, NO_ENTROPY) for record in recent)
+    early, late = (_mean(part, "reward/mean") for part in (recent[: MANY // 2], recent[MANY // 2 :]))
+    rises = late > early + RISES * abs(early)
+    alike = watch.last("groups/zero_variance", MANY) >= ALIKE
+    if watch.steps < MANY + LATE or not gone or rises or not alike or watch.last("train/pass_rate", MANY) > SOLVED:
         return None
     return (
-        f"the entropy has collapsed from {first:.3g} to {last:.3g} nats per token: a group's completions hardly differ",
+        f"the entropy has collapsed from {first:.3g} to {watch.last('entropy'):.3g} nats per token: the completions of a group "
+        "hardly differ, and the reward does not rise",
         "Raise algorithm.clip_high or set algorithm.entropy_bonus, lower learner.learning_rate "
         f"(now {watch.recipe.learner.learning_rate:g}), or go on from a checkpoint before this.",
     )
@@ -198,8 +208,8 @@ def _halved(watch: Watch, metric: str, key: str, asked: int) -> Found | None:
 
 RULES: Sequence[tuple[str, Callable[[Watch], Found | None], int]] = (
     ("nonfinite_update", nonfinite_update, MANY),
-    ("entropy_collapse", entropy_collapse, MANY),
-    ("zero_variance", zero_variance, MANY),
+    ("entropy_collapse", entropy_collapse, 3 * MANY),
+    ("zero_variance", zero_variance, 3 * MANY),
     ("sampler_gap", sampler_gap, MANY),
     ("slow_step", slow_step, 0),
     ("out_of_memory", micro_batches_halved, 0),
