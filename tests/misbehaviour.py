@@ -273,5 +273,5 @@ ENDLESS, ENDED, RAISED, HARMLESS, OTHERS = map(names, ("endless", "ended", "rais
 ACTIONS = [*ENDLESS, *ENDED, *RAISED, *HARMLESS, *OTHERS]
 VALUES = re.findall(r'"(\w+)": lambda n', CODE)
 """What is returned instead of a list of numbers."""
-POISONED = ["patch_encoder", "kill_all_threads", "patch_builtins", "patch_struct", "trace"]
+POISONED = ["alarm", "patch_encoder", "kill_all_threads", "patch_builtins", "patch_struct", "trace"]
 """After which the same process gives nothing right; the user's own calls alone are concerned."""

@@ -32,17 +32,13 @@ steps = 2
 eval_problems = 2
 checkpoint_every = 1
 """
-CODE = """
+CODE = '''
 import json, os, signal, sys, time
 from pathlib import Path
 import groupwise as gw
-calls = 0
 def later():
-    global calls
-    calls += 1
-    return calls > AFTER
-def reward(problem, completions, *more):
-    return [1.0 if later_step(0) else 0.0] * len(completions)
+    """Whether the first step is over."""
+    return Path("run/checkpoints/step-000001").is_dir()
 def timed(completions, trainer_state, **kwargs):
     if trainer_state.global_step >= 1: ACT
     return [float(len(text)) for text in completions]
@@ -61,12 +57,12 @@ def sampler(settings, model, tokenizer):
     return Mine()
 class Task:
     def problem(self, position, seed):
-        if position > 300: ACT
+        if later(): ACT
         return gw.Problem(id=str(position), prompt=f"{position % 9}+1=", answer="1")
     def held_out(self, count): return [self.problem(position, 0) for position in range(count)]
     def score(self, problem, completions):
         return [gw.Score(reward=float(len(c.text))) for c in completions]
-"""
+'''
 REWARD = {"task": 'name = "dataset"\npath = "data.jsonl"\nreward = "mine.py:timed"\nreward_timeout = 2.0'}
 PART = {"algorithm": 'surrogate = "mine.py:surrogate"\nbounds = "none"'}
 RUNS: dict[str, tuple[dict[str, str], str, int, str]] = {
@@ -91,7 +87,7 @@ def wrong_with(name: str, home: Path) -> str:
     settings, act, code, message = RUNS[name]
     (home / "r.toml").write_text(RECIPE.format(**{"task": "", "algorithm": "", "rollouts": "", **settings}))
     (home / "data.jsonl").write_text("".join(f'{{"prompt": "{i}+1=", "answer": "{i + 1}"}}\n' for i in range(40)))
-    (home / "mine.py").write_text(CODE.replace("ACT", act).replace("AFTER", "2" if "part" in name else "12"))
+    (home / "mine.py").write_text(CODE.replace("ACT", act))
     command = [sys.executable, "-m", "groupwise", "train", "r.toml", "--out", "run"]
     environment = {**os.environ, MARK: name, "PYTHONPATH": str(Path(groupwise.__file__).parent.parent)}
     done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=240, check=False)
