@@ -44,16 +44,26 @@ Overrides = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", help="Where to write; by default a new directory under runs/.")]
 
 
+LONGEST_LINE, MOST_LINES = 2000, 40
+"""What of a message is printed, which may quote a file of thousands of characters."""
+
+
+def _cut(text: str) -> str:
+    lines = text.splitlines()
+    kept = [line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}…" for line in lines[:MOST_LINES]]
+    return "\n".join([*kept, *([f"… {len(lines) - MOST_LINES:,} more lines"] if len(lines) > MOST_LINES else [])])
+
+
 @contextmanager
 def exit_codes(*, as_json: bool = False) -> Iterator[None]:
     """Errors that have a message become that message and an exit code; with `as_json` also {"error": ...} on standard output."""
     try:
         yield
     except (UserError, RunError, OSError) as error:  # OSError: a full disk, a file that cannot be written
-        wrong = isinstance(error, UserError)
-        complaints.print(Text(f"{'error' if wrong else 'the run failed'}: {error}"), style="red", soft_wrap=True)
+        wrong, message = isinstance(error, UserError), _cut(str(error))
+        complaints.print(Text(f"{'error' if wrong else 'the run failed'}: {message}"), style="red", soft_wrap=True)
         if as_json:
-            typer.echo(json.dumps({"error": str(error)}))
+            typer.echo(json.dumps({"error": message}))
         raise typer.Exit(2 if wrong else 1) from error
     except KeyboardInterrupt as error:
         complaints.print("interrupted", style="yellow")

@@ -38,8 +38,11 @@ def token_points(run: Run) -> list[dict[str, float]]:
         raise UserError(
             f"{run.path}: this run recorded no tokens, so none can be plotted; set training.tokens_every above 0 and train again"
         )
-    table = run.tokens(steps[len(steps) // 2])
-    table = table.filter(pc.is_valid(table["ratio"]))
+    tables = (run.readable_tokens(step) for step in sorted(steps, key=lambda step: abs(steps.index(step) - len(steps) // 2)))
+    table = next((table for table in tables if table is not None), None)
+    if table is None:
+        raise UserError(f"{run.path}: none of its token files can be read: {'; '.join(run.left_out)}")
+    table = table.filter(pc.and_(pc.is_valid(table["ratio"]), pc.is_valid(table["old_logprob"])))
     every = max(1, len(table) // SHOWN_TOKENS)
     pairs = zip(table["old_logprob"].to_pylist()[::every], table["ratio"].to_pylist()[::every], strict=True)
     return [{"p": float(f"{math.exp(old):.4g}"), "ratio": float(f"{ratio:.4g}")} for old, ratio in pairs]

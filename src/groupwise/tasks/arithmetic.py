@@ -101,7 +101,7 @@ def working(expression: Expression) -> str:
 class Habits(BaseModel):
     """The mix of demonstrations: how often the working is shown, how often an immediate answer, and how often that is wrong."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     working_share: Annotated[float, Field(ge=0, le=1)] = 0.7
     """Share of demonstrations that are worked but leave the first token, which chooses to work, out of the loss."""
@@ -114,7 +114,7 @@ class Habits(BaseModel):
 class ArithmeticTask(BaseModel):
     """The embedded task. Its settings are the keys of [task] in a recipe."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     name: Literal["arithmetic"] = "arithmetic"
     grades: list[Annotated[int, Field(ge=1, le=max(GRADES))]] = Field(default=sorted(GRADES), min_length=1)

@@ -33,7 +33,7 @@ def called(name: str, content: str = "", **arguments: Any) -> Message:
 class _ToolTask(BaseModel):
     """Endless problems, one in ten of which, by its digest, is held out."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     environment: ClassVar[type | None] = None
     """The environment class of its conversations."""
@@ -70,7 +70,7 @@ class _ToolTask(BaseModel):
 class Habits(BaseModel):
     """The mix of demonstrations: how often they show the skill, and how often they show the choice to use it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     taught_share: Share = 0.7
     """Share of demonstrations that show the skill but leave the first token of each call, which chooses it, out of the loss."""
