@@ -13,6 +13,7 @@ ROOT = Path(groupwise.__file__).parent
 LEVELS = [
     {"algorithms"},
     {"errors", "seeding", "kept"},
+    {"memory"},
     {"types", "plugins", "kernels", "workers"},
     {"config"},
     {"models"},
@@ -23,7 +24,7 @@ LEVELS = [
     {"__init__", "__main__"},
 ]
 """Lowest first. A package imports from itself and from lower levels, those of the tasks' level also from each other."""
-PEERS = LEVELS[5]
+PEERS = LEVELS[6]
 
 
 def imports(path: Path) -> set[str]:

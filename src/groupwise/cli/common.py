@@ -1,6 +1,7 @@
 """What every command shares: the application, its consoles, options, and how errors become exit codes."""
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -36,6 +37,9 @@ def _options(
     ] = False,
 ) -> None:
     """Options without a command. Typer takes the help of the application from `app`."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a file's name need not be Unicode, and is printed all the same
+            stream.reconfigure(errors="backslashreplace")
 
 
 Overrides = Annotated[

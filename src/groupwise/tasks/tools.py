@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from groupwise.environments.calculator import calculate
 from groupwise.environments.search import Search
-from groupwise.tasks.arithmetic import is_held_out, parse
+from groupwise.tasks.arithmetic import first_distinct, is_held_out, parse
 from groupwise.types import Completion, Demonstration, Message, Problem, Score
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -57,14 +57,8 @@ class _ToolTask(BaseModel):
 
     def held_out(self, count: int) -> list[Problem]:
         """The first `count` held-out problems, the same for every run; none of them is ever trained on."""
-        problems: dict[str, Problem] = {}
         rng = random.Random("held out")
-        for _ in range(100 * count):
-            problem = self._drawn(rng, held_out=True)
-            problems.setdefault(problem.id, problem)
-            if len(problems) == count:
-                break
-        return list(problems.values())
+        return first_distinct(lambda: self._drawn(rng, held_out=True), count)
 
 
 class Habits(BaseModel):
