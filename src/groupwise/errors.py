@@ -1,5 +1,7 @@
 """The two ways a command can end badly, each with one clear message."""
 
+import reprlib
+
 from groupwise.algorithms.part import nearest as nearest
 
 
@@ -9,6 +11,14 @@ class UserError(Exception):
 
 class RunError(Exception):
     """A run failed on its way, for a reason that is not the user's input: exit code 1."""
+
+
+def short(value: object, most: int = 80) -> str:
+    """`repr` of a value for a message, cut to about `most` characters, however long or deeply nested it is."""
+    cutter = reprlib.Repr()
+    cutter.maxlevel, cutter.maxstring, cutter.maxother, cutter.maxlong = 4, most, most, most
+    text = cutter.repr(value)
+    return text if len(text) <= 2 * most else f"{text[:most]}…"
 
 
 DIVERGED = "the weights have diverged: a lower learning rate or more warm-up may help"

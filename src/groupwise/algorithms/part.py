@@ -81,7 +81,7 @@ def one_of(value: Any, key: str, known: tuple[Any, ...]) -> tuple[str, bool, str
 def nearest(word: object, known: Iterable[str]) -> str:
     """A hint to end a message with: "; did you mean 'x'?", or the list of known words when none is near."""
     known = sorted(known)
-    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(str(word)[:80], known, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(known)}" if known else ""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -11,7 +12,6 @@ from typing import Annotated
 import typer
 
 from groupwise.errors import RunError, UserError
-from groupwise.text import shortened
 from groupwise.training.failures import first_line, place
 from groupwise.training.output import make_console
 
@@ -23,8 +23,6 @@ app = typer.Typer(
 )
 console = make_console("stdout")
 complaints = make_console("stderr")
-LONGEST_COMPLAINT = 20_000
-"""Characters of an error message that are shown."""
 
 
 def _print_version(asked: bool) -> None:
@@ -40,6 +38,9 @@ def _options(
     ] = False,
 ) -> None:
     """Options without a command. Typer takes the help of the application from `app`."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a file's name need not be Unicode, and is printed all the same
+            stream.reconfigure(errors="backslashreplace")
 
 
 Overrides = Annotated[
@@ -48,17 +49,26 @@ Overrides = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", help="Where to write; by default a new directory under runs/.")]
 
 
+LONGEST_LINE, MOST_LINES = 2000, 40
+"""What of a message is printed, which may quote a file of thousands of characters."""
+
+
+def _cut(text: str) -> str:
+    lines = text.splitlines()
+    kept = [line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}…" for line in lines[:MOST_LINES]]
+    return "\n".join([*kept, *([f"… {len(lines) - MOST_LINES:,} more lines"] if len(lines) > MOST_LINES else [])])
+
+
 @contextmanager
 def exit_codes(*, as_json: bool = False) -> Iterator[None]:
     """Errors that have a message become that message and an exit code; with `as_json` also {"error": ...} on standard output."""
     try:
         yield
     except (UserError, RunError, OSError) as error:  # OSError: a full disk, a file that cannot be written
-        wrong = isinstance(error, UserError)
-        text = shortened(str(error), LONGEST_COMPLAINT)
-        complaints.print(f"{'error' if wrong else 'the run failed'}: {text}", style="red", soft_wrap=True)
+        wrong, message = isinstance(error, UserError), _cut(str(error))
+        complaints.print(f"{'error' if wrong else 'the run failed'}: {message}", style="red", soft_wrap=True)
         if as_json:
-            typer.echo(json.dumps({"error": str(error)}))
+            typer.echo(json.dumps({"error": message}))
         raise typer.Exit(2 if wrong else 1) from error
     except (typer.Exit, typer.Abort):
         raise

@@ -33,12 +33,14 @@ def data(
     """Show prompts as the model will read them, answers, lengths, and what filters leave out. No model is loaded."""
     from groupwise.tasks.base import datasets_of
     from groupwise.training.prompts import build_prompts, prompt_of
+    from groupwise.training.sizes import check_block
 
     with exit_codes():
         if presets:
             console.print(_presets())
             return
         settings, source = load(find_recipe(recipe), Recipe, overrides or [])
+        check_block(settings.task, source)
         task, chat, episodes = build_prompts(settings, source)
         problems = [task.problem(position, settings.seed) for position in range(count)]
         for number, problem in enumerate(problems, start=1):

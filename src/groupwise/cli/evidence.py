@@ -1,11 +1,18 @@
 """groupwise report and explore."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.text import Text
 
 from groupwise.cli.common import app, console, exit_codes
+
+if TYPE_CHECKING:
+    from groupwise.evidence.runs import Run
+
+SHOWN_LEFT_OUT = 10
+"""How many lines about what could not be read of a run are printed."""
 
 
 @app.command()
@@ -23,12 +30,24 @@ def report(
         home = runs[0] if len(runs) == 1 else Path()
         if form == "png":
             written = write_pictures(opened, out or home / "figures")
+            _note(opened)
             console.print(f"{len(written)} figures in {out or home / 'figures'}", soft_wrap=True)
             return
         page = out or home / "report.html"
         for line in as_text(write_page(opened, page)):
             console.print(line, soft_wrap=True)
+        _note(opened)
         console.print(f"written: {page}", soft_wrap=True)
+
+
+def _note(runs: "list[Run]") -> None:
+    """What of the runs could not be read."""
+    for run in runs:
+        lines = list(run.left_out)
+        for line in lines[:SHOWN_LEFT_OUT]:
+            console.print(Text(f"left out of {run.path}: {line}"), style="yellow", soft_wrap=True)
+        if len(lines) > SHOWN_LEFT_OUT:
+            console.print(f"and {len(lines) - SHOWN_LEFT_OUT} more", style="yellow")
 
 
 @app.command()
@@ -42,7 +61,9 @@ def explore(
     from groupwise.evidence.runs import open_run
 
     with exit_codes():
-        write_explorer(open_run(run) if run else None, out)
+        opened = open_run(run) if run else None
+        write_explorer(opened, out)
+        _note([opened] if opened else [])
         console.print(f"written: {out}", soft_wrap=True)
         if show:
             typer.launch(str(out))

@@ -125,6 +125,7 @@ def check(recipe: Annotated[str, typer.Argument(help="A TOML file, or a shipped 
             return
         settings, source = load(path, Recipe, overrides or [])
         ready = prepare(settings, source)
+        ready.check_memory()
         prompt = ready.prompt(ready.problem)
         rows = settings.rollouts.prompts_per_step * settings.rollouts.group_size
         left_out = {f"left out of {item.path}": item.left_out() for item in datasets_of(ready.task) if item.left_out()}

@@ -2,8 +2,10 @@
 
 from groupwise.config.loading import dump as dump
 from groupwise.config.loading import find_recipe as find_recipe
+from groupwise.config.loading import is_file as is_file
 from groupwise.config.loading import is_sft as is_sft
 from groupwise.config.loading import load as load
+from groupwise.config.loading import read_toml as read_toml
 from groupwise.config.loading import read_tree as read_tree
 from groupwise.config.loading import shipped_recipes as shipped_recipes
 from groupwise.config.sections import CriticSection as CriticSection

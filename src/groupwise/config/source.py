@@ -8,7 +8,10 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from groupwise.errors import UserError, nearest
+from groupwise.errors import UserError, nearest, short
+
+MOST_FINDINGS = 20
+"""How many wrong keys one message names."""
 
 
 class Source:
@@ -32,7 +35,7 @@ class Source:
             return f"{key}, given from Python"
         table = item = ""
         seen: Counter[str] = Counter()
-        for number, line in enumerate(self.text.splitlines(), start=1):
+        for number, line in enumerate(self.text.split("\n"), start=1):
             if header := re.match(r"\s*(\[+)\s*([^\]]+?)\s*\]", line):
                 table = item = header[2]
                 if header[1] == "[[":  # an item of a list of tables, by its index
@@ -71,7 +74,7 @@ class _ItemSource(Source):
 def explain(error: ValidationError, kind: Any, source: Source, prefix: str = "") -> UserError:
     """pydantic's findings as one message, each with its place, and the nearest known key for an unknown one."""
     lines = []
-    for finding in error.errors():
+    for finding in error.errors()[:MOST_FINDINGS]:
         location = [str(part) for part in finding["loc"]]
         if kind.model_fields.get(location[0]) and not _is_table(kind.model_fields[location[0]].annotation):
             location = location[:1]  # below a value are only its place in a list and pydantic's names of alternatives
@@ -79,8 +82,10 @@ def explain(error: ValidationError, kind: Any, source: Source, prefix: str = "")
         if finding["type"] == "extra_forbidden":
             message = f"unknown key{nearest(location[-1], _known_keys(kind, location[:-1]))}"
         else:
-            message = f"{finding['msg'][0].lower()}{finding['msg'][1:]}, not {finding['input']!r}"
+            message = f"{finding['msg'][0].lower()}{finding['msg'][1:]}, not {short(finding['input'])}"
         lines.append(str(source.error(key, message)))
+    if error.error_count() > MOST_FINDINGS:
+        lines.append(f"and {error.error_count() - MOST_FINDINGS:,} more that are wrong")
     return UserError("\n".join(dict.fromkeys(lines)))
 
 
@@ -96,5 +101,7 @@ def _table(annotation: Any) -> Any:
 
 def _known_keys(kind: Any, location: Iterable[str]) -> list[str]:
     for part in location:
+        if part.isdecimal():  # a place in a list of tables
+            continue
         kind = _table(kind.model_fields[part].annotation)
     return [field.alias or name for name, field in kind.model_fields.items()]

@@ -54,7 +54,7 @@ def shown_run(run: Run) -> dict[str, Any]:
         raise UserError(
             f"{run.path}: this run recorded no tokens, so none can be plotted; set training.tokens_every above 0 and train again"
         )
-    tables = {recorded[i]: _tokens(run, recorded[i]) for i in evenly(len(recorded), SHOWN_STEPS)}
+    tables = {recorded[i]: run.readable_tokens(recorded[i]) for i in evenly(len(recorded), SHOWN_STEPS)}
     steps = [shown_step(step, table) for step, table in tables.items() if table is not None]
     if not steps:
         raise UserError(f"{run.path}/tokens: none of its files can be read, step {recorded[0]} among them")
@@ -65,14 +65,6 @@ def shown_run(run: Run) -> dict[str, Any]:
         "recorded": len(recorded),
         "steps": steps,
     }
-
-
-def _tokens(run: Run, step: int) -> pa.Table | None:
-    """The tokens of a step; None if its file is damaged, which leaves it out of the page."""
-    try:
-        return run.tokens(step)
-    except UserError:
-        return None
 
 
 def settings(run: Run) -> dict[str, Any]:

@@ -117,8 +117,8 @@ def clipping_by_probability(groups: Groups) -> Figure | None:
             name: _summed([run.total(f"by_probability/{name}") for run in runs])
             for name in ("tokens", "clipped_low", "clipped_high")
         }
-        for i, tokens in enumerate(totals["tokens"]):
-            if tokens:
+        for i, tokens in enumerate(totals["tokens"] if all(totals.values()) else []):
+            if tokens > 0:
                 bin_label = f"{edges[i]:g} to {edges[i + 1]:g}"
                 rows += [
                     {"bin": bin_label, "bound": bound, "share": totals[name][i] / tokens, "tokens": tokens, "setting": setting}
@@ -281,9 +281,9 @@ def ratio_by_probability(groups: Groups) -> Figure | None:
     rows = []
     for setting, runs in groups.items():
         recorded = runs[0].token_steps()
-        if recorded:
-            table = runs[0].tokens(recorded[len(recorded) // 2])
-            table = table.filter(pc.is_valid(table["ratio"]))
+        table = runs[0].readable_tokens(recorded[len(recorded) // 2]) if recorded else None
+        if table is not None:
+            table = table.filter(pc.and_(pc.is_valid(table["ratio"]), pc.is_valid(table["old_logprob"])))
             every = max(1, len(table) // SAMPLED_TOKENS)
             columns = [table[name].to_pylist()[::every] for name in ("old_logprob", "ratio", "clipped", "text", "advantage")]
             rows += [

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from groupwise.algorithms import NAMED, named
 from groupwise.algorithms.diagnostics import PROBABILITY_EDGES
+from groupwise.evidence.history import Noted
 from groupwise.evidence.runs import Run
 from groupwise.evidence.statistics import binomial
 from groupwise.thresholds import ENTROPY_LEFT, EVERYWHERE_USED, LARGEST_GAP, SOLVED
@@ -38,11 +39,11 @@ def worst_first(found: list[Finding]) -> list[Finding]:
 
 def setting(run: Run, key: str) -> Any:
     """A setting of the run's algorithm: from its recipe, else the named algorithm's own value; None where it is not in use."""
-    own = run.recipe.get("algorithm", {})
-    if key in own:
-        return own[key]
     name = run.algorithm
-    return named(name if name in NAMED else "custom").settings().get(key)
+    usual = named(name if name in NAMED else "custom").settings().get(key)
+    own = run.recipe.get("algorithm", {}).get(key, usual)
+    damaged = isinstance(usual, int | float) and not isinstance(own, int | float)
+    return usual if damaged else own
 
 
 def learned(run: Run) -> Finding | None:
@@ -78,18 +79,49 @@ def noise_of_change(run: Run) -> float:
     """Half the width of the 95 % interval of the change between the first and the last evaluation."""
     first, last = run.evaluations[0], run.evaluations[-1]
     key = run.measure.key
-    count = int(last.get("eval_problems") or run.recipe.get("training", {}).get("eval_problems", 500))
+    count = max(1, int(last.get("eval_problems") or run.recipe.get("training", {}).get("eval_problems", 500)))
     if run.measure.percent:
         return math.hypot(binomial(first[key], count), binomial(last[key], count))
-    return math.hypot(*(1.96 * record["eval/reward_std"] / math.sqrt(count) for record in (first, last)))
+    return math.hypot(*(1.96 * (record.get("eval/reward_std") or 0.0) / math.sqrt(count) for record in (first, last)))
 
 
 def nothing_recorded(run: Run) -> Finding | None:
     """Report a run that ended before its first training step was recorded."""
     if run.steps:
         return None
-    text = "The run stopped before it finished its first training step. The error message is in the terminal where it ran."
-    return Finding(kind="unhealthy", title="No step was recorded", text=text, figure="accuracy")
+    text = (
+        "The run has just begun, or stopped before it finished its first training step; the error message is then in the terminal "
+        "where it ran."
+    )
+    return Finding(kind="watch", title="No step was recorded", text=text, figure="accuracy")
+
+
+def events_recorded(run: Run) -> Finding | None:
+    """Report the warnings and faults that the run noted while it ran, each kind once."""
+    noted: dict[str, list[Noted]] = {}
+    for event in run.events:
+        if event.kind != "note":
+            noted.setdefault(event.name or event.text, []).append(event)
+    if not noted:
+        return None
+    faults = any(event.kind == "fault" for events in noted.values() for event in events)
+    lines = [
+        f"{events[0].text.rstrip('.')} (step {events[0].step:,}{f' and {len(events) - 1:,} more' if len(events) > 1 else ''})."
+        + (f" {events[0].advice}" if events[0].advice else "")
+        for events in list(noted.values())[:5]
+    ]
+    more = f" {len(noted) - 5} more kinds are in the table of events." if len(noted) > 5 else ""
+    return Finding(
+        kind="unhealthy" if faults else "watch",
+        title=f"{'Faults' if faults else 'Warnings'} were noted while it ran",
+        text=" ".join(lines) + more,
+        figure="events",
+    )
+
+
+def warned_of(run: Run, name: str) -> bool:
+    """Whether the run noted a warning or a fault of this name."""
+    return any(event.name == name and event.kind != "note" for event in run.events)
 
 
 def constant_reward(run: Run) -> Finding | None:
@@ -196,7 +228,7 @@ def entropy_collapse(run: Run) -> Finding | None:
         else advice
     )
     return Finding(
-        kind="healthy" if high else "watch",
+        kind="healthy" if high and not warned_of(run, "entropy_collapse") else "watch",
         title="Entropy fell",
         text=f"Entropy fell by {1 - last / first:.0%}, from {first:.3f} to {last:.3f} nats, and first passed the 80 % mark after "
         f"{low - series[0][0]} steps.{clip}{why}",
@@ -230,7 +262,7 @@ def zero_variance_groups(run: Run) -> Finding | None:
         which = f"In {run.last('groups/equal'):.0%} of the groups all completions have the same reward"
     if right > wrong and run.last("eval/pass@1", 1) > SOLVED:
         return Finding(
-            kind="healthy",
+            kind="watch" if warned_of(run, "zero_variance") else "healthy",
             title="Most problems are solved",
             text=f"{which}: few problems are left that the policy can learn from.",
             figure="groups",
@@ -287,6 +319,7 @@ def length_growth(run: Run) -> Finding | None:
 
 RULES: tuple[Callable[[Run], Finding | None], ...] = (
     nothing_recorded,
+    events_recorded,
     constant_reward,
     updates_too_large,
     learned,

@@ -16,6 +16,7 @@ from groupwise.errors import UserError
 from groupwise.evidence.charts import Figure
 from groupwise.evidence.figures import draw_all
 from groupwise.evidence.findings import Finding, findings, worst_first
+from groupwise.evidence.history import value_text
 from groupwise.evidence.page import asset, embed, embed_script, render, write
 from groupwise.evidence.runs import Measure, Run, by_setting, measure
 from groupwise.evidence.statistics import interval
@@ -27,6 +28,8 @@ SHOWN_CHARACTERS = 8000
 """How many characters of a prompt it shows."""
 SHOWN_GROUPS, SHOWN_COMPLETIONS = 6, 4
 """How many groups of a recorded step the page shows, and how many completions of each: those with the highest and lowest rewards."""
+MOST_EVENTS = 200
+"""How many events of a run the page lists."""
 
 
 def write_page(runs: Sequence[Run], out: Path) -> list[Finding]:
@@ -46,12 +49,31 @@ def write_page(runs: Sequence[Run], out: Path) -> list[Finding]:
         completions=embed(readable_completions(runs[0])),
         recipes=[(run.path.as_posix(), dump(run.recipe)) for run in runs],
         read=runs[0].path.as_posix(),
+        left_out=[f"{run.path.as_posix()}/{line}" for run in runs for line in run.left_out],
+        courses=courses(runs),
+        events=[(run.path.as_posix(), run.events[:MOST_EVENTS], len(run.events)) for run in runs if run.events],
         bundle=embed_script(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),
         script=asset("report.js"),
         style=asset("page.css"),
     )
     write(out, page)
     return [finding for items in found.values() for finding in items]
+
+
+def courses(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The rows of the table of segments, of the runs that were resumed: from which step, when, by which version, what changed."""
+    return [
+        {
+            "run": run.path.as_posix(),
+            "first": f"{segment.first_step:,}",
+            "started": segment.started[:19].replace("T", " "),
+            "version": segment.version,
+            "changed": [f"{key}: {value_text(old)} → {value_text(new)}" for key, (old, new) in segment.changed.items()],
+        }
+        for run in runs
+        if len(run.segments) > 1
+        for segment in run.segments
+    ]
 
 
 def shared_findings(runs: Sequence[Run]) -> list[Finding]:
@@ -116,7 +138,9 @@ def readable_completions(run: Run) -> list[dict[str, Any]]:
     chosen = sorted({steps[0], steps[len(steps) // 2], steps[-1]}) if steps else []
     shown = []
     for step in chosen:
-        table = run.tokens(step)
+        table = run.readable_tokens(step)
+        if table is None:
+            continue
         names = (
             "group",
             "row",
@@ -145,13 +169,14 @@ def readable_completions(run: Run) -> list[dict[str, Any]]:
             ranked = sorted(scored, key=lambda tokens: -tokens[0]["reward"])
             half = SHOWN_COMPLETIONS // 2
             picked = ranked if len(ranked) <= SHOWN_COMPLETIONS else ranked[:half] + ranked[-half:]
-            shown.append(
-                {
-                    "step": step,
-                    "prompt": visible(shortened(ranked[0][0]["prompt"], SHOWN_CHARACTERS), lines=True),
-                    "completions": [_completion(tokens) for tokens in picked],
-                }
-            )
+            if picked:
+                shown.append(
+                    {
+                        "step": step,
+                        "prompt": visible(shortened(ranked[0][0]["prompt"], SHOWN_CHARACTERS), lines=True),
+                        "completions": [_completion(tokens) for tokens in picked],
+                    }
+                )
     return shown
 
 

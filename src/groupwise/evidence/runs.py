@@ -1,34 +1,20 @@
 """Read run directories, and group runs by their settings."""
 
-import json
 import math
-import tomllib
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from groupwise.algorithms import NAMED, named
 from groupwise.errors import UserError
+from groupwise.evidence.history import Noted, Segment, course, flat, read_events, read_segments, value_text
+from groupwise.evidence.reading import LeftOut, read_metrics, read_recipe, read_tokens
 from groupwise.text import shortened, visible
-
-TOKEN_COLUMNS = (
-    "group", "row", "position", "prompt", "token", "text", "reward", "correct", "stop", "advantage", "old_logprob", "ratio", "clipped",
-    "entropy",
-)  # fmt: skip
-"""The columns of tokens/step-*.parquet that the pages use."""
-FURTHER_COLUMNS = ("role", "rollout_logprob")
-"""Columns that runs of earlier versions lack: who said a token, and its log-probability in the sampler."""
-RENAMED = {
-    "groups/dead": "groups/zero_variance",
-    "dropped/uniform": "dropped/zero_variance",
-    "seconds/annotate": "seconds/logprobs",
-}
-"""Metric name of earlier versions -> metric name now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +47,22 @@ class Run:
     """One record per training step."""
     evaluations: list[dict[str, Any]]
     """One record per evaluation; step 0 is the base model."""
+    segments: list[Segment] = field(default_factory=list)
+    """How it was started and resumed; empty: not recorded, and `recipe` is that of all steps."""
+    events: list[Noted] = field(default_factory=list)
+    """What it noted on its way."""
+    left_out: LeftOut = field(default_factory=LeftOut)
+    """What could not be read."""
+
+    @property
+    def last_step(self) -> int:
+        """The last step that is recorded; 0: none."""
+        return int(self.steps[-1]["step"]) if self.steps else 0
+
+    @property
+    def course(self) -> dict[str, str]:
+        """Settings that changed results and were changed on the way, by dotted key, as text."""
+        return course(self.segments, self.last_step)
 
     @property
     def seed(self) -> int:
@@ -68,7 +70,7 @@ class Run:
 
     @property
     def algorithm(self) -> str:
-        return str(self.recipe.get("algorithm", {}).get("name", "?"))
+        return str(self.recipe.get("algorithm", {}).get("name", "?"))[:60]
 
     @property
     def measure(self) -> Measure:
@@ -109,52 +111,56 @@ class Run:
 
     def token_steps(self) -> list[int]:
         """The steps whose tokens were recorded, ascending."""
-        names = [path.stem.removeprefix("step-") for path in (self.path / "tokens").glob("step-*.parquet")]
-        return sorted(int(name) for name in names if name.isdecimal())
+        names = [re.fullmatch(r"step-(\d{6,12})", path.stem) for path in (self.path / "tokens").glob("step-*.parquet")]
+        return sorted(int(name[1]) for name in names if name)
 
     def tokens(self, step: int) -> pa.Table:
-        """`TOKEN_COLUMNS` of a step, and `FURTHER_COLUMNS` where they were recorded; one row per completion token.
+        """The tokens of a step; see `read_tokens`.
 
         Raises:
             UserError: the file is missing or damaged, or lacks a column.
         """
-        path = self.path / "tokens" / f"step-{step:06d}.parquet"
+        return read_tokens(self.path / "tokens" / f"step-{step:06d}.parquet")
+
+    def readable_tokens(self, step: int) -> pa.Table | None:
+        """The tokens of a step; None, and a note in `left_out`: they cannot be read."""
         try:
-            known = pq.read_schema(path).names
-            return pq.read_table(path, columns=[*TOKEN_COLUMNS, *(name for name in FURTHER_COLUMNS if name in known)])
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
+            return self.tokens(step)
+        except UserError as error:
+            text = str(error).removeprefix(f"{self.path}/")
+            if text not in list(self.left_out):
+                file, _, reason = text.partition(": ")
+                self.left_out.add(file, reason)
+            return None
 
 
 def open_run(path: Path) -> Run:
-    """Read the run in a directory; metrics of earlier versions get their present names.
+    """Read the run in a directory, as far as it can be read; metrics of earlier versions get their present names.
 
     Raises:
-        UserError: the directory holds no run, or its files are damaged.
+        UserError: the directory holds no run, or its recipe is damaged.
     """
     metrics, recipe = path / "metrics.jsonl", path / "recipe.toml"
-    if not metrics.is_file() or not recipe.is_file():
+    begun = (path / "rollouts").is_dir()  # a run makes it with its recipe, and its metrics after the first evaluation
+    if not recipe.is_file() or not (metrics.is_file() or begun):
         raise UserError(f"{path}: not a run directory: it has no {'metrics.jsonl' if recipe.is_file() else 'recipe.toml'}")
-    lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            int(record["step"])
-        except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):
-                break  # A killed run can leave its last line incomplete.
-            raise UserError(f"{metrics}, line {number}: not a JSON object with a step") from error
-        records.append({RENAMED.get(key, key): value for key, value in record.items()})
-    try:
-        tree = tomllib.loads(recipe.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{recipe}: {error}") from error
+    left_out = LeftOut()
+    tree = read_recipe(recipe, left_out)
+    records = read_metrics(metrics, left_out)
+    steps = [record for record in records if record.get("reward/mean") is not None]
+    segments = read_segments(path / "segments.jsonl", left_out)
+    last = steps[-1]["step"] if steps else 0
+    done = [segment.recipe for segment in segments if segment.recipe and segment.first_step <= last]
     return Run(
         path=path,
-        recipe=tree,
-        steps=[record for record in records if "reward/mean" in record],
-        evaluations=[record for record in records if PASS_RATE.key in record or MEAN_REWARD.key in record],
+        recipe=dict(done[-1]) if done else tree,  # a resume that did no step yet has written its settings already
+        steps=steps,
+        evaluations=[
+            record for record in records if record.get(PASS_RATE.key) is not None or record.get(MEAN_REWARD.key) is not None
+        ],
+        segments=segments,
+        events=read_events(path / "events.jsonl", left_out),
+        left_out=left_out,
     )
 
 
@@ -180,12 +186,13 @@ def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
         for run in runs:
             rungs.setdefault(run.path.resolve().parent.name.split("-", 1)[-1], []).append(run)
         return _named(rungs)
-    flat = [_flat({**run.recipe, "algorithm": _own_settings(run)}) for run in runs]
-    keys = [key for key in dict.fromkeys(key for tree in flat for key in tree) if key != "seed"]
-    differing = [key for key in keys if len({str(tree.get(key)) for tree in flat}) > 1]
+    trees = [flat({**run.recipe, "algorithm": _own_settings(run)}) | run.course for run in runs]
+    keys = [key for key in dict.fromkeys(key for tree in trees for key in tree) if key != "seed"]
+    differing = [key for key in keys if len({str(tree.get(key)) for tree in trees}) > 1]
     groups: dict[str, list[Run]] = {}
-    for run, tree in zip(runs, flat, strict=True):
-        details = [f"{key.split('.', 1)[-1]} {tree[key]}" for key in differing if key in tree and key != "algorithm.name"]
+    for run, tree in zip(runs, trees, strict=True):
+        shown = [key for key in keys if key in tree and (key in differing or key in run.course) and key != "algorithm.name"]
+        details = [f"{key.split('.', 1)[-1]} {value_text(tree[key])}" for key in shown]
         groups.setdefault(", ".join([run.algorithm, *details]), []).append(run)
     return _named(groups)
 
@@ -205,14 +212,6 @@ def _own_settings(run: Run) -> dict[str, Any]:
     usual = named(run.algorithm).settings() if run.algorithm in NAMED else {}
     usual = {key: list(value) if isinstance(value, tuple) else "none" if value is None else value for key, value in usual.items()}
     return {key: value for key, value in settings.items() if key not in usual or usual[key] != value}
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings with dotted keys."""
-    result: dict[str, Any] = {}
-    for key, value in tree.items():
-        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return result
 
 
 def finite(values: Iterable[float | None]) -> list[float]:

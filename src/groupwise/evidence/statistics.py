@@ -52,7 +52,7 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Interval:
 
 def binomial(share: float, count: int) -> float:
     """Half the width of the 95 % interval of a proportion of `count` independent trials (Agresti and Coull)."""
-    shrunk = (share * count + 2) / (count + 4)
+    shrunk = (min(max(share, 0.0), 1.0) * count + 2) / (count + 4)
     return 1.96 * math.sqrt(shrunk * (1 - shrunk) / (count + 4))
 
 

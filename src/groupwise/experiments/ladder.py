@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ from typing import Any
 import altair as alt
 from pydantic import Field, ValidationError
 
-from groupwise.config import Recipe, Section, SftRecipe, Source, explain, find_recipe, load
-from groupwise.errors import UserError, nearest
+from groupwise.config import Recipe, Section, SftRecipe, Source, explain, find_recipe, is_file, load, read_toml
+from groupwise.errors import UserError, nearest, short
 from groupwise.evidence.charts import data
 from groupwise.evidence.runs import Measure, Run, finite, measure, open_run
 from groupwise.evidence.statistics import Interval, interval, paired
@@ -96,8 +95,8 @@ def find_ladder(name: str) -> Path:
     """
     if name in shipped_ladders():
         return Path(str(files("groupwise") / "ladders" / f"{name}.toml"))
-    if not Path(name).is_file():
-        raise UserError(f"no ladder {name!r}: neither a file nor a shipped ladder{nearest(name, shipped_ladders())}")
+    if not is_file(Path(name)):
+        raise UserError(f"no ladder {short(name, 300)}: neither a file nor a shipped ladder{nearest(name, shipped_ladders())}")
     return Path(name)
 
 
@@ -107,12 +106,10 @@ def load_ladder(path: Path) -> tuple[Ladder, Path]:
     Raises:
         UserError: with file, line and key of what is wrong.
     """
+    tree, text = read_toml(path)
+    source = Source(path, text)
     try:
-        text = path.read_text(encoding="utf-8")
-        source = Source(path, text)
-        ladder = Ladder.model_validate(tomllib.loads(text))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: {error}") from error
+        ladder = Ladder.model_validate(tree)
     except ValidationError as error:
         raise explain(error, Ladder, source) from error
     if len(ladder.rungs) < 2:
@@ -121,7 +118,7 @@ def load_ladder(path: Path) -> tuple[Ladder, Path]:
     if repeated:
         raise source.error("rungs", f"two are called {repeated[0]!r}")
     beside = path.parent / ladder.recipe
-    recipe = beside if beside.is_file() else find_recipe(ladder.recipe)
+    recipe = beside if is_file(beside) else find_recipe(ladder.recipe)
     for rung in range(len(ladder.rungs)):
         load(recipe, Recipe, overrides(ladder.settings(rung)))
     if ladder.base:
@@ -157,7 +154,7 @@ def claim(ladder: Ladder, ladder_path: Path, recipe: Path, out: Path) -> None:
     plan = json.dumps({"recipes": trees, "base": base}, indent=1)
     copy = out / "plan.json"
     if copy.is_file():
-        if copy.read_text(encoding="utf-8") != plan:
+        if copy.read_bytes() != plan.encode(errors="surrogatepass"):
             raise UserError(f"--out {out}: holds the runs of another ladder, or of this one before it or its recipe was changed")
         return
     if out.exists() and (not out.is_dir() or any(not _is_ours(path) for path in out.iterdir())):

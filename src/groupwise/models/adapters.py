@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from groupwise.errors import UserError, nearest
+from groupwise.memory import need
 from groupwise.models.patches import is_observed
 
 if TYPE_CHECKING:
@@ -124,12 +125,10 @@ def add_adapters(module: Any, settings: "LoraSection", *, seed: int) -> Any:
         UserError: peft is not installed, or a target is no linear layer of the model.
     """
     peft = need_peft()
+    targets = _targets(module, settings.targets)
+    _check_size(module, settings.rank, targets)
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        target_modules=_targets(module, settings.targets),
-        lora_dropout=0.0,
+        task_type="CAUSAL_LM", r=settings.rank, lora_alpha=settings.alpha, target_modules=targets, lora_dropout=0.0
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tied output layers, which our export unties, and of GPT-2's transposed layers
@@ -138,6 +137,20 @@ def add_adapters(module: Any, settings: "LoraSection", *, seed: int) -> Any:
             return peft.get_peft_model(module, config).eval()
         except ValueError as error:  # peft refuses some layers of some models
             raise UserError(f"model.lora.targets: {str(error).splitlines()[0]}") from error
+
+
+def _check_size(module: Any, rank: int, targets: list[str]) -> None:
+    """
+    Raises:
+        UserError: adapters of this rank, with their gradients and AdamW's moments, could not be held.
+    """
+    named = [(f".{name}", layer) for name, layer in module.named_modules() if hasattr(layer, "weight")]
+    weights = [layer.weight for name, layer in named if name.endswith(tuple(f".{target}" for target in targets))]
+    count = sum(rank * sum(weight.shape) * weight.element_size() for weight in weights)
+    try:
+        need(4 * count, f"adapters of rank {rank:,} on {len(weights)} layers")
+    except UserError as error:
+        raise UserError(f"model.lora.rank: {error}") from error
 
 
 def load_adapters(module: Any, path: str) -> Any:

@@ -24,12 +24,15 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from groupwise.errors import UserError, nearest
+from groupwise.memory import need
 from groupwise.models.adapters import adapter_layers, load_adapters
 from groupwise.models.patches import is_observed
 from groupwise.models.safety import refuse_kernels, refuse_pickles, show_logs
 
 SHIPPED = ("arithmetic-base", "tools-base")
 ADAPTER_CONFIG = "adapter_config.json"
+MOST_LAYERS = 4096
+"""Of a new model; to make a layer takes milliseconds, whatever its size."""
 END, PAD = "<end>", "<pad>"
 
 
@@ -243,8 +246,25 @@ def new_module(architecture: dict[str, Any], tokenizer: Any, seed: int) -> Any:
             bos_token_id=None,
             **settings,
         )
+        _check_size(config)
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def _check_size(config: Any) -> None:
+    """
+    Raises:
+        UserError: a new model's weights, gradients and AdamW's moments could not be held.
+    """
+    layers = getattr(config, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise UserError(f"num_hidden_layers = {layers:,}: at most {MOST_LAYERS:,}")
+    try:
+        with torch.device("meta"):  # shapes without memory
+            shapes = [weight.numel() for weight in AutoModelForCausalLM.from_config(config, dtype=torch.float32).parameters()]
+    except (RuntimeError, MemoryError) as error:
+        raise UserError(f"a model of this size cannot be made: {str(error).splitlines()[0]}") from error
+    need(4 * 4 * sum(shapes), f"training a model of {sum(shapes):,} parameters")
 
 
 def decoder_of(module: Any) -> Any:

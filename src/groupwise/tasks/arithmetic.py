@@ -13,8 +13,9 @@ Every line of a scratchpad can be checked, so the task also scores steps.
 import hashlib
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -55,6 +56,8 @@ class Expression:
         return expression.numbers[0]
 
 
+MOST_HELD_OUT = 10_000
+"""How many problems are held out at most; each takes a tenth of a millisecond to find."""
 _EXPRESSION = re.compile(r"-?\d{1,9}([+*-]\d{1,9})*")
 
 
@@ -71,6 +74,17 @@ def parse(text: str) -> Expression | None:
 
 def is_held_out(expression: str) -> bool:
     return int.from_bytes(hashlib.sha256(expression.encode()).digest()[:4]) % HELD_OUT_SHARE == 0
+
+
+def first_distinct(draw: Callable[[], Problem], count: int) -> list[Problem]:
+    """The first `count` problems that differ, at most `MOST_HELD_OUT`; fewer where many draws in a row give no other."""
+    problems: dict[str, Problem] = {}
+    count, misses = min(count, MOST_HELD_OUT), 0
+    while len(problems) < count and misses <= 1000 + 4 * len(problems):
+        problem = draw()
+        misses = misses + 1 if problem.id in problems else 0
+        problems.setdefault(problem.id, problem)
+    return list(problems.values())
 
 
 def draw(rng: random.Random, grades: list[int], *, held_out: bool) -> tuple[int, Expression]:
@@ -101,7 +115,7 @@ def working(expression: Expression) -> str:
 class Habits(BaseModel):
     """The mix of demonstrations: how often the working is shown, how often an immediate answer, and how often that is wrong."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     working_share: Annotated[float, Field(ge=0, le=1)] = 0.7
     """Share of demonstrations that are worked but leave the first token, which chooses to work, out of the loss."""
@@ -114,7 +128,7 @@ class Habits(BaseModel):
 class ArithmeticTask(BaseModel):
     """The embedded task. Its settings are the keys of [task] in a recipe."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     name: Literal["arithmetic"] = "arithmetic"
     grades: list[Annotated[int, Field(ge=1, le=max(GRADES))]] = Field(default=sorted(GRADES), min_length=1)
@@ -129,20 +143,13 @@ class ArithmeticTask(BaseModel):
         """The training problem at a position of the endless stream that `seed` names."""
         if self.problems:
             position %= self.problems
-        return self._problem(random.Random(f"train/{seed}/{position}"), held_out=False)
+        return self.drawn(random.Random(f"train/{seed}/{position}"), held_out=False)
 
     def held_out(self, count: int) -> list[Problem]:
         """The first `count` held-out problems, the same for every run; no expression of theirs is ever trained on."""
-        problems: dict[str, Problem] = {}
-        rng = random.Random("held out")
-        for _ in range(100 * count):
-            problem = self._problem(rng, held_out=True)
-            problems.setdefault(problem.id, problem)
-            if len(problems) == count:
-                break
-        return list(problems.values())
+        return list(_held_out_of(tuple(self.grades), min(count, MOST_HELD_OUT)))  # seconds to find, where most are asked for
 
-    def _problem(self, rng: random.Random, *, held_out: bool) -> Problem:
+    def drawn(self, rng: random.Random, *, held_out: bool) -> Problem:
         grade, expression = draw(rng, list(self.grades), held_out=held_out)
         return Problem(id=str(expression), prompt=f"{expression}=", answer=str(expression.value()), metadata={"grade": grade})
 
@@ -161,6 +168,12 @@ class ArithmeticTask(BaseModel):
             return Demonstration(prompt=prompt, completion=working(expression))
         slip = rng.choice([-10, -2, -1, 1, 2, 10]) if rng.random() < self.habits.careless_share else 0
         return Demonstration(prompt=prompt, completion=str(expression.value() + slip))
+
+
+@lru_cache(maxsize=8)
+def _held_out_of(grades: tuple[int, ...], count: int) -> tuple[Problem, ...]:
+    rng, task = random.Random("held out"), ArithmeticTask(grades=list(grades))
+    return tuple(first_distinct(lambda: task.drawn(rng, held_out=True), count))
 
 
 def score_answer(problem: Problem, text: str) -> Score:

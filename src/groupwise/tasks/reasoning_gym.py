@@ -71,7 +71,7 @@ for line in sys.stdin:
 class ReasoningGymTask(BaseModel):
     """Puzzles of reasoning-gym. Its settings are the keys of [task] in a recipe."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     name: Literal["reasoning-gym"] = "reasoning-gym"
     datasets: Annotated[list[str], Field(min_length=1)]

@@ -66,7 +66,11 @@ class TableRows:
         return len(self.table)
 
     def __getitem__(self, index: int) -> Row:
-        return plain_row(self.table[index], self.place(index))
+        try:
+            row = self.table[index]
+        except Exception as error:  # a value that Python has no form of, such as a date of another calendar
+            raise UserError(f"{self.place(index)}: cannot be read: {str(error)[:200]}") from error
+        return plain_row(row, self.place(index))
 
     def place(self, index: int) -> str:
         return f"{self.name}, row {index + 1}"
@@ -291,6 +295,7 @@ class Origin:
         import datasets
 
         datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are logged with a traceback, and raised too
         path = Path(self.path)
         try:
             if path.is_dir() and ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file()):

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from groupwise.environments.calculator import calculate
 from groupwise.environments.search import Search
-from groupwise.tasks.arithmetic import is_held_out, parse
+from groupwise.tasks.arithmetic import first_distinct, is_held_out, parse
 from groupwise.types import Completion, Demonstration, Message, Problem, Score
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -33,7 +33,7 @@ def called(name: str, content: str = "", **arguments: Any) -> Message:
 class _ToolTask(BaseModel):
     """Endless problems, one in ten of which, by its digest, is held out."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     environment: ClassVar[type | None] = None
     """The environment class of its conversations."""
@@ -57,20 +57,14 @@ class _ToolTask(BaseModel):
 
     def held_out(self, count: int) -> list[Problem]:
         """The first `count` held-out problems, the same for every run; none of them is ever trained on."""
-        problems: dict[str, Problem] = {}
         rng = random.Random("held out")
-        for _ in range(100 * count):
-            problem = self._drawn(rng, held_out=True)
-            problems.setdefault(problem.id, problem)
-            if len(problems) == count:
-                break
-        return list(problems.values())
+        return first_distinct(lambda: self._drawn(rng, held_out=True), count)
 
 
 class Habits(BaseModel):
     """The mix of demonstrations: how often they show the skill, and how often they show the choice to use it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     taught_share: Share = 0.7
     """Share of demonstrations that show the skill but leave the first token of each call, which chooses it, out of the loss."""

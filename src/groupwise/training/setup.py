@@ -28,6 +28,7 @@ from groupwise.tasks.base import FollowsTraining, TakesEnvironments, Task
 from groupwise.training.algorithm import build_algorithm, check_together, try_parts
 from groupwise.training.collect import describe_failures, sampling_of
 from groupwise.training.prompts import build_prompts, prompt_of
+from groupwise.training.sizes import check_block, check_cache, check_step, check_training
 from groupwise.training.trackers import Tracker, find_trackers
 from groupwise.types import Completion, Problem
 
@@ -35,6 +36,8 @@ Result = TypeVar("Result")
 
 LOOKED_AT = 256
 """How many training problems are looked at before training."""
+MOST_TRIED = 1024
+"""How many made-up answers are scored before training, of a group that is larger."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +77,20 @@ class Ready:
         """Tell a task whose scores may depend on it that so many training steps are done."""
         begin_step(self.task, step, self.recipe)
 
+    def check_memory(self) -> None:
+        """
+        Raises:
+            UserError: there is not enough memory to train the model.
+        """
+        check_training(self.recipe, self.algorithm, self.model, self.source)
+
     def make_learner(self) -> Learner:
-        """The learner, which owns the model from now on."""
+        """The learner, which owns the model from now on.
+
+        Raises:
+            UserError: there is not enough memory to train the model.
+        """
+        self.check_memory()
         return LocalLearner.build(self.recipe, self.algorithm, self.model)
 
     def make_sampler(self, weights: LanguageModel) -> Sampler:
@@ -140,6 +155,8 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
     """
     algorithm = build_algorithm(recipe.algorithm, source)
     check_together(recipe, algorithm, source)
+    check_step(recipe, algorithm, source)
+    check_block(recipe.task, source)
     sampler = find_sampler(recipe.rollouts, source)
     trackers = find_trackers(recipe.trackers, source)
     task, chat, episodes = build_prompts(recipe, source)
@@ -149,6 +166,7 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
         raise source.error("model.path", str(error)) from error
     problem = task.problem(0, recipe.seed)
     longest = check_lengths(recipe, config, chat, episodes, task, source)
+    check_cache(recipe, config, longest, source)
     begin_step(task, 0, recipe)
     if episodes is not None:
         tried(episodes.trial(problem), problem)
@@ -215,7 +233,12 @@ def load_policy(recipe: Recipe, source: Source) -> LanguageModel:
             seed=derive(recipe.seed, "adapters"),
         )
     except UserError as error:
-        for key, beginning in (("model.backend", "model.backend = 'kernels': "), ("model.lora.targets", "model.lora.targets: ")):
+        beginnings = (
+            ("model.backend", "model.backend = 'kernels': "),
+            ("model.lora.targets", "model.lora.targets: "),
+            ("model.lora.rank", "model.lora.rank: "),
+        )
+        for key, beginning in beginnings:
             if str(error).startswith(beginning):
                 raise source.error(key, str(error).removeprefix(beginning)) from error
         raise source.error("model.path", str(error)) from error
@@ -277,8 +300,8 @@ def try_scoring(
     Raises:
         UserError: none of them could be scored, or the algorithm needs what the task's scores do not hold.
     """
-    texts = [problem.answer or "an answer", *[""] * (group_size - 1)]
-    completions = [_made_up(text, chat.tokenizer) for text in texts]
+    answer, empty = (_made_up(text, chat.tokenizer) for text in (problem.answer or "an answer", ""))
+    completions = [answer, *[empty] * (min(group_size, MOST_TRIED) - 1)]
     if episodes is not None and isinstance(task, TakesEnvironments) and task.takes_environments():
         scores = tried(episodes.trial_scores(task, problem, completions), problem)
     else:

@@ -23,6 +23,7 @@ from groupwise.training.demonstrations import demonstration_batch, demonstration
 from groupwise.training.evaluate import evaluate
 from groupwise.training.records import write_model
 from groupwise.training.setup import LOOKED_AT, device_of
+from groupwise.training.sizes import check_demonstrations
 from groupwise.types import Batch, Demonstration
 
 
@@ -122,6 +123,7 @@ def start(recipe: SftRecipe, sources: Sources, source: Source) -> tuple[Any, Lan
     Raises:
         UserError: neither can be had, or the vocabulary lacks a character of the task.
     """
+    check_demonstrations(recipe, source)
     settings = recipe.model
     if bool(settings.path) == bool(settings.new):
         raise source.error("model", "set path for a model to start from, or new for a new one, and not both")

@@ -1,0 +1,206 @@
+"""Read the files of a run directory as far as they can be read, and note what is left out.
+
+A run may be half-written, damaged, or made by another version. What cannot be used is left out of the report and named in it.
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from groupwise.algorithms.diagnostics import LENGTH_EDGES, PROBABILITY_EDGES
+from groupwise.config import Recipe, read_toml
+from groupwise.errors import UserError, short
+
+RENAMED = {
+    "groups/dead": "groups/zero_variance",
+    "dropped/uniform": "dropped/zero_variance",
+    "seconds/annotate": "seconds/logprobs",
+}
+"""Metric name of earlier versions -> metric name now."""
+BINS = {"by_probability/": len(PROBABILITY_EDGES) + 1, "by_length/": len(LENGTH_EDGES) + 1}
+"""Beginning of the name of a binned metric -> how many bins it has."""
+LATEST_STEP = 2**53
+TOKEN_COLUMNS = {
+    "group": pa.int64(),
+    "row": pa.int64(),
+    "position": pa.int64(),
+    "prompt": pa.string(),
+    "token": pa.int64(),
+    "text": pa.string(),
+    "reward": pa.float64(),
+    "correct": pa.bool_(),
+    "stop": pa.string(),
+    "advantage": pa.float64(),
+    "old_logprob": pa.float64(),
+    "ratio": pa.float64(),
+    "clipped": pa.bool_(),
+    "entropy": pa.float64(),
+}
+"""The columns of tokens/step-*.parquet that the pages use."""
+FURTHER_COLUMNS = {"role": pa.string(), "rollout_logprob": pa.float64()}
+"""Columns that runs of earlier versions lack: who said a token, and its log-probability in the sampler."""
+ALWAYS = ("group", "row", "prompt", "text")
+"""Those that no token lacks."""
+
+
+class LeftOut:
+    """What could not be read, by file and reason, with the first line of each."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._lines: dict[tuple[str, str], int] = {}
+
+    def add(self, file: str, reason: str, line: int = 0) -> None:
+        self._counts[file, reason] += 1
+        self._lines.setdefault((file, reason), line)
+
+    def __iter__(self) -> Iterator[str]:
+        for (file, reason), count in self._counts.items():
+            line, more = self._lines[file, reason], f" and {count - 1:,} more" if count > 1 else ""
+            yield f"{file}{f', line {line}' if line else ''}{more}: {reason}"
+
+
+def read_objects(path: Path, left_out: LeftOut) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of each line of a .jsonl file that holds an object; none if there is no such file."""
+    if not path.is_file():
+        return
+    name = path.name
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    value = json.loads(line)
+                except (ValueError, RecursionError):
+                    if line.strip() and line.endswith(b"\n"):  # a killed run can leave its last line incomplete
+                        left_out.add(name, "not a JSON object", number)
+                    continue
+                if isinstance(value, dict):
+                    yield number, value
+                else:
+                    left_out.add(name, "not a JSON object", number)
+    except OSError as error:
+        left_out.add(name, error.strerror or "cannot be read")
+
+
+def step_of(value: Any) -> int | None:
+    """A step as an integer; None: it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < LATEST_STEP or value != int(value):
+        return None
+    return int(value)
+
+
+def read_metrics(path: Path, left_out: LeftOut) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl, ordered by step, with present names; of a step that is recorded twice the later record.
+
+    A record keeps numbers and lists of bins; a number that is not finite is None.
+    """
+    records: dict[tuple[int, bool], dict[str, Any]] = {}
+    for line, found in read_objects(path, left_out):
+        step = step_of(found.get("step"))
+        if step is None:
+            left_out.add(path.name, "has no step", line)
+            continue
+        record: dict[str, Any] = {"step": step}
+        for key, value in found.items():
+            if key == "step":
+                continue
+            key = sys.intern(RENAMED.get(key, key))  # one copy of each name, however many steps there are
+            known, clean = _clean(key, value)
+            if known:
+                record[key] = clean
+            else:
+                left_out.add(path.name, f"{short(key)} is not what this version knows: {short(value, 40)}", line)
+        records[step, "reward/mean" in record] = record
+    return [records[key] for key in sorted(records)]
+
+
+def _clean(key: str, value: Any) -> tuple[bool, Any]:
+    """Whether a metric has a value of its kind, and that value."""
+    bins = next((count for beginning, count in BINS.items() if key.startswith(beginning)), None)
+    if bins is not None:
+        return isinstance(value, list) and len(value) == bins and all(_number(item) is not None for item in value), value
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return True, _number(value)
+    return isinstance(value, list) and all(_number(item) is not None for item in value), None
+
+
+def _number(value: Any) -> float | None:
+    """A finite number that can be drawn; None: it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
+        return None
+    return value
+
+
+def read_recipe(path: Path, left_out: LeftOut) -> dict[str, Any]:
+    """A run's settings. Tables and keys of other versions stay; a known one with an impossible value is left out.
+
+    Raises:
+        UserError: the file cannot be read, or is not TOML.
+    """
+    tree = read_toml(path)[0]
+    if not tree:
+        left_out.add(path.name, "is empty, so the run's settings are not known")
+    return clean_recipe(tree, path.name, left_out)
+
+
+def clean_recipe(tree: dict[str, Any], file: str, left_out: LeftOut) -> dict[str, Any]:
+    """`tree` without known keys that have an impossible value."""
+    try:
+        Recipe.model_validate(tree)
+    except ValidationError as error:
+        for finding in error.errors():
+            if finding["type"] != "extra_forbidden":
+                keys = [str(part) for part in finding["loc"]]
+                tree = _without(tree, keys)
+                left_out.add(file, f"{'.'.join(keys[:3])} = {short(finding['input'], 40)} is not what this version knows")
+    algorithm = tree.get("algorithm", {})
+    if not isinstance(algorithm.get("name", ""), str):
+        left_out.add(file, f"algorithm.name = {short(algorithm['name'], 40)} is not what this version knows")
+        tree = {**tree, "algorithm": {key: value for key, value in algorithm.items() if key != "name"}}
+    return tree
+
+
+def _without(tree: dict[str, Any], keys: list[str]) -> dict[str, Any]:
+    """`tree` without the value at these keys, or without the value that they lead into."""
+    if keys[0] not in tree:
+        return tree
+    inner = tree[keys[0]]
+    if len(keys) > 1 and isinstance(inner, dict) and keys[1] in inner:
+        return {**tree, keys[0]: _without(inner, keys[1:])}
+    return {key: value for key, value in tree.items() if key != keys[0]}
+
+
+def read_tokens(path: Path) -> pa.Table:
+    """`TOKEN_COLUMNS` of a file of tokens/, and `FURTHER_COLUMNS` where they were recorded; one row per completion token.
+
+    Numbers that are not finite are null, and so are log-probabilities above 0 and negative ratios.
+
+    Raises:
+        UserError: the file is missing or damaged, or lacks a column.
+    """
+    try:
+        known = pq.read_schema(path).names
+        columns = {**TOKEN_COLUMNS, **{name: kind for name, kind in FURTHER_COLUMNS.items() if name in known}}
+        table = pq.read_table(path, columns=list(columns)).cast(pa.schema(columns))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {short(str(error).splitlines()[0], 200)}") from error
+    for name in ALWAYS:
+        table = table.filter(pc.is_valid(table[name]))
+    for name, kind in columns.items():
+        if kind == pa.float64():
+            column = table[name]
+            sound = pc.and_(pc.is_finite(column), pc.less(pc.abs(column), 1e300))
+            if name == "old_logprob":
+                sound = pc.and_(sound, pc.less_equal(column, 1e-3))
+            elif name == "ratio":
+                sound = pc.and_(sound, pc.greater_equal(column, 0.0))
+            table = table.set_column(table.column_names.index(name), name, pc.if_else(sound, column, None))
+    return table
