@@ -410,7 +410,10 @@ def test_runs_of_other_algorithms(name: str, browser: Any, run: Path, tmp_path: 
     page.context.close()
 
 
-HOSTILE = '</script><script>window.hacked = 1</script><img src=x onerror="window.hacked = 1"><!--\u202e{step} $x_{0}$ \x07'
+HOSTILE = (
+    '</script><script>window.hacked = 1</script><img src=x onerror="window.hacked = 1"><!--\u202e{step} $x_{0}$ \x07'
+    + "x" * 1_000_000
+)
 
 
 @needs_browser
@@ -429,6 +432,8 @@ def test_hostile_text_of_a_run_is_shown_as_text(browser: Any, run: Path, tmp_pat
     page, wrong = opened(browser, tmp_path / "x.html", viewport={"width": 390, "height": 800}, locale="en-US")
     assert page.evaluate("window.hacked") is None and page.locator("img, #run-name > *").count() == 0
     assert "</script>" in page.inner_text("#run-name") and "</script>" in page.inner_text("#surrogate .notes")
+    assert "\\u202e" in page.inner_text("#run-name") and "characters left out" in page.inner_text("#run-name")
+    assert not {"\u202e", "\x07"} & set(page.inner_text("main"))
     assert float(page.input_value("#correction-high")) == 2
     assert illegible(page) == [] and wrong == []
     page.context.close()

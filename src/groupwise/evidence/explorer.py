@@ -14,9 +14,10 @@ from groupwise.errors import UserError
 from groupwise.evidence.javascript import to_javascript
 from groupwise.evidence.page import asset, embed, embed_script, render, write
 from groupwise.evidence.runs import Run
+from groupwise.text import shortened, visible
 
-SHOWN_TOKENS, SHOWN_STEPS, SHOWN_REWARDS = 400, 40, 64
-"""How many tokens of a step the page shows, of how many steps, and how many rewards of a group."""
+SHOWN_TOKENS, SHOWN_STEPS, SHOWN_REWARDS, SHOWN_CHARACTERS = 400, 40, 64, 200
+"""How many tokens of a step the page shows, of how many steps, how many rewards of a group, and characters of a name."""
 SAMPLING = ("group_size", "max_tokens", "temperature", "top_p", "top_k", "min_p")
 """Keys of [rollouts] that figures open with."""
 
@@ -59,8 +60,8 @@ def shown_run(run: Run) -> dict[str, Any]:
     if not steps:
         raise UserError(f"{run.path}/tokens: none of its files can be read, step {recorded[0]} among them")
     return {
-        "name": run.path.resolve().name,
-        "algorithm": run.algorithm,
+        "name": visible(run.path.resolve().name),
+        "algorithm": visible(shortened(run.algorithm, SHOWN_CHARACTERS)),
         "settings": settings(run),
         "recorded": len(recorded),
         "steps": steps,
@@ -73,11 +74,8 @@ def settings(run: Run) -> dict[str, Any]:
     usual: dict[str, Any] = {**Algorithm().settings(), **(named(run.algorithm).settings() if run.algorithm in NAMED else {})}
     sampling = run.recipe.get("rollouts", {})
     found = {**usual, **own, **{key: sampling[key] for key in SAMPLING if key in sampling}}
-    return {
-        key: value
-        for key, value in found.items()
-        if isinstance(value, str) or (isinstance(value, int | float) and math.isfinite(value))
-    }
+    words = {key: visible(shortened(value, SHOWN_CHARACTERS)) for key, value in found.items() if isinstance(value, str)}
+    return {**words, **{key: value for key, value in found.items() if isinstance(value, int | float) and math.isfinite(value)}}
 
 
 def shown_step(step: int, table: pa.Table) -> dict[str, Any]:
