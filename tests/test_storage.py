@@ -136,10 +136,14 @@ class Run(Trainer):
         empty: Any = SimpleNamespace(state_dict=dict, load_state_dict=lambda _: None, load=lambda *_: None)
         self.learner.version = 0  # type: ignore[misc]
         self.collector = self.credit = self.sampler = empty
-        self.learner.__dict__["weights_now"] = self.learner.__dict__["weights"]
+        self.watch: Any = SimpleNamespace(catch_up=lambda _: None)
 
     def resume(self, checkpoint: checkpoints.Checkpoint) -> None:
         self.step = checkpoints.load(checkpoint, self.learner)["step"]
+
+    def save_if_possible(self) -> bool:
+        self.save()
+        return True
 
     def measure(self) -> Any:
         metrics = {"eval/pass@1": SCORES[self.step]}
@@ -194,7 +198,7 @@ def go(path: Path, tree: dict[str, Any] | None = None, *, resume: bool = False) 
     try:
         events = start(SimpleNamespace(resumption=found, path=path), SimpleNamespace(task=None), run, run.tree)  # type: ignore[arg-type]
         for event in events:
-            run.run_directory.write_event(event)
+            run.run_directory.record(event)
         run.run()
     finally:
         lock.close()

@@ -350,12 +350,7 @@ class Trainer:
             self.step = state["step"]
             self.collector.load_state_dict(state["collector"])
             self.credit.load_state_dict(state["credit"])
-        except (
-            KeyError,
-            TypeError,
-            ValueError,
-            AttributeError,
-        ) as error:  # entries, or fields of the groups in it, have other names
+        except (KeyError, TypeError, ValueError, AttributeError) as error:  # entries, or fields of groups, have other names
             text = f"written by another version of groupwise: {type(error).__name__}: {error}"
             raise UserError(f"{checkpoint.path}: {text}") from error
         self.sampler.load(self.learner.weights(), self.learner.version)
