@@ -202,7 +202,7 @@ def test_a_part_of_the_users_is_named_with_its_line(how: str, tmp_path: Path) ->
     )
     result = train(out, f"algorithm.advantage={tmp_path}/mine.py:advantage")
     assert result.exit_code == 1, result.output
-    assert f"{tmp_path}/mine.py, line 5, in advantage" in result.stderr
+    assert f"algorithm.advantage = '{tmp_path}/mine.py:advantage': " in result.stderr and "(mine.py, line 5)" in result.stderr
     assert saved(out) == [1] and "to go on from step-000001" in result.stdout
     assert len(events(out, "failed")) == 1
 
