@@ -60,8 +60,12 @@ def test_scoring_leaves_no_descriptor_thread_or_process_behind(tmp_path: Path, m
     def held() -> tuple[int, int, int]:
         return len(list(Path("/proc/self/fd").iterdir())), threading.active_count(), len(left("rounds"))
 
-    asyncio.run(scored(3))
+    for _ in range(50):  # until each of five workers, and its keeper, was needed
+        asyncio.run(scored(1))
+        if len(left("rounds")) == 10:
+            break
     before = held()
+    assert before[2] == 10
     asyncio.run(scored(50))
     assert held() == before
     settings._rewards = None

@@ -5,10 +5,10 @@ Nothing here runs in the process that trains. See `groupwise.tasks.user`.
 
 import functools
 import inspect
-import json
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from json import dumps  # by name, since the user's code can put another in its module
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -86,10 +86,10 @@ class HostedTask:
     def about(self) -> str:
         """What the other process must know of it."""
         known = {"asynchronous": inspect.iscoroutinefunction(self.task.score), "settings": self.settings}
-        return json.dumps({"reference": self.reference, **known})
+        return dumps({"reference": self.reference, **known})
 
     def problem(self, position: int, seed: int) -> str:
-        return json.dumps(_problem(self.task.problem(position, seed), f"problem({position}, {seed})"))
+        return dumps(_problem(self.task.problem(position, seed), f"problem({position}, {seed})"))
 
     def held_out(self, count: int, start: int, end: int) -> str:
         """Those from `start` to `end` of what held_out(count) returns."""
@@ -98,7 +98,7 @@ class HostedTask:
             if not isinstance(found, Sequence) or not found:
                 raise UserError(f"held_out({count}) returned {found!r:.200}; expected a list of problems, not empty")
             self.held[count] = [_problem(problem, f"held_out({count})") for problem in list(found)[:count]]
-        return json.dumps(self.held[count][start:end])
+        return dumps(self.held[count][start:end])
 
     def score(self, problem: Problem, completions: Sequence[Completion]) -> str:
         return _scores(self.task.score(problem, completions), len(completions))
@@ -112,7 +112,7 @@ class HostedTask:
         shown = self.task.demonstration(position, seed)
         if not isinstance(shown, Demonstration):
             raise UserError(f"demonstration() returned {type(shown).__name__}; expected groupwise.types.Demonstration")
-        return json.dumps(_tree(shown, "demonstration()"))
+        return dumps(_tree(shown, "demonstration()"))
 
 
 def _made(kind: type, settings: dict[str, Any], reference: str, source: Source) -> Any:
@@ -194,7 +194,7 @@ def _scores(scores: Any, count: int) -> str:
     """
     if not isinstance(scores, Sequence) or len(scores) != count or not all(isinstance(item, Score) for item in scores):
         raise UserError(f"score() returned {scores!r:.200}; expected {count} groupwise.types.Score")
-    return json.dumps([_score(score) for score in scores])
+    return dumps([_score(score) for score in scores])
 
 
 def _score(score: Score) -> dict[str, Any]:
