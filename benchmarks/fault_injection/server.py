@@ -6,6 +6,7 @@ while it has started no threads: with one thread it starts none, which the serve
 
 import atexit
 import ctypes
+import importlib
 import json
 import os
 import select
@@ -16,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -142,12 +144,14 @@ def serve(requests: int, answers: int, library: str, recipes: Sequence[str]) -> 
 
 
 def _warm_up(recipes: Sequence[str]) -> None:
-    from groupwise.cli import app
+    """Import and compile what a run and a report need."""
     from groupwise.config import Recipe, load
-    from groupwise.training import session
     from groupwise.training.setup import prepare
 
-    assert app and session
+    for module in ("groupwise.cli", "groupwise.evidence.report", "groupwise.training.session"):
+        importlib.import_module(module)
+    with suppress(ImportError):
+        importlib.import_module("pandas")  # which pyarrow imports where it is there
     for recipe in recipes:
         prepare(*load(Path(recipe), Recipe, []))
 
