@@ -3,7 +3,8 @@
     python benchmarks/fuzz.py [--count 5000] [--kind recipes] [--first 0]
 
 A case holds when the command ends by itself with exit code 0, 1 or 2 within 20 seconds of computing, prints no traceback, and the
-process has grown by less than 2 GiB. Nothing is trained: `sft` stops where its first update would begin, `ablate` where its first run would.
+process has grown by less than 2 GiB. Nothing is trained: `sft` stops where its first update would begin, `ablate` where its first
+run would.
 A case is made from its kind and number alone; --first N --count 1 repeats one.
 """
 
@@ -193,6 +194,7 @@ def block(kind: str, first: int, count: int) -> None:
     bound_memory()
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
     with nothing_trained():
+        CliRunner().invoke(app, ["check", "quick"])  # what every process does once: imports, kernels, the model
         for number in range(first, first + count):
             lines.write(json.dumps({"begun": number}) + "\n")
             lines.flush()
