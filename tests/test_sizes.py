@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from groupwise import memory
 from groupwise.cli import app
 from groupwise.errors import UserError
+from groupwise.models import LanguageModel
 from groupwise.tasks.arithmetic import ArithmeticTask
 
 SIZES = {
@@ -54,7 +55,7 @@ def test_a_warm_up_that_cannot_be_held_is_refused_at_once(override: str, said: s
 
 def test_training_that_does_not_fit_is_refused_where_the_model_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gradient and two moments beside the weights: four times the model. With PPO the critic takes as much again."""
-    weights = 4 * 659_200
+    weights = 4 * LanguageModel.load("arithmetic-base").num_parameters()
     for name, times in (("grpo", 4), ("ppo", 8)):
         for there, code in ((times * weights, 0), (times * weights - 1, 2)):
             monkeypatch.setattr("groupwise.memory.total_memory", lambda *_, there=there: there)

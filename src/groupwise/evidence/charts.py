@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import altair as alt
+from altair.utils.schemapi import debug_mode
 
 from groupwise.evidence.runs import Run
 from groupwise.evidence.statistics import interval
@@ -144,7 +145,8 @@ def legend() -> Any:
 
 def data(rows: list[dict[str, Any]]) -> Any:
     """Data embedded in the chart's specification, so that a page needs no other file."""
-    return alt.Data(values=rows)  # type: ignore[no-untyped-call]
+    with debug_mode(False):  # Altair would check each of the values against its schema, which takes seconds
+        return alt.Data(values=rows)  # type: ignore[no-untyped-call]
 
 
 def short(value: Any) -> Any:

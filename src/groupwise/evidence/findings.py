@@ -105,11 +105,7 @@ def events_recorded(run: Run) -> Finding | None:
     if not noted:
         return None
     faults = any(event.kind == "fault" for events in noted.values() for event in events)
-    lines = [
-        f"{events[0].text.rstrip('.')} (step {events[0].step:,}{f' and {len(events) - 1:,} more' if len(events) > 1 else ''})."
-        + (f" {events[0].advice}" if events[0].advice else "")
-        for events in list(noted.values())[:5]
-    ]
+    lines = [_sentences(events) for events in list(noted.values())[:5]]
     more = f" {len(noted) - 5} more kinds are in the table of events." if len(noted) > 5 else ""
     return Finding(
         kind="unhealthy" if faults else "watch",
@@ -117,6 +113,13 @@ def events_recorded(run: Run) -> Finding | None:
         text=" ".join(lines) + more,
         figure="events",
     )
+
+
+def _sentences(events: list[Noted]) -> str:
+    """What was seen, when, and what to do, of events of one name."""
+    first, more = events[0], f" and {len(events) - 1:,} more" if len(events) > 1 else ""
+    seen = f"{first.text[:1].upper()}{first.text[1:].rstrip('.')} (step {first.step:,}{more})."
+    return f"{seen} {first.advice[:1].upper()}{first.advice[1:].rstrip('.')}." if first.advice else seen
 
 
 def warned_of(run: Run, name: str) -> bool:

@@ -213,7 +213,7 @@ def _spec(figure: Figure) -> dict[str, Any]:
     """The Vega-Lite specification of a figure."""
     spec: dict[str, Any] = figure.chart.configure(
         background="transparent", autosize=alt.AutoSizeParams(type="fit-x", contains="padding")
-    ).to_dict()
+    ).to_dict(validate=False)  # it was checked part by part when it was made
     return spec
 
 

@@ -238,6 +238,9 @@ def new_module(architecture: dict[str, Any], tokenizer: Any, seed: int) -> Any:
         hint = nearest(key, [name for name in vars(config_class()) if not name.startswith("_")])
         if not hasattr(config_class(), key) and "did you mean" in hint:  # models also read settings without a default
             raise UserError(f"{model_type} has no setting {key!r}{hint}")
+    for key, value in settings.items():
+        if "layers" in key and isinstance(value, int) and value > MOST_LAYERS:  # before the configuration lists each of them
+            raise UserError(f"{key} = {value:,}: at most {MOST_LAYERS:,}")
     with _explained(model_type):
         config = config_class(
             vocab_size=len(tokenizer),
@@ -256,9 +259,6 @@ def _check_size(config: Any) -> None:
     Raises:
         UserError: a new model's weights, gradients and AdamW's moments could not be held.
     """
-    layers = getattr(config, "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > MOST_LAYERS:
-        raise UserError(f"num_hidden_layers = {layers:,}: at most {MOST_LAYERS:,}")
     try:
         with torch.device("meta"):  # shapes without memory
             shapes = [weight.numel() for weight in AutoModelForCausalLM.from_config(config, dtype=torch.float32).parameters()]

@@ -1,0 +1,15 @@
+"""A seeded tenth of the campaign of benchmarks/fuzz.py: damaged and absurd input through the real commands."""
+
+import fuzz
+import pytest
+
+SHARE = {"recipes": 500, "ladders": 500, "sft": 250, "data": 250, "runs": 60}
+"""Cases of each kind; reports of runs take a second each."""
+
+
+@pytest.mark.parametrize("kind", fuzz.KINDS)
+def test_no_input_gives_a_traceback_or_takes_long(kind: str) -> None:
+    found = fuzz.campaign(kind, first=0, count=SHARE[kind])
+    assert len(found) == SHARE[kind]
+    assert [(outcome.number, outcome.fault) for outcome in found if outcome.fault] == []
+    assert sum(outcome.code == 2 for outcome in found) > len(found) / 4  # most are refused, and some are not
