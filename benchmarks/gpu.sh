@@ -30,7 +30,7 @@ limited() {
 
 limited 20 environment.txt nvidia-smi
 limited 60 environment.txt "$python" -c 'import sys, torch, transformers; print(sys.version, torch.__version__, transformers.__version__)'
-limited 170 tests.log "$python" -m pytest -p no:cacheprovider -m gpu tests/test_gpu.py -v -s --tb=short
+limited 170 tests.log "$python" -m pytest -p no:cacheprovider -m gpu tests/test_gpu.py tests/test_gpu_memory.py -v -s --tb=short
 if [[ $tiny == --tiny ]]; then
     limited 60 bench-tiny.log "$python" benchmarks/gpu.py --tiny --out "$out" --seconds 50
 else
