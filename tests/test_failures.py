@@ -204,7 +204,8 @@ def test_a_part_of_the_users_is_named_with_its_line(how: str, tmp_path: Path) ->
     assert result.exit_code == 1, result.output
     assert f"algorithm.advantage = '{tmp_path}/mine.py:advantage': " in result.stderr and "(mine.py, line 5)" in result.stderr
     assert saved(out) == [1] and "to go on from step-000001" in result.stdout
-    assert len(events(out, "failed")) == 1
+    (fault,) = events(out, "failed")
+    assert "mine.py" in fault["traceback"] and "Traceback" not in result.output
 
 
 # --- disk

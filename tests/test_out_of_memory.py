@@ -173,9 +173,9 @@ import resource
 import groupwise.learner.local as local
 update = local.LocalLearner.update
 def limited(self, *arguments):
-    if self.version == 1:
+    if self.version == 0:
         used = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmSize"))
-        resource.setrlimit(resource.RLIMIT_AS, (used + 16 * 2**20, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (used + 32 * 2**20, resource.RLIM_INFINITY))
     return update(self, *arguments)
 local.LocalLearner.update = limited
 """
@@ -184,8 +184,8 @@ local.LocalLearner.update = limited
 def test_a_process_with_too_little_memory_trains_on(launcher: Launcher, tmp_path: Path) -> None:
     """A real allocation that fails: the address space of the process is limited."""
     out = tmp_path / "run"
-    sets = ["training.steps=2", "training.eval_problems=4", "learner.micro_batch_tokens=400000", "training.tokens_every=0"]
-    sets += ["rollouts.group_size=32", "rollouts.prompts_per_step=32", "rollouts.max_tokens=16", "learner.minibatches=1"]
+    sets = ["training.steps=1", "training.eval_problems=4", "learner.micro_batch_tokens=400000", "training.tokens_every=0"]
+    sets += ["rollouts.group_size=48", "rollouts.prompts_per_step=32", "rollouts.max_tokens=16", "learner.minibatches=1"]
     arguments = ["train", "grpo", "--out", out, *(part for item in sets for part in ("--set", item))]
     process = launcher.start(arguments, tmp_path / "log", before=LIMIT)
     assert process.ends(120) == 0, process.text

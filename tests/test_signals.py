@@ -142,7 +142,7 @@ def test_outside_of_steps_the_first_signal_stops_at_once(launcher: Launcher, tmp
     process.send(TERM)
     assert process.ends(30) == 143
     assert "stopped at once" in process.text and "Traceback" not in process.text
-    assert (f"groupwise train --resume {out}" in process.text) == (place == "export")
+    assert (f"groupwise train --resume {out}" in process.text) == (place != "loading")
 
 
 def test_an_evaluation_between_steps_is_finished_and_the_step_saved(launcher: Launcher, tmp_path: Path) -> None:

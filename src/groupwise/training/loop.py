@@ -310,7 +310,10 @@ class Trainer:
             if take_back() and save and self.saved != self.step:
                 with suppress(Exception):  # what failed first is what has to be said
                     self.save()
-            self.warn(str(known), kind="fault", name="failed", traceback="" if known is error else traceback_of(error))
+            ours = known is error and error.__cause__ is None  # says all that there is to know
+            self.warn(str(known), kind="fault", name="failed", traceback="" if ours else traceback_of(error))
+            if known is error:
+                raise
             raise known from error
 
     def save_if_possible(self) -> bool:
