@@ -10,6 +10,7 @@ what reproduces it, and a table in Markdown. Needs Linux and a C compiler.
 """
 
 import argparse
+import math
 import random
 import sys
 import tempfile
@@ -122,7 +123,8 @@ def main() -> None:
                     tally.add(name, kind, what, *carry_out())
                     progress.update(bar, advance=1, failed=f"{tally.failed} failed" if tally.failed else "")
             if "disks" in options.only and disks.may_mount():
-                for mebibytes in (1, 4, 9, 16):
+                held = sum(path.stat().st_size for path in reference.halfway.rglob("*") if path.is_file()) / 2**20
+                for mebibytes in {math.ceil(held * share) for share in (0.05, 0.3, 0.6, 0.9)}:
                     problems = disks.really_full(library, reference, folder / f"{mebibytes}-MiB", mebibytes)
                     tally.add(name, "tmpfs", f"of {mebibytes} MiB", "resumed", problems)
     print(tally.table())

@@ -76,19 +76,20 @@ def check_same_end(out: Path, whole: Path) -> None:
 
 
 class Fails:
-    """Raises at one of the calls of a method."""
+    """Raises at one of the calls of a method, or at several."""
 
-    def __init__(self, owner: Any, name: str, call: int, error: BaseException, after: bool = False) -> None:
+    def __init__(self, owner: Any, name: str, call: int, error: BaseException, after: bool = False, times: int = 1) -> None:
         """`after`: the method has done its work."""
         self.count, self.before = 0, getattr(owner, name)
         fails = self
 
         def method(*args: Any, **kwargs: Any) -> Any:
             fails.count += 1
-            if fails.count == call and not after:
+            now = call <= fails.count < call + times
+            if now and not after:
                 raise error
             result = fails.before(*args, **kwargs)
-            if fails.count == call and after:
+            if now and after:
                 raise error
             return result
 
@@ -220,6 +221,16 @@ def test_a_full_disk_leaves_the_checkpoint_to_the_next_step(tmp_path: Path, whol
     (event,) = events(out, "disk_low")
     assert event["step"] == 2 and "tried again" in event["text"] and "training.keep_checkpoints" in event["advice"]
     assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(out).items())
+
+
+def test_a_run_without_a_checkpoint_ends_where_none_can_be_written_and_is_begun_again(tmp_path: Path, whole: Path) -> None:
+    out = tmp_path / "run"
+    # Of step 2, twice, as its evaluation is the best so far, and after step 3.
+    with Fails(loop.Trainer, "save", 1, DiskError("No space left on device"), times=3).failing():
+        result = train(out, "training.checkpoint_every=2")
+    assert result.exit_code == 1 and "no checkpoint can be written, and the run has none yet" in result.stderr
+    assert saved(out) == []
+    check_same_end(out, whole)
 
 
 def test_a_disk_without_room_is_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

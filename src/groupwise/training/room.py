@@ -18,13 +18,15 @@ class Room:
         self.run, self.save, self.say = run, save, say
         self.owed = False
         """Whether a checkpoint is due that could not be written."""
+        self._since = 0
+        """The step whose checkpoint it is."""
         self._nearly_full = False
 
     def write(self, step: int, *, last: bool) -> bool:
         """Write the checkpoint of a step. Returns whether it is written.
 
         Raises:
-            RunError: it is not, and there is no next step.
+            RunError: it is not, and there is no next step; or that of an earlier step was not either, and the run has none.
         """
         there = checkpoints.listed(self.run / "checkpoints")
         newest = there[max(there)] if there else None
@@ -33,7 +35,10 @@ class Room:
         problem = self._try() if free >= needed else f"{_size(free)} are free, and a checkpoint takes {_size(needed)}"
         if problem is not None and last:
             raise RunError(f"the last checkpoint, of step {step}, cannot be written: {problem}")
+        if problem is not None and self.owed and step > self._since and newest is None:
+            raise RunError(f"no checkpoint can be written, and the run has none yet: {problem}")
         if problem is not None and not self.owed:
+            self._since = step
             self._warn(step, f"no checkpoint of step {step}: {problem}. It is tried again after the next step")
         elif problem is None and free < 2 * needed and not self._nearly_full:
             self._warn(step, f"the disk is nearly full: {_size(free)} were free, and a checkpoint takes {_size(needed)}")

@@ -163,11 +163,12 @@ def check_beginning(run: Path, tree: Mapping[str, Any]) -> None:
     """Refuse to begin a run again that had checkpoints, since what it recorded would go.
 
     Raises:
-        UserError: it did more steps than there are before the first checkpoint.
+        UserError: it did more steps than a run does without a checkpoint.
     """
     records = [parse(line) for line in (run / METRICS).read_bytes().splitlines()] if (run / METRICS).exists() else []
     done = max((record["step"] for record in records if record), default=0)
-    if (run / "model").exists() or done > tree.get("training", {}).get("checkpoint_every", 0):
+    longest = tree.get("training", {}).get("checkpoint_every", 0) + 1  # where the disk is full the first is tried twice
+    if (run / "model").exists() or done > longest:
         raise UserError(
             f"{run}: has records of {done} steps and no checkpoint (any more), so it cannot be resumed; begin elsewhere"
         )
