@@ -16,7 +16,9 @@ from groupwise.text import visible
 @app.command()
 def ablate(
     ladder: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped ladder.")] = "dapo",
-    seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="Runs of each rung; by default as the ladder says.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", min=1, max=10_000, help="Runs of each rung; by default as the ladder says.")
+    ] = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs at once, sharing the cores.")] = 1,
     out: Out = None,
 ) -> None:

@@ -49,18 +49,19 @@ def setting(run: Run, key: str) -> Any:
 def learned(run: Run) -> Finding | None:
     """Compare the last held-out score with the first one and with the best one."""
     measure = run.measure
-    scores = run.values(measure.key)
+    series = run.series(measure.key)
+    scores = [score for _, score in series]
     if len(scores) < 2:
         return None
     first, last, best = scores[0], scores[-1], max(scores)
     noise = noise_of_change(run)
     change = (
-        f"The held-out {measure.name} went from {measure.text(first)} to {measure.text(last)} in {run.evaluations[-1]['step']} steps "
+        f"The held-out {measure.name} went from {measure.text(first)} to {measure.text(last)} in {series[-1][0]} steps "
         f"(95 % interval of the change: ± {measure.text(noise)})"
     )
     least = 0.05 if measure.percent else 0.0
     if best - last > max(1.5 * noise, least, 0.25 * (best - first)):  # The best of many noisy evaluations is high by chance.
-        at = run.evaluations[scores.index(best)]["step"]
+        at = series[scores.index(best)][0]
         text = f"{change}; its highest value was {measure.text(best)} at step {at}."
         fell = "Accuracy" if measure.percent else f"The {measure.name}"
         return Finding(kind="unhealthy", title=f"{fell} fell after its peak", text=text, figure="accuracy")
@@ -77,8 +78,9 @@ def learned(run: Run) -> Finding | None:
 
 def noise_of_change(run: Run) -> float:
     """Half the width of the 95 % interval of the change between the first and the last evaluation."""
-    first, last = run.evaluations[0], run.evaluations[-1]
     key = run.measure.key
+    scored = [record for record in run.evaluations if record.get(key) is not None]
+    first, last = scored[0], scored[-1]
     count = max(1, int(last.get("eval_problems") or run.recipe.get("training", {}).get("eval_problems", 500)))
     if run.measure.percent:
         return math.hypot(binomial(first[key], count), binomial(last[key], count))

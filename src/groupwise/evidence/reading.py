@@ -126,13 +126,13 @@ def _clean(key: str, value: Any) -> tuple[bool, Any]:
     """Whether a metric has a value of its kind, and that value."""
     bins = next((count for beginning, count in BINS.items() if key.startswith(beginning)), None)
     if bins is not None:
-        return isinstance(value, list) and len(value) == bins and all(_number(item) is not None for item in value), value
+        return isinstance(value, list) and len(value) == bins and all(number(item) is not None for item in value), value
     if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
-        return True, _number(value)
-    return isinstance(value, list) and all(_number(item) is not None for item in value), None
+        return True, number(value)
+    return isinstance(value, list) and all(number(item) is not None for item in value), None
 
 
-def _number(value: Any) -> float | None:
+def number(value: Any) -> float | None:
     """A finite number that can be drawn; None: it is none."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300:
         return None

@@ -28,6 +28,10 @@ from groupwise.evidence.statistics import Interval, interval, paired
 from groupwise.files import PARTIAL, present, write_atomically
 from groupwise.training.checkpoints import listed
 
+MOST_SEEDS = 10_000
+LONGEST_NAME = 80
+"""Of a rung's directory, in characters."""
+
 
 class Rung(Section):
     """One setting of an ablation: changes to the recipe."""
@@ -51,7 +55,7 @@ class Ladder(Section):
     """Changes to the recipe for every rung."""
     cumulative: bool = False
     """Each rung keeps the changes of those before it, and is compared with the one before; else with the first."""
-    seeds: int = 5
+    seeds: int = Field(default=5, ge=1, le=MOST_SEEDS)
     paper: str = ""
     """Where the paper's scores come from."""
     rungs: list[Rung]
@@ -140,7 +144,7 @@ def plan(ladder: Ladder, out: Path, seeds: int) -> list[Job]:
 
 
 def _slug(name: str) -> str:
-    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())[:LONGEST_NAME]
 
 
 def claim(ladder: Ladder, ladder_path: Path, recipe: Path, out: Path) -> None:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from groupwise.config import Source, TrackersSection, explain, read_tree
 from groupwise.errors import UserError
+from groupwise.evidence.reading import LeftOut, number, read_objects, step_of
 from groupwise.evidence.report import write_page
 from groupwise.evidence.runs import open_run
 from groupwise.text import shortened, visible
@@ -53,9 +54,10 @@ class Replay:
         """
         self.run, self.tracker = run, tracker
         self.recipe, self.settings = read_recipe(run)
-        self.steps = int(self.recipe.get("training", {}).get("steps", 0))
+        training = self.recipe.get("training")
+        self.steps = step_of(training.get("steps") if isinstance(training, dict) else None) or 0
         self.state_path = run / "trackers" / f"{tracker}.json"
-        state = json.loads(self.state_path.read_text()) if self.state_path.exists() else {}
+        state = self._state()
         self.identity: str | None = state.get("identity")
         self.sent: tuple[int, int] = tuple(state.get("sent", (-1, 0)))
         """(step, 1 for an evaluation and 0 for a training step) of the last record that was sent."""
@@ -64,6 +66,20 @@ class Replay:
         self.position = 0
         """How many bytes of metrics.jsonl have been read."""
         self.destination: Destination | None = None
+
+    def _state(self) -> dict[str, Any]:
+        """
+        Raises:
+            UserError: what is kept of the records that were sent cannot be read.
+        """
+        try:
+            state: dict[str, Any] = json.loads(self.state_path.read_bytes()) if self.state_path.exists() else {}
+            _, _ = state.get("sent", (-1, 0))
+        except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
+            raise UserError(
+                f"{self.state_path}: cannot be read, so it is not known what was sent; remove it to send all again: {error}"
+            ) from error
+        return state
 
     def send_new(self) -> int:
         """Send the records that have not been sent; returns how many that were."""
@@ -110,20 +126,25 @@ class Replay:
                 if not line.endswith(b"\n"):
                     return
                 self.position += len(line)
-                yield json.loads(line)
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError):  # a damaged line
+                    continue
+                if isinstance(record, dict) and (step := step_of(record.get("step"))) is not None:
+                    yield {**record, "step": step}
 
     def _send(self, record: dict[str, Any]) -> None:
         """A record's numbers, and its step's samples where they are due; what was not finite is null in the file."""
         step = record.pop("step")
-        lists = {key: value for key, value in record.items() if isinstance(value, list)}
+        lists = {key: value for key, value in record.items() if isinstance(value, list) and None not in map(number, value)}
         single = {key: value[0] for key, value in lists.items() if len(value) == 1}
-        numbers = {key: value for key, value in record.items() if value is not None and key not in lists}
+        numbers = {key: value for key, value in record.items() if number(value) is not None}
         bins = {key: value for key, value in lists.items() if key not in single}
         self._opened().write(step, numbers | single, bins)
         every, samples = self.settings.samples_every, self.run / "rollouts" / f"step-{step:06d}.jsonl"
         due = every > 0 and (step % every == 0 or step in (1, self.steps))
         if "reward/mean" in record and due and samples.exists():
-            rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+            rows = [row for _, row in read_objects(samples, LeftOut())]
             self._opened().write_samples(step, [[_shown(row.get(column)) for column in SAMPLE_COLUMNS] for row in rows])
 
     def _opened(self) -> Destination:

@@ -87,7 +87,7 @@ def setting_types(name: str, changes: dict[str, Any]) -> dict[str, Any]:
 
 def _check_types(changes: dict[str, Any], types: dict[str, Any], source: Source) -> None:
     fields = {key: (types[key], ...) for key in changes if key in types}
-    section = create_model("AlgorithmSection", __config__=ConfigDict(strict=True, allow_inf_nan=False), **fields)  # type: ignore[call-overload]
+    section = create_model("AlgorithmSection", __config__=ConfigDict(strict=True), **fields)  # type: ignore[call-overload]
     try:
         section.model_validate({key: changes[key] for key in fields})
     except ValidationError as error:
