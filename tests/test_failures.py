@@ -19,6 +19,7 @@ from groupwise.files import DiskError
 from groupwise.learner import optimiser
 from groupwise.learner.local import LocalLearner
 from groupwise.training import loop, room
+from groupwise.training.failures import explain, traceback_of
 from groupwise.training.metrics_file import MetricsFile
 from tests.test_cli import run
 
@@ -283,3 +284,17 @@ def test_errors_that_say_that_memory_is_short() -> None:
         torch.empty(2**50)
     assert is_out_of_memory(raised.value)
     assert not is_out_of_memory(RuntimeError("shapes differ"))
+    for library in ("CUBLAS", "CUDNN"):
+        assert is_out_of_memory(RuntimeError(f"CUDA error: {library}_STATUS_ALLOC_FAILED when calling `create(handle)`"))
+    assert not is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"))
+
+
+@pytest.mark.parametrize("own", [ZeroDivisionError, SystemExit, KeyboardInterrupt])
+def test_an_exception_whose_text_raises_is_explained(own: type[BaseException]) -> None:
+    class Odd(RuntimeError):
+        def __str__(self) -> str:
+            raise own
+
+    assert not is_out_of_memory(Odd())
+    assert str(explain(Odd(), "step 3")) == f"step 3: Odd: its text raises {own.__name__} (no line is known)"
+    assert traceback_of(Odd())

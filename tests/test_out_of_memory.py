@@ -14,6 +14,7 @@ from groupwise.algorithms import named
 from groupwise.config import LearnerSection
 from groupwise.errors import RunError
 from groupwise.learner.local import LocalLearner
+from groupwise.learner.micro_batches import Budget
 from groupwise.models import LanguageModel
 from groupwise.rollouts.base import Sampling, requests
 from groupwise.rollouts.driver import generate_all
@@ -112,6 +113,21 @@ def test_one_completion_that_does_not_fit_stops_the_run(tokenizer: Any, monkeypa
     assert learner.take_back()
     assert all(parameter.grad is None for parameter in module.parameters())
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_memory_that_is_gone_before_the_first_micro_batch_stops_the_run(tokenizer: Any) -> None:
+    """Although an earlier batch was cut into micro-batches of many rows: halving would go on for ever."""
+    budget, batch = Budget(4096), random_batch(tiny_model("llama", tokenizer))
+    assert budget.fit(lambda: [len(rows) for rows in budget.cut(batch, padded=True)], lambda: None)[0] > 1
+    tries: list[int] = []
+
+    def work() -> None:
+        tries.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(RunError, match=r"before the first micro-batch: CUDA out of memory.*\[model\.lora\]"):
+        budget.fit(work, lambda: None)
+    assert len(tries) == 1 and budget.tokens == 4096
 
 
 def test_the_optimisers_own_memory(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

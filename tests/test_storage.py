@@ -1,5 +1,6 @@
 """What a resume reads, killed at any operation and damaged in every way: on a run without a model, so that there can be many."""
 
+import enum
 import hashlib
 import json
 import math
@@ -72,6 +73,17 @@ def test_state_is_read_as_it_was_written(tmp_path_factory: pytest.TempPathFactor
     assert same(read_state(stem), state)
     for name, digest in digests.items():
         assert files.sha256(stem.with_name(name)) == digest
+
+
+def test_texts_and_numbers_with_names_stay_texts_and_numbers(tmp_path: Path) -> None:
+    class Colour(str, enum.Enum):
+        RED = "red"
+
+    class Level(enum.IntEnum):
+        LOW = 1
+
+    write_state(tmp_path / "state", {Colour.RED: [Colour.RED, Level.LOW]})
+    assert same(read_state(tmp_path / "state"), {"red": ["red", 1]})
 
 
 def test_integers_of_thousands_of_digits(tmp_path: Path) -> None:
@@ -656,6 +668,16 @@ def test_the_best_stays_beside_the_newest(whole: Path, tmp_path: Path) -> None:
     (path / "checkpoints" / "step-000003" / "state.json").write_text("")
     with pytest.raises(UserError, match=r"state\.json is not the file that was written: 0 bytes"):
         find(path, "best")
+
+
+def test_a_result_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
+    for step in (2, 4):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    store = checkpoints.Store(tmp_path, 3)
+    for value in (math.nan, math.inf, -math.inf, None, "0.5"):
+        assert store.is_better(2, {"eval/pass@1": value}) is None
+        store.resume(4, [{"step": 2, "eval/pass@1": value}, {"step": 4, "eval/pass@1": 0.25}])
+        assert store.best == checkpoints.Best(step=4, metric="eval/pass@1", value=0.25)
 
 
 # --- directories and disks

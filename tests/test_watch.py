@@ -149,6 +149,28 @@ def test_a_resumed_run_says_what_an_uninterrupted_one_says(tmp_path: Path) -> No
         assert [(event.step, event.name) for event in later] == [item for item in whole if item[0] > stop]
 
 
+def test_the_first_step_of_a_resumed_process_is_not_slow(tmp_path: Path) -> None:
+    """It compiles and fills caches. One that is slow later is, and the first ones do not count as usual."""
+    path, watch = tmp_path / "metrics.jsonl", Watch(Recipe())
+    path.write_text("".join(json.dumps({"step": i, **HEALTHY}) + "\n" for i in range(1, 21)))
+    watch.catch_up(path)
+    slow = {**HEALTHY, "seconds/learner": 400.0}
+    assert watch.look(21, slow) == [] and watch.look(22, HEALTHY) == []
+    assert [event.name for event in watch.look(23, slow)] == ["slow_step"]
+    early = Watch(Recipe())
+    assert [event for i in range(1, 5) for event in early.look(i, slow if i in (1, 4) else HEALTHY)] == []
+
+
+def test_values_that_are_no_numbers_stop_no_resume(tmp_path: Path) -> None:
+    path, watch = tmp_path / "metrics.jsonl", Watch(Recipe())
+    bad: list[Any] = ["x", [1], {"a": 1}, None, 10**400, True]
+    lines = [json.dumps({"step": i, **HEALTHY, name: value}) for i, value in enumerate(bad, start=1) for name in HEALTHY]
+    path.write_bytes("\n".join([*lines, '{"reward/mean": 1}', "[" * 100_000, "\ud800"]).encode(errors="surrogatepass"))
+    watch.catch_up(path)
+    assert watch.steps > 60
+    watch.look(100, HEALTHY)
+
+
 # --- where events go
 
 

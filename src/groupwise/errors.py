@@ -29,7 +29,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     RuntimeError like any other."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in ALLOCATION_FAILED)
+    return isinstance(error, RuntimeError) and any(text in text_of(error) for text in ALLOCATION_FAILED)
 
 
-ALLOCATION_FAILED = ("DefaultCPUAllocator", "can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "out of memory")
+ALLOCATION_FAILED = (
+    "DefaultCPUAllocator", "can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "out of memory",
+    "_STATUS_ALLOC_FAILED",  # of cuBLAS, cuDNN and their like
+)  # fmt: skip
+
+
+def text_of(error: BaseException) -> str:
+    """What an exception says. That of a user's may raise anything instead."""
+    try:
+        return str(error)
+    except BaseException as own:  # also sys.exit(): an error is being explained, and this is no reason to leave
+        return f"its text raises {type(own).__name__}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, on one line and not without end."""
+    lines = text_of(error).splitlines()
+    return f"{lines[0]:.500}" if lines else "no text"

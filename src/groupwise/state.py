@@ -80,16 +80,25 @@ def write_state(stem: Path, state: Any) -> dict[str, Digest]:
         UserError: the state holds what could not be read again.
         DiskError: they cannot be written.
     """
-    tensors: dict[str, Tensor] = {}
-    try:
-        text = json.dumps(_encoded(state, tensors), allow_nan=False, separators=(",", ":"))
-    except RecursionError as error:
-        raise UserError("a checkpoint cannot hold lists and mappings that are nested so deep") from error
+    text, tensors = encode(state)
     with written(stem.with_suffix(".json")) as file:
         file.write(text.encode())
         digest = file.digest
     of_tensors = write_tensors(stem.with_suffix(".safetensors"), tensors)
     return {f"{stem.name}.json": digest, f"{stem.name}.safetensors": of_tensors}
+
+
+def encode(state: Any) -> tuple[str, dict[str, Tensor]]:
+    """State as JSON, and the tensors that it names.
+
+    Raises:
+        UserError: it holds what could not be read again.
+    """
+    tensors: dict[str, Tensor] = {}
+    try:
+        return json.dumps(_encoded(state, tensors), allow_nan=False, separators=(",", ":")), tensors
+    except RecursionError as error:
+        raise UserError("a checkpoint cannot hold lists and mappings that are nested so deep") from error
 
 
 def read_state(stem: Path) -> Any:
@@ -106,7 +115,7 @@ def _encoded(value: Any, tensors: dict[str, Tensor]) -> Any:
         return value
     if isinstance(value, str):
         # Two halves of a pair beside each other would be read as one character.
-        return {"text": [ord(c) for c in value]} if any("\ud800" <= c <= "\udfff" for c in value) else str(value)
+        return {"text": [ord(c) for c in value]} if any("\ud800" <= c <= "\udfff" for c in value) else str.__str__(value)
     if isinstance(value, Real):
         if isinstance(value, Integral):
             whole = int(value)

@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from groupwise.errors import RunError, UserError
-from groupwise.training.failures import first_line, place
+from groupwise.errors import RunError, UserError, first_line
+from groupwise.training.failures import place
 from groupwise.training.output import make_console
 
 app = typer.Typer(

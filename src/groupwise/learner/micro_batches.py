@@ -7,19 +7,23 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from groupwise.errors import RunError, is_out_of_memory
+from groupwise.errors import RunError, first_line, is_out_of_memory
 from groupwise.types import Batch
 
 Result = TypeVar("Result")
+
+TAKE_LESS = "learner.checkpointing = true, learner.precision = 'bfloat16', [model.lora] or a smaller rollouts.max_tokens"
 
 
 class Budget:
     """How many tokens go through the model at once: as many as the recipe says, half of it whenever memory did not suffice."""
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, tokens: int, advice: str = TAKE_LESS) -> None:
+        """`advice`: which settings take less memory, for a message."""
         self.asked = self.tokens = tokens
+        self.advice = advice
         self._rows = self._size = 0
-        """Of the micro-batch that was cut last: rows, and tokens with all rows as long as the longest."""
+        """Of the micro-batch that was cut last: rows, and tokens with all rows as long as the longest. 0: none was cut yet."""
 
     def cut(self, batch: Batch, *, padded: bool) -> Iterator[Tensor]:
         """See `cut_rows`."""
@@ -34,19 +38,23 @@ class Budget:
         and it is done again with half the budget.
 
         Raises:
-            RunError: memory does not suffice for a single completion.
+            RunError: memory does not suffice for a single completion, or was gone before anything was cut, so that smaller
+                micro-batches would not help.
         """
         while True:
+            self._rows = self._size = 0
             try:
                 return work()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if self._rows <= 1:
+                if self._rows == 0:
+                    text = f"out of memory before the first micro-batch: {first_line(error)}. {self.advice} take less"
+                    raise RunError(text) from error
+                if self._rows == 1:
                     raise RunError(
                         f"out of memory with a single completion of {self._size} tokens, its prompt included: "
-                        "learner.checkpointing = true, learner.precision = 'bfloat16', [model.lora] or a smaller "
-                        "rollouts.max_tokens take less"
+                        f"{self.advice} take less"
                     ) from error
             # Here the exception is gone, and with it the frames that held tensors.
             clear()

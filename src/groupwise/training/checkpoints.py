@@ -5,6 +5,7 @@ Each has a manifest with the hash of every file in it, the manifest included; no
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -259,6 +260,11 @@ def _best(evaluations: Iterable[Mapping[str, Any]], steps: Iterable[int]) -> Bes
     for record in evaluations:
         metric = "eval/pass@1" if "eval/pass@1" in record else "eval/reward"
         value = record.get(metric)
-        if record["step"] in known and isinstance(value, int | float) and (best is None or value > best.value):
+        if (
+            record["step"] in known
+            and isinstance(value, int | float)
+            and -math.inf < value < math.inf
+            and (best is None or value > best.value)
+        ):
             best = Best(step=record["step"], metric=metric, value=value)
     return best

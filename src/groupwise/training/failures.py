@@ -5,7 +5,7 @@ import traceback
 from pathlib import Path
 
 import groupwise
-from groupwise.errors import RunError, UserError, is_out_of_memory
+from groupwise.errors import RunError, UserError, first_line, is_out_of_memory
 
 OURS = str(Path(groupwise.__file__).parent)
 LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
@@ -23,16 +23,6 @@ def explain(error: BaseException, what: str) -> RunError | UserError:
     return RunError(f"{what}: {type(error).__name__}: {first_line(error)} ({place(error)})")
 
 
-def first_line(error: BaseException) -> str:
-    """What an exception says, on one line and not without end."""
-    try:
-        text = str(error)
-    except Exception as own:  # the text of a user's exception may raise anything
-        return f"its text raises {type(own).__name__}"
-    lines = text.splitlines()
-    return f"{lines[0]:.500}" if lines else "no text"
-
-
 def place(error: BaseException) -> str:
     """The user's line that an exception passed last, else the line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -46,5 +36,5 @@ def place(error: BaseException) -> str:
 def traceback_of(error: BaseException) -> str:
     try:
         return "".join(traceback.format_exception(error))
-    except Exception as own:  # as above
+    except BaseException as own:  # the text of a user's exception may raise anything
         return f"cannot be formatted: {type(own).__name__}"

@@ -4,7 +4,6 @@ Each says its finding once, and again only after it was gone for a while. Nothin
 run, which is told those of the steps that are done, says the same as one that was never stopped.
 """
 
-import json
 import math
 import statistics
 from collections import deque
@@ -14,6 +13,7 @@ from pathlib import Path
 from groupwise.config import Recipe
 from groupwise.thresholds import ENTROPY_LEFT, EVERYWHERE_USED, LARGEST_GAP, SOLVED
 from groupwise.training.events import Warned
+from groupwise.training.metrics_file import TRAINED, parse
 from groupwise.types import Metrics
 
 REMEMBERED = 32
@@ -34,6 +34,8 @@ ZERO_VARIANCE, MANY = 0.9, 10
 """Share of zero-variance groups, and in how many steps in a row."""
 SLOWER, LEAST_DELAY = 5.0, 30.0
 """A slow step takes so many times the median of those before, and so many seconds more."""
+LARGEST = 2**1000
+"""Of integers that become a float."""
 
 Found = tuple[str, str]
 """What was seen, and what to do."""
@@ -48,6 +50,10 @@ class Watch:
         """Metrics of the first steps."""
         self.recent: deque[Mapping[str, float]] = deque(maxlen=REMEMBERED)
         """Of the last ones, the newest at the end."""
+        self.seconds: deque[float] = deque(maxlen=REMEMBERED)
+        """What these took; NaN for the first step that a process did."""
+        self.warms_up = True
+        """Whether the next step is this process's first, which compiles, and fills caches."""
         self.steps = 0
         """How many have been looked at."""
         self.held: dict[Callable[[Watch], Found | None], int] = {}
@@ -59,6 +65,8 @@ class Watch:
         if len(self.early) < EARLY:
             self.early.append(numbers)
         self.recent.append(numbers)
+        self.seconds.append(math.nan if self.warms_up else _seconds(numbers))
+        self.warms_up = False
         self.steps += 1
         events = []
         for name, rule, quiet in RULES:
@@ -72,14 +80,11 @@ class Watch:
 
     def catch_up(self, metrics: Path) -> None:
         """Look at the steps that a resumed run has recorded already."""
-        lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.exists() else []
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:  # cut short
-                continue
-            if isinstance(record, dict) and "reward/mean" in record:
-                self.look(0, record)
+        for line in metrics.read_bytes().splitlines() if metrics.exists() else ():
+            record = parse(line)
+            if record is not None and TRAINED in record:
+                self.look(0, {name: value for name, value in record.items() if value is None or _is_number(value)})
+        self.warms_up = True
 
     # --- what rules ask
 
@@ -92,6 +97,11 @@ class Watch:
 
     def last(self, name: str, count: int = LATE) -> float:
         return _mean(list(self.recent)[-count:], name)
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value of a file that may be damaged can be reckoned with."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) <= LARGEST)
 
 
 def _mean(records: Sequence[Mapping[str, float]], name: str) -> float:
@@ -165,11 +175,12 @@ def sampler_gap(watch: Watch) -> Found | None:
 
 
 def slow_step(watch: Watch) -> Found | None:
-    """A step took far longer than those before it."""
-    seconds = [_seconds(record) for record in watch.recent]
-    if len(seconds) <= EARLY:
+    """A step took far longer than those before it. The first one of a process does so rightly."""
+    *before, last = watch.seconds
+    before = [seconds for seconds in before if not math.isnan(seconds)]
+    if len(before) < EARLY:
         return None
-    usual, last = statistics.median(seconds[:-1]), seconds[-1]
+    usual = statistics.median(before)
     if not (last > SLOWER * usual and last > usual + LEAST_DELAY):
         return None
     parts = {name: watch.now(f"seconds/{name}") for name in ("scoring", "rollouts", "learner")}
