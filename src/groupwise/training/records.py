@@ -1,6 +1,7 @@
 """What a run leaves in its directory: its settings, metrics.jsonl, events.jsonl, rollouts to read, tokens to analyse, a model."""
 
 import math
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -29,6 +30,7 @@ from groupwise.training.segments import (
     Unrecorded,
     changes,
     check_beginning,
+    completed,
     plain,
     recorded,
     replaced,
@@ -67,7 +69,7 @@ class RunDirectory:
         """
         self.check_free()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            files.make_directory(self.path)
         except OSError as error:
             raise UserError(f"--out {self.path}: {error.strerror}") from error
         try:
@@ -89,7 +91,7 @@ class RunDirectory:
         if not self.path.is_dir():
             raise UserError(there)
         if self.model.exists() or listed(self.checkpoints) or any(self.checkpoints.glob("damaged-step-*")):
-            raise UserError(f"{there}; to go on with a run: groupwise train --resume {self.path}")
+            raise UserError(f"{there}; to go on with a run: groupwise train --resume {shlex.quote(str(self.path))}")
         names = {path.name for path in self.path.iterdir()}
         foreign = sorted(name for name in names if name not in WRITTEN and not name.startswith(LEFTOVERS))
         if foreign:
@@ -108,9 +110,11 @@ class RunDirectory:
             UserError: what was begun here had other settings.
         """
         with suppress(Unrecorded):  # killed before it wrote them
-            before = recorded(self.path, None).tree
+            before, now = recorded(self.path, None).tree, tree
             check_beginning(self.path, before)
-            if differing := changes(before, tree):
+            with suppress(UserError):  # else every difference is said
+                before, now = completed(before), completed(now)
+            if differing := changes(before, now):
                 keys = "".join(f"\n  {key}: {written(old)} -> {written(new)}" for key, (old, new) in differing.items())
                 raise UserError(f"--out {self.path}: a run with other settings was begun there:{keys}")
         self.create_again(tree, inputs)
@@ -120,7 +124,7 @@ class RunDirectory:
         for directory in (self.path, self.path / "rollouts", self.path / "tokens", self.checkpoints):
             files.recover(directory)
         with files.explained(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+            files.make_directory(self.path)
         if self.metrics.path.exists():
             files.write_atomically(self.metrics.path, b"")
         self._drop_after(0)
@@ -228,7 +232,7 @@ def write_model(final: Path, export: Callable[[Path], dict[str, float]]) -> dict
     partial = final.with_name(files.PARTIAL + final.name)
     files.remove(partial)
     with files.explained(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
+        files.make_directory(final.parent)
     try:
         found = export(partial)
         files.sync_tree(partial)

@@ -12,7 +12,7 @@ from groupwise.files import Lock
 from groupwise.training import checkpoints
 from groupwise.training.checkpoints import Checkpoint
 from groupwise.training.events import Warned
-from groupwise.training.inputs import hash_of, model_files
+from groupwise.training.inputs import PARTS, hash_of, is_of, model_files
 from groupwise.training.segments import RECIPE, SEGMENTS, Recorded, Segment, check_beginning, effect, recorded, written
 
 
@@ -61,8 +61,11 @@ def _changed(before: Segment, now: Segment, step: int) -> list[Warned]:
         if old and old != new:
             text = f"{package} {old} -> {new} (may change results)"
             found.append(Warned(step=step, kind="note", name="settings_changed", text=text))
+    base = before.recipe.get("model", {}).get("path", "")
     for path, wanted in before.files.items():
         known = now.files.get(path)
+        if "model.path" in now.changed and is_of(path, base):  # it has moved, and was found to be the same
+            continue
         if known != wanted and (known is not None or not Path(path).exists()):
             text = f"{path} {'has changed' if known else 'is gone'} since the run read it (may change results)"
             found.append(Warned(step=step, name="files_changed", text=text))
@@ -121,16 +124,22 @@ def _check_base(path: str, before: str, found: Recorded, source: Source) -> None
         UserError: it is gone, or another.
     """
     known = found.segments[-1].files if found.segments else {}
-    wanted = {Path(name).name: digest for name, digest in known.items() if Path(name).is_relative_to(before)}
+    wanted = {_within(name, before): digest for name, digest in known.items() if is_of(name, before)}
     if path == before:
-        if wanted and not Path(path).is_dir():
+        if wanted and not any(name.startswith("hub:") for name in known if is_of(name, before)) and not Path(path).is_dir():
             raise source.error(
                 "model.path",
                 "the base model's directory is gone. The checkpoints hold the trained weights; tokenizer, configuration and what "
                 "the run began with come from the base: bring it back, or say where it is now with --set model.path=DIR",
             )
         return
-    ours = {file.name: hash_of(file) for file in model_files(path)}
-    if not wanted or any(ours.get(name) != digest for name, digest in wanted.items()):
+    ours = {_within(name, path): file for name, file in model_files(path, Path(source.path).parent).items()}
+    same = (name in ours and hash_of(ours[name], whole=not digest.startswith(PARTS)) == digest for name, digest in wanted.items())
+    if not wanted or not all(same):
         why = "" if not wanted else f": its files are not those of {before}"
         raise source.error("model.path", f"a run goes on with the base model it began with{why}")
+
+
+def _within(name: str, model: str) -> str:
+    """A file's name in a model's directory."""
+    return name.removeprefix("hub:").removeprefix(model).lstrip("/")

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from groupwise import files
-from groupwise.config import dump
+from groupwise.config import Recipe, dump
 from groupwise.config.effects import effect as effect
 from groupwise.errors import UserError
 from groupwise.files import Digest
@@ -201,10 +202,11 @@ def _edited(run: Path, wanted: Mapping[str, Any], tree: Mapping[str, Any], where
     differing = changes(wanted, tree)
     lines = "".join(f"\n  {key}: {written(new)}, and in {where} {written(old)}" for key, (old, new) in differing.items())
     sets = "".join(f" --set {shlex.quote(f'{key}={json.dumps(new)}')}" for key, (_, new) in differing.items() if new is not None)
+    resume = f"groupwise train --resume {shlex.quote(str(run))}"
     return UserError(
         f"{run / RECIPE}: not the settings that the run was trained with:{lines}\n"
-        f"To go on as before: remove that file, then groupwise train --resume {run}\n"
-        f"To change the settings: remove that file, then groupwise train --resume {run}{sets}"
+        f"To go on as before: remove that file, then {resume}\n"
+        f"To change the settings: remove that file, then {resume}{sets}"
     )
 
 
@@ -233,6 +235,19 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[An
     before, now = _flat(plain(old)), _flat(plain(new))
     keys = [*before, *(key for key in now if key not in before)]
     return {key: [before.get(key), now.get(key)] for key in keys if not _same(before.get(key), now.get(key))}
+
+
+def completed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe with this version's defaults for what it leaves out, since an earlier version did not know it.
+
+    Raises:
+        UserError: it holds what this version does not know.
+    """
+    try:
+        recipe = Recipe.model_validate_json(json.dumps(plain(tree)), by_alias=True, by_name=True)
+    except ValidationError as error:
+        raise UserError(f"it is of another version of groupwise: {error}") from error
+    return recipe.model_dump(by_alias=True)
 
 
 def _same(one: Any, other: Any) -> bool:
