@@ -1,4 +1,4 @@
-"""`groupwise ablate` that is stopped or killed, and ladders that a later version goes on with."""
+"""`groupwise ablate` that is stopped or killed, and what is begun in a directory by one version and goes on with another."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from groupwise import files
 from groupwise.errors import UserError
 from groupwise.experiments.ladder import claim, load_ladder
 from groupwise.files import Lock
@@ -103,3 +104,10 @@ def test_a_run_begins_again_after_a_version_that_adds_a_setting(tmp_path: Path) 
     (tmp_path / "a run" / "checkpoints" / "step-000002").mkdir(parents=True)
     (tmp_path / "a run" / "checkpoints" / "step-000002" / "manifest.json").touch()
     assert f"--resume '{tmp_path}/a run'" in _how_to_go_on(tmp_path / "a run", 2)
+
+
+def test_the_name_of_a_new_directory_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[Path] = []
+    monkeypatch.setattr(files, "sync", flushed.append)
+    RunDirectory(tmp_path / "runs" / "first", None).claim().close()
+    assert {tmp_path, tmp_path / "runs"} <= set(flushed)

@@ -7,8 +7,8 @@ import signal
 import sys
 
 PR_SET_PDEATHSIG = 1
-"""The kernel sends the signal when the thread dies that started this process, and again for each of its threads that is the parent
-then: a run may stop at once, and not save its step."""
+"""The kernel sends the signal when the thread dies that started this process, and again for each thread that is the parent then:
+a run may stop at once, and not save its step."""
 
 
 def main() -> None:

@@ -18,24 +18,23 @@ from groupwise.errors import RunError, UserError
 from groupwise.files import Digest, DiskError, Lock
 from groupwise.learner.base import TokenRecord
 from groupwise.text import json_line
-from groupwise.training.checkpoints import Checkpoint, Store, listed
+from groupwise.training.checkpoints import RECIPE, Checkpoint, Store, listed
 from groupwise.training.events import Evaluated, Event, StepDone
 from groupwise.training.events_file import EventsFile
 from groupwise.training.metrics_file import METRICS, MetricsFile
 from groupwise.training.rollout_text import readable, samples
 from groupwise.training.segments import (
-    RECIPE,
     SEGMENTS,
     Segment,
     Unrecorded,
+    as_json,
     changes,
     check_beginning,
     completed,
-    plain,
     recorded,
     replaced,
+    shown,
     write_segments,
-    written,
 )
 from groupwise.types import Completion, Group, TrainingBatch, pad_rows
 
@@ -115,7 +114,7 @@ class RunDirectory:
             with suppress(UserError):  # else every difference is said
                 before, now = completed(before), completed(now)
             if differing := changes(before, now):
-                keys = "".join(f"\n  {key}: {written(old)} -> {written(new)}" for key, (old, new) in differing.items())
+                keys = "".join(f"\n  {key}: {shown(old)} -> {shown(new)}" for key, (old, new) in differing.items())
                 raise UserError(f"--out {self.path}: a run with other settings was begun there:{keys}")
         self.create_again(tree, inputs)
 
@@ -128,7 +127,7 @@ class RunDirectory:
         if self.metrics.path.exists():
             files.write_atomically(self.metrics.path, b"")
         self._drop_after(0)
-        first = Segment(segment=0, first_step=1, recipe=plain(tree), files=inputs or {})
+        first = Segment(segment=0, first_step=1, recipe=as_json(tree), files=inputs or {})
         self._write_settings([first])
         return first
 

@@ -10,10 +10,10 @@ from groupwise.config import Recipe, Source, load
 from groupwise.errors import UserError
 from groupwise.files import Lock
 from groupwise.training import checkpoints
-from groupwise.training.checkpoints import Checkpoint
+from groupwise.training.checkpoints import RECIPE, Checkpoint
 from groupwise.training.events import Warned
 from groupwise.training.inputs import PARTS, hash_of, is_of, model_files
-from groupwise.training.segments import RECIPE, SEGMENTS, Recorded, Segment, check_beginning, effect, recorded, written
+from groupwise.training.segments import SEGMENTS, Recorded, Segment, check_beginning, effect, recorded, shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ def _changed(before: Segment, now: Segment, step: int) -> list[Warned]:
     found = []
     for key, (old, new) in now.changed.items():
         what = effect(key, now.recipe)
-        text = f"{key}: {written(old)} -> {written(new)}{f' ({what})' if what else ''}"
+        text = f"{key}: {shown(old)} -> {shown(new)}{f' ({what})' if what else ''}"
         found.append(Warned(step=step, kind="note", name="settings_changed", text=text))
     for package in ("groupwise", "torch"):
         old, new = getattr(before, package), getattr(now, package)

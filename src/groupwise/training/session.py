@@ -20,7 +20,7 @@ from groupwise.training.interrupts import Interrupt, ending, interruptible
 from groupwise.training.loop import Result, Trainer
 from groupwise.training.records import RunDirectory
 from groupwise.training.resume import Resumption, resumed_recipe, resumption
-from groupwise.training.segments import after, changes, keep_damaged, metrics_at, plain
+from groupwise.training.segments import after, as_json, changes, keep_damaged, metrics_at
 from groupwise.training.setup import Ready, prepare, resolved
 from groupwise.training.trackers import Guarded, make_trackers
 
@@ -123,7 +123,7 @@ def start(session: Session, ready: Ready, trainer: Trainer, tree: Mapping[str, A
 
     `tree`: the settings, whole.
     """
-    directory, found, tree = trainer.run_directory, session.resumption, plain(tree)
+    directory, found, tree = trainer.run_directory, session.resumption, as_json(tree)
     begun = found.recorded.segments[-1:] if found else []
     inputs = input_hashes(tree, ready.task, session.path, begun[0].files if begun else None)
     if found is None:
