@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from groupwise.config import Recipe, Source, load
+from groupwise.config.effects import effect
 from groupwise.errors import UserError
 from groupwise.files import Lock
 from groupwise.training import checkpoints
 from groupwise.training.checkpoints import RECIPE, Checkpoint
 from groupwise.training.events import Warned
 from groupwise.training.inputs import PARTS, hash_of, is_of, model_files
-from groupwise.training.segments import SEGMENTS, Recorded, Segment, check_beginning, effect, recorded, shown
+from groupwise.training.segments import SEGMENTS, Recorded, Segment, check_beginning, recorded, shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,6 @@ from pydantic import ValidationError
 
 from groupwise import files
 from groupwise.config import Recipe, dump
-from groupwise.config.effects import effect as effect
 from groupwise.errors import UserError
 from groupwise.files import Digest
 from groupwise.training.checkpoints import RECIPE, Checkpoint, seal
