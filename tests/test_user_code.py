@@ -303,7 +303,29 @@ def test_a_sampler_of_the_users_own(name: str) -> None:
             sampler.load(None, 0)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", [*RAISED, "dtype", "threads", "directory"])
+def test_a_tracker_takes_back_nothing_that_the_main_thread_changes() -> None:
+    begun, changed = threading.Event(), threading.Event()
+
+    class Slow:
+        def record(self, event: Any) -> None:
+            begun.set()
+            assert changed.wait(5)
+
+    before, notes = state(), list[str]()
+    tracker = Guarded("slow", Slow(), notes.append, patience=5)  # type: ignore[arg-type]
+    torch.set_default_dtype(torch.bfloat16)  # as transformers does while it loads a model
+    try:
+        tracker.record(Warned(step=1, text="x"))
+        assert begun.wait(5)
+        torch.set_default_dtype(torch.float32)
+        changed.set()
+        tracker.close()
+        assert not notes and state() == before
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", RAISED)
 def test_a_tracker_of_the_users_own(name: str, tmp_path: Path) -> None:
     doing, message = (RAISED | CHANGED)[name]
     before, notes = state(), list[str]()

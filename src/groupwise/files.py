@@ -112,7 +112,7 @@ def move(partial: Path, path: Path, *, durable: bool = True) -> None:
     with explained(path):
         partial.replace(path)
         if durable:
-            sync_directory(path.parent)
+            sync(path.parent)
 
 
 def sha256(path: Path) -> Digest:
@@ -142,10 +142,19 @@ def sync(path: Path) -> None:
             os.close(descriptor)
 
 
-sync_directory = sync
-
-
 # --- directories
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, and have their names on the disk.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    new = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for place in new:
+        sync(place.parent)
 
 
 def sync_tree(directory: Path) -> None:
@@ -153,7 +162,7 @@ def sync_tree(directory: Path) -> None:
     for path in sorted(directory.rglob("*")):
         if not path.is_symlink():
             sync(path)
-    sync_directory(directory)
+    sync(directory)
 
 
 def put_directory(new: Path, final: Path) -> None:
@@ -167,7 +176,7 @@ def put_directory(new: Path, final: Path) -> None:
             remove(replaced)
             final.replace(replaced)
         new.replace(final)
-        sync_directory(final.parent)
+        sync(final.parent)
     with suppress(DiskError):  # the new one is in place; what is left has no name that counts, and a resume clears it
         remove(replaced)
 

@@ -2,7 +2,8 @@
 
 It is given the trainer's own objects, so it must be trusted. What it can do by mistake is caught here: whatever it raises,
 SystemExit and KeyboardInterrupt too, becomes one error that names the key, and what it changes for the whole process is put back
-and refused. `os._exit` and a crash of the interpreter cannot be caught.
+and refused. `os._exit` and a crash of the interpreter cannot be caught. In a thread of its own, as trackers have, only what it
+raises is caught: the main thread may change the same values meanwhile, for instance while it loads a model.
 """
 
 import asyncio
@@ -40,15 +41,16 @@ class Watch:
     """Descriptor -> a copy of it, and which file it is."""
 
     def begin(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
         self._before = {name: read() for name, (read, _) in STATE.items()}
         for number in STREAMS:
             with contextlib.suppress(OSError):
                 self._streams[number] = os.dup(number), _file_of(number)
-        if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
-            for number in SIGNALS:
-                if callable(before := signal.getsignal(number)):
-                    self._handlers[number] = before
-                    signal.signal(number, self._signal)
+        for number in SIGNALS:
+            if callable(before := signal.getsignal(number)):
+                self._handlers[number] = before
+                signal.signal(number, self._signal)
 
     def _signal(self, number: int, frame: object) -> None:
         self.signalled = True
@@ -68,11 +70,12 @@ class Watch:
                 os.dup2(kept, number)
                 changed.append(f"descriptor {number}, which is {STREAMS[number]}")
             os.close(kept)
-        for name, (read, write) in STATE.items():
-            if (now := read()) != (before := self._before[name]):
+        for name, before in self._before.items():
+            read, write = STATE[name]
+            if (now := read()) != before:
                 write(before)
                 changed.append(f"{name} from {before} to {now}")
-        for name in ("stdout", "stderr"):
+        for name in ("stdout", "stderr") if self._before else ():
             if getattr(getattr(sys, name), "closed", False):
                 setattr(sys, name, open(1 if name == "stdout" else 2, "w", closefd=False))  # noqa: SIM115
                 changed.append(f"sys.{name}, which it closed")

@@ -24,6 +24,7 @@ def ablate(
 ) -> None:
     """Run one technique after another for several seeds, and compare. The same command goes on where it was stopped."""
     from groupwise.experiments import ladder as ladders
+    from groupwise.training.interrupts import Interrupted
 
     with exit_codes():
         path = ladders.find_ladder(ladder)
@@ -42,7 +43,11 @@ def ablate(
                 if not console.is_terminal or not good:
                     progress.console.print(f"{settings.rungs[job.rung].name}, seed {job.seed}: {'done' if good else 'failed'}")
 
-            failed = ladders.run_all(settings, recipe, plan, home, jobs, note)
+            try:
+                failed = ladders.run_all(settings, recipe, plan, home, jobs, note)
+            except Interrupted as interrupted:
+                progress.console.print(f"{interrupted}, and so are its runs; the same command goes on")
+                raise typer.Exit(interrupted.exit_code) from interrupted
         rows = ladders.compare(settings, plan)
         table = Table(*ladders.columns(rows), title=settings.title)
         for row in rows:

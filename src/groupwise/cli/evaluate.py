@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,8 +38,8 @@ def evaluate_command(
         trained = present(run / "model")
         if is_run and not trained.is_dir():
             raise UserError(
-                f"{run}: the run has no model yet; finish it with groupwise train --resume {run}, or write the model of a "
-                f"checkpoint with groupwise export {run} --out DIR, and evaluate that"
+                f"{run}: the run has no model yet; finish it with groupwise train --resume {shlex.quote(str(run))}, or write "
+                f"the model of a checkpoint with groupwise export {run} --out DIR, and evaluate that"
             )
         path = run / "recipe.toml" if is_run and recipe is None else find_recipe(recipe)
         where = str(trained) if is_run else model

@@ -1,5 +1,6 @@
 """What settings that change on the way change of a run's results."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +16,11 @@ BY_ROUNDING = "changes results by rounding"
 
 def effect(key: str, tree: Mapping[str, Any]) -> str:
     """What a changed setting changes of the results, in words; empty: nothing."""
-    if key.startswith(HARMLESS) or (key == "training.steps" and tree.get("learner", {}).get("schedule") == "constant"):
+    if key.startswith(HARMLESS):
         return ""
+    if key == "training.steps" and tree.get("learner", {}).get("schedule") == "constant":
+        own = ".py:" in json.dumps(tree.get("task", {}), default=str)
+        return "changes results where a reward reads trainer_state.max_steps" if own else ""
     if key.startswith("training.eval"):
         return "changes what evaluations measure"
     return BY_ROUNDING if key in ROUNDING else "changes results"

@@ -8,9 +8,7 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
@@ -25,8 +23,10 @@ from groupwise.errors import UserError, nearest, short
 from groupwise.evidence.charts import data
 from groupwise.evidence.runs import Measure, Run, finite, measure, open_run
 from groupwise.evidence.statistics import Interval, interval, paired
+from groupwise.experiments.processes import Commands
 from groupwise.files import PARTIAL, present, write_atomically
 from groupwise.training.checkpoints import listed
+from groupwise.training.segments import changes, completed
 
 MOST_SEEDS = 10_000
 LONGEST_NAME = 80
@@ -153,12 +153,12 @@ def claim(ladder: Ladder, ladder_path: Path, recipe: Path, out: Path) -> None:
     Raises:
         UserError: it holds something else, or was begun with other settings, or cannot be written.
     """
-    trees = [load(recipe, Recipe, overrides(ladder.settings(i)))[0].model_dump() for i in range(len(ladder.rungs))]
+    recipes = [load(recipe, Recipe, overrides(ladder.settings(i)))[0].model_dump() for i in range(len(ladder.rungs))]
     base = find_recipe(ladder.base).read_text(encoding="utf-8") if ladder.base else ""
-    plan = json.dumps({"recipes": trees, "base": base}, indent=1)
+    plan = {"recipes": recipes, "base": base}
     copy = out / "plan.json"
     if copy.is_file():
-        if copy.read_bytes() != plan.encode(errors="surrogatepass"):
+        if not _agrees(copy, plan):
             raise UserError(f"--out {out}: holds the runs of another ladder, or of this one before it or its recipe was changed")
         return
     if out.exists() and (not out.is_dir() or any(not _is_ours(path) for path in out.iterdir())):
@@ -168,7 +168,17 @@ def claim(ladder: Ladder, ladder_path: Path, recipe: Path, out: Path) -> None:
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from error
     write_atomically(out / "ladder.toml", ladder_path.read_bytes())
-    write_atomically(copy, plan)  # last: a ladder that has it was claimed
+    write_atomically(copy, json.dumps(plan, indent=1, default=str))  # last: a ladder that has it was claimed
+
+
+def _agrees(copy: Path, plan: Mapping[str, Any]) -> bool:
+    """Whether a plan is that of a file; what an earlier version did not know has its default."""
+    try:
+        known = json.loads(copy.read_bytes())
+        pairs = zip(known["recipes"], plan["recipes"], strict=True)
+        return known["base"] == plan["base"] and not any(changes(completed(old), completed(new)) for old, new in pairs)
+    except (UserError, ValueError, TypeError, KeyError, AttributeError, RecursionError):  # damaged, or of another version
+        return False
 
 
 def _is_ours(path: Path) -> bool:
@@ -182,52 +192,51 @@ def run_all(
     """Run what is not done yet, `at_once` processes sharing the cores; returns the runs that failed.
 
     `report` is called after each run with whether it succeeded.
+
+    Raises:
+        Interrupted: a signal came. The runs under way had it too, and have ended.
     """
     threads = max(1, (os.cpu_count() or 1) // at_once)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    model = make_base(ladder, out, environment) if ladder.base else None
+    commands = Commands()
     failed: list[Job] = []
 
-    def run(job: Job) -> None:
-        if stop:
+    def run(job: Job, model: Path | None) -> None:
+        if commands.signals:
             return
         settings = {**ladder.settings(job.rung), "seed": job.seed} | ({"model.path": str(model)} if model else {})
-        command = [sys.executable, "-m", "groupwise", "train"]
         if listed(job.path / "checkpoints"):
-            command += ["--resume", str(job.path)]
+            arguments = ["train", "--resume", str(job.path)]
         else:  # which also begins a run again that was stopped before its first checkpoint
             sets = [f"--set={override}" for override in overrides(settings)]
-            command += [str(recipe), *sets, "--out", str(job.path)]
+            arguments = ["train", str(recipe), *sets, "--out", str(job.path)]
         job.path.parent.mkdir(parents=True, exist_ok=True)
         with job.log.open("w") as log:
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False).returncode
-        if code != 0 and not stop:
-            failed.append(job)
-        report(job, code == 0)
+            code = commands.run(arguments, log, environment)
+        if code == 0 or not commands.signals:
+            failed.extend([job] if code else [])
+            report(job, code == 0)
 
-    stop: list[bool] = []
-    with ThreadPoolExecutor(max_workers=at_once) as pool:
-        try:
-            list(pool.map(run, [job for job in jobs if not job.done]))
-        except KeyboardInterrupt:
-            stop.append(True)  # the runs themselves had the signal too, and write their checkpoints
-            raise
+    with commands.interruptible():
+        model = make_base(ladder, out, commands, environment) if ladder.base else None
+        with ThreadPoolExecutor(max_workers=at_once) as pool:
+            list(pool.map(lambda job: run(job, model), [job for job in jobs if not job.done]))
     return failed
 
 
-def make_base(ladder: Ladder, out: Path, environment: dict[str, str]) -> Path:
+def make_base(ladder: Ladder, out: Path, commands: Commands, environment: Mapping[str, str]) -> Path:
     """The model that every run starts from; trained with `groupwise sft` first if it does not exist yet.
 
     Raises:
         UserError: it could not be made.
     """
-    path = out / "base"
+    path, log = out / "base", out / "log-base.txt"
     if not (path / "sft.json").is_file():
         shutil.rmtree(path, ignore_errors=True)
-        command = [sys.executable, "-m", "groupwise", "sft", str(find_recipe(ladder.base)), "--out", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        if done.returncode != 0:
-            raise UserError(f"groupwise sft {ladder.base}: {done.stderr.strip()}")
+        with log.open("w") as output:
+            code = commands.run(["sft", str(find_recipe(ladder.base)), "--out", str(path)], output, environment)
+        if code != 0 and not commands.signals:
+            raise UserError(f"groupwise sft {ladder.base}: {log.read_text(errors='replace').rpartition('error: ')[2].strip()}")
     return path
 
 

@@ -18,7 +18,7 @@ from groupwise.models.blocked_weights import BlockedWeights, blocked_forwards
 from groupwise.models.decoder import Decoder, HeadShape
 from groupwise.models.padded import NoCache, PaddedCache
 from groupwise.models.recurrent import cached_forwards
-from groupwise.models.trials import LENGTHS, first_line, generate, no_constants, small_windows, tolerance_in
+from groupwise.models.trials import LENGTHS, described, generate, no_constants, small_windows, tolerance_in
 
 STATE_BYTES = 4
 """Of a number in a recurrent state, which layers keep in float32."""
@@ -168,7 +168,7 @@ class Caches:
             try:
                 hidden = generate(new_cache(), trial)
             except Exception as error:  # third-party forwards and GPU drivers may raise anything
-                return f"steps of generation fail in it: {first_line(error)}"
+                return f"steps of generation fail in it: {described(error)}"
         for row, prompt, ours in zip(theirs, trial.prompt_R.tolist(), hidden, strict=True):
             expected = row[len(trial.prompts[prompt]) - 1 :][: len(ours)]
             if not matches(ours, expected, tolerance):

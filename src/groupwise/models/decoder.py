@@ -21,7 +21,7 @@ from groupwise.models.recurrent import RecurrentForward, packed_forwards, recurr
 from groupwise.models.trials import (
     LENGTHS,
     TrialRows,
-    first_line,
+    described,
     first_trained,
     no_constants,
     small_windows,
@@ -208,7 +208,7 @@ class Decoder:
             try:
                 gradients = torch.autograd.grad(hidden.float().square().sum(), trained, allow_unused=True)
             except RuntimeError as error:  # third-party forwards may write in place what the backward pass needs
-                return f"its backward pass fails: {first_line(error)}"
+                return f"its backward pass fails: {described(error)}"
         finite = all(torch.isfinite(gradient).all() for gradient in gradients if gradient is not None)
         return None if finite else "its gradients are not finite"
 
@@ -264,11 +264,11 @@ class Decoder:
         try:
             ours = self._rows_and_gradient(packed)
         except Exception as error:  # third-party forwards and GPU compilers may raise anything
-            return f"packed sequences fail in it: {first_line(error)}"
+            return f"packed sequences fail in it: {described(error)}"
         try:
             theirs = self._rows_and_gradient(apart)
         except Exception as error:  # a third-party backward pass may fail where ours does not
-            return f"its own backward pass fails: {first_line(error)}"
+            return f"its own backward pass fails: {described(error)}"
         same = (matches(one, other, tolerance_in(other.dtype)) for one, other in zip(ours, theirs, strict=False))
         if len(ours) == len(theirs) and all(same):
             return None

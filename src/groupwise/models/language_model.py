@@ -28,7 +28,7 @@ from groupwise.models.hidden import checkpointing as checkpointed
 from groupwise.models.hidden import completion_hidden, inside_rows
 from groupwise.models.loading import causal_model, decoder_of, load_module, stored_dtype
 from groupwise.models.padded import NoCache, PaddedCache
-from groupwise.models.trials import first_line, tolerance_in
+from groupwise.models.trials import described, tolerance_in
 from groupwise.types import Batch
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class LanguageModel:
             ours = logits(self.module, self.decoder.module(input_ids=tokens, use_cache=False).last_hidden_state)
             reason = self.decoder.why_not_causal()
         except Exception as error:  # third-party forwards may raise anything
-            raise UserError(f"{self.name} does not run as a causal language model: {first_line(error)}") from error
+            raise UserError(f"{self.name} does not run as a causal language model: {described(error)}") from error
         if not torch.isfinite(theirs).all():
             raise UserError(f"the logits of {self.name} are not finite, so its weights are damaged")
         if not matches(ours, theirs, 10 * tolerance_in(self.dtype)):

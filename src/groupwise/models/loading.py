@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from groupwise.errors import UserError, nearest
@@ -56,6 +57,18 @@ def resolve(path: str) -> str:
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise UserError(f"no model {path!r}: not a shipped one, a directory or a Hugging Face id{nearest(path, SHIPPED)}")
     return path
+
+
+def directory_of(path: str) -> Path | None:
+    """Where the files of a model are: a local directory, or its place in the cache of the Hugging Face hub; None: nowhere yet."""
+    if Path(path).is_dir():
+        return Path(path)
+    if path in SHIPPED or path.count("/") != 1:
+        return None
+    try:
+        return Path(cached_file(path, "config.json", local_files_only=True)).parent
+    except (OSError, ValueError):  # not in the cache, or no id
+        return None
 
 
 def is_adapter(path: str) -> bool:

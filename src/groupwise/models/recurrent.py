@@ -20,7 +20,7 @@ from groupwise.models.attention.layers import matches
 from groupwise.models.attention.training_padded import by_length, ragged
 from groupwise.models.patches import Forwards, has_own_forward
 from groupwise.models.recurrent_forward import KernelForward, fits
-from groupwise.models.trials import first_line
+from groupwise.models.trials import described
 
 
 class States:
@@ -181,7 +181,7 @@ class RecurrentForward:
                 steps = self._steps(weights_NH[:2, None], states, kernels=bool(found))
                 found.append([x.detach() for x in (output, gradient, *states.tensors(), *steps)])
         except Exception as error:  # a third-party forward may do anything with what it is called with
-            return first_line(error)
+            return described(error)
         same = all(matches(ours, theirs) or not (ours.any() or theirs.any()) for theirs, ours in zip(*found, strict=True))
         return None if same else f"{type(self.module).__name__} computes something else than our kernels"
 

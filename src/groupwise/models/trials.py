@@ -166,6 +166,6 @@ def tolerance_in(dtype: torch.dtype) -> float:
     return max(1e-4, 10 * torch.finfo(dtype).eps)
 
 
-def first_line(error: BaseException) -> str:
+def described(error: BaseException) -> str:
     """An exception in one line."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -19,8 +19,10 @@ from groupwise.errors import UserError
 from groupwise.evidence.reading import LeftOut, number, read_objects, step_of
 from groupwise.evidence.report import write_page
 from groupwise.evidence.runs import open_run
+from groupwise.files import write_atomically
 from groupwise.text import shortened, visible
 from groupwise.trackers.base import SAMPLE_COLUMNS, Destination, Opening, open_destination
+from groupwise.training.metrics_file import METRICS, TRAINED
 
 LONGEST_SAMPLE = 20_000
 """Characters of a text in a table of samples."""
@@ -85,7 +87,7 @@ class Replay:
         """Send the records that have not been sent; returns how many that were."""
         count = 0
         for record in self._unread():
-            key = (record["step"], 0 if "reward/mean" in record else 1)
+            key = (record["step"], 0 if TRAINED in record else 1)
             if key > self.sent:
                 self._send(record)
                 self.sent = key
@@ -109,13 +111,13 @@ class Replay:
         """The page about the run, which the first tracker to need it writes."""
         page = self.run / "report.html"
         with locked(self.run, "report", wait=True):
-            if not page.exists() or page.stat().st_mtime < (self.run / "metrics.jsonl").stat().st_mtime:
+            if not page.exists() or page.stat().st_mtime < (self.run / METRICS).stat().st_mtime:
                 write_page([open_run(self.run)], page)
         return page
 
     def _unread(self) -> Iterator[dict[str, Any]]:
         """Records of lines that are complete; from the start again where a resumed run made the file shorter."""
-        path = self.run / "metrics.jsonl"
+        path = self.run / METRICS
         if not path.exists():
             return
         if path.stat().st_size < self.position:
@@ -143,7 +145,7 @@ class Replay:
         self._opened().write(step, numbers | single, bins)
         every, samples = self.settings.samples_every, self.run / "rollouts" / f"step-{step:06d}.jsonl"
         due = every > 0 and (step % every == 0 or step in (1, self.steps))
-        if "reward/mean" in record and due and samples.exists():
+        if TRAINED in record and due and samples.exists():
             rows = [row for _, row in read_objects(samples, LeftOut())]
             self._opened().write_samples(step, [[_shown(row.get(column)) for column in SAMPLE_COLUMNS] for row in rows])
 
@@ -164,9 +166,7 @@ class Replay:
 
     def _save(self) -> None:
         state = {"identity": self.identity, "sent": self.sent, "reported": self.reported}
-        partial = self.state_path.with_suffix(".partial")
-        partial.write_text(json.dumps(state))
-        partial.replace(self.state_path)
+        write_atomically(self.state_path, json.dumps(state))
 
 
 def _shown(value: Any) -> Any:

@@ -183,8 +183,8 @@ def save(directory: Path, step: int, learner: Learner, state: Any, *, recipe: st
         }
         with files.written(partial / MANIFEST) as file:
             file.write((json.dumps({**manifest, "sha256": seal(manifest)}, indent=1) + "\n").encode())
-        files.sync_directory(partial)
-        files.sync_directory(directory.parent)
+        files.sync(partial)
+        files.sync(directory.parent)
     except (RunError, UserError):
         shutil.rmtree(partial, ignore_errors=True)
         raise

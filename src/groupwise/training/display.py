@@ -12,12 +12,13 @@ from rich.text import Text
 from groupwise.terminal import Terminal
 from groupwise.text import shortened
 from groupwise.training.events import Evaluated, Event, StepDone
+from groupwise.training.metrics_file import TRAINED
 
 COLUMNS = {
     "eval/pass@1": ("held-out pass@1", "{:.3f}"),
     "eval/reward": ("held-out reward", "{:.3f}"),
     "train/pass_rate": ("train pass rate", "{:.3f}"),
-    "reward/mean": ("reward", "{:.3f}"),
+    TRAINED: ("reward", "{:.3f}"),
     "entropy": ("entropy", "{:.3f}"),
     "groups/zero_variance": ("zero-variance groups", "{:.0%}"),
     "length/mean": ("length", "{:.1f}"),
@@ -75,9 +76,9 @@ class Display:
     def _update(self, step: int, metrics: Mapping[str, float | list[float]]) -> None:
         self.step = step
         self.values |= {name: value for name, value in metrics.items() if not isinstance(value, list)}
-        trained = "reward/mean" in metrics
+        trained = TRAINED in metrics
         if trained:
-            self.trail.append(self.values["train/pass_rate" if "train/pass_rate" in metrics else "reward/mean"])
+            self.trail.append(self.values["train/pass_rate" if "train/pass_rate" in metrics else TRAINED])
         if self._live:
             self._live.update(self._panel())
         elif trained:
@@ -92,7 +93,7 @@ class Display:
 
     def _columns(self) -> Iterator[tuple[str, tuple[str, str]]]:
         """Of the metrics that are there; rewards only where there are no pass rates."""
-        instead = {"eval/reward": "eval/pass@1", "reward/mean": "train/pass_rate"}
+        instead = {"eval/reward": "eval/pass@1", TRAINED: "train/pass_rate"}
         for key, column in COLUMNS.items():
             if key in self.values and instead.get(key) not in self.values:
                 yield key, column

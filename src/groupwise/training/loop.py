@@ -52,7 +52,7 @@ SCORES = "Raise task.reward_timeout where scores came too late; what a reward pr
 """Advice on completions that could not be scored."""
 FEW = "Easier or harder problems, or a larger group_size, would differ more."
 """Advice on groups of which few are selected."""
-LARGEST_GAP = 0.01
+LARGEST_GAP_IN_FLOAT32 = 0.01
 """Nats, the mean over tokens. In float32 the two are usually within 1e-5, and a token near a tie of a router may be far off."""
 
 
@@ -215,7 +215,7 @@ class Trainer:
         Raises:
             RunError: both run in float32 on the same weights, and their log-probabilities differ.
         """
-        if gap > LARGEST_GAP and in_float32(self.recipe):
+        if gap > LARGEST_GAP_IN_FLOAT32 and in_float32(self.recipe):
             raise RunError(
                 f"step {self.step}: the sampler's log-probabilities are {gap:.2g} nats from the learner's on average, though "
                 "both run in float32 on the same weights, so one of the two does not compute this model. Set "

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from groupwise.algorithms.diagnostics import effective_share
 from groupwise.training.collect import Collected
+from groupwise.training.metrics_file import TRAINED
 from groupwise.types import Completion, Group, Outcome
 
 ZERO_VARIANCE: tuple[Outcome, ...] = ("all_correct", "all_wrong", "equal")
@@ -34,7 +35,7 @@ def rollout_metrics(collected: Collected, version: int) -> dict[str, float]:
     ages = [version - completion.oldest_version for group in collected.groups for completion in group.completions]
     return {
         **({} if graded else {"train/pass_rate": sum(score.correct is True for score in scores) / max(1, len(scores))}),
-        "reward/mean": sum(score.reward for score in scores) / max(1, len(scores)),
+        TRAINED: sum(score.reward for score in scores) / max(1, len(scores)),
         **{f"failed/{cause}": float(count) for cause, count in failures.items()},
         **{f"groups/{name}": share for name, share in shares.items()},
         "groups/zero_variance": sum(outcomes[name] for name in ZERO_VARIANCE) / scored_groups,

@@ -1,6 +1,7 @@
 """What a run leaves in its directory: its settings, metrics.jsonl, events.jsonl, rollouts to read, tokens to analyse, a model."""
 
 import math
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -17,23 +18,23 @@ from groupwise.errors import RunError, UserError
 from groupwise.files import Digest, DiskError, Lock
 from groupwise.learner.base import TokenRecord
 from groupwise.text import json_line
-from groupwise.training.checkpoints import Checkpoint, Store, listed
+from groupwise.training.checkpoints import RECIPE, Checkpoint, Store, listed
 from groupwise.training.events import Evaluated, Event, StepDone
 from groupwise.training.events_file import EventsFile
 from groupwise.training.metrics_file import METRICS, MetricsFile
 from groupwise.training.rollout_text import readable, samples
 from groupwise.training.segments import (
-    RECIPE,
     SEGMENTS,
     Segment,
     Unrecorded,
+    as_json,
     changes,
     check_beginning,
-    plain,
+    completed,
     recorded,
     replaced,
+    shown,
     write_segments,
-    written,
 )
 from groupwise.types import Completion, Group, TrainingBatch, pad_rows
 
@@ -67,7 +68,7 @@ class RunDirectory:
         """
         self.check_free()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            files.make_directory(self.path)
         except OSError as error:
             raise UserError(f"--out {self.path}: {error.strerror}") from error
         try:
@@ -89,7 +90,7 @@ class RunDirectory:
         if not self.path.is_dir():
             raise UserError(there)
         if self.model.exists() or listed(self.checkpoints) or any(self.checkpoints.glob("damaged-step-*")):
-            raise UserError(f"{there}; to go on with a run: groupwise train --resume {self.path}")
+            raise UserError(f"{there}; to go on with a run: groupwise train --resume {shlex.quote(str(self.path))}")
         names = {path.name for path in self.path.iterdir()}
         foreign = sorted(name for name in names if name not in WRITTEN and not name.startswith(LEFTOVERS))
         if foreign:
@@ -108,10 +109,12 @@ class RunDirectory:
             UserError: what was begun here had other settings.
         """
         with suppress(Unrecorded):  # killed before it wrote them
-            before = recorded(self.path, None).tree
+            before, now = recorded(self.path, None).tree, tree
             check_beginning(self.path, before)
-            if differing := changes(before, tree):
-                keys = "".join(f"\n  {key}: {written(old)} -> {written(new)}" for key, (old, new) in differing.items())
+            with suppress(UserError):  # else every difference is said
+                before, now = completed(before), completed(now)
+            if differing := changes(before, now):
+                keys = "".join(f"\n  {key}: {shown(old)} -> {shown(new)}" for key, (old, new) in differing.items())
                 raise UserError(f"--out {self.path}: a run with other settings was begun there:{keys}")
         self.create_again(tree, inputs)
 
@@ -120,11 +123,11 @@ class RunDirectory:
         for directory in (self.path, self.path / "rollouts", self.path / "tokens", self.checkpoints):
             files.recover(directory)
         with files.explained(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+            files.make_directory(self.path)
         if self.metrics.path.exists():
             files.write_atomically(self.metrics.path, b"")
         self._drop_after(0)
-        first = Segment(segment=0, first_step=1, recipe=plain(tree), files=inputs or {})
+        first = Segment(segment=0, first_step=1, recipe=as_json(tree), files=inputs or {})
         self._write_settings([first])
         return first
 
@@ -228,7 +231,7 @@ def write_model(final: Path, export: Callable[[Path], dict[str, float]]) -> dict
     partial = final.with_name(files.PARTIAL + final.name)
     files.remove(partial)
     with files.explained(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
+        files.make_directory(final.parent)
     try:
         found = export(partial)
         files.sync_tree(partial)

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from groupwise.config import Recipe, Source, load
+from groupwise.config.effects import effect
 from groupwise.errors import UserError
 from groupwise.files import Lock
 from groupwise.training import checkpoints
-from groupwise.training.checkpoints import Checkpoint
+from groupwise.training.checkpoints import RECIPE, Checkpoint
 from groupwise.training.events import Warned
-from groupwise.training.inputs import hash_of, model_files
-from groupwise.training.segments import RECIPE, SEGMENTS, Recorded, Segment, check_beginning, effect, recorded, written
+from groupwise.training.inputs import PARTS, hash_of, is_of, model_files
+from groupwise.training.segments import SEGMENTS, Recorded, Segment, check_beginning, recorded, shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,15 +55,18 @@ def _changed(before: Segment, now: Segment, step: int) -> list[Warned]:
     found = []
     for key, (old, new) in now.changed.items():
         what = effect(key, now.recipe)
-        text = f"{key}: {written(old)} -> {written(new)}{f' ({what})' if what else ''}"
+        text = f"{key}: {shown(old)} -> {shown(new)}{f' ({what})' if what else ''}"
         found.append(Warned(step=step, kind="note", name="settings_changed", text=text))
     for package in ("groupwise", "torch"):
         old, new = getattr(before, package), getattr(now, package)
         if old and old != new:
             text = f"{package} {old} -> {new} (may change results)"
             found.append(Warned(step=step, kind="note", name="settings_changed", text=text))
+    base = before.recipe.get("model", {}).get("path", "")
     for path, wanted in before.files.items():
         known = now.files.get(path)
+        if "model.path" in now.changed and is_of(path, base):  # it has moved, and was found to be the same
+            continue
         if known != wanted and (known is not None or not Path(path).exists()):
             text = f"{path} {'has changed' if known else 'is gone'} since the run read it (may change results)"
             found.append(Warned(step=step, name="files_changed", text=text))
@@ -121,16 +125,22 @@ def _check_base(path: str, before: str, found: Recorded, source: Source) -> None
         UserError: it is gone, or another.
     """
     known = found.segments[-1].files if found.segments else {}
-    wanted = {Path(name).name: digest for name, digest in known.items() if Path(name).is_relative_to(before)}
+    wanted = {_within(name, before): digest for name, digest in known.items() if is_of(name, before)}
     if path == before:
-        if wanted and not Path(path).is_dir():
+        if wanted and not any(name.startswith("hub:") for name in known if is_of(name, before)) and not Path(path).is_dir():
             raise source.error(
                 "model.path",
                 "the base model's directory is gone. The checkpoints hold the trained weights; tokenizer, configuration and what "
                 "the run began with come from the base: bring it back, or say where it is now with --set model.path=DIR",
             )
         return
-    ours = {file.name: hash_of(file) for file in model_files(path)}
-    if not wanted or any(ours.get(name) != digest for name, digest in wanted.items()):
+    ours = {_within(name, path): file for name, file in model_files(path, Path(source.path).parent).items()}
+    same = (name in ours and hash_of(ours[name], whole=not digest.startswith(PARTS)) == digest for name, digest in wanted.items())
+    if not wanted or not all(same):
         why = "" if not wanted else f": its files are not those of {before}"
         raise source.error("model.path", f"a run goes on with the base model it began with{why}")
+
+
+def _within(name: str, model: str) -> str:
+    """A file's name in a model's directory."""
+    return name.removeprefix("hub:").removeprefix(model).lstrip("/")

@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from groupwise import files
-from groupwise.config import dump
-from groupwise.config.effects import effect as effect
+from groupwise.config import Recipe, dump
 from groupwise.errors import UserError
 from groupwise.files import Digest
-from groupwise.training.checkpoints import Checkpoint, seal
+from groupwise.training.checkpoints import RECIPE, Checkpoint, seal
 from groupwise.training.metrics_file import METRICS, parse, read, set_aside
 
-SEGMENTS, RECIPE = "segments.jsonl", "recipe.toml"
+SEGMENTS = "segments.jsonl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +93,7 @@ def read_segments(run: Path) -> tuple[list[Segment], str | None]:
 
 
 def write_segments(run: Path, segments: Sequence[Segment]) -> None:
-    contents = [plain(asdict(segment)) for segment in segments]
+    contents = [as_json(asdict(segment)) for segment in segments]
     text = "".join(json.dumps({**content, "sha256": seal(content)}) + "\n" for content in contents)
     files.write_atomically(run / SEGMENTS, text)
 
@@ -199,23 +199,24 @@ def replaced(run: Path) -> str:
 
 def _edited(run: Path, wanted: Mapping[str, Any], tree: Mapping[str, Any], where: str) -> UserError:
     differing = changes(wanted, tree)
-    lines = "".join(f"\n  {key}: {written(new)}, and in {where} {written(old)}" for key, (old, new) in differing.items())
+    lines = "".join(f"\n  {key}: {shown(new)}, and in {where} {shown(old)}" for key, (old, new) in differing.items())
     sets = "".join(f" --set {shlex.quote(f'{key}={json.dumps(new)}')}" for key, (_, new) in differing.items() if new is not None)
+    resume = f"groupwise train --resume {shlex.quote(str(run))}"
     return UserError(
         f"{run / RECIPE}: not the settings that the run was trained with:{lines}\n"
-        f"To go on as before: remove that file, then groupwise train --resume {run}\n"
-        f"To change the settings: remove that file, then groupwise train --resume {run}{sets}"
+        f"To go on as before: remove that file, then {resume}\n"
+        f"To change the settings: remove that file, then {resume}{sets}"
     )
 
 
-def written(value: Any) -> str:
+def shown(value: Any) -> str:
     return "left out" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 # --- trees of settings
 
 
-def plain(tree: Any) -> Any:
+def as_json(tree: Any) -> Any:
     """Settings as JSON has them: dates as text.
 
     Raises:
@@ -230,9 +231,22 @@ def plain(tree: Any) -> Any:
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[Any]]:
     """The settings in which two trees differ, by dotted key: [old, new]; None: left out."""
-    before, now = _flat(plain(old)), _flat(plain(new))
+    before, now = _flat(as_json(old)), _flat(as_json(new))
     keys = [*before, *(key for key in now if key not in before)]
     return {key: [before.get(key), now.get(key)] for key in keys if not _same(before.get(key), now.get(key))}
+
+
+def completed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe with this version's defaults for what it leaves out, since an earlier version did not know it.
+
+    Raises:
+        UserError: it holds what this version does not know.
+    """
+    try:
+        recipe = Recipe.model_validate_json(json.dumps(as_json(tree)), by_alias=True, by_name=True)
+    except ValidationError as error:
+        raise UserError(f"it is of another version of groupwise: {error}") from error
+    return recipe.model_dump(by_alias=True)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -1,5 +1,6 @@
 """One run from its recipe to its end, as the command line and `groupwise.train` start it."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from groupwise.training.interrupts import Interrupt, ending, interruptible
 from groupwise.training.loop import Result, Trainer
 from groupwise.training.records import RunDirectory
 from groupwise.training.resume import Resumption, resumed_recipe, resumption
-from groupwise.training.segments import after, changes, keep_damaged, metrics_at, plain
+from groupwise.training.segments import after, as_json, changes, keep_damaged, metrics_at
 from groupwise.training.setup import Ready, prepare, resolved
 from groupwise.training.trackers import Guarded, make_trackers
 
@@ -122,15 +123,16 @@ def start(session: Session, ready: Ready, trainer: Trainer, tree: Mapping[str, A
 
     `tree`: the settings, whole.
     """
-    directory, found, tree = trainer.run_directory, session.resumption, plain(tree)
-    inputs = input_hashes(tree, ready.task)
+    directory, found, tree = trainer.run_directory, session.resumption, as_json(tree)
+    begun = found.recorded.segments[-1:] if found else []
+    inputs = input_hashes(tree, ready.task, session.path, begun[0].files if begun else None)
     if found is None:
         directory.create(tree, inputs)
         return []
     if found.checkpoint is None:
         keep_damaged(session.path, found.recorded)
         first = directory.create_again(tree, inputs)
-        return found.events([*found.recorded.segments[-1:], replace(first, changed=changes(found.recorded.tree, tree))], None)
+        return found.events([*begun, replace(first, changed=changes(found.recorded.tree, tree))], None)
     trainer.resume(found.checkpoint)
     segments = after(found.recorded.segments, found.checkpoint, tree, inputs)
     keep_damaged(session.path, found.recorded)
@@ -153,9 +155,9 @@ def _announce(ready: Ready, session: Session, console: Terminal) -> None:
 
 def _how_to_go_on(path: Path, step: int = 0) -> str:
     """`step`: the last one that was done."""
-    there = checkpoints.listed(path / "checkpoints")
+    there, command = checkpoints.listed(path / "checkpoints"), f"groupwise train --resume {shlex.quote(str(path))}"
     if not there:
-        return f"; to begin again: groupwise train --resume {path}" if (path / checkpoints.RECIPE).is_file() else ""
+        return f"; to begin again: {command}" if (path / checkpoints.RECIPE).is_file() else ""
     last = max(there)
     again = f" (step {step} is done again)" if step == last + 1 else f" (steps {last + 1} to {step} are done again)"
-    return f"; to go on from {checkpoints.name_of(last)}: groupwise train --resume {path}{again if step > last else ''}"
+    return f"; to go on from {checkpoints.name_of(last)}: {command}{again if step > last else ''}"
