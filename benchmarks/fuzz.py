@@ -29,6 +29,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["GROUPWISE_TRACEBACK"] = "1"  # what nobody expected is raised, and not made a message
 
 import fuzz_cases as cases
 import typer

@@ -5,18 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from groupwise.config.effects import BY_ROUNDING, effect
 from groupwise.errors import short
 from groupwise.evidence.reading import LeftOut, clean_recipe, read_objects, step_of
 
-NO_EFFECT = (
-    "trackers.",
-    "training.checkpoint_every",
-    "training.keep_checkpoints",
-    "training.tokens_every",
-    "learner.micro_batch_tokens",
-    "rollouts.max_rows",
-)
-"""Beginnings of keys that change no result of a step."""
 MISSING = "not set"
 
 
@@ -102,11 +94,6 @@ def _pairs(changed: Any) -> dict[str, tuple[Any, Any]]:
     return {key: (pair[0], pair[1]) for key, pair in items if isinstance(pair, list) and len(pair) == 2}
 
 
-def changes_results(key: str) -> bool:
-    """Whether another value of a setting may give other results."""
-    return not key.startswith(NO_EFFECT)
-
-
 def course(segments: Iterable[Segment], last_step: int) -> dict[str, str]:
     """Settings that changed on the way and change results, as text: "0.0001, then 1e-05 from step 31".
 
@@ -119,7 +106,7 @@ def course(segments: Iterable[Segment], last_step: int) -> dict[str, str]:
         if segment.first_step > last_step:
             continue
         for key, (old, new) in segment.changed.items():
-            if changes_results(key):
+            if effect(key, segment.recipe) not in ("", BY_ROUNDING):
                 found[key] = f"{found.get(key) or value_text(old)}, then {value_text(new)} from step {segment.first_step:,}"
     return found
 

@@ -18,6 +18,7 @@ import torch
 
 from groupwise import files
 from groupwise.config import dump
+from groupwise.config.effects import effect as effect
 from groupwise.errors import UserError
 from groupwise.files import Digest
 from groupwise.training.checkpoints import Checkpoint, seal
@@ -242,24 +243,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return {key: value for key, value in flat.items() if value is not None}
-
-
-HARMLESS = (
-    "training.keep_checkpoints", "training.checkpoint_every", "training.tokens_every", "training.eval_every", "trackers.",
-)  # fmt: skip
-"""Settings that change no result."""
-ROUNDING = ("learner.micro_batch_tokens", "rollouts.max_rows", "learner.share_prompts", "learner.checkpointing", "model.backend",
-            "model.device", "model.compile")  # fmt: skip
-"""Settings that change results by rounding alone."""
-
-
-def effect(key: str, tree: Mapping[str, Any]) -> str:
-    """What a changed setting changes of the results, in words; empty: nothing."""
-    if key.startswith(HARMLESS) or (key == "training.steps" and tree["learner"].get("schedule") == "constant"):
-        return ""
-    if key.startswith("training.eval"):
-        return "changes what evaluations measure"
-    return "changes results by rounding" if key in ROUNDING else "changes results"
 
 
 def metrics_at(segments: Sequence[Segment], checkpoint: Checkpoint) -> list[Digest]:
