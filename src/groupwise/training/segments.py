@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from groupwise import files
-from groupwise.config import dump
+from groupwise.config import dump, trees
 from groupwise.config.effects import effect as effect
 from groupwise.errors import UserError
 from groupwise.files import Digest
@@ -228,21 +228,8 @@ def plain(tree: Any) -> Any:
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The settings in which two trees differ, by dotted key: [old, new]; None: left out."""
-    before, now = _flat(plain(old)), _flat(plain(new))
-    keys = [*before, *(key for key in now if key not in before)]
-    return {key: [before.get(key), now.get(key)] for key in keys if not _same(before.get(key), now.get(key))}
-
-
-def _same(one: Any, other: Any) -> bool:
-    return type(one) is type(other) and one == other
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return {key: value for key, value in flat.items() if value is not None}
+    """The settings in which two trees differ once they are written down; see `trees.changes`."""
+    return trees.changes(plain(old), plain(new))
 
 
 def metrics_at(segments: Sequence[Segment], checkpoint: Checkpoint) -> list[Digest]:
