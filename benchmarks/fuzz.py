@@ -2,9 +2,10 @@
 
     python benchmarks/fuzz.py [--count 5000] [--kind recipes] [--first 0]
 
-A case holds when the command ends by itself with exit code 0 or 2 (1 too where it trains or scores: a run that failed on its way)
-within 20 seconds of computing, raises nothing unexpected, prints no traceback, and the process has grown by less than 2 GiB. Nothing is trained: `sft` stops where its first update would begin, `ablate` where its first
-run would. A case is made from its kind and number alone; --first N --count 1 repeats one.
+A case holds when the command ends by itself with exit code 0 or 2 (or 1 where it trains or scores, which may fail on its way)
+within 20 seconds of computing, raises nothing unexpected, prints no traceback, and the process has grown by less than 2 GiB.
+Nothing is trained: `sft` stops where its first update would begin, `ablate` where its first run would. A case is made from its
+kind and number alone; --first N --count 1 repeats one.
 """
 
 import argparse

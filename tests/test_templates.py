@@ -77,6 +77,15 @@ def test_a_template_that_does_what_it_may_not_is_refused(tokenizer: Any, templat
     assert said.startswith("the model's chat template refuses messages of the roles user: ") and len(said) < 1000
 
 
+def test_a_template_that_is_rendered_without_limits_is_refused(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a later version of transformers might, which compiles templates in another function."""
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    assert templates.render(tokenizer, QUESTION) == QUESTION[0]["content"]
+    monkeypatch.setattr(templates.chat_template_utils, "_compile_jinja_template", templates._compile)
+    with pytest.raises(UserError, match=r"of transformers .* in a way that cannot be limited"):
+        templates.render(tokenizer, QUESTION)
+
+
 def test_only_the_thread_that_renders_is_limited(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the template of another thread goes on while one is stopped."""
     monkeypatch.setattr(templates, "SECONDS", 0.5)
