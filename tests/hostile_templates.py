@@ -44,6 +44,7 @@ LARGE = {
     "format in Arabic digits": "{{ '{:١٠٠٠٠٠٠٠٠٠}'.format(1) }}",
     "format after braces": "{{ '{{:1}} {x[a]!r:1000000000}'.format(x={'a': 1}) }}",
     "many widths of format": "{{ ('{0:999}' * 150000).format(1) }}",
+    "format that breaks off later": "{{ '{:1000000000}{'.format(1) }}",
     "format by value": "{{ '{:{}}'.format(1, 1000000000) }}",
     "ljust": "{{ 'a'.ljust(10000000000) }}",
     "expandtabs": "{{ '\t'.expandtabs(tabsize=10000000000) }}",
