@@ -257,13 +257,29 @@ ROW = [
     '{"prompt": "v", "reward_model": "x"}', '{"prompt": "e", "answer": "1", "prompt": "f"}', '{"prompt": "e", "answer": ' + "1" * 4000 + "}",
     '{"prompt": "c", "answer": "1", "completion": 5}', '{"prompt": "c", "answer": "1", "metadata": {"": null}, "name": "x", "step": 1}',
 ]  # fmt: skip
+CODE_ROWS = [
+    json.dumps({"problem": "p", "tests": tests})
+    for tests in [
+        '[{"input": "1", "output": "1"}]', "[" * DEEP + "]" * DEEP, "[" * DEEP, '{"inputs": ["1"], "outputs": ["1"]}', '{"inputs": [], "outputs": []}',
+        json.dumps({"fn_name": "f", "inputs": ["[" * DEEP + "]" * DEEP], "outputs": ["1"]}), json.dumps({"fn_name": "f", "inputs": ["1"], "outputs": ["[" * DEEP]}),
+        json.dumps([{"type": "functional", "fn_name": "f", "input": '{"a":' * DEEP + "1" + "}" * DEEP, "output": "1"}]),
+        '[{"type": "functional", "fn_name": "f", "input": "' + DIGITS + '", "output": "1"}]', '[{"input": ' + "[" * 900 + "]" * 900 + ', "output": "1"}]',
+        '[{"type": ["x"], "input": "1", "output": "1"}]', '[{"type": {"a": 1}, "input": "1", "output": "1"}]', '[{"fn_name": ["f"], "input": "1", "output": "1"}]',
+        '{"fn_name": {"a": 1}, "inputs": ["1"], "outputs": ["1"]}', '{"fn_name": "f()\\nimport os", "inputs": ["1"], "outputs": ["1"]}',
+        '[{"input": null, "output": {"a": 1}}]', '[{"input": "\\ud800", "output": "\\udfff"}]', "5", "null", "", "{}", '[{"input": "1"}]', "NaN", '[{"input": NaN, "output": 1e999}]',
+    ]
+]  # fmt: skip
+"""With tests as text, as datasets of programs have them."""
 PRESETS = ["", "", "", "", "gsm8k", "math", "verl", "dapo", "countdown", "code", "aime24"]
 
 
-def rows(rng: random.Random) -> list[str]:
+def rows(rng: random.Random, preset: str) -> list[str]:
+    """Good rows, and one or more odd ones; for programs mostly those with odd tests."""
+    programs = preset == "code" and rng.random() < 0.8
     good = [json.dumps({"prompt": f"{i}+{i}=", "answer": str(2 * i)}) for i in range(rng.choice([0, 1, 12, 12, 12]))]
+    good = [CODE_ROWS[0]] * len(good) if programs else good
     for _ in range(rng.choice([1, 1, 2, 4])):
-        good.insert(rng.randrange(len(good) + 1), rng.choice(ROW))
+        good.insert(rng.randrange(len(good) + 1), rng.choice(CODE_ROWS if programs else ROW))
     if rng.random() < 0.004:
         good.append(json.dumps({"prompt": "z" * 10_000_000, "answer": "1"}))
     return good
@@ -287,6 +303,7 @@ def table(rng: random.Random) -> bytes:
 
 def data(rng: random.Random, home: Path) -> Case:
     form = rng.choice(["jsonl", "jsonl", "jsonl", "json", "csv", "tsv", "parquet", "ndjson", "txt", ""])
+    preset = rng.choice(PRESETS)
     if form == "parquet":
         content = table(rng)
     elif form in ("csv", "tsv"):
@@ -295,9 +312,9 @@ def data(rng: random.Random, home: Path) -> Case:
             errors="replace"
         )
     elif form == "json":
-        content = ("[" + ",".join(line for line in rows(rng) if line.strip()) + "]").encode(errors="replace")
+        content = ("[" + ",".join(line for line in rows(rng, preset) if line.strip()) + "]").encode(errors="replace")
     else:
-        content = "\n".join(rows(rng)).encode(errors="replace")
+        content = "\n".join(rows(rng, preset)).encode(errors="replace")
     if rng.random() < 0.25:
         content = damaged(rng, content)
     name = rng.choice(["data", "data", "data", "日本", "a b", "x\u202ey"]) + (f".{form}" if form else "")
@@ -305,7 +322,6 @@ def data(rng: random.Random, home: Path) -> Case:
     if rng.random() < 0.03:
         (home / name).unlink()
         rng.choice([(home / name).mkdir, lambda: os.mkfifo(home / name), lambda: (home / name).symlink_to("nowhere")])()
-    preset = rng.choice(PRESETS)
     reward = rng.choice(["exact", "last_line", "gsm8k", "countdown", "math"])
     lines = ["extends = 'quick'", "training.eval_problems = 4", "[task]", "name = 'dataset'", f"path = {quoted(name)}"]
     lines += [f"preset = '{preset}'"] if preset else [f"reward = '{reward}'"]

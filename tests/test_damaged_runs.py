@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 
 from groupwise.cli import app
 from groupwise.config import Recipe, dump
+from groupwise.config.effects import BY_ROUNDING, effect
+from groupwise.errors import UserError
 from groupwise.evidence.charts import MOST_POINTS, thinned
 from groupwise.evidence.findings import findings
 from groupwise.evidence.report import readable_completions
@@ -119,6 +121,65 @@ def test_events_are_listed_and_findings_agree_with_them(run: Path) -> None:
     groupwise("report", str(run))
     page = (run / "report.html").read_text()
     assert "<td>12</td>" in page and "entropy fell to &lt;0.01&gt;" in page and '"noted":"entropy_collapse"' in page
+
+
+def test_settings_that_a_resume_may_change_without_another_result_split_no_seeds(run: Path, tmp_path: Path) -> None:
+    """What the trainer calls harmless, or rounding, on a resume is no other setup in a report; with the cosine schedule more
+    steps are another learning rate at each."""
+    longer = {**RECIPE["training"], "steps": 80, "keep_checkpoints": 9}
+
+    def label(schedule: str) -> list[str]:
+        learner = {**RECIPE["learner"], "schedule": schedule}
+        rounded = {**learner, "micro_batch_tokens": 999}
+        other = {**RECIPE, "seed": 1, "learner": rounded, "training": longer}
+        (run / "recipe.toml").write_text(dump({**other, "seed": 0}))
+        segments = [
+            {"first_step": 1, "recipe": {**RECIPE, "learner": learner}},
+            {"first_step": 21, "recipe": {**other, "seed": 0}},
+        ]
+        write(run / "segments.jsonl", segments)
+        second = tmp_path / f"second-{schedule}"
+        shutil.copytree(run, second)
+        (second / "recipe.toml").write_text(dump(other))
+        write(second / "segments.jsonl", [{"first_step": 1, "recipe": other}])
+        return list(by_setting([open_run(run), open_run(second)]))
+
+    assert label("constant") == ["dapo"]
+    assert len(label("cosine")) == 2
+
+
+def test_the_trainer_and_the_report_ask_one_table(run: Path) -> None:
+    for key, value in {
+        "training.eval_every": 7,
+        "model.compile": True,
+        "training.eval_problems": 3,
+        "learner.learning_rate": 1.0,
+    }.items():
+        table, name = key.split(".")
+        new = {**RECIPE, table: {**RECIPE[table], name: value}}
+        write(run / "segments.jsonl", [{"first_step": 1, "recipe": RECIPE}, {"first_step": 21, "recipe": new}])
+        assert (key in open_run(run).course) == (effect(key, new) not in ("", BY_ROUNDING))
+
+
+@pytest.mark.parametrize("damage", ["", "[learner\nlearning_", "\x00" * 50, None], ids=["empty", "cut short", "nulls", "missing"])
+def test_segments_say_the_settings_where_the_recipe_cannot(damage: str | None, run: Path) -> None:
+    write(run / "segments.jsonl", [segment(1, 1e-4)])
+    whole = (run / "recipe.toml").read_bytes()
+    (run / "recipe.toml").unlink()
+    if damage is not None:
+        (run / "recipe.toml").write_text(damage)
+    opened = open_run(run)
+    assert opened.recipe["learner"]["learning_rate"] == 1e-4
+    (line,) = opened.left_out
+    assert line.startswith("recipe.toml: ") and line.endswith("; the settings are those that segments.jsonl holds")
+    assert str(run) not in line
+    findings(opened)
+    (run / "segments.jsonl").unlink()
+    if damage != "":
+        with pytest.raises(UserError, match="recipe"):  # nothing says what was trained
+            open_run(run)
+    (run / "recipe.toml").write_bytes(whole)
+    assert list(open_run(run).left_out) == []
 
 
 DAMAGE: dict[str, tuple[str, bytes, str]] = {

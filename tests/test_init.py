@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from groupwise.workers import worker
 from tests.test_cli import run
 from tests.test_data import hub
 
@@ -97,6 +98,25 @@ def test_no_file_is_overwritten_unless_that_is_asked_for(tmp_path: Path) -> None
 )
 def test_what_is_missing_or_wrong_is_said_and_nothing_written(flags: tuple[str, ...], message: str, tmp_path: Path) -> None:
     refused = run("init", *flags)
+    assert refused.exit_code == 2 and message in refused.stderr
+    assert not (tmp_path / "recipe.toml").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import time\ntime.sleep(600)\n", "mine.py: no result within 2 s"),
+        ("import os\nos._exit(0)\n", "mine.py: "),
+        ("raise SystemExit(0)\n", "mine.py: "),
+        ("import sys\nsys.stdout.close()\nraise ValueError('x')\n", "mine.py: "),
+    ],
+)
+def test_code_of_a_reward_runs_in_a_worker_with_a_limit(
+    code: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "LOAD_LIMIT", 2.0)
+    (tmp_path / "mine.py").write_text(code)
+    refused = run("init", *FLAGS[:4], "--reward", "mine.py:brevity")
     assert refused.exit_code == 2 and message in refused.stderr
     assert not (tmp_path / "recipe.toml").exists()
 

@@ -4,13 +4,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from groupwise import memory
 from groupwise.cli import app
+from groupwise.config import Recipe, Source
 from groupwise.errors import UserError
-from groupwise.models import LanguageModel
+from groupwise.models import LanguageModel, load_config
 from groupwise.tasks.arithmetic import ArithmeticTask
+from groupwise.training.sizes import check_cache
 
 SIZES = {
     "rollouts.group_size=10000000": "160,000,000 completions a step (16 prompts, 10,000,000 of each) would take at least 320 GB",
@@ -64,14 +67,59 @@ def test_training_that_does_not_fit_is_refused_where_the_model_does(monkeypatch:
             assert code == 0 or "gradients and optimiser state" in output
 
 
+def test_a_cache_is_compared_with_the_memory_that_it_lies_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU may have less memory than the machine, or more; a sampler of the user's may hold its cache on another machine."""
+    config = load_config("arithmetic-base")
+    sizes = {"cuda": 10**9, "cpu": 10**12}
+
+    def total(device: torch.device | None = None) -> int:
+        return sizes["cpu" if device is None else device.type]
+
+    def refused(device: str, **rollouts: str) -> bool:
+        recipe = Recipe.model_validate({"rollouts": rollouts})
+        try:
+            check_cache(recipe, config, 10**7, torch.device(device), Source(Path("r.toml"), ""))
+        except UserError:
+            return True
+        return False
+
+    monkeypatch.setattr(memory, "total_memory", total)
+    assert [refused("cuda"), refused("cpu"), refused("cuda", sampler="own.py:mine")] == [True, False, False]
+    sizes |= {"cuda": 10**12, "cpu": 10**9}
+    assert [refused("cuda"), refused("cpu"), refused("cpu", sampler="own.py:mine")] == [False, True, False]
+
+
 def test_memory_is_counted_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = memory.total_memory()
     assert found > 2**28
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(memory, "_CGROUP", (limit,))
-    for text, expected in (("max\n", found), ("1000\n", 1000)):
-        limit.write_text(text)
-        assert memory.total_memory() >= expected if text == "max\n" else memory.total_memory() == expected
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "_host", lambda: (5000, 3000))
+    (tmp_path / "memory").mkdir()
+    limits = {
+        "memory.max": "memory.max",
+        "swap.max": "memory.swap.max",
+        "v1": "memory/memory.limit_in_bytes",
+        "both": "memory/memory.memsw.limit_in_bytes",
+    }
+    for given, expected in (
+        ({}, 8000),
+        ({"memory.max": "max", "swap.max": "max"}, 8000),
+        ({"memory.max": "1000"}, 4000),  # with all of the machine's swap
+        ({"memory.max": "1000", "swap.max": "max"}, 4000),
+        ({"memory.max": "1000", "swap.max": "500"}, 1500),
+        ({"memory.max": "1000", "swap.max": "0"}, 1000),
+        ({"memory.max": "1000", "swap.max": "9000"}, 4000),
+        ({"v1": "9223372036854771712"}, 8000),
+        ({"v1": "1000"}, 4000),
+        ({"v1": "1000", "both": "1200"}, 1200),
+    ):
+        for name, path in limits.items():
+            (tmp_path / path).unlink(missing_ok=True)
+            if name in given:
+                (tmp_path / path).write_text(given[name] + "\n")
+        assert memory.total_memory() == expected, given
+    (tmp_path / limits["memory.max"]).write_text("1000\n")
+    (tmp_path / limits["swap.max"]).write_text("0\n")
     with pytest.raises(UserError, match=r"^x would take at least 5\.12 TB, and 1 kB are here$"):
         memory.need(5.12e12, "x")
 

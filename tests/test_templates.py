@@ -55,10 +55,35 @@ def test_a_template_that_fills_the_memory_is_stopped_before(tokenizer: Any, temp
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 700_000  # KB
 
 
+@pytest.mark.parametrize(
+    ("expression", "text"),
+    [
+        ("'Knowledge date: December 2023, today %s' % 5", "Knowledge date: December 2023, today 5"),
+        ("'2024-%02d, %d%% of 100000' | format(7, 50)", "2024-07, 50% of 100000"),
+        ("'%(the (2024) key)5.2f*' % {'the (2024) key': 1.5}", " 1.50*"),
+        ("""'{"name": "%s", "arguments": {%s}}' % ('f', '"x": 1')""", '{"name": "f", "arguments": {"x": 1}}'),
+        ("""'{{"name": {{"x": {} }} }}'.format(5)""", '{"name": {"x": 5 } }'),
+        ("'since 20240101: {0:>4}, {0:%}'.format(2)", "since 20240101:    2, 200.000000%"),
+    ],
+)
+def test_texts_that_only_look_like_widths_are_formatted(tokenizer: Any, expression: str, text: str) -> None:
+    tokenizer.chat_template = f"{{{{ {expression} }}}}"
+    assert templates.render(tokenizer, QUESTION) == text
+
+
 @pytest.mark.parametrize("template", REFUSED.values(), ids=REFUSED)
 def test_a_template_that_does_what_it_may_not_is_refused(tokenizer: Any, template: str) -> None:
     said = refusal(tokenizer, template, limit=5)
     assert said.startswith("the model's chat template refuses messages of the roles user: ") and len(said) < 1000
+
+
+def test_a_template_that_is_rendered_without_limits_is_refused(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a later version of transformers might, which compiles templates in another function."""
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    assert templates.render(tokenizer, QUESTION) == QUESTION[0]["content"]
+    monkeypatch.setattr(templates.chat_template_utils, "_compile_jinja_template", templates._compile)
+    with pytest.raises(UserError, match=r"of transformers .* in a way that cannot be limited"):
+        templates.render(tokenizer, QUESTION)
 
 
 def test_only_the_thread_that_renders_is_limited(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,7 +151,18 @@ def test_pickled_adapters_are_refused(model: Path, canary: Path, tmp_path: Path)
     for file in model.iterdir():  # adapters beside a model of safetensors, which transformers loads with it
         if file.is_file():
             shutil.copy(file, adapters)
-    with pytest.raises(UserError, match=r"cannot load the model .*adapter_model.safetensors"):
+    with pytest.raises(UserError, match=r"adapters .* pickled"):
+        load_module(str(adapters))
+
+
+def test_a_file_of_safetensors_beside_pickled_adapters_does_not_pass_for_them(model: Path, canary: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    adapters = tmp_path / "adapters"
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(load_module(str(model)), settings).save_pretrained(adapters)
+    (adapters / "adapter_model.safetensors").rename(adapters / "other.safetensors")
+    torch.save({"weight": Touch(canary)}, adapters / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"adapters .* pickled \(adapter_model.bin\)"):
         load_module(str(adapters))
 
 

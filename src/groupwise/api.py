@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from groupwise.algorithms import PARTS, OwnPart
+from groupwise.config.trees import flat
 from groupwise.evidence.runs import Run, open_run
 from groupwise.plugins import UserFunction
 
@@ -38,8 +39,8 @@ def train(
     from groupwise.training import session
     from groupwise.training.output import make_console
 
-    changes = _flat(recipe) if isinstance(recipe, Mapping) else {}
-    changes |= _flat(overrides)
+    changes = flat(recipe) if isinstance(recipe, Mapping) else {}
+    changes |= flat(overrides)
     plan = session.plan(
         None if isinstance(recipe, Mapping) else recipe,
         changes={key: _own_code(key, value) for key, value in changes.items()},
@@ -48,14 +49,6 @@ def train(
     )
     session.run(plan, make_console(quiet=quiet))
     return open_run(plan.path)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
 
 
 def _own_code(key: str, value: Any) -> Any:

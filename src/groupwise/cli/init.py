@@ -4,6 +4,7 @@ import json
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ from groupwise.algorithms import NAMED
 from groupwise.cli.common import app, console, exit_codes
 from groupwise.config import Recipe, Source
 from groupwise.errors import UserError, nearest
-from groupwise.plugins import is_reference, load_function
+from groupwise.plugins import find_file, is_reference
 from groupwise.text import visible
 
 PROMPT_KEYS = ("prompt", "question", "problem", "instruction", "query", "input", "messages")
@@ -297,10 +298,13 @@ def _check_preset(name: str) -> None:
 
 def _check_reward(name: str) -> None:
     from groupwise.rewards.checkers import CHECKERS, SLOW_CHECKERS
-    from groupwise.rewards.settings import HTTP, MODEL
+    from groupwise.rewards.settings import HTTP, MODEL, described
+    from groupwise.workers import Pool, Target
 
     if is_reference(name):
-        load_function(name, Path())
+        path, function = find_file(name, Path())
+        with closing(Pool(1)) as pool:  # as in training, where the file's code may do what it wants too
+            described(pool, Target.in_file(path, function), str(path))
     elif name not in (*CHECKERS, *SLOW_CHECKERS) and not name.startswith((MODEL, *HTTP)):
         raise UserError(
             f'there is no reward {name!r}{nearest(name, (*CHECKERS, *SLOW_CHECKERS))}; your own is "file.py:function"'

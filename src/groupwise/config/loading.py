@@ -1,5 +1,6 @@
 """Reading recipe files: what they extend, overrides, and the checked tree."""
 
+import codecs
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -52,12 +53,12 @@ def is_file(path: Path) -> bool:
 
 
 def is_sft(path: Path) -> bool:
-    """Whether a recipe is for `groupwise sft`: it has an [sft] table.
+    """Whether a recipe is for `groupwise sft`: it, or what it extends, has an [sft] table.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: see `read_tree`.
     """
-    return re.search(r"^[ \t]*\[sft\]", _read(path).decode(errors="replace"), re.MULTILINE) is not None
+    return "sft" in read_tree(path)[0]
 
 
 def _read(path: Path) -> bytes:
@@ -68,7 +69,7 @@ def _read(path: Path) -> bytes:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     if len(data) > MOST_BYTES:
         raise UserError(f"{path}: has more than {MOST_BYTES // 2**20} MiB, so it is not a file of settings")
-    return data
+    return data.removeprefix(codecs.BOM_UTF8)
 
 
 def read_toml(path: Path, text: str | None = None) -> tuple[dict[str, Any], str]:
@@ -78,11 +79,11 @@ def read_toml(path: Path, text: str | None = None) -> tuple[dict[str, Any], str]
         UserError: it cannot be read, is not TOML, or holds what could not be written again; see `unwritable`.
     """
     try:
-        text = _read(path).decode() if text is None else text
+        text = _read(path).decode() if text is None else text.removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from error
     try:
-        tree = parse_toml(text.removeprefix("\ufeff"))
+        tree = parse_toml(text)
     except ValueError as error:
         long = re.search(r"\d{4301}", text)  # Python names no line for these
         line = f", line {text.count(chr(10), 0, long.start()) + 1}" if long and "(at line" not in str(error) else ""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from groupwise.config.effects import BY_ROUNDING, effect
+from groupwise.config.trees import changes
 from groupwise.errors import short
 from groupwise.evidence.reading import LeftOut, clean_recipe, read_objects, step_of
 
@@ -39,14 +40,6 @@ class Noted:
     advice: str
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings with dotted keys."""
-    result: dict[str, Any] = {}
-    for key, value in tree.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return result
-
-
 def read_segments(path: Path, left_out: LeftOut) -> list[Segment]:
     """The segments of segments.jsonl of which steps may be left, in order: a resume undoes the steps from its first one on.
 
@@ -64,10 +57,8 @@ def read_segments(path: Path, left_out: LeftOut) -> list[Segment]:
         before = segments[-1] if segments else None
         if before is None:
             changed = {}
-        elif before.recipe and recipe:
-            changed = _difference(before.recipe, recipe)
         else:
-            changed = _pairs(found.get("changed"))
+            changed = _pairs(changes(before.recipe, recipe) if before.recipe and recipe else found.get("changed"))
         segments.append(
             Segment(
                 first_step=first,
@@ -80,18 +71,11 @@ def read_segments(path: Path, left_out: LeftOut) -> list[Segment]:
     return segments
 
 
-def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    old, new = flat(before), flat(after)
-    return {
-        key: (old.get(key, MISSING), new.get(key, MISSING))
-        for key in dict.fromkeys([*old, *new])
-        if old.get(key, MISSING) != new.get(key, MISSING)
-    }
-
-
 def _pairs(changed: Any) -> dict[str, tuple[Any, Any]]:
+    """Pairs of an old and a new value; None: not set."""
     items = changed.items() if isinstance(changed, dict) else ()
-    return {key: (pair[0], pair[1]) for key, pair in items if isinstance(pair, list) and len(pair) == 2}
+    pairs = {key: pair for key, pair in items if isinstance(pair, list) and len(pair) == 2}
+    return {key: (MISSING if old is None else old, MISSING if new is None else new) for key, (old, new) in pairs.items()}
 
 
 def course(segments: Iterable[Segment], last_step: int) -> dict[str, str]:

@@ -6,7 +6,7 @@ A run may be half-written, damaged, or made by another version. What cannot be u
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,14 +139,26 @@ def number(value: Any) -> float | None:
     return value
 
 
-def read_recipe(path: Path, left_out: LeftOut) -> dict[str, Any]:
+def read_recipe(path: Path, left_out: LeftOut, recorded: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
     """A run's settings. Tables and keys of other versions stay; a known one with an impossible value is left out.
 
+    Args:
+        recorded: the settings that segments.jsonl holds, of which the last are taken where the file cannot be read.
+
     Raises:
-        UserError: the file cannot be read, or is not TOML.
+        UserError: the file cannot be read, or is not TOML, and there are no others.
     """
-    tree = read_toml(path)[0]
-    if not tree:
+    try:
+        tree = read_toml(path)[0] if path.exists() else {}
+        wrong = "" if tree else "is empty" if path.exists() else "is missing"
+    except UserError as error:
+        if not recorded:
+            raise
+        tree, wrong = {}, str(error).removeprefix(str(path)).lstrip(":, ")[:200]
+    if wrong and recorded:
+        left_out.add(path.name, f"{wrong}; the settings are those that segments.jsonl holds")
+        return dict(recorded[-1])
+    if wrong:
         left_out.add(path.name, "is empty, so the run's settings are not known")
     return clean_recipe(tree, path.name, left_out)
 

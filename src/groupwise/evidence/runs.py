@@ -11,8 +11,9 @@ from typing import Any
 import pyarrow as pa
 
 from groupwise.algorithms import NAMED, named
+from groupwise.config.trees import flat
 from groupwise.errors import UserError
-from groupwise.evidence.history import Noted, Segment, course, flat, read_events, read_segments, value_text
+from groupwise.evidence.history import Noted, Segment, course, read_events, read_segments, value_text
 from groupwise.evidence.reading import LeftOut, read_metrics, read_recipe, read_tokens
 from groupwise.text import shortened, visible
 
@@ -138,17 +139,18 @@ def open_run(path: Path) -> Run:
     """Read the run in a directory, as far as it can be read; metrics of earlier versions get their present names.
 
     Raises:
-        UserError: the directory holds no run, or its recipe is damaged.
+        UserError: the directory holds no run, or nothing in it can be read that says with which settings it was trained.
     """
     metrics, recipe = path / "metrics.jsonl", path / "recipe.toml"
     begun = (path / "rollouts").is_dir()  # a run makes it with its recipe, and its metrics after the first evaluation
-    if not recipe.is_file() or not (metrics.is_file() or begun):
-        raise UserError(f"{path}: not a run directory: it has no {'metrics.jsonl' if recipe.is_file() else 'recipe.toml'}")
     left_out = LeftOut()
-    tree = read_recipe(recipe, left_out)
+    segments = read_segments(path / "segments.jsonl", left_out)
+    known = recipe.is_file() or any(segment.recipe for segment in segments)
+    if not known or not (metrics.is_file() or begun):
+        raise UserError(f"{path}: not a run directory: it has no {'metrics.jsonl' if known else 'recipe.toml'}")
+    tree = read_recipe(recipe, left_out, [segment.recipe for segment in segments if segment.recipe])
     records = read_metrics(metrics, left_out)
     steps = [record for record in records if record.get("reward/mean") is not None]
-    segments = read_segments(path / "segments.jsonl", left_out)
     last = steps[-1]["step"] if steps else 0
     done = [segment.recipe for segment in segments if segment.recipe and segment.first_step <= last]
     return Run(

@@ -32,7 +32,8 @@ def refuse_pickles(path: str) -> None:
     others = sorted({other for name in shards for other in _listed(Path(path) / name) if not other.endswith(".safetensors")})
     if others:
         raise UserError(f"{path}: {shards[0]} lists {others[0]!r}, which is no safetensors file, and reading it could run code")
-    if not kept and "adapter_model.bin" in names:
+    adapters = "adapter_config.json" in names or not kept  # else nothing reads adapter_model.bin
+    if adapters and "adapter_model.bin" in names and "adapter_model.safetensors" not in names:
         raise UserError(
             f"the adapters in {path!r} are pickled (adapter_model.bin), and reading them could run code; if you trust them, "
             f"convert them once: {CONVERT_ADAPTERS.format(path=path)}"

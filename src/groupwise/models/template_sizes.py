@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from string import Formatter
 from typing import Any
 
 from jinja2.exceptions import TemplateRuntimeError
@@ -108,16 +109,60 @@ def _join_filter(arguments: Arguments, keywords: Mapping[str, Any]) -> Arguments
     return _join(arguments, keywords, text=1, items=0)
 
 
-def _format(arguments: Arguments, keywords: Mapping[str, Any]) -> Arguments:
-    """`text % values`, `text|format(...)` and `text.format(...)`."""
+def _percents(text: str) -> Iterator[str]:
+    """The widths and precisions in `text % values`; "*": it is a value."""
+    at = 0
+    while (at := text.find("%", at) + 1) > 0:
+        if text.startswith("(", at):  # a key, which may hold brackets
+            depth = 0
+            for bracket in re.compile(r"[()]").finditer(text, at):
+                depth += 1 if bracket[0] == "(" else -1
+                if not depth:
+                    at = bracket.end()
+                    break
+            else:
+                return  # what Python refuses
+        found = _AFTER_PERCENT.match(text, at)
+        if found is not None:  # always: it may be empty
+            yield from (number for number in found.groups() if number)
+            at = found.end() + 1
+
+
+_AFTER_PERCENT = re.compile(r"[-#0 +]*(\*|\d*)(?:\.(\*|\d*))?[hlL]?")
+
+
+def _braces(text: str) -> Iterator[str]:
+    """The widths and precisions in `text.format(values)`; "*": it is a value."""
+    try:
+        for _, _, spec, _ in Formatter().parse(text):
+            if spec:
+                yield from ["*"] if "{" in spec else re.findall(r"\d+", spec)
+    except ValueError:  # str.format raises it at the same place
+        return
+
+
+def _format(arguments: Arguments, keywords: Mapping[str, Any], *, numbers: Callable[[str], Iterator[str]]) -> Arguments:
     text, values = arguments[0], list(_all(arguments, keywords))
     if isinstance(text, str):
-        if re.search(r"\d{4,}|%[^a-zA-Z%]*\*", text):
-            raise TooLarge("it asks for a width or precision of thousands")
-        if re.search(r"{[^{}]*:[^{}]*{", text):
-            raise TooLarge("it takes a width or precision from a value")
         _need(len(text) + (text.count("%") + text.count("{")) * weight(values))
+        width = 0
+        for number in numbers(text):
+            if number == "*":
+                raise TooLarge("it takes a width or precision from a value")
+            if len(number) > 3:
+                raise TooLarge("it asks for a width or precision of thousands")
+            width += int(number)
+        _need(len(text) + width)
     return arguments
+
+
+def _format_method(arguments: Arguments, keywords: Mapping[str, Any]) -> Arguments:
+    return _format(arguments, keywords, numbers=_braces)
+
+
+def _format_filter(arguments: Arguments, keywords: Mapping[str, Any]) -> Arguments:
+    """`text % values` too."""
+    return _format(arguments, keywords, numbers=_percents)
 
 
 def _searched(arguments: Arguments, keywords: Mapping[str, Any]) -> Arguments:
@@ -139,13 +184,13 @@ CHECKED_METHODS: Mapping[str, Check] = {
     **dict.fromkeys(("encode", "to_bytes", "translate"), _refused),
     "replace": _replace,
     "join": _join_method,
-    "format": _format,
-    "format_map": _format,
+    "format": _format_method,
+    "format_map": _format_method,
 }
 CHECKED_FILTERS: Mapping[str, Check] = {
     **dict.fromkeys(("center", "indent", "tojson", "slice", "batch", "round"), _narrow),
     "trim": _searched,
     "replace": _replace,
     "join": _join_filter,
-    "format": _format,
+    "format": _format_filter,
 }

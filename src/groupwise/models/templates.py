@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 import jinja2
@@ -38,9 +39,11 @@ _OF_DICTS = frozenset(dir(dict))
 class _Budget:
     """What is left to a rendering."""
 
-    __slots__ = ("checks", "deadline", "left")
+    __slots__ = ("checks", "deadline", "left", "limits")
 
     def __init__(self) -> None:
+        self.limits = False
+        """Whether a template with checks was asked for."""
         self.checks, self.left, self.deadline = 0, TOTAL, time.thread_time() + SECONDS
 
     def tick(self) -> None:
@@ -252,7 +255,10 @@ _compile = chat_template_utils._compile_jinja_template
 
 
 def _compile_within_limits(source: str) -> Any:
-    return _compile(source) if _here.budget is None else _compiled(source)
+    if _here.budget is None:
+        return _compile(source)
+    _here.budget.limits = True
+    return _compiled(source)
 
 
 chat_template_utils._compile_jinja_template = _compile_within_limits  # what it renders for others stays as it is
@@ -295,12 +301,16 @@ def render(tokenizer: Any, messages: Sequence[Any], **arguments: Any) -> str:
         arguments: of `apply_chat_template`, the template's own among them.
 
     Raises:
-        UserError: the template reached a limit.
+        UserError: the template reached a limit, or this version of transformers renders it without them.
         Exception: whatever the template raises.
     """
     source_of(tokenizer, arguments.get("tools"))
     with _limits(tokenizer):
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **arguments))
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, **arguments))
+        if not _budget().limits:  # the function that is replaced above is none that others promise to call
+            kind = f"{type(tokenizer).__name__} of transformers {version('transformers')}"
+            raise UserError(f"{kind} renders its chat template in a way that cannot be limited")
+    return text
 
 
 def variables(tokenizer: Any) -> set[str]:

@@ -114,6 +114,20 @@ class RewardSettings(BaseModel):
         return {reward.place: reward.form.needs_environments for reward in found if ENVIRONMENTS in reward.form.named}
 
 
+def described(pool: Pool, target: Target, place: str) -> Mapping[str, Any]:
+    """What a worker that loads a function finds of it; see `Pool.describe`.
+
+    Raises:
+        UserError: it cannot be loaded, or there is none of that name.
+    """
+    try:
+        return wait_elsewhere(pool.describe(target))
+    except WorkerError as error:
+        if error.known is not None:
+            raise UserError(f"{place}: there is no function {target.name!r}{nearest(target.name, error.known)}") from error
+        raise UserError(f"{place}: {error.detail}") from error
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Builder:
     """Makes rewards from what a recipe names."""
@@ -183,12 +197,7 @@ class _Builder:
         return self.in_pool(target, given.reference)
 
     def in_pool(self, target: Target, place: str) -> Reward:
-        try:
-            description = wait_elsewhere(self.pool.describe(target))
-        except WorkerError as error:
-            if error.known is not None:
-                raise UserError(f"{place}: there is no function {target.name!r}{nearest(target.name, error.known)}") from error
-            raise UserError(f"{place}: {error.detail}") from error
+        description = described(self.pool, target, place)
         call = in_processes(self.pool, target, limit=self.limit, shared=description["awaited"])
         shown = f"{Path(target.file).name}:{target.name}" if target.file else target.name
         return self.function(target.name, shown, Form.of(description, shown), call)

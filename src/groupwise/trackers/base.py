@@ -59,11 +59,3 @@ def open_destination(tracker: str, opening: Opening) -> Destination:
 def histogram(counts: Sequence[float]) -> tuple[list[float], list[int]]:
     """Sums over bins as the pair (counts, edges) that numpy.histogram gives; bin i lies between the edges i and i + 1."""
     return list(counts), list(range(len(counts) + 1))
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Settings by dotted key, as text."""
-    settings: dict[str, str] = {}
-    for key, value in tree.items():
-        settings |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: str(value)}
-    return settings

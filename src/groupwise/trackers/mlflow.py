@@ -10,7 +10,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
 from groupwise.config import dump
-from groupwise.trackers.base import SAMPLE_COLUMNS, Opening, flat
+from groupwise.config.trees import flat
+from groupwise.trackers.base import SAMPLE_COLUMNS, Opening
 
 LONGEST_VALUE, MOST_PARAMS = 500, 100
 """What every store of mlflow takes: characters of a parameter, parameters at once."""
@@ -30,7 +31,7 @@ class MLflow:
         artifacts = (home / "mlflow").as_uri() if opening.offline else None
         experiment = found.experiment_id if found else self.client.create_experiment(opening.project, artifacts)
         self.identity = str(self.client.create_run(experiment, run_name=opening.name).info.run_id)
-        params = [Param(_allowed(key), value[:LONGEST_VALUE]) for key, value in flat(opening.recipe).items()]
+        params = [Param(_allowed(key), str(value)[:LONGEST_VALUE]) for key, value in flat(opening.recipe).items()]
         for start in range(0, len(params), MOST_PARAMS):
             self.client.log_batch(self.identity, params=params[start : start + MOST_PARAMS])
         self.client.log_text(self.identity, dump(dict(opening.recipe)), "recipe.toml")

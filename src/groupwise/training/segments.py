@@ -18,7 +18,7 @@ import torch
 from pydantic import ValidationError
 
 from groupwise import files
-from groupwise.config import Recipe, dump
+from groupwise.config import Recipe, dump, trees
 from groupwise.errors import UserError
 from groupwise.files import Digest
 from groupwise.training.checkpoints import RECIPE, Checkpoint, seal
@@ -230,10 +230,8 @@ def as_json(tree: Any) -> Any:
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The settings in which two trees differ, by dotted key: [old, new]; None: left out."""
-    before, now = _flat(as_json(old)), _flat(as_json(new))
-    keys = [*before, *(key for key in now if key not in before)]
-    return {key: [before.get(key), now.get(key)] for key in keys if not _same(before.get(key), now.get(key))}
+    """The settings in which two trees differ once they are written down; see `trees.changes`."""
+    return trees.changes(as_json(old), as_json(new))
 
 
 def completed(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -247,17 +245,6 @@ def completed(tree: Mapping[str, Any]) -> dict[str, Any]:
     except ValidationError as error:
         raise UserError(f"it is of another version of groupwise: {error}") from error
     return recipe.model_dump(by_alias=True)
-
-
-def _same(one: Any, other: Any) -> bool:
-    return type(one) is type(other) and one == other
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return {key: value for key, value in flat.items() if value is not None}
 
 
 def metrics_at(segments: Sequence[Segment], checkpoint: Checkpoint) -> list[Digest]:

@@ -149,7 +149,7 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
         raise source.error("model.path", str(error)) from error
     problem = task.problem(0, recipe.seed)
     longest = check_lengths(recipe, config, chat, episodes, task, source)
-    check_cache(recipe, config, longest, source)
+    check_cache(recipe, config, longest, device_of(recipe.model.device, source), source)
     begin_step(task, 0, recipe)
     if episodes is not None:
         tried(episodes.trial(problem), problem)

@@ -6,6 +6,8 @@ training only weights, gradients and AdamW's two moments.
 
 from typing import Any
 
+import torch
+
 from groupwise.algorithms import Algorithm
 from groupwise.config import Recipe, SftRecipe, Source
 from groupwise.errors import UserError
@@ -37,23 +39,26 @@ def check_step(recipe: Recipe, algorithm: Algorithm, source: Source) -> None:
     _need(prompts * candidates * PROBLEM_BYTES, f"{prompts * candidates:,.0f} problems a step", source, "algorithm.candidates")
 
 
-def check_cache(recipe: Recipe, config: Any, length: int, source: Source) -> None:
+def check_cache(recipe: Recipe, config: Any, length: int, device: torch.device, source: Source) -> None:
     """
     Args:
         config: the model's.
         length: tokens of the longest prompt and of a completion.
+        device: the model's.
 
     Raises:
         UserError: not even one completion of `rollouts.max_tokens` could be held.
     """
-    text = config.get_text_config()
-    layers, heads = getattr(text, "num_hidden_layers", 0), getattr(text, "num_key_value_heads", 0) or 0
-    width = getattr(text, "head_dim", 0) or 0
-    full = getattr(text, "layer_types", None)
+    shape = config.get_text_config()
+    layers, heads = getattr(shape, "num_hidden_layers", 0), getattr(shape, "num_key_value_heads", 0) or 0
+    width = getattr(shape, "head_dim", 0) or 0
+    full = getattr(shape, "layer_types", None)
     if full is not None:  # others keep a window or a state, whatever the length
         layers = sum(kind == "full_attention" for kind in full)
-    cached = 2 * 2 * layers * heads * width  # keys and values, in two bytes each
-    _need(length * (cached + TOKEN_BYTES), f"a completion of {length:,} tokens with its prompt", source, "rollouts.max_tokens")
+    native = recipe.rollouts.sampler == "native"  # others may hold it elsewhere
+    cached = 2 * 2 * layers * heads * width if native else 0  # keys and values, in two bytes each
+    text = f"a completion of {length:,} tokens with its prompt"
+    _need(length * (cached + TOKEN_BYTES), text, source, "rollouts.max_tokens", device if native else None)
 
 
 def check_block(task: dict[str, Any], source: Source) -> None:
@@ -92,8 +97,8 @@ def check_demonstrations(recipe: SftRecipe, source: Source) -> None:
     _need(count * DEMONSTRATION_BYTES, f"{count:,} demonstrations in an update", source, "sft.batch_size")
 
 
-def _need(count: float, what: str, source: Source, key: str) -> None:
+def _need(count: float, what: str, source: Source, key: str, device: torch.device | None = None) -> None:
     try:
-        need(count, what)
+        need(count, what, device)
     except UserError as error:
         raise source.error(key, str(error)) from error
