@@ -119,8 +119,10 @@ def main() -> None:
                 rng = random.Random(f"{options.seed}/{name}")
                 todo = list(trials(server, reference, folder, options.only, share, rng, every=options.every))
                 bar = progress.add_task(name, total=len(todo), failed="")
-                for kind, what, carry_out in todo:
+                for done, (kind, what, carry_out) in enumerate(todo, start=1):
                     tally.add(name, kind, what, *carry_out())
+                    if not console.is_terminal and (done % 50 == 0 or done == len(todo)):
+                        progress.print(f"{name}: {done} of {len(todo)}")
                     progress.update(bar, advance=1, failed=f"{tally.failed} failed" if tally.failed else "")
             if "disks" in options.only and disks.may_mount():
                 held = sum(path.stat().st_size for path in reference.halfway.rglob("*") if path.is_file()) / 2**20

@@ -113,7 +113,8 @@ def carry_out(server: Server, reference: Reference, trial: Kill, run: Path) -> l
         if outcome.code != -9:
             last = outcome.output.strip().splitlines()[-1:]
             return [*problems, f"{' '.join(map(str, command[:2]))}: exit code {outcome.code}: {last}"]
-        problems += lost(run, reference.halfway if trial.kind == "resume" else None, outcome.operations)
+        done = outcome.operations[: fault.at] if fault.action == "kill" else outcome.operations  # the last was logged, not done
+        problems += lost(run, reference.halfway if trial.kind == "resume" else None, done)
         begun = (run / "recipe.toml").is_file()
         again = not any((run / "checkpoints").glob("step-*")) and (trial.same_command or not begun)
         command = begin if again else resume
