@@ -55,6 +55,23 @@ def test_a_template_that_fills_the_memory_is_stopped_before(tokenizer: Any, temp
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 700_000  # KB
 
 
+FORMATS = {
+    "{{ 'Knowledge date: December 2023, today %s' % 'Monday' }}": "Knowledge date: December 2023, today Monday",
+    """{{ '{"name": "%s", "arguments": {%s}}' % ('f', '"x": 1') }}""": '{"name": "f", "arguments": {"x": 1}}',
+    """{{ '{{"name": {{"x": {} }} }}'.format(1) }}""": '{"name": {"x": 1 } }',
+    "{{ '%(year)04d (%%) 20240101 * %%-3000s' % {'year': 24} }}": "0024 (%) 20240101 * %-3000s",
+    "{{ '%5.2f%% of 2024 * 1000' | format(12.345) }}": "12.35% of 2024 * 1000",
+    "{{ '{:>5}{!r:.3}, in 2024: {x}'.format(1, 'abcdef', x=2) }}": "    1'ab, in 2024: 2",
+}
+"""Template -> what it writes, though there are years and braces in it."""
+
+
+@pytest.mark.parametrize("template", FORMATS)
+def test_a_template_that_formats_a_little_is_written(tokenizer: Any, template: str) -> None:
+    tokenizer.chat_template = template
+    assert tokenizer.decode(Chat.build(tokenizer).encode(QUESTION)) == FORMATS[template]
+
+
 @pytest.mark.parametrize("template", REFUSED.values(), ids=REFUSED)
 def test_a_template_that_does_what_it_may_not_is_refused(tokenizer: Any, template: str) -> None:
     said = refusal(tokenizer, template, limit=5)

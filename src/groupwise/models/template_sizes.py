@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from string import Formatter
 from typing import Any
 
 from jinja2.exceptions import TemplateRuntimeError
@@ -12,6 +13,8 @@ WIDEST = 1000
 """Of a width, indent or precision, and the exponent of a power."""
 REMOVED = ("pprint", "striptags", "urlize", "wordwrap")
 """Filters for web pages, which no chat template uses, and which take time that grows faster than the text."""
+SPECIFICATION = re.compile(r"[-#0 +]*(\*|[0-9]*)(?:\.(\*|[0-9]*))?[hlL]?.?", re.DOTALL)
+"""What follows a % and a name in parentheses: flags, width, precision, conversion."""
 
 Arguments = tuple[Any, ...]
 Check = Callable[[Arguments, Mapping[str, Any]], Arguments]
@@ -108,15 +111,43 @@ def _join_filter(arguments: Arguments, keywords: Mapping[str, Any]) -> Arguments
     return _join(arguments, keywords, text=1, items=0)
 
 
-def _format(arguments: Arguments, keywords: Mapping[str, Any]) -> Arguments:
-    """`text % values`, `text|format(...)` and `text.format(...)`."""
-    text, values = arguments[0], list(_all(arguments, keywords))
-    if isinstance(text, str):
-        if re.search(r"\d{4,}|%[^a-zA-Z%]*\*", text):
-            raise TooLarge("it asks for a width or precision of thousands")
-        if re.search(r"{[^{}]*:[^{}]*{", text):
-            raise TooLarge("it takes a width or precision from a value")
-        _need(len(text) + (text.count("%") + text.count("{")) * weight(values))
+def _percent(arguments: Arguments, keywords: Mapping[str, Any]) -> Arguments:
+    """`text % values` and `text|format(...)`."""
+    text, place = arguments[0], 0
+    if not isinstance(text, str):
+        return arguments
+    while (place := text.find("%", place) + 1) > 0:
+        if text.startswith("(", place):  # the name of a value, in which parentheses may be nested
+            place, depth = place + 1, 1
+            while depth and place < len(text):
+                depth += (text[place] == "(") - (text[place] == ")")
+                place += 1
+        found = SPECIFICATION.match(text, place)
+        assert found is not None  # it matches nothing at all too
+        if any(part == "*" or len(part or "") > 3 for part in found.groups()):
+            raise TooLarge("it asks for a width or precision of thousands, or takes it from a value")
+        place = found.end()
+    return _filled(text.count("%"), arguments, keywords)
+
+
+def _braces(arguments: Arguments, keywords: Mapping[str, Any]) -> Arguments:
+    """`text.format(...)` and `text.format_map(...)`."""
+    text = arguments[0]
+    if not isinstance(text, str):
+        return arguments
+    try:
+        specifications = [specification for _, _, specification, _ in Formatter().parse(text) if specification]
+    except ValueError:  # which formatting raises too, with what is wrong
+        return arguments
+    if any("{" in part for part in specifications):
+        raise TooLarge("it takes a width or precision from a value")
+    if any(re.search(r"\d{4}", part) for part in specifications):
+        raise TooLarge("it asks for a width or precision of thousands")
+    return _filled(text.count("{"), arguments, keywords)
+
+
+def _filled(fields: int, arguments: Arguments, keywords: Mapping[str, Any]) -> Arguments:
+    _need(len(arguments[0]) + fields * weight(list(_all(arguments, keywords))))
     return arguments
 
 
@@ -139,13 +170,13 @@ CHECKED_METHODS: Mapping[str, Check] = {
     **dict.fromkeys(("encode", "to_bytes", "translate"), _refused),
     "replace": _replace,
     "join": _join_method,
-    "format": _format,
-    "format_map": _format,
+    "format": _braces,
+    "format_map": _braces,
 }
 CHECKED_FILTERS: Mapping[str, Check] = {
     **dict.fromkeys(("center", "indent", "tojson", "slice", "batch", "round"), _narrow),
     "trim": _searched,
     "replace": _replace,
     "join": _join_filter,
-    "format": _format,
+    "format": _percent,
 }
