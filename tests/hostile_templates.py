@@ -34,6 +34,8 @@ LARGE = {
     "output": FOREVER.replace("BODY", "xxxxxxxxxxxxxxxxxxxxxxxxx"),
     "a block": LONG + "{% set b %}{% for i in range(99999) %}{{ s }}{% endfor %}{% endset %}",
     "%": "{{ '%1000000000d' % 1 }}",
+    "% of a name": "{{ '%(a(b))1000000000d' % {'a(b)': 1} }}",
+    "% of precision": "{{ 'in 2023: % .1000000000f' % 1.0 }}",
     "% *": "{{ '%*d' % (1000000000, 1) }}",
     "% after %%": "{{ '100%% 7 %1000000000d' % 1 }}",
     "% precision": "{{ '%.1000000000f' % 1 }}",

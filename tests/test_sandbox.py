@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,9 +25,11 @@ from groupwise.rewards import boxes, sandbox
 from groupwise.rewards.boxes import Limits, SandboxError
 from groupwise.rewards.code import judge, parse_tests, program_of
 from groupwise.rewards.filters import has_seccomp, seccomp_filter
-from groupwise.rewards.sandbox import Box, why_not
+from groupwise.rewards.sandbox import Box, heard, tell, why_not
 from groupwise.rewards.warm import AHEAD, WAITING, Waiting
+from groupwise.tasks import reasoning_gym
 from groupwise.tasks.base import build_task
+from groupwise.tasks.reasoning_gym import Scorer
 from tests.conftest import SIZES, said
 
 OWN = [kind for kind in ("bubblewrap", "namespaces") if why_not(kind) is None]
@@ -170,11 +173,11 @@ def test_the_filter_of_system_calls() -> None:
     """On both architectures."""
     allow, eperm, enosys, kill = 0x7FFF0000, 0x50001, 0x50026, 0x80000000
     machines = {
-        "x86_64": (0xC000003E, [1, 56, 41, 53, 101, 16, 302, 62, 91]),
-        "aarch64": (0xC00000B7, [64, 220, 198, 199, 117, 29, 261, 129, 52]),
+        "x86_64": (0xC000003E, [1, 56, 41, 53, 101, 16, 302, 62, 91, 72, 73]),
+        "aarch64": (0xC00000B7, [64, 220, 198, 199, 117, 29, 261, 129, 52, 25, 32]),
     }
     for machine, (architecture, numbers) in machines.items():
-        write, clone, socket, socketpair, ptrace, ioctl, prlimit, signal, fchmod = numbers
+        write, clone, socket, socketpair, ptrace, ioctl, prlimit, signal, fchmod, fcntl, flock = numbers
         code = seccomp_filter(machine, own_files=True, signals=True)
         shared = seccomp_filter(machine, own_files=False, signals=False)
         expected = {
@@ -197,10 +200,15 @@ def test_the_filter_of_system_calls() -> None:
             (prlimit, 1): eperm,
             (signal, 5): allow,
             (fchmod, 5): allow,
+            (fcntl, 0, 3): allow,  # F_GETFL
+            (fcntl, 0, 6): allow,  # F_SETLK
+            **{(fcntl, 0, command): eperm for command in (8, 10, 15, 1024, 1026)},
+            (flock, 0): eperm,
         }
         for call, result in expected.items():
             assert permitted(code, architecture, *call) == result, (machine, call)
         assert permitted(shared, architecture, signal, 5) == permitted(shared, architecture, fchmod, 5) == eperm
+        assert all(permitted(shared, architecture, fcntl, 0, command) == eperm for command in (6, 7, 37, 38, 1024, 1026))
         assert permitted(code, 0x40000003, write) == kill  # 32-bit calls have other numbers
     with pytest.raises(KeyError, match="riscv64"):
         seccomp_filter("riscv64", own_files=True, signals=True)
@@ -245,6 +253,15 @@ if os.fork() == 0:
     processes = [program.process for program in waiting._ready]
     waiting.close()
     assert not waiting._ready and all(process.returncode is not None for process in processes)
+
+
+def test_threads_together_start_no_more_boxes_than_may_wait() -> None:
+    waiting, box = Waiting(), Box(BOXES[-1])
+    with ThreadPoolExecutor(2 * AHEAD + 1) as threads:
+        outcomes = list(threads.map(lambda _: waiting.run(box, "print(1)", "", Limits()), range(4 * AHEAD)))
+    assert {outcome.stdout for outcome in outcomes} == {"1\n"}
+    assert 0 < len(waiting._ready) <= AHEAD and waiting._building == 0
+    waiting.close()
 
 
 def test_a_program_sees_a_module_of_its_own() -> None:
@@ -335,12 +352,82 @@ def test_the_last_block_counts_and_none_is_unparsed() -> None:
         ([{"input": "1"}], 'needs "input" and "output"'),
         ([{"input": "1", "output": "1", "type": "sdin"}], "no type of test 'sdin'"),
         ([{"input": "1", "output": "1", "type": "functional"}], "no fn_name"),
+        ('{"inputs": ["' + "[" * 50_000 + '"], "outputs": ["1"], "fn_name": "f"}', "nested too deeply"),
+        ([{"input": "[" * 50_000, "output": "1", "type": "functional", "fn_name": "f"}], "nested too deeply"),
         ([{"input": "x y", "output": "1", "type": "functional", "fn_name": "f"}], "one JSON value a line"),
     ],
 )
 def test_tests_of_no_known_form_are_refused(value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_tests(value)
+
+
+def test_a_line_from_a_process_has_limits() -> None:
+    """Of time and bytes, whatever the process writes; so have those written to it."""
+    reads, writes = os.pipe()
+    try:
+        os.write(writes, b"half")
+        with pytest.raises(TimeoutError, match="no answer within 0 s"):
+            heard(reads, 0.1, 100)
+        os.write(writes, b"one\ntwo")
+        assert heard(reads, 5.0, 100) == b"one"
+        os.write(writes, b"x" * 60_000)
+        with pytest.raises(ValueError, match="more than 100 bytes"):
+            heard(reads, 5.0, 100)
+        with pytest.raises(TimeoutError, match="read nothing"):
+            tell(writes, b"x" * 1_000_000, 0.1)
+    finally:
+        os.close(reads)
+        os.close(writes)
+
+
+SCORER = """
+import os
+class Dataset:
+    def __getitem__(self, index): return index
+    def score_answer(self, answer, entry): return eval(answer)
+def create_dataset(name, seed, size): return Dataset()
+"""
+
+
+WRITE_ALL = """
+import os
+for pipe in [*range(64), *(f"/proc/{pid}/fd/{n}" for pid in (os.getppid(), 1, 2) for n in range(16))]:
+    try:
+        pipe = pipe if isinstance(pipe, int) else os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        for _ in range(COUNT):
+            os.write(pipe, TEXT)
+    except OSError:
+        pass
+"""
+CPU = "'unlimited' in [line for line in open(f'/proc/{os.getppid()}/limits') if 'cpu time' in line][0]"
+
+
+def test_what_a_scorer_evaluates_reaches_neither_the_trainer_nor_the_next_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the library whose scorer evaluates the answer, as some of the library's do."""
+    (tmp_path / "reasoning_gym").mkdir()
+    (tmp_path / "reasoning_gym" / "__init__.py").write_text(SCORER)
+    place = SimpleNamespace(origin=str(tmp_path / "reasoning_gym" / "__init__.py"))
+    monkeypatch.setattr(reasoning_gym, "find_spec", lambda name: place)
+    scorer, began = Scorer(Box(OWN[0] if OWN else "processes")), time.monotonic()
+
+    def scores(*answers: str) -> list[float | str]:
+        return scorer.scores({"dataset": ["any", {}, 0, 1], "index": 0, "answers": answers})
+
+    def writing(text: bytes, count: int) -> str:
+        return f"exec({WRITE_ALL.replace('TEXT', repr(text)).replace('COUNT', str(count))!r}) or 0.5"
+
+    assert scores("0.75", "1 / 0", "0.5") == [0.75, "ZeroDivisionError: division by zero", 0.5]
+    assert scores(CPU, "float('nan')") == [1.0, "the scorer returned no number"]
+    assert scores(writing(b"[0.25]\n", 1)) == [0.25]  # its own score, which nothing can keep it from
+    assert scores("0.75") == [0.75]
+    assert scores(writing(b"9" * 60_000, 100)) == ["the scorer ended early"]
+    assert scores("0.75") == [0.75]
+    assert scores("os.kill(os.getppid(), 9)")[0] == "the scorer was stopped: its process ended"
+    assert scores("0.75") == [0.75] and time.monotonic() - began < 30
+    scorer.close()
 
 
 def test_reasoning_gym_is_scored_in_the_box(tmp_path: Path) -> None:

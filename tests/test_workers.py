@@ -3,6 +3,7 @@
 import asyncio
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,6 +36,16 @@ def leave(): raise SystemExit(3)
 def interrupt(): raise KeyboardInterrupt
 def end(): os._exit(7)
 def shoot(): os.kill(os.getpid(), signal.SIGSEGV)
+def realtime(): os.kill(os.getpid(), signal.SIGRTMIN + 3)
+def forge():
+    reply = b'{"id": 1e999}'
+    for descriptor in range(3, 32):
+        try: os.write(descriptor, len(reply).to_bytes(8) + reply)
+        except OSError: continue
+    time.sleep(60)
+def colours_and_end():
+    os.write(2, b"a" * 65535 + "\\u00e4\\x1b[31m\\tred\\u202e\\n".encode())
+    os._exit(7)
 def hang(): time.sleep(60)
 def compute(): return 9 ** 9 ** 9 ** 9
 def spin():
@@ -159,6 +170,26 @@ def test_what_goes_wrong_is_told_and_the_next_call_is_as_ever(at: At, name: str,
         value(pool, at(name), limit=5 if kind == "too large" else 0.7)
     assert caught.value.kind == kind
     assert value(pool, at("echo")) == [[], {}]
+
+
+@pytest.mark.parametrize(("name", "detail"), [("realtime", "ended by SIGRTMIN|ended by signal"), ("forge", "replies cannot be read")])
+def test_calls_that_wait_for_a_worker_that_ends_in_an_odd_way_end_too(at: At, name: str, detail: str) -> None:
+    async def both() -> list[Any]:
+        async with Pool(1).lease() as lease:
+            await lease.call(at("echo"), limit=20)
+            calls = (lease.call(at(name), limit=30), lease.call(at("echo"), limit=30))
+            return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 20)
+
+    first, second = asyncio.run(both())
+    assert isinstance(first, WorkerError) and isinstance(second, WorkerError)
+    assert first.kind == second.kind == "died" and re.search(detail, first.detail)
+
+
+def test_what_user_code_prints_cannot_steer_the_terminal(at: At, capsys: pytest.CaptureFixture[str]) -> None:
+    pool = Pool(1)
+    with pytest.raises(WorkerError):
+        value(pool, at("colours_and_end"))
+    assert capsys.readouterr().err == "a" * 65535 + "ä\\x1b[31m\tred\\u202e\n"
 
 
 def test_a_file_that_does_not_run_or_has_no_such_function(at: At, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The command that builds a box of each kind, and what of the kernel confines a program in it."""
 
 import marshal
+import math
 import os
 import shutil
 import sys
@@ -27,7 +28,7 @@ class SandboxError(RuntimeError):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     seconds: float = 6.0
-    """By the wall clock from when the program is given, and of CPU time of each process."""
+    """By the wall clock from when the program is given, and of CPU time of each process; infinite: no limit."""
     memory: int = 1 << 30
     """Bytes of address space of each process, and resident of all together."""
     processes: int = 32
@@ -76,7 +77,7 @@ def command(
         ]
     )
     counts = {
-        "CPU": int(limits.seconds) + 1,
+        **({"CPU": int(limits.seconds) + 1} if limits.seconds < math.inf else {}),
         "AS": limits.memory,
         "FSIZE": limits.output,
         "NOFILE": 64,
@@ -104,6 +105,7 @@ def command(
 
 def _bubblewrap(shown: Sequence[str], limits: Limits) -> list[str]:
     options = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--dev", "/dev", "--proc", "/proc"]
+    options += ["--as-pid-1"]  # the watch, to which no process of its namespace can send a signal that it does not expect
     options += ["--size", str(limits.disk), "--tmpfs", "/tmp"]  # before what may lie in it
     for path in shown:
         link = Path(path).is_symlink()

@@ -149,7 +149,7 @@ class CheckerReward:
             return _rated(await SLOW_CHECKERS[self.name](answer, text, self.in_worker))
         except WorkerError as error:
             return Rated(failure=error.kind, detail=f"{self.name}: {error.detail}, on {text[-80:]!r}")
-        except (SandboxError, ValueError, OSError) as error:  # the box could not be built, or the answer is no set of tests
+        except (SandboxError, ValueError, OSError, RecursionError) as error:  # no box could be built, or the tests cannot be read
             return Rated(failure="raised", detail=f"{self.name}: {error}")
 
 

@@ -56,10 +56,17 @@ def parse_tests(value: Any) -> Tests:
     Raises:
         ValueError: it is none of these.
     """
+    try:
+        return _read(value)
+    except RecursionError as error:
+        raise ValueError("the tests are nested too deeply") from error
+
+
+def _read(value: Any) -> Tests:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise ValueError("the tests are not JSON") from error
     if isinstance(value, Mapping) and isinstance(value.get("inputs"), list) and isinstance(value.get("outputs"), list):
         name = value.get("fn_name") or None

@@ -110,9 +110,10 @@ KERNEL: dict[str, tuple[int | None, int | None]] = {
     "mq_open": (240, 180),
     "mq_unlink": (241, 181),
     "mq_notify": (244, 184),
+    "flock": (73, 32),
 }
 """Refused in every box that has a filter: what changes or looks into the system or another process, what shares memory with
-processes outside, and the kernel's newest and most attacked parts."""
+processes outside or locks files that they use, and the kernel's newest and most attacked parts."""
 FILES: dict[str, tuple[int | None, int | None]] = {
     "chmod": (90, None),
     "fchmod": (91, 52),
@@ -155,6 +156,8 @@ CLONE, CLONE3, SOCKETPAIR, FCNTL, IOCTL, PRLIMIT = (56, 220), (435, 435), (53, 1
 NEW_NAMESPACES = 0x7E020000
 AF_UNIX, SOCK_STREAM, SOCKET_TYPE = 1, 1, 0xF
 SIGNAL_OWNER = (8, 10, 15)  # F_SETOWN, F_SETSIG, F_SETOWN_EX: have the kernel signal another process
+WATCHING = (1024, 1026)  # F_SETLEASE, F_NOTIFY: hold up or hear of what others do with a file
+LOCKS = (6, 7, 37, 38)  # F_SETLK, F_SETLKW, F_OFD_SETLK, F_OFD_SETLKW: refused where no file is the program's own
 TERMINAL = (0x5412, 0x541C, 0x5423, 0x8901, 0x8902)  # TIOCSTI, TIOCLINUX, TIOCSETD, FIOSETOWN, SIOCSPGRP
 
 
@@ -187,7 +190,8 @@ def seccomp_filter(machine: str, *, own_files: bool, signals: bool) -> bytes:
             code += _when(EQUAL, number, REFUSE)
     code += _of_call(CLONE[which], 0, _when(ANY_BIT, NEW_NAMESPACES, REFUSE))
     code += _of_call(PRLIMIT[which], 0, [_step(EQUAL, 0, 1, 0), _step(RETURN, REFUSE)])  # of this process only
-    code += _of_call(FCNTL[which], 1, [step for value in SIGNAL_OWNER for step in _when(EQUAL, value, REFUSE)])
+    commands = (*SIGNAL_OWNER, *WATCHING, *(() if own_files else LOCKS))
+    code += _of_call(FCNTL[which], 1, [step for value in commands for step in _when(EQUAL, value, REFUSE)])
     code += _of_call(IOCTL[which], 1, [step for value in TERMINAL for step in _when(EQUAL, value, REFUSE)])
     # Stream sockets only, which reach nothing but each other: a datagram can be addressed to any socket in the file system.
     kind = [_step(LOAD, ARGUMENTS + 8), _step(0x54, SOCKET_TYPE), _step(EQUAL, SOCK_STREAM, 1, 0), _step(RETURN, REFUSE)]

@@ -132,28 +132,30 @@ def drop_privileges(user: int | None) -> None:
         os.setgroups([])
         os.setgid(user)
         os.setuid(user)
-    header = ctypes.create_string_buffer(struct.pack("Ii", 0x20080522, 0))
-    call("syscall", ctypes.c_long(SYSTEM_CALLS["capset"]), header, ctypes.create_string_buffer(24))
+    header, none = ctypes.create_string_buffer(struct.pack("Ii", 0x20080522, 0)), ctypes.create_string_buffer(24)
+    call("syscall", ctypes.c_long(SYSTEM_CALLS["capset"]), header, none)
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # which a change of user takes back, as
     LIBC.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # the right to read its own /proc/self
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
-def user_of_its_own(interpreter: str) -> int | None:
-    """For root in a box that shares this machine's processes: a user that runs nothing else, so that processes are counted."""
+def user_of_its_own(paths: "list[str]") -> int | None:
+    """For root in a box that shares this machine's processes: a user that runs nothing else, so that processes are counted.
+
+    Raises:
+        OSError: another user than root could not read one of these paths.
+    """
     if os.geteuid() != 0:
         return None
+    for path in paths:
+        needed, place = 0o005 if os.path.isdir(path) else 0o004, path
+        while os.stat(place).st_mode & needed == needed and place != "/":
+            needed, place = 0o001, os.path.dirname(place)
+        if place != "/":
+            raise OSError(f"programs run as another user than root, who may not read {place}; use a Python that all users can run")
     first, _, count = map(int, read("/proc/self/uid_map").split()[:3])
     top = min(first + count, 1 << 30)
-    others = max(1, min(1 << 20, top // 2))
-    places = {interpreter, os.path.realpath(interpreter)}
-    while places:
-        place = places.pop()
-        if not os.stat(place).st_mode & 0o001:
-            raise OSError(f"the program would run as another user than root, who may not enter {place}")
-        if place != "/":
-            places.add(os.path.dirname(place))
-    return top - 1 - int.from_bytes(os.urandom(4), "little") % others
+    return top - 1 - int.from_bytes(os.urandom(4), "little") % max(1, min(1 << 20, top // 2))
 
 
 def limit(limits: dict[str, int]) -> None:
@@ -184,11 +186,8 @@ def landlock(abi: int, readable: list[str], writable: list[str]) -> None:
     if rules < 0:
         raise OSError(ctypes.get_errno(), f"landlock_create_ruleset: {os.strerror(ctypes.get_errno())}")
     allowed = [*((path, READ) for path in readable), *((path, files & ~MAKE_DEVICE) for path in writable)]
-    for path, rights in [
-        *allowed,
-        ("/dev/null", READ | WRITE),
-        *((f"/dev/{name}", READ) for name in ("zero", "urandom", "random")),
-    ]:
+    devices = [("/dev/null", READ | WRITE), *((f"/dev/{name}", READ) for name in ("zero", "urandom", "random"))]
+    for path, rights in [*allowed, *devices]:
         try:
             place = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -210,10 +209,8 @@ class Watch:
     """The first process of a box: waits for the program, and ends the box when it ends or takes too much."""
 
     def __init__(self, specification: "dict[str, Any]") -> None:
-        self.report: int = specification["report"]
-        self.memory: int = specification["memory"]
-        self.processes: int = specification["processes"]
-        self.own_processes: bool = specification["own_processes"]
+        self.report, self.own_processes = specification["report"], specification["own_processes"]
+        self.memory, self.processes = specification["memory"], specification["processes"]
 
     def until_the_end_of(self, child: int) -> None:
         try:  # before any number of other processes, where this user may
@@ -351,16 +348,19 @@ def run(specification: "dict[str, Any]") -> "dict[str, Any]":
         write("/proc/sys/user/max_user_namespaces", "0")
         user = 1 if uid == 0 else None
     elif not own:
-        user = user_of_its_own(sys.executable) if specification["landlock"] else None
+        paths = [sys.executable, os.path.realpath(sys.executable), *specification["readable"]]
+        user = user_of_its_own(paths) if specification["landlock"] else None
         if user is None:
             limits["NPROC"] += threads_of(os.getuid())
     if own:
         drop_privileges(user)
     call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
+    LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # the program, the same user, may not open the watch's memory or files
     child = os.fork()  # the kernel spares the first process of a namespace signals that must end a program
     if child:
         Watch(specification).until_the_end_of(child)
+    LIBC.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if not own:
         os.setpgid(0, 0)  # a signal to its process group reaches no one else

@@ -41,7 +41,7 @@ class Program:
     """A box with an interpreter in it that waits for a program: it runs one, and is thrown away."""
 
     def __init__(self, box: "Box", limits: Limits) -> None:
-        """Start it; `wait` says when it is ready.
+        """Start it; `give` waits until it is ready.
 
         Raises:
             SandboxError: it cannot be started.
@@ -230,8 +230,11 @@ class Box:
             finally:
                 for descriptor in (written, given, give):
                     os.close(descriptor)
-            state = told.read(4096).decode(errors="replace")
-        if not state.startswith("ready"):
+            try:
+                state = heard(told.fileno(), SECONDS_TO_START, 4096).decode(errors="replace")
+            except (TimeoutError, ValueError) as error:
+                state = str(error)
+        if state != "ready":
             end(process, self.kind)
             process.communicate()
             raise SandboxError(f"{self.kind}: {state.removeprefix('error ').strip() or 'the box ended before the program began'}")
@@ -242,6 +245,47 @@ class Box:
         found = confinement(self.kind)
         parts = [f"Landlock {found['landlock']}" if found["landlock"] else "", "seccomp" if found["filter"] else ""]
         return f"{self.kind} with {' and '.join(filter(None, parts)) or 'neither Landlock nor seccomp'}"
+
+
+def heard(descriptor: int, seconds: float, most: int) -> bytes:
+    """One line from a pipe, without its end; b"" where it ends before.
+
+    Args:
+        most: bytes.
+
+    Raises:
+        TimeoutError: there is none in time.
+        ValueError: it is too long.
+    """
+    line, deadline, poll = b"", time.monotonic() + seconds, select.poll()
+    poll.register(descriptor, select.POLLIN)
+    while b"\n" not in line:
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            raise TimeoutError(f"no answer within {seconds:.0f} s")
+        part = os.read(descriptor, 65536)
+        if not part:
+            return b""
+        line += part
+        if len(line) > most:
+            raise ValueError(f"an answer of more than {most:,} bytes")
+    return line.partition(b"\n")[0]
+
+
+def tell(descriptor: int, data: bytes, seconds: float) -> None:
+    """Write to a pipe, which stays non-blocking.
+
+    Raises:
+        TimeoutError: it is not read in time.
+        OSError: nobody reads from it any longer.
+    """
+    left, deadline, poll = memoryview(data), time.monotonic() + seconds, select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    os.set_blocking(descriptor, False)
+    while left:
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            raise TimeoutError(f"it read nothing for {seconds:.0f} s")
+        with contextlib.suppress(BlockingIOError):
+            left = left[os.write(descriptor, left) :]
 
 
 def _memory_file() -> IO[bytes]:

@@ -20,6 +20,8 @@ class Waiting:
 
     def __init__(self) -> None:
         self._ready: list[Program] = []
+        self._building = 0
+        """Boxes that are being built, each by the thread that runs a program; they count as waiting."""
         self._lock = Lock()
 
     def run(self, box: Box, source: str, stdin: str, limits: Limits) -> Outcome:
@@ -30,14 +32,23 @@ class Waiting:
         """
         with self._take(box, limits) or Program(box, limits) as program:
             program.give(source, stdin)
-            with self._lock:
-                short = len(self._ready) < AHEAD
-            if short:
-                with contextlib.suppress(SandboxError):  # which concerns the next program, not this one
-                    ahead = Program(box, limits)
-                    with self._lock:
-                        self._ready.append(ahead)
+            self._build(box, limits)
             return program.outcome()
+
+    def _build(self, box: Box, limits: Limits) -> None:
+        """Start the box of a later program, if too few wait."""
+        with self._lock:
+            if len(self._ready) + self._building >= AHEAD:
+                return
+            self._building += 1
+        built: list[Program] = []
+        try:
+            with contextlib.suppress(SandboxError):  # which concerns the later program, not the one that runs
+                built = [Program(box, limits)]
+        finally:
+            with self._lock:
+                self._building -= 1
+                self._ready += built
 
     def _take(self, box: Box, limits: Limits) -> Program | None:
         while True:
@@ -57,7 +68,7 @@ class Waiting:
 
     def forget(self) -> None:
         """In a forked process, whose parent they belong to."""
-        self._ready, self._lock = [], Lock()
+        self._ready, self._building, self._lock = [], 0, Lock()
 
 
 WAITING = Waiting()

@@ -7,9 +7,9 @@ imported the library, and forks for each request.
 
 import asyncio
 import json
+import math
 import os
 import random
-import select
 import subprocess
 from collections.abc import Sequence
 from hashlib import sha256
@@ -24,7 +24,7 @@ from groupwise.config import Source
 from groupwise.errors import UserError, nearest
 from groupwise.rewards.answers import last_tagged
 from groupwise.rewards.boxes import Limits, SandboxError
-from groupwise.rewards.sandbox import Box, end, find_box
+from groupwise.rewards.sandbox import Box, end, find_box, heard, tell
 from groupwise.types import Completion, Demonstration, Problem, Score
 from groupwise.workers import Pool, Target, WorkerError, wait_elsewhere
 
@@ -34,11 +34,17 @@ TRIES = 100
 """How many questions are drawn to find one that is not held out."""
 CORRECT = 0.99
 """Scores from here on count as correct; some scorers give a little for a wrong answer, and a sum may miss 1."""
+LARGEST_SCORE = 1e9
+"""Those of the library lie from 0 to 1."""
 SECONDS = 60.0
 """For the scores of one group, or to make one question."""
-LIMITS = Limits(memory=8 << 30, processes=64)
+LIMITS = Limits(seconds=math.inf, memory=8 << 30, processes=64)
+"""Of the scorer as a whole, which lives as long as the task; each request has half of `SECONDS`, by the clock and of CPU time."""
+MOST_SAID = 1 << 20
+"""Bytes of the scores of one group."""
 WORKER = """
-import json, os, signal, sys
+import ctypes, json, os, resource, signal, sys
+ctypes.CDLL(None).prctl(4, 0, 0, 0, 0)  # not dumpable: what is evaluated may not open this process's pipes
 sys.path[:0] = {paths!r}
 import reasoning_gym
 made = {{}}
@@ -49,11 +55,14 @@ for line in sys.stdin:
     if key not in made:
         name, config, seed, size = asked["dataset"]
         made[key] = reasoning_gym.create_dataset(name, seed=seed, size=size, **config)
+    reads, writes = os.pipe()
     child = os.fork()
     if child == 0:
+        for descriptor in (0, 1):  # the pipes to the trainer
+            os.dup2(2, descriptor)
+        os.close(reads)
         signal.alarm({seconds})
-        out = os.dup(1)
-        os.dup2(2, 1)
+        resource.setrlimit(resource.RLIMIT_CPU, ({seconds}, {seconds}))
         entry = made[key][asked["index"]]
         scores = []
         for answer in asked["answers"]:
@@ -61,10 +70,17 @@ for line in sys.stdin:
                 scores.append(float(made[key].score_answer(answer, entry)))
             except Exception as error:
                 scores.append(f"{{type(error).__name__}}: {{error}}"[:200])
-        os.write(out, (json.dumps(scores) + "\\n").encode())
+        with open(writes, "wb") as file:
+            file.write(json.dumps(scores).encode() + b"\\n")
         os._exit(0)
-    if os.waitpid(child, 0)[1] != 0:
-        print("null", flush=True)
+    os.close(writes)
+    said = b""
+    while b"\\n" not in said and len(said) < {most} and (part := os.read(reads, 65536)):
+        said += part
+    os.close(reads)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    print((said.partition(b"\\n")[0] if b"\\n" in said else b"null").decode(errors="replace"), flush=True)
 """
 
 
@@ -189,6 +205,11 @@ def is_held_out(question: str) -> bool:
     return int.from_bytes(sha256(question.encode()).digest()[:4]) % HELD_OUT_SHARE == 0
 
 
+def _is_score(value: object) -> bool:
+    """Whether it is a text or a finite number, of what a scorer's process said."""
+    return isinstance(value, str) or (isinstance(value, int | float) and abs(value) < LARGEST_SCORE)
+
+
 def _score(value: float | str) -> Score:
     if isinstance(value, str):
         return Score.failed("raised", value)
@@ -207,35 +228,36 @@ class Scorer:
         """A score for each answer, or the text of what its scorer raised."""
         count = len(asked["answers"])
         with self._lock:
-            process = self._process or self._start()
-            assert process.stdin is not None
             try:
-                process.stdin.write(json.dumps(asked).encode() + b"\n")
-                process.stdin.flush()
-                values = json.loads(self._line(process, SECONDS))
-            except (OSError, ValueError, TimeoutError) as error:
+                process = self._process or self._start()
+                assert process.stdin is not None and process.stdout is not None
+                tell(process.stdin.fileno(), json.dumps(asked).encode() + b"\n", SECONDS)
+                line = heard(process.stdout.fileno(), SECONDS, MOST_SAID)
+                if not line:
+                    raise ValueError("its process ended")
+                values = json.loads(line)
+            except (SandboxError, OSError, ValueError, RecursionError) as error:
                 self.close()
                 return [f"the scorer was stopped: {error}"] * count
         if not isinstance(values, list) or len(values) != count:
             return ["the scorer ended early"] * count
-        return values
+        return [value if _is_score(value) else "the scorer returned no number" for value in values]
 
     def _start(self) -> subprocess.Popen[bytes]:
         spec = find_spec("reasoning_gym")
         assert spec is not None and spec.origin is not None
         home = str(Path(spec.origin).parent.parent)
-        source = WORKER.format(paths=[home], seconds=int(SECONDS / 2))
+        source = WORKER.format(paths=[home], seconds=int(SECONDS / 2), most=MOST_SAID // 2)
         self._process = self.box.start(source, readable=[home], limits=LIMITS)
-        if self._line(self._process, SECONDS).strip() != b"ready":
+        assert self._process.stdout is not None
+        try:
+            said = heard(self._process.stdout.fileno(), SECONDS, MOST_SAID)
+        except (TimeoutError, ValueError):
+            said = b""
+        if said.strip() != b"ready":
             self.close()
             raise SandboxError("reasoning-gym could not be imported in the sandbox")
         return self._process
-
-    def _line(self, process: subprocess.Popen[bytes], seconds: float) -> bytes:
-        assert process.stdout is not None
-        if not select.select([process.stdout], [], [], seconds)[0]:
-            raise TimeoutError(f"no answer within {seconds:.0f} s")
-        return process.stdout.readline()
 
     def close(self) -> None:
         if self._process is not None:

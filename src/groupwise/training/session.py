@@ -10,7 +10,7 @@ from typing import Any
 
 from groupwise.config import Recipe, Source, find_recipe, load
 from groupwise.errors import RunError, UserError
-from groupwise.tasks.base import datasets_of
+from groupwise.tasks.base import datasets_of, sandboxes_of
 from groupwise.terminal import Terminal
 from groupwise.training import checkpoints
 from groupwise.training.display import Display
@@ -148,7 +148,9 @@ def _announce(ready: Ready, session: Session, console: Terminal) -> None:
         if left_out := dataset.left_out():
             console.print(f"left out of {dataset.path}: {left_out}", soft_wrap=True)
     console.print(f"{ready.algorithm.name} on {ready.task.name}, model {model}; writing {session.path}", soft_wrap=True)
-    for line in (ready.model.describe_adapters(), ready.fallback(), *ready.hints()):
+    sandbox = "; ".join(sandboxes_of(ready.task))
+    programs = f"programs run in the sandbox {sandbox}" if sandbox else ""
+    for line in (programs, ready.model.describe_adapters(), ready.fallback(), *ready.hints()):
         if line:
             console.print(line, soft_wrap=True)
 

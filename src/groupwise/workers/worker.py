@@ -1,6 +1,7 @@
 """One worker process as the pool sees it: requests, replies, time limits, its end. Everything here runs in the pool's loop."""
 
 import asyncio
+import codecs
 import contextlib
 import itertools
 import json
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from groupwise.text import visible
 from groupwise.workers import child
 from groupwise.workers.target import Target
 
@@ -232,23 +234,21 @@ class Worker:
                 self._take(json.loads(await self.process.stdout.readexactly(length)))
         except asyncio.IncompleteReadError:
             pass
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except Exception as error:  # the user's code may have written them
             reason = f"its replies cannot be read: {type(error).__name__}: {str(error)[:200]}; "
-        self.kill()
-        code = await self._ended()
-        await asyncio.wait({self._showing}, timeout=1.0)  # for its last words
-        end = self._how_it_ended(code, reason)
-        for call in self._calls.values():
-            if not call.reply.done():
-                call.reply.set_exception(end)
+        end = WorkerError("died", f"{reason}its process ended")
+        try:
+            self.kill()
+            code = await self._ended()
+            await asyncio.wait({self._showing}, timeout=1.0)  # for its last words
+            end = self._how_it_ended(code, reason)
+        finally:  # those who wait for a reply do so without a limit until their call has begun
+            for call in self._calls.values():
+                if not call.reply.done():
+                    call.reply.set_exception(end)
 
     def _take(self, found: Any) -> None:
-        """Hand a reply to the one who waits for it.
-
-        Raises:
-            ValueError, LookupError, TypeError, AttributeError, RecursionError: it has not the form of a reply, which the user's
-                code may have seen to.
-        """
+        """Hand a reply to the one who waits for it; any exception says that it has not the form of a reply."""
         call = self._calls.get(int(found["id"]))
         if "began" in found:
             if call is not None:
@@ -277,19 +277,20 @@ class Worker:
     def _how_it_ended(self, code: int, reason: str) -> WorkerError:
         if code == -signal.SIGVTALRM:
             return WorkerError("timeout", "it computed for longer than it may")
-        how = f"with exit code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
+        names = {number.value: number.name for number in signal.Signals}
+        how = f"with exit code {code}" if code >= 0 else f"by {names.get(-code, f'signal {-code}')}"
         lines = self._printed.decode(errors="replace").strip().splitlines()
         return WorkerError("died", f"{reason}its process ended {how}" + (f": {lines[-1][:500]}" if lines else ""))
 
     async def _show(self) -> None:
         """Pass on what the user's code prints, and keep the end of it."""
         assert self.process.stderr is not None
-        shown = 0
+        shown, decoder = 0, codecs.getincrementaldecoder("utf-8")(errors="replace")
         while part := await self.process.stderr.read(2**16):
             self._printed = (self._printed + part)[-2000:]
             if shown < MOST_SHOWN:
                 with contextlib.suppress(ValueError, OSError):  # standard error may be closed
-                    sys.stderr.write(part.decode(errors="replace"))
+                    sys.stderr.write(visible(decoder.decode(part), lines=True))
                     sys.stderr.flush()
             shown += len(part)
 
