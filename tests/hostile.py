@@ -417,8 +417,33 @@ if not os.path.exists(CANARY):
     print("none there")
 else:
     system("inotify", 294 if X86 else 26, 0)
-    attempt("lock", lambda: __import__("fcntl").flock(os.open(CANARY, os.O_RDONLY), 2))
+import fcntl
+for path in (CANARY, os.__file__):  # the interpreter's files lie in every box, read-only
+    if os.path.exists(path) and os.access(path, os.R_OK):
+        file, folder = os.open(path, os.O_RDONLY), os.open(os.path.dirname(path), os.O_RDONLY)
+        attempt("lock", lambda: fcntl.flock(file, fcntl.LOCK_EX) is None)
+        attempt("lease", lambda: fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK) == 0)
+        attempt("notices", lambda: fcntl.fcntl(folder, fcntl.F_NOTIFY, 1) == 0)
 """),
+    "the watch over the box": Attack(
+        program=PRELUDE
+        + """
+watch = os.getppid()
+for number in (signal.SIGSTOP, signal.SIGKILL, signal.SIGSEGV):
+    attempt("signals without effect are no harm", lambda: bool(os.kill(watch, number)))
+attempt("memory", lambda: open(f"/proc/{watch}/mem", "r+b"))
+for descriptor in range(64):
+    attempt("descriptors", lambda: os.open(f"/proc/{watch}/fd/{descriptor}", os.O_RDWR | os.O_NONBLOCK))
+attempt("trace", lambda: libc.ptrace(16, watch, 0, 0) == 0)
+for i in range(6):
+    if os.fork() == 0:
+        break
+held = bytearray(b"x") * (200 << 20)
+time.sleep(60)
+""",
+        endings=frozenset({"memory"}),
+        everywhere=False,
+    ),
     "machine code of another architecture": reaches("""
 if X86 and os.fork() == 0:
     code = mmap.mmap(-1, 4096, prot=7)

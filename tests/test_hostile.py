@@ -20,16 +20,36 @@ from typing import Any
 import pytest
 
 from groupwise.rewards import boxes
-from groupwise.rewards.boxes import Limits
+from groupwise.rewards.boxes import Limits, SandboxError
 from groupwise.rewards.code import judge
-from groupwise.rewards.filters import landlock_abi
+from groupwise.rewards.filters import has_seccomp, landlock_abi
 from groupwise.rewards.sandbox import Box, why_not
 from groupwise.rewards.warm import WAITING
 from tests.hostile import REACHING, SEARCH, TAKING, Attack
 
-REAL = [kind for kind in ("bubblewrap", "namespaces", "landlock") if why_not(kind) is None]
+PUBLIC = ("/usr/bin/python3", "/usr")
+"""An interpreter and its prefix that every user can run, where the one that runs the tests lies below /root."""
+
+
+def holds_with(executable: str, prefix: str) -> bool:
+    """Whether Landlock's box can be built with an interpreter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", executable)
+        patch.setattr(sys, "base_prefix", prefix)
+        try:
+            return Box("landlock").run("print(6 * 7)").stdout == "42\n"
+        except (SandboxError, OSError):
+            return False
+
+
+PYTHONS = [python for python in ((sys.executable, sys.base_prefix), PUBLIC) if sys.platform == "linux" and holds_with(*python)]
+REAL = [
+    *(kind for kind in ("bubblewrap", "namespaces") if why_not(kind) is None),
+    *(["landlock"] if PYTHONS else []),
+]
 KINDS = [*REAL, *(["processes"] if why_not("processes") is None else [])]
 pytestmark = pytest.mark.skipif(not KINDS, reason="programs can be limited on Linux only")
+OWN_PYTHON = sys.executable
 SECRET = "f0rty-tw0-is-exp3cted"
 
 
@@ -66,6 +86,14 @@ def outside(tmp_path_factory: Any) -> Iterator[dict[str, Any]]:
         assert sorted(path.name for path in home.iterdir()) == ["canary", "socket"]
         with pytest.raises(BlockingIOError):
             named.recv(1)
+
+
+@pytest.fixture(autouse=True)
+def readable_python(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if PYTHONS and (parameters.get("kind") == "landlock" or "version" in parameters):
+        monkeypatch.setattr(sys, "executable", PYTHONS[0][0])
+        monkeypatch.setattr(sys, "base_prefix", PYTHONS[0][1])
 
 
 def left() -> list[str]:
@@ -133,8 +161,9 @@ def test_boxes_end_with_a_trainer_that_is_killed(kind: Any, tmp_path: Path) -> N
     """Also daemons in them, and boxes that wait."""
     script = f"""
 import sys
+sys.executable, sys.base_prefix = {(sys.executable, sys.base_prefix)!r}
 from groupwise.rewards import boxes
-from groupwise.rewards.boxes import Limits
+from groupwise.rewards.boxes import Limits, SandboxError
 from groupwise.rewards.sandbox import Box
 from groupwise.rewards.warm import WAITING
 WAITING.run(Box({kind!r}), "1", "", Limits(seconds=60.0))
@@ -142,7 +171,7 @@ print("begins", flush=True)
 WAITING.run(Box({kind!r}), {TAKING["daemons in their own sessions"].program + "time.sleep(60)"!r}, "", Limits(seconds=60.0))
 """
     before = set(left())
-    trainer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    trainer = subprocess.Popen([OWN_PYTHON, "-c", script], stdout=subprocess.PIPE)
     assert trainer.stdout is not None and trainer.stdout.readline() == b"begins\n"
     deadline = time.monotonic() + 20
     while len(set(left()) - before) < 12 and time.monotonic() < deadline:
@@ -175,6 +204,18 @@ def test_namespaces_alone_hide_files_and_processes(kind: Any, outside: dict[str,
     monkeypatch.setattr(boxes, "has_seccomp", lambda: False)
     for name in ("reading a file", "reading by links", "environment", "signals", "more privileges"):
         attack(kind, REACHING[name], outside)
+
+
+@pytest.mark.parametrize(("version", "filtered"), [(0, False), (0, True), (5, True)])
+@pytest.mark.parametrize("own", [kind for kind in REAL if kind != "landlock"])
+def test_the_watch_is_out_of_reach_on_older_kernels(
+    own: Any, version: int, filtered: bool, outside: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if version > landlock_abi() or filtered > has_seccomp():
+        pytest.skip("this kernel has less")
+    monkeypatch.setattr(boxes, "landlock_abi", lambda: version)
+    monkeypatch.setattr(boxes, "has_seccomp", lambda: filtered)
+    attack(own, REACHING["the watch over the box"], outside)
 
 
 @pytest.fixture(autouse=True, scope="module")

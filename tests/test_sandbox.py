@@ -21,7 +21,7 @@ import groupwise
 from groupwise.config import Source
 from groupwise.errors import UserError
 from groupwise.models import character_tokenizer, new_module
-from groupwise.rewards import boxes, sandbox
+from groupwise.rewards import boxes, launcher, sandbox
 from groupwise.rewards.boxes import Limits, SandboxError
 from groupwise.rewards.code import judge, parse_tests, program_of
 from groupwise.rewards.filters import has_seccomp, seccomp_filter
@@ -75,7 +75,7 @@ def test_a_program_reads_and_writes(kind: Any) -> None:
 )
 def test_a_program_is_stopped_at_its_limits(kind: Any, program: str, ending: str) -> None:
     began = time.monotonic()
-    outcome = Box(kind).run(program, limits=Limits(seconds=3.0, output=100_000))
+    outcome = Box(kind).run(program, limits=Limits(seconds=1.0 if ending == "timeout" else 8.0, output=100_000))
     assert outcome.ending == ending and len(outcome.stdout) <= 100_000
     assert time.monotonic() - began < 10
 
@@ -150,6 +150,18 @@ def test_a_box_that_breaks_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(boxes, "LAUNCHER", Path("/nowhere/launcher.py"))
     with pytest.raises(SandboxError, match=r"processes: .*No such file"):
         Box("processes").run("print(1)")
+
+
+def test_an_interpreter_that_others_may_not_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With root, whose programs run as another user: also the packages, and the directories above."""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    packages = tmp_path / "closed" / "packages"
+    packages.mkdir(parents=True)
+    for mode, above, named in ((0o755, 0o700, packages.parent), (0o711, 0o711, packages)):
+        packages.chmod(mode)
+        packages.parent.chmod(above)
+        with pytest.raises(OSError, match=f"may not read {named}: use a Python that all may run"):
+            launcher.user_of_its_own([str(packages)])
 
 
 def permitted(code: bytes, architecture: int, number: int, *arguments: int) -> int:
@@ -273,7 +285,7 @@ def test_a_program_sees_a_module_of_its_own() -> None:
     assert outcome.ending == "failed"
 
 
-def test_a_model_learns_from_programs_in_the_box(tmp_path: Path) -> None:
+def test_a_model_learns_from_programs_in_the_box(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A token is a program; one of six passes the tests, a fresh model writes all alike, a trained one writes that one."""
     bodies = ["print(int(input()) + 1)", "print(input())", "raise SystemExit(1)", "import os; os.abort()", "print(3)", "1 / 0"]
     words = [f"```python\n{body}\n```" for body in bodies]
@@ -295,8 +307,8 @@ def test_a_model_learns_from_programs_in_the_box(tmp_path: Path) -> None:
             "training": {"steps": 8, "eval_every": 8, "eval_problems": 2},
         },
         out=tmp_path / "run",
-        quiet=True,
     )
+    assert "programs run in the sandbox" in "".join(capfd.readouterr())
     earned = run.values("reward/mean")
     assert earned[0] <= 0.5 and sum(earned[-3:]) / 3 >= 0.75, earned
 
@@ -410,7 +422,7 @@ def test_what_a_scorer_evaluates_reaches_neither_the_trainer_nor_the_next_scores
     (tmp_path / "reasoning_gym").mkdir()
     (tmp_path / "reasoning_gym" / "__init__.py").write_text(SCORER)
     place = SimpleNamespace(origin=str(tmp_path / "reasoning_gym" / "__init__.py"))
-    monkeypatch.setattr(reasoning_gym, "find_spec", lambda name: place)
+    monkeypatch.setattr(reasoning_gym, "find_spec", lambda _: place)
     scorer, began = Scorer(Box(OWN[0] if OWN else "processes")), time.monotonic()
 
     def scores(*answers: str) -> list[float | str]:

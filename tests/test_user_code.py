@@ -142,7 +142,7 @@ TEXTS = [
 @pytest.mark.parametrize("unit", TEXTS, ids=lambda text: text[:9].strip())
 def test_answers_are_found_in_a_time_in_proportion_to_the_text(unit: str) -> None:
     """In the process that trains: a pattern that goes back over a text again and again would hold it up for minutes."""
-    text = (unit * LONG)[: max(LONG, len(unit))]
+    text = (unit * (LONG // len(unit) + 1))[: max(LONG, len(unit))]
     for find in (last_number, last_boxed, answer_line, last_tagged, any_final, program_of):
         began = time.thread_time()
         find(text)
@@ -350,9 +350,7 @@ def test_a_tracker_of_the_users_own(name: str, tmp_path: Path) -> None:
 # --- whole runs
 
 
-@pytest.mark.parametrize(
-    "name", ["a reward hangs", "a reward kills its parent", "a reward forks", "a part leaves", "a part forks", "a task leaves"]
-)
+@pytest.mark.parametrize("name", ["a reward kills its parent", "a part forks", "a task leaves"])
 def test_a_run_ends_with_one_message_or_goes_on(name: str, tmp_path: Path) -> None:
     """`python -m tests.misbehaviour_runs` tries more."""
     assert name in RUNS and wrong_with(name, tmp_path) == ""

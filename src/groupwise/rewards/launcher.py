@@ -141,10 +141,7 @@ def drop_privileges(user: int | None) -> None:
 
 def user_of_its_own(paths: "list[str]") -> int | None:
     """For root in a box that shares this machine's processes: a user that runs nothing else, so that processes are counted.
-
-    Raises:
-        OSError: another user than root could not read one of these paths.
-    """
+    It must be able to read these paths."""
     if os.geteuid() != 0:
         return None
     for path in paths:
@@ -152,7 +149,9 @@ def user_of_its_own(paths: "list[str]") -> int | None:
         while os.stat(place).st_mode & needed == needed and place != "/":
             needed, place = 0o001, os.path.dirname(place)
         if place != "/":
-            raise OSError(f"programs run as another user than root, who may not read {place}; use a Python that all users can run")
+            raise OSError(
+                f"programs run as another user than root, who may not read {place}; use a Python that all users can run"
+            )
     first, _, count = map(int, read("/proc/self/uid_map").split()[:3])
     top = min(first + count, 1 << 30)
     return top - 1 - int.from_bytes(os.urandom(4), "little") % max(1, min(1 << 20, top // 2))
@@ -318,8 +317,7 @@ def own_bytes(pid: int) -> int:
 
 def wait(child: int) -> None:
     """End as the child ends."""
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os._exit(code if code >= 0 else 128 - code)
 
 
