@@ -18,6 +18,7 @@ from groupwise.errors import is_out_of_memory
 from groupwise.files import DiskError
 from groupwise.learner import optimiser
 from groupwise.learner.local import LocalLearner
+from groupwise.models import LanguageModel
 from groupwise.training import loop, room
 from groupwise.training.failures import explain, traceback_of
 from groupwise.training.metrics_file import MetricsFile
@@ -208,6 +209,34 @@ def test_a_part_of_the_users_is_named_with_its_line(how: str, tmp_path: Path) ->
     assert saved(out) == [1] and "to go on from step-000001" in result.stdout
     (fault,) = events(out, "failed")
     assert "mine.py" in fault["traceback"] and "Traceback" not in result.output
+
+
+def test_memory_of_a_part_that_cannot_be_saved_is_found_after_the_first_step(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.CreditAssigner, "state_dict", lambda _: {"seen": object()})
+        result = train(out)
+    assert result.exit_code == 2 and "a part of the algorithm remembers object" in result.stderr, result.output
+    assert [event["step"] for event in events(out, "failed")] == [1] and saved(out) == []
+
+
+def test_a_resumed_run_takes_what_it_began_with_from_its_records(tmp_path: Path, whole: Path) -> None:
+    """It loads no model for that."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "model")
+    first = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+    with pytest.MonkeyPatch.context() as patch:
+        # The policy and GRPO's reference are loaded, and no third model.
+        patch.setattr(LanguageModel, "load", Fails(LanguageModel, "load", 3, MemoryError()).method)
+        result = resume(out)
+    assert result.exit_code == 0 and "Examples" not in result.stdout, result.output
+    (row,) = [line for line in result.stdout.splitlines() if "mean length" in line]
+    assert f"{first['eval/length']:.1f}" in row and "?" not in row
+    (out / "metrics.jsonl").unlink()
+    lost = resume(out)
+    (row,) = [line for line in lost.stdout.splitlines() if "mean length" in line]
+    assert lost.exit_code == 0 and "?" in row
 
 
 # --- disk

@@ -15,10 +15,12 @@ from groupwise.config import LearnerSection
 from groupwise.errors import RunError
 from groupwise.learner.local import LocalLearner
 from groupwise.learner.micro_batches import Budget
+from groupwise.learner.optimiser import Optimiser
 from groupwise.models import LanguageModel
 from groupwise.rollouts.base import Sampling, requests
 from groupwise.rollouts.driver import generate_all
 from groupwise.rollouts.native import NativeSampler
+from groupwise.training import sft
 from groupwise.types import Batch, TrainingBatch
 from tests.conftest import owned, tiny_model
 from tests.launcher import Launcher
@@ -130,6 +132,33 @@ def test_memory_that_is_gone_before_the_first_micro_batch_stops_the_run(tokenize
     assert len(tries) == 1 and budget.tokens == 4096
 
 
+def test_the_warm_start_halves_its_micro_batches_too(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(tokens: int) -> tuple[Budget, float, list[Tensor]]:
+        model, budget = owned(tiny_model("llama", tokenizer)), Budget(tokens, "less")
+        optimiser = Optimiser(
+            model.parameters(),
+            learning_rate=0.01,
+            updates=5,
+            warmup_steps=0,
+            schedule="constant",
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+        )
+        loss = sft.train_step(model, optimiser, batch, budget)
+        return budget, loss, [parameter.detach().clone() for parameter in model.parameters()]
+
+    batch = random_batch(tiny_model("llama", tokenizer))
+    with monkeypatch.context() as patch:
+        memory = Memory(patch, 2)
+        budget, loss, weights = trained(4096)
+        assert memory.failed >= 1 and budget.tokens < 4096
+        memory.rows = 0
+        with pytest.raises(RunError, match=r"out of memory with a single completion of .*: less take less"):
+            trained(4096)
+    _, expected, theirs = trained(budget.tokens)
+    assert loss == expected and all(torch.equal(ours, other) for ours, other in zip(weights, theirs, strict=True))
+
+
 def test_the_optimisers_own_memory(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def step(_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -172,6 +201,10 @@ def test_generation_goes_on_with_fewer_rows(tokenizer: Any, monkeypatch: pytest.
             assert torch.equal(completion.tokens, other.tokens) and torch.equal(completion.logprobs, other.logprobs)
             assert completion.versions == other.versions
     assert failed and sampler.max_rows < 21
+    for asked_rows, rows in ((1024, sampler.max_rows), (512, 512)):  # a resumed run takes it up, unless its recipe asks anew
+        resumed = NativeSampler(model, tokenizer, max_rows=asked_rows)
+        resumed.load_rows(sampler.rows())
+        assert resumed.max_rows == rows
     most = 2
     with pytest.raises(RunError, match=r"out of memory with one prompt and its 3 completions: .*rollouts\.group_size"):
         generate_all(sampler, asked)

@@ -145,6 +145,26 @@ def test_outside_of_steps_the_first_signal_stops_at_once(launcher: Launcher, tmp
     assert (f"groupwise train --resume {out}" in process.text) == (place != "loading")
 
 
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_sigusr1_ends_no_command_before_or_after_it_is_heard(launcher: Launcher, tmp_path: Path, where: str) -> None:
+    out, go_on = tmp_path / "run", tmp_path / "go"
+    wait = (
+        f"import os, time\ndef waits(before):\n    def f(*a, **k):\n        open('{tmp_path}/waits', 'w').close()\n"
+        f"        while not os.path.exists('{go_on}'): time.sleep(0.02)\n        return before(*a, **k)\n    return f\n"
+    )
+    place = {
+        "before": "import groupwise.training.session as m\nm.plan = waits(m.plan)",
+        "after": "import groupwise.cli.train as m\nm._print_result = waits(m._print_result)",
+    }
+    arguments = [*SMALL, "--set", "training.steps=1", "--out", out]
+    process = launcher.start(arguments, tmp_path / "log", before=wait + place[where])
+    process.wait_for(tmp_path / "waits")
+    process.send(USR1)
+    time.sleep(0.1)
+    go_on.touch()
+    assert process.ends() == 0, process.text
+
+
 def test_an_evaluation_between_steps_is_finished_and_the_step_saved(launcher: Launcher, tmp_path: Path) -> None:
     out = tmp_path / "run"
     slow = (
@@ -239,6 +259,20 @@ def test_nohup_is_respected_and_forked_processes_hear_their_own_signals() -> Non
             assert heard == [TERM]
     finally:
         signal.signal(HUP, before)
+
+
+@pytest.mark.parametrize("number", [INT, TERM, HUP])
+def test_a_signal_that_is_ignored_stays_so(number: int) -> None:
+    """As SIGINT is for what a shell's script runs in the background: a Ctrl-C is meant for others."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        interrupt = Interrupt()
+        with interruptible(interrupt), interrupt.in_steps():
+            os.kill(os.getpid(), number)
+            assert signal.getsignal(number) is signal.SIG_IGN and interrupt.stop is None
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 def test_without_the_main_thread_nothing_is_installed() -> None:

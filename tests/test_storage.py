@@ -1,6 +1,7 @@
 """What a resume reads, killed at any operation and damaged in every way: on a run without a model, so that there can be many."""
 
 import enum
+import errno
 import hashlib
 import json
 import math
@@ -76,7 +77,7 @@ def test_state_is_read_as_it_was_written(tmp_path_factory: pytest.TempPathFactor
 
 
 def test_texts_and_numbers_with_names_stay_texts_and_numbers(tmp_path: Path) -> None:
-    class Colour(str, enum.Enum):
+    class Colour(str, enum.Enum):  # noqa: UP042 (a StrEnum's str() is its text, this one's its name)
         RED = "red"
 
     class Level(enum.IntEnum):
@@ -149,6 +150,7 @@ class Run(Trainer):
         self.learner.version = 0  # type: ignore[misc]
         self.collector = self.credit = self.sampler = empty
         self.watch: Any = SimpleNamespace(catch_up=lambda _: None)
+        self.recorders = [self.run_directory]
 
     def resume(self, checkpoint: checkpoints.Checkpoint) -> None:
         self.step = checkpoints.load(checkpoint, self.learner)["step"]
@@ -680,6 +682,33 @@ def test_a_result_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
         assert store.best == checkpoints.Best(step=4, metric="eval/pass@1", value=0.25)
 
 
+def test_what_cannot_be_tidied_up_costs_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
+    """Old checkpoints that the system refuses to remove, as NFS does while somebody reads them, and a best.json that is refused
+    too."""
+    path, move, replaced = tmp_path / "run", Path.replace, shutil.rmtree
+
+    def refuse_to_remove(path: Any, *arguments: Any, **options: Any) -> None:
+        if Path(path).name.startswith(files.REMOVED) and not options.get("ignore_errors"):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        replaced(path, *arguments, **options)
+
+    def refuse_best(self: Path, target: Any) -> Any:
+        if Path(target).name == "best.json":
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        return move(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "rmtree", refuse_to_remove)
+        patch.setattr(Path, "replace", refuse_best)
+        go(path)
+    assert not (path / "checkpoints" / "best.json").exists() and list(checkpoints.listed(path / "checkpoints")) == [3, 6, 8]
+    found = [json.loads(line) for line in (path / "events.jsonl").read_text().splitlines()]
+    assert {event["name"] for event in found} == {"disk_low"}
+    assert any("Directory not empty" in event["text"] for event in found) and any("best.json" in event["text"] for event in found)
+    go(path)
+    assert outcome(path) == outcome(whole)
+
+
 # --- directories and disks
 
 
@@ -715,9 +744,12 @@ def test_a_full_disk_is_one_message_and_changes_nothing(half: Path, tmp_path: Pa
             go(path, LAST, resume=True)
         except RunError as error:
             failed = error
-        if failed is None:
-            break
-        assert isinstance(failed, DiskError) and str(failed).count("No space left on device") == 1, failed
+        if left[0] > 0:
+            break  # there was room for everything
+        if failed is None:  # only the best one's name found none
+            assert [event["name"] for event in map(json.loads, (path / "events.jsonl").open())] == ["resumed", "disk_low"]
+        else:
+            assert isinstance(failed, DiskError) and str(failed).count("No space left on device") == 1, failed
         assert not list(path.rglob(".partial-*")), failed
         go(path, LAST, resume=True)
         assert outcome(path) == outcome(wanted)

@@ -168,7 +168,8 @@ def put_directory(new: Path, final: Path) -> None:
             final.replace(replaced)
         new.replace(final)
         sync_directory(final.parent)
-    remove(replaced)
+    with suppress(DiskError):  # the new one is in place; what is left has no name that counts, and a resume clears it
+        remove(replaced)
 
 
 def present(path: Path) -> Path:

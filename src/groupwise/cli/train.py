@@ -1,6 +1,5 @@
 """groupwise train, sft and check."""
 
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,8 +24,10 @@ def train(
     resume: Annotated[Path | None, typer.Option("--resume", help="Go on with the run in this directory.")] = None,
 ) -> None:
     """Train a model. Without a recipe: the embedded default."""
+    from groupwise.training.interrupts import Interrupted, survive_save
+
+    survive_save()
     from groupwise.training import session
-    from groupwise.training.interrupts import Interrupted
 
     with exit_codes():
         plan = session.plan(recipe, overrides=overrides or [], out=out, resume=resume)
@@ -50,15 +51,17 @@ def _print_result(result: Any, path: Path) -> None:
         "eval/tools/errors": "failed tool calls",
         "eval/tools/unread": "unreadable calls per problem",
     }
-    left_out = {"eval/reward_std", *(["eval/reward"] if "eval/pass@1" in result.before.metrics else [])}
-    for key, value in result.before.metrics.items():
+    before, after = result.before.metrics, result.after.metrics
+    left_out = {"eval/reward_std", *(["eval/reward"] if "eval/pass@1" in after else [])}
+    for key in [*before, *(key for key in after if key not in before)]:
         if key in left_out:
             continue
         name = names.get(key, key.removeprefix("eval/").replace("_", " "))
         form = "{:.1f}" if key == "eval/length" else "{:.3f}"
-        table.add_row(name, form.format(value), form.format(result.after.metrics.get(key, math.nan)))
+        table.add_row(name, *(form.format(of[key]) if key in of else "?" for of in (before, after)))
     console.print(table)
-    console.print(_examples(result))
+    if result.before.groups:  # a resumed run has no answers of the base model
+        console.print(_examples(result))
     if (gap := result.exported.get("export/merge_gap")) is not None:
         console.print(f"merging the adapters for the export moved logits by at most {gap:.2g}", soft_wrap=True)
     last = result.after.metrics

@@ -265,7 +265,8 @@ class SftSection(Section):
     max_grad_norm: Positive = 1.0
     """A gradient with a larger L2 norm is scaled down to it."""
     micro_batch_tokens: Count = 16384
-    """Padded tokens that go through the model at once; changes memory and time, not results."""
+    """Padded tokens that go through the model at once; changes memory and time, not results. Halved where memory does not
+    suffice."""
     max_tokens: Count = 64
     """The longest completion, in tokens, sampled for the pass rates recorded beside the model."""
     eval_problems: Count = 500

@@ -45,7 +45,8 @@ class NativeSampler:
         Raises:
             UserError: the model generates on a cache of transformers, which has no dtype of its own.
         """
-        self.model, self.tokenizer, self.max_rows, self.version = model.in_dtype(dtype), tokenizer, max_rows, 0
+        self.model, self.tokenizer, self.version = model.in_dtype(dtype), tokenizer, 0
+        self.asked_rows = self.max_rows = max_rows
         self._cache_dtype = None if cache_dtype == self.model.dtype else cache_dtype
         if self._cache_dtype is not None and (reason := self.model.why_not_decoding(cache_dtype)):
             raise UserError(
@@ -180,6 +181,15 @@ class NativeSampler:
                 ) from error
             return False
         return True
+
+    def rows(self) -> dict[str, int]:
+        """How many rows it was asked to generate at once, and how many memory has sufficed for."""
+        return {"asked": self.asked_rows, "rows": self.max_rows}
+
+    def load_rows(self, rows: dict[str, int]) -> None:
+        """Take up what memory sufficed for before a resume, unless the recipe asks for another number now."""
+        if rows["asked"] == self.asked_rows:
+            self.max_rows = rows["rows"]
 
     def _begin_again(self) -> None:
         """Forget all rows, and generate with half as many at once from now on. A request's random numbers are its own, so that

@@ -9,6 +9,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -198,14 +199,12 @@ class Store:
         self.directory, self.keep = directory, keep
         self.best: Best | None = None
 
-    def save(self, step: int, learner: Learner, state: Any, *, recipe: str, metrics: Digest) -> Path:
-        """Write a checkpoint, and once it is on the disk remove the oldest. See `save`."""
-        path = save(self.directory, step, learner, state, recipe=recipe, metrics=metrics)
-        self.prune(step)
-        return path
-
     def prune(self, step: int) -> None:
-        """Keep the newest few up to this step, and the best."""
+        """Keep the newest few up to this step, and the best.
+
+        Raises:
+            DiskError: one cannot be removed.
+        """
         there = {number: path for number, path in listed(self.directory).items() if number <= step}
         for number in list(there)[: -self.keep]:
             if self.best is None or number != self.best.step:
@@ -228,18 +227,22 @@ class Store:
         found = _best([{**metrics, "step": step}], {step})
         return found if found and (self.best is None or found.value > self.best.value) else None
 
-    def set_best(self, best: Best, step: int) -> None:
-        """Keep the checkpoint of this evaluation from now on; `step` is that of the run."""
-        files.write_atomically(self.directory / BEST, json.dumps(asdict(best)) + "\n")
+    def set_best(self, best: Best) -> None:
+        """Let `prune` keep the checkpoint of this evaluation from now on.
+
+        Raises:
+            DiskError: best.json cannot be written. A resume knows the best from the records, and writes it again.
+        """
         self.best = best
-        self.prune(step)
+        files.write_atomically(self.directory / BEST, json.dumps(asdict(best)) + "\n")
 
     def resume(self, step: int, evaluations: Iterable[Mapping[str, Any]]) -> None:
         """Find the best again, from the records of the evaluations up to where the run goes on, and do what was left to do."""
         self.best = best_of(self.directory, evaluations)
         if self.best is not None:
-            self.set_best(self.best, step)
-        self.prune(step)
+            self.set_best(self.best)
+        with suppress(files.DiskError):  # the next checkpoint tries again, and says so
+            self.prune(step)
 
 
 def best_of(directory: Path, evaluations: Iterable[Mapping[str, Any]]) -> Best | None:

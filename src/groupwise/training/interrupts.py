@@ -33,6 +33,13 @@ def exit_code(number: int) -> int:
     return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
 
+def survive_save() -> None:
+    """Keep a SIGUSR1 that comes before or after anybody hears it from ending the process. It is not ignored, since programs that
+    this process starts would inherit that."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(SAVE, lambda *_: None)
+
+
 class Interrupt:
     """What signals have asked for."""
 
@@ -87,9 +94,8 @@ def interruptible(interrupt: Interrupt) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = [*STOPS, SAVE]
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
-        numbers.remove(signal.SIGHUP)
+    # nohup ignores SIGHUP, and a shell's script SIGINT for what it runs in the background: such are meant for others.
+    numbers = [*(number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN), SAVE]
     watcher = None if interrupt.end is None else _Watcher(interrupt)
 
     def handle(number: int, frame: FrameType | None) -> None:

@@ -10,10 +10,13 @@ from typing import Any
 
 from groupwise.config import Recipe
 from groupwise.errors import RunError, UserError
+from groupwise.files import DiskError
 from groupwise.learner.base import Learner, TokenRecord
 from groupwise.learner.updates import combine
 from groupwise.rollouts.base import Sampler
+from groupwise.rollouts.native import NativeSampler
 from groupwise.seeding import derive
+from groupwise.state import encode
 from groupwise.training import checkpoints
 from groupwise.training.batching import make_batch, minibatches
 from groupwise.training.checkpoints import Best, Checkpoint, Store
@@ -36,6 +39,7 @@ class Result:
     """What a run ended with."""
 
     before: Evaluation
+    """Of a run that was resumed the metrics alone, as it recorded them."""
     after: Evaluation
     seconds: float
     best: Best | None
@@ -91,14 +95,18 @@ class Trainer:
             Interrupted: a signal came; a checkpoint was written after the step under way.
             UserError, RunError: the run cannot go on. If no weight has changed since the last step, that one is saved.
         """
-        self.interrupt, started = interrupt, time.monotonic()
+        self.interrupt, started, checked = interrupt, time.monotonic(), False
         with self.explained(f"evaluation after step {self.step}", save=False):
-            before = after = self.evaluate_base() if self.step else self.evaluate()
+            before = after = self.recorded_base() if self.step else self.evaluate()
         with interrupt.in_steps() if interrupt else nullcontext():
             if self.step and self.is_due(self.recipe.training.eval_every):
                 after = self.evaluate_or_save()
             while self.heed() and self.step < self.recipe.training.steps:
                 self.train_step()
+                if not checked:
+                    with self.explained(f"the state after step {self.step}", save=False):
+                        encode(self.state())  # what cannot be saved is found before hours of work depend on it
+                    checked = True
                 if self.is_due(self.recipe.training.checkpoint_every) or self.room.owed:
                     self.save_if_possible()
                 if self.is_due(self.recipe.training.eval_every):
@@ -267,18 +275,18 @@ class Trainer:
 
     def evaluate(self) -> Evaluation:
         """Held-out results of the weights as they are, recorded."""
-        evaluation = self.evaluation_of(self.sampler)
+        self.ready.begin_step(self.step)
+        evaluation = evaluate(self.ready.rollouts(self.sampler), self.held_out, seed=derive(self.recipe.seed, "evaluation"))
         self.record(Evaluated(step=self.step, evaluation=evaluation))
         return evaluation
 
-    def evaluate_base(self) -> Evaluation:
-        """Held-out results of the untrained base model, which a resumed run shows again as its starting point; not recorded."""
-        with self.ready.base() as base:
-            return self.evaluation_of(self.ready.make_sampler(base))
-
-    def evaluation_of(self, sampler: Sampler) -> Evaluation:
-        self.ready.begin_step(self.step)
-        return evaluate(self.ready.rollouts(sampler), self.held_out, seed=derive(self.recipe.seed, "evaluation"))
+    def recorded_base(self) -> Evaluation:
+        """Held-out results of the untrained base model, as a resumed run recorded them when it began. Empty if it has no such
+        record, or one of another number of problems."""
+        record = next((record for record in self.run_directory.metrics.evaluations if record["step"] == 0), {})
+        known = record.get("eval_problems") == len(self.held_out)
+        numbers = {name: value for name, value in record.items() if name.startswith("eval/") and isinstance(value, float)}
+        return Evaluation(metrics=numbers if known else {}, groups=(), values={})
 
     # --- records and state
 
@@ -323,16 +331,29 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of the run as it is after `step`."""
-        state: dict[str, Any] = {
-            "step": self.step,
-            "collector": self.collector.state_dict(),
-            "credit": self.credit.state_dict(),
-        }
+        state = self.state()
         metrics = self.run_directory.metrics
         metrics.sync()  # a checkpoint must not outlive the records of its steps
-        path = self.store.save(self.step, self.learner, state, recipe=self.run_directory.recipe, metrics=metrics.digest)
+        directory, recipe = self.run_directory.checkpoints, self.run_directory.recipe
+        path = checkpoints.save(directory, self.step, self.learner, state, recipe=recipe, metrics=metrics.digest)
         self.saved = self.step
+        with self.tidying():
+            self.store.prune(self.step)
         return path
+
+    @contextmanager
+    def tidying(self) -> Iterator[None]:
+        """Within: what the disk refuses costs no checkpoint, and is a warning."""
+        try:
+            yield
+        except DiskError as error:
+            text = f"the checkpoint of step {self.step} is written, but older ones cannot be tidied up: {error}"
+            self.warn(text, name="disk_low", advice=f"See whether {self.run_directory.checkpoints} can be written.")
+
+    def state(self) -> dict[str, Any]:
+        """The loop's own, which `resume` takes up."""
+        found = {"step": self.step, "collector": self.collector.state_dict(), "credit": self.credit.state_dict()}
+        return {**found, "rows": self.sampler.rows()} if isinstance(self.sampler, NativeSampler) else found
 
     def keep_best(self, evaluation: Evaluation) -> None:
         """If it is the best so far, see to it that there is a checkpoint of this step, which then stays."""
@@ -340,7 +361,9 @@ class Trainer:
         if best is None:
             return
         if self.step in checkpoints.listed(self.run_directory.checkpoints) or self.save_if_possible():
-            self.store.set_best(best, self.step)
+            with self.tidying():
+                self.store.set_best(best)
+                self.store.prune(self.step)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Load what a checkpoint holds; nothing is written.
@@ -353,6 +376,8 @@ class Trainer:
             self.step = state["step"]
             self.collector.load_state_dict(state["collector"])
             self.credit.load_state_dict(state["credit"])
+            if isinstance(self.sampler, NativeSampler) and "rows" in state:
+                self.sampler.load_rows(state["rows"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:  # entries, or fields of groups, have other names
             text = f"written by another version of groupwise: {type(error).__name__}: {error}"
             raise UserError(f"{checkpoint.path}: {text}") from error

@@ -1,7 +1,6 @@
 """A recipe made ready: everything that can be wrong is found here, before anything is trained."""
 
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -119,22 +118,6 @@ class Ready:
         if reason is None:
             return "linear layers run in bfloat16 in C++, with sums in float32"
         return f"bfloat16 runs on PyTorch's matmuls and attention, which may be slower than float32: {reason}"
-
-    @contextmanager
-    def base(self) -> Iterator[LanguageModel]:
-        """Within: the model as training began with it: with adapters the policy with these off, else loaded again."""
-        if self.model.adapted:
-            with self.model.adapters_off():
-                yield self.model
-        else:
-            model, settings = self.model, self.recipe.model
-            yield LanguageModel.load(
-                settings.path,
-                dtype=model.dtype,
-                device=model.device,
-                backend=settings.backend,
-                trust_remote_code=settings.trust_remote_code,
-            )
 
     def hints(self) -> list[str]:
         """What is allowed and most likely not meant."""

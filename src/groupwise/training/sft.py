@@ -10,7 +10,7 @@ from groupwise.algorithms import token_weights
 from groupwise.config import EnvironmentSection, SftModelSection, SftRecipe, Source
 from groupwise.environments.find import Environments, find_environments
 from groupwise.errors import UserError
-from groupwise.learner.micro_batches import cut_rows
+from groupwise.learner.micro_batches import Budget
 from groupwise.learner.optimiser import Optimiser
 from groupwise.models import Chat, LanguageModel, character_tokenizer, load_tokenizer, new_module
 from groupwise.rollouts.base import Sampling
@@ -25,6 +25,9 @@ from groupwise.training.records import write_model
 from groupwise.training.setup import LOOKED_AT, device_of
 from groupwise.training.sizes import check_demonstrations
 from groupwise.types import Batch, Demonstration
+
+TAKE_LESS = "shorter demonstrations or a smaller model"
+"""What needs less memory than one demonstration that does not fit."""
 
 
 def sft(recipe: SftRecipe, source: Source, out: Path, report: Callable[[int, float], None]) -> dict[str, Any]:
@@ -56,14 +59,15 @@ def sft(recipe: SftRecipe, source: Source, out: Path, report: Callable[[int, flo
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
     )
-    loss = float("nan")
+    budget, loss = Budget(settings.micro_batch_tokens, TAKE_LESS), float("nan")
     for step in range(settings.steps):
         first = step * settings.batch_size
         shown, tools = sources.demonstrations(range(first, first + settings.batch_size), recipe.seed)
         batch = demonstration_batch(chat, shown, tools)
-        loss = train_step(model, optimiser, batch, settings.micro_batch_tokens)
+        loss = train_step(model, optimiser, batch, budget)
         report(step + 1, loss)
-    record = {"steps": settings.steps, "loss": loss, **sources.pass_rates(model, chat, recipe)}
+    halved = {"micro_batch_tokens": budget.tokens} if budget.tokens < budget.asked else {}
+    record = {"steps": settings.steps, "loss": loss, **halved, **sources.pass_rates(model, chat, recipe)}
 
     def export(path: Path) -> dict[str, float]:
         found = model.export(path, tokenizer)
@@ -170,16 +174,25 @@ def check_vocabulary(recipe: SftRecipe, sources: Sources, chat: Chat, source: So
         raise source.error("model.characters", f"the task also uses {''.join(missing)!r}")
 
 
-def train_step(model: LanguageModel, optimiser: Optimiser, batch: Batch, micro_batch_tokens: int) -> float:
-    """One update on the mean negative log-probability of the tokens that count; returns it."""
+def train_step(model: LanguageModel, optimiser: Optimiser, batch: Batch, budget: Budget) -> float:
+    """One update on the mean negative log-probability of the tokens that count; returns it.
+
+    Raises:
+        RunError: memory does not suffice, however small the micro-batches.
+    """
     weights_BT = token_weights(batch.mask_BT, "token_mean")
-    total = 0.0
-    for rows in cut_rows(batch, micro_batch_tokens, padded=True):
-        part = batch.select(rows).to(model.device)
-        logprobs_BT, _ = model.completion_logprobs(part, share_prompts=False)
-        part_BT = weights_BT[rows, : logprobs_BT.shape[1]].to(logprobs_BT)
-        loss = -(part_BT * logprobs_BT).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
+
+    def gradient() -> float:
+        total = 0.0
+        for rows in budget.cut(batch, padded=True):
+            part = batch.select(rows).to(model.device)
+            logprobs_BT, _ = model.completion_logprobs(part, share_prompts=False)
+            part_BT = weights_BT[rows, : logprobs_BT.shape[1]].to(logprobs_BT)
+            loss = -(part_BT * logprobs_BT).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        return total
+
+    total = budget.fit(gradient, optimiser.clear)
     optimiser.step(total)
     return total
