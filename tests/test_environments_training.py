@@ -204,7 +204,7 @@ def test_same_bits_also_across_a_resume(tmp_path: Path, recipe: str) -> None:
     assert resumed.exit_code == 0, resumed.output
     assert all(torch.equal(value, weights(cut)[key]) for key, value in one.items())
     rollouts = [(tmp_path / name / "rollouts" / "step-000002.txt").read_text() for name in ("one", "two")]
-    assert rollouts[0] == rollouts[1] and "[tool] " in rollouts[0] and "[assistant" in rollouts[0]
+    assert rollouts[0] == rollouts[1] and "[tool]" in rollouts[0] and "[assistant" in rollouts[0]
 
     rows = [row for row in metrics_of(cut) if "loss" in row]
     assert all(row["sampler_gap_mean"] < 1e-5 for row in rows)
