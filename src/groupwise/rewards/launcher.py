@@ -149,9 +149,7 @@ def user_of_its_own(paths: "list[str]") -> int | None:
         while os.stat(place).st_mode & needed == needed and place != "/":
             needed, place = 0o001, os.path.dirname(place)
         if place != "/":
-            raise OSError(
-                f"programs run as another user than root, who may not read {place}; use a Python that all users can run"
-            )
+            raise OSError(f"programs run as another user than root, who may not read {place}: use a Python that all may run")
     first, _, count = map(int, read("/proc/self/uid_map").split()[:3])
     top = min(first + count, 1 << 30)
     return top - 1 - int.from_bytes(os.urandom(4), "little") % max(1, min(1 << 20, top // 2))
