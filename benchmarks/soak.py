@@ -23,22 +23,16 @@ from rich.progress import Progress
 from rich.table import Table
 
 ENVIRONMENT = '''
-class Memo:
+import random
+
+class Noise:
     def reset(self, **row):
-        self.lines = []
-
-    def memo(self, text: str) -> int:
-        """Keep a text.
-
-        Args:
-            text: What to keep.
-        """
-        self.lines.append(text)
-        return len(self.lines)
+        pass
 
     def get_reward(self):
-        return 0.0
+        return random.random()
 '''
+"""Rewards that always differ, so that every step trains."""
 SETTINGS = [
     "rollouts.group_size=4",
     "rollouts.prompts_per_step=4",
@@ -87,7 +81,7 @@ def watch(run: Path, steps: int, settings: list[str]) -> list[Sight]:
     """Run it, and look at it ten times."""
     own = run.with_name("own.py")
     own.write_text(ENVIRONMENT)
-    settings = [f"environment.class={own}:Memo", "environment.task_reward=true", *settings]
+    settings = [f"environment.class={own}:Noise", "environment.task_reward=true", *settings]
     overrides = [f"--set={setting}" for setting in [*SETTINGS, f"training.steps={steps}", *settings]]
     command = [sys.executable, "-m", "groupwise", "train", "calculator", "--out", str(run), *overrides]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
