@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test lint docs format bench bench-families bench-lengths bench-lora bench-pairs faults clean setup
+.PHONY: train test lint docs format bench bench-families bench-lengths bench-lora bench-pairs faults fuzz clean setup
 
 train: setup
 	$(BIN)/groupwise train
@@ -64,6 +64,10 @@ bench-pairs: setup
 # Runs killed at file operations, damaged, given full disks: 500 of each, and every file; an hour or two on two cores.
 faults: setup
 	$(BIN)/python benchmarks/faults.py
+
+# Thousands of damaged and absurd inputs through the real commands: about an hour on an idle machine.
+fuzz: setup
+	$(BIN)/python benchmarks/fuzz.py
 
 setup: $(READY)
 

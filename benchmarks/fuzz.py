@@ -215,6 +215,9 @@ def campaign(kind: str, first: int, count: int) -> list[Outcome]:
         records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
         outcomes = [Outcome(**record) for record in records if "begun" not in record]
         found += outcomes
+        for outcome in outcomes:
+            if outcome.fault:
+                print(f"{kind} {outcome.number}: {outcome.fault}   {outcome.arguments[:4]}\n{outcome.output[-600:]}", flush=True)
         begun = [record["begun"] for record in records if "begun" in record]
         at = (begun[-1] if begun else at + size - 1) + 1
         if len(outcomes) < len(begun) or not begun:

@@ -15,11 +15,13 @@ from typer.testing import CliRunner
 from groupwise.cli import app
 from groupwise.config import Recipe, dump
 from groupwise.config.effects import BY_ROUNDING, effect
+from groupwise.config.loading import apply_override, parse_toml
 from groupwise.errors import UserError
 from groupwise.evidence.charts import MOST_POINTS, thinned
 from groupwise.evidence.findings import findings
 from groupwise.evidence.report import readable_completions
 from groupwise.evidence.runs import by_setting, open_run
+from groupwise.experiments.ladder import overrides
 
 RECIPE = Recipe().model_dump(by_alias=True)
 
@@ -269,3 +271,18 @@ def test_a_report_of_many_steps_is_small_and_soon_there(run: Path) -> None:
     groupwise("report", str(run))
     assert time.monotonic() - began < 30
     assert (run / "report.html").stat().st_size < 5_000_000
+
+
+def test_a_ladders_values_reach_the_recipe_as_they_are_written() -> None:
+    """Tables, dates, numbers that are not finite and text with quotes, through `--set`."""
+    text = """
+    table = { enable_thinking = false, "a b" = [1, 2.5, { c = "x" }] }
+    when = 1979-05-27T07:32:00Z
+    words = ["\\"quoted\\"", "line\\nline", "日本 🙂", "\\u007f"]
+    small = 1e-05
+    none = inf
+    """
+    values, tree = parse_toml(text), dict[str, Any]()
+    for override in overrides(values):
+        apply_override(tree, override)
+    assert tree == values

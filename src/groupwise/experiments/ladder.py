@@ -131,8 +131,21 @@ def load_ladder(path: Path) -> tuple[Ladder, Path]:
 
 
 def overrides(settings: dict[str, Any]) -> list[str]:
-    """Settings as `--set key=value` takes them; numbers, strings, booleans and lists are written the same in JSON and TOML."""
-    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    """Settings as `--set key=value` takes them."""
+    return [f"{key}={_inline(value)}" for key, value in settings.items()]
+
+
+def _inline(value: Any) -> str:
+    """A value as TOML on one line."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_inline(key)} = {_inline(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_inline, value))}]"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return value.isoformat() if hasattr(value, "isoformat") else repr(value)
 
 
 def plan(ladder: Ladder, out: Path, seeds: int) -> list[Job]:
@@ -155,7 +168,7 @@ def claim(ladder: Ladder, ladder_path: Path, recipe: Path, out: Path) -> None:
     """
     recipes = [load(recipe, Recipe, overrides(ladder.settings(i)))[0].model_dump() for i in range(len(ladder.rungs))]
     base = find_recipe(ladder.base).read_text(encoding="utf-8") if ladder.base else ""
-    plan = {"recipes": recipes, "base": base}
+    plan = json.loads(json.dumps({"recipes": recipes, "base": base}, default=str))  # as it is read again: dates are text
     copy = out / "plan.json"
     if copy.is_file():
         if not _agrees(copy, plan):
@@ -168,7 +181,7 @@ def claim(ladder: Ladder, ladder_path: Path, recipe: Path, out: Path) -> None:
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from error
     write_atomically(out / "ladder.toml", ladder_path.read_bytes())
-    write_atomically(copy, json.dumps(plan, indent=1, default=str))  # last: a ladder that has it was claimed
+    write_atomically(copy, json.dumps(plan, indent=1))  # last: a ladder that has it was claimed
 
 
 def _agrees(copy: Path, plan: Mapping[str, Any]) -> bool:
