@@ -171,6 +171,13 @@ def test_bad_data_gets_one_message(tmp_path: Path, name: str, text: str, message
         build(tmp_path, path=name)
 
 
+def test_an_answer_that_is_an_object_is_searched_as_text(tmp_path: Path) -> None:
+    """GSM8K's answer stands after #### in a text; in an object it is looked for in its JSON."""
+    write_lines(tmp_path / "data.jsonl", [{"question": "q", "answer": {"a": 1}}])
+    with pytest.raises(UserError, match=r"line 1: there is no number after '####' in 'answer'"):
+        build(tmp_path, path="data.jsonl", preset="gsm8k")
+
+
 def test_the_line_of_a_csv_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_bytes(b"prompt,answer\n" + b"\xc3\xa9,1\n" * 5000 + b"\xe9,1\n")
     with pytest.raises(UserError, match=r"data.csv, line 5002: not UTF-8: invalid continuation byte"):

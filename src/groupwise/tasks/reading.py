@@ -74,7 +74,7 @@ class RowReader:
             raise ValueError(f"{self.answer_key!r} is null")
         if preset is None or preset.extract is None:
             return "" if value is None else _as_text(value)
-        found = preset.extract(value if isinstance(value, dict | list) else str(value))
+        found = preset.extract(_as_text(value))
         if found is None:
             raise ValueError(f"there is no {preset.wanted} in {self.answer_key!r}, which ends with {str(value)[-80:]!r}")
         if preset.keeps_solution:
