@@ -1,5 +1,6 @@
 """Tiny real models: random weights, one per architecture, and the shipped one."""
 
+import signal
 from typing import Any
 
 import pytest
@@ -32,6 +33,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 1,
     },
 }
+
+
+for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:  # as a shell, or nohup, has it for what it starts in the background
+        signal.signal(_number, _usual)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
