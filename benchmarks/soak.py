@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-ENVIRONMENT = '''
+ENVIRONMENT = """
 import random
 
 class Noise:
@@ -31,7 +31,7 @@ class Noise:
 
     def get_reward(self):
         return random.random()
-'''
+"""
 """Rewards that always differ, so that every step trains."""
 SETTINGS = [
     "rollouts.group_size=4",
