@@ -1,9 +1,10 @@
 """Damage to the files of a run that was killed halfway, and foreign files beside them; the run is then resumed.
 
-What may come of it: the damage is named and the command refused (exit code 2, nothing changed); or it is named and passed over or
-repaired; or, where a resume does not read the file, it stays as it is. In all but the first the run ends with the model and the
-newest checkpoint of the undisturbed one, and with its records but for those that were in the damaged file. Never: a different
-result in silence, a traceback.
+What may come of it: the damage is named and the command refused (exit code 2, nothing changed); or stopped, where something
+lies in the way of a file (exit code 1), to go on when that is removed; or the damage is named, and passed over or repaired;
+or, where a resume does not read the file, it stays as it is. In all but the first the run ends with the model and the newest
+checkpoint of the undisturbed one, and with its records but for those that were in the damaged file. Never: a different result
+in silence, a traceback.
 """
 
 import json
@@ -18,7 +19,7 @@ from fault_injection.checks import Reference, differences, metrics_of, said_once
 from fault_injection.preload import Fault
 from fault_injection.server import Server
 
-OUTCOMES = REFUSED, NAMED, NOT_READ = "refused", "named", "not read"
+OUTCOMES = REFUSED, NAMED, NOT_READ, STOPPED = "refused", "named", "not read", "stopped"
 RECORDS = ("rollouts/", "tokens/", "events.jsonl")
 """Files for people and reports: a resume does not read those of past steps, and they stay as they are."""
 
@@ -118,7 +119,13 @@ def carry_out(server: Server, reference: Reference, trial: Damage, run: Path) ->
     DAMAGES[trial.kind](run / file, _older(reference, trial.file) or run / file, random.Random(trial.seed))
     fault = Fault(denied=trial.file if trial.kind == "unreadable" else "")
     outcome, problems, found = judge(server, reference, run, fault, names=[trial.file, *file.parts[1:]])
-    named = outcome == NAMED
+    if outcome == STOPPED and not problems:
+        if (run / file).is_dir():
+            (run / file).rmdir()
+        again = server.run(["train", "--resume", run], run)
+        problems += [] if again.code == 0 else [f"without what lay in the way: exit code {again.code}"]
+        found = differences(run, reference)
+    named = outcome in (NAMED, STOPPED)
     for name in list(found):
         if name == trial.file and (named or name.startswith(RECORDS)):
             del found[name]
@@ -159,7 +166,8 @@ def judge(
         changed = {name for name, _ in tree_of(run).items() ^ before.items()}
         return REFUSED, problems + [f"refused, and {name} changed" for name in sorted(changed)], {}
     if outcome.code != 0:
-        return "failed", [*problems, f"exit code {outcome.code}: {outcome.output.strip()[-200:]}"], {}
+        said = [] if named and outcome.code == 1 else [f"exit code {outcome.code}: {outcome.output.strip()[-200:]}"]
+        return STOPPED, problems + said, {}
     return NAMED if named else NOT_READ, problems, differences(run, reference)
 
 

@@ -146,6 +146,7 @@ def serve(requests: int, answers: int, library: str, recipes: Sequence[str]) -> 
 def _warm_up(recipes: Sequence[str]) -> None:
     """Import and compile what a run and a report need."""
     from groupwise.config import Recipe, load
+    from groupwise.kernels.compiled import library
     from groupwise.training.setup import prepare
 
     for module in ("groupwise.cli", "groupwise.evidence.report", "groupwise.training.session"):
@@ -154,6 +155,8 @@ def _warm_up(recipes: Sequence[str]) -> None:
         importlib.import_module("pandas")  # which pyarrow imports where it is there
     for recipe in recipes:
         prepare(*load(Path(recipe), Recipe, []))
+    for kernels in ("sample", "blocked"):  # compiled when a run first generates
+        library(kernels)
 
 
 def _answer(request: dict[str, Any], library: ctypes.CDLL) -> dict[str, Any]:
