@@ -9,8 +9,9 @@ READY := $(VENV)/.ready
 train: setup
 	$(BIN)/groupwise train
 
+# A process a core, each with one thread: threads of several processes would wait for each other.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 import fuzz
 import pytest
 
-SHARE = {"recipes": 400, "ladders": 500, "sft": 120, "data": 250, "runs": 30}
+SHARE = {"recipes": 200, "ladders": 200, "sft": 40, "data": 100, "runs": 20}
 """Cases of each kind; reports of runs take a second each."""
 
 
