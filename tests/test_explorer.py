@@ -396,6 +396,7 @@ def test_runs_of_other_algorithms(name: str, browser: Any, run: Path, tmp_path: 
     recipe = (tmp_path / "run" / "recipe.toml").read_text()
     start, end = recipe.index("[algorithm]"), recipe.index("\n[", recipe.index("[algorithm]"))
     (tmp_path / "run" / "recipe.toml").write_text(f'{recipe[:start]}[algorithm]\nname = "{name}"\n\n{recipe[end:]}')
+    (tmp_path / "run" / "segments.jsonl").unlink()  # which has the settings that the run had
     groupwise("explore", str(tmp_path / "run"), "--out", str(tmp_path / "x.html"), "--no-open")
     page, wrong = opened(browser, tmp_path / "x.html", viewport={"width": 390, "height": 800}, locale="en-US")
     settings = gw.named(name).settings()
@@ -420,6 +421,7 @@ HOSTILE = (
 def test_hostile_text_of_a_run_is_shown_as_text(browser: Any, run: Path, tmp_path: Path) -> None:
     hostile = tmp_path / "<img src=x onerror=hacked=1>\u202e$x$ {step}"
     shutil.copytree(run, hostile)
+    (hostile / "segments.jsonl").unlink()  # which has the settings that the run had
     text = json.dumps(HOSTILE)
     recipe = (hostile / "recipe.toml").read_text().replace('name = "dapo"', f"name = {text}", 1)
     for key in ("surrogate", "bounds", "correction"):
