@@ -434,7 +434,7 @@ def test_hostile_text_of_a_run_is_shown_as_text(browser: Any, run: Path, tmp_pat
     page, wrong = opened(browser, tmp_path / "x.html", viewport={"width": 390, "height": 800}, locale="en-US")
     assert page.evaluate("window.hacked") is None and page.locator("img, #run-name > *").count() == 0
     assert "</script>" in page.inner_text("#run-name") and "</script>" in page.inner_text("#surrogate .notes")
-    assert "\\u202e" in page.inner_text("#run-name") and "characters left out" in page.inner_text("#run-name")
+    assert "\\u202e" in page.inner_text("#run-name") and len(page.inner_text("#run-name")) < 300
     assert not {"\u202e", "\x07"} & set(page.inner_text("main"))
     assert float(page.input_value("#correction-high")) == 2
     assert illegible(page) == [] and wrong == []
