@@ -129,7 +129,7 @@ def carry_out(server: Server, reference: Reference, trial: Damage, run: Path) ->
     for name in list(found):
         if name == trial.file and (named or name.startswith(RECORDS)):
             del found[name]
-        elif named and name.startswith(("checkpoints/damaged-", "metrics.damaged-")):
+        elif named and (name.startswith("checkpoints/damaged-") or ".damaged-" in name):
             del found[name]  # what cannot be read is kept
         elif named and trial.file == "metrics.jsonl" and name == "checkpoints/best.json":
             del found[name]  # the best is found by the evaluations in the records
