@@ -69,52 +69,62 @@ def clip_ceiling(old: float, clip_high: float) -> float:
 # --- surrogates: what one token adds to the objective, and the factor of grad log pi in its gradient ------------------
 
 
-def clip_surrogate(ratio: float, advantage: float, low: float, high: float, ratio_cap: float, dual_clip: float) -> list[float]:
+def clip_surrogate(ratio: float, old: float, advantage: float, settings: dict[str, float]) -> list[float]:
     """min(ratio A, clip(ratio) A), with the largest ratio of both signs (DCPO) and of negative ones (dual clip); inf: none."""
-    high = min(high, ratio_cap)
-    cap = min(ratio_cap, dual_clip) if advantage < 0 else math.inf
+    ratio_cap = settings["ratio_cap"]
+    low = settings["low"]
+    high = min(settings["high"], ratio_cap)
+    cap = min(ratio_cap, settings["dual_clip"]) if advantage < 0 else math.inf
     clipped = (advantage > 0 and ratio > high) or (advantage < 0 and (ratio < low or ratio > cap))
     capped = min(ratio, ratio_cap, cap)
     within = min(max(capped, low), high)
     return [min(capped * advantage, within * advantage), 0.0 if clipped else ratio * advantage]
 
 
-def policy_gradient_surrogate(ratio: float, old: float, advantage: float) -> list[float]:
+def policy_gradient_surrogate(ratio: float, old: float, advantage: float, settings: dict[str, float]) -> list[float]:
     """A log pi, pi = ratio old."""
     return [advantage * math.log(ratio * old), advantage]
 
 
-def cispo_surrogate(ratio: float, old: float, advantage: float, ratio_cap: float) -> list[float]:
+def cispo_surrogate(ratio: float, old: float, advantage: float, settings: dict[str, float]) -> list[float]:
     """sg[min(ratio, ratio_cap)] A log pi."""
-    weight = min(ratio, ratio_cap)
+    weight = min(ratio, settings["ratio_cap"])
     return [weight * advantage * math.log(ratio * old), weight * advantage]
 
 
-def sapo_surrogate(ratio: float, advantage: float, gate_positive: float, gate_negative: float) -> list[float]:
+def sapo_surrogate(ratio: float, old: float, advantage: float, settings: dict[str, float]) -> list[float]:
     """4/tau sigmoid(tau (ratio - 1)) A."""
-    tau = gate_positive if advantage > 0 else gate_negative
+    tau = settings["gate_positive"] if advantage > 0 else settings["gate_negative"]
     gate = 1 / (1 + math.exp(-tau * (ratio - 1)))
     return [4 / tau * gate * advantage, 4 * gate * (1 - gate) * ratio * advantage]
 
 
-def gmpo_surrogate(ratio: float, advantage: float, low: float, high: float) -> list[float]:
+def gmpo_surrogate(ratio: float, old: float, advantage: float, settings: dict[str, float]) -> list[float]:
     """A times the clipped ratio, which for a completion of one token is the geometric mean of its tokens' clipped ratios."""
-    cut = min(ratio, high) if advantage > 0 else max(ratio, low)
-    clipped = (advantage > 0 and ratio > high) or (advantage < 0 and ratio < low)
-    return [cut * advantage, 0.0 if clipped else cut * advantage]
+    cut = min(ratio, settings["high"]) if advantage > 0 else max(ratio, settings["low"])
+    return [cut * advantage, cut * advantage if cut == ratio else 0.0]
 
 
-def dppo_surrogate(ratio: float, old: float, advantage: float, divergence_limit: float) -> list[float]:
+def dppo_surrogate(ratio: float, old: float, advantage: float, settings: dict[str, float]) -> list[float]:
     """ratio A, or 0 once |pi - old| > divergence_limit the way A pushes."""
-    moved = ratio * old - old
-    masked = (advantage > 0 and moved > divergence_limit) or (advantage < 0 and -moved > divergence_limit)
-    return [0.0 if masked else ratio * advantage, 0.0 if masked else ratio * advantage]
+    moved = (ratio * old - old) * advantage
+    value = 0.0 if moved > settings["divergence_limit"] * abs(advantage) else ratio * advantage
+    return [value, value]
 
 
-def vespo_surrogate(ratio: float, old: float, advantage: float, power: float, decay: float) -> list[float]:
+def vespo_surrogate(ratio: float, old: float, advantage: float, settings: dict[str, float]) -> list[float]:
     """sg[w^power e^(decay (1 - w))] A log pi, for a completion of one token, whose w is the ratio."""
+    power = settings["power_negative"] if advantage < 0 else settings["power_positive"]
+    decay = settings["decay_negative"] if advantage < 0 else settings["decay_positive"]
     kernel = math.exp(power * math.log(ratio) + decay * (1 - ratio))
     return [kernel * advantage * math.log(ratio * old), kernel * advantage]
+
+
+SURROGATES = {
+    "clip": clip_surrogate, "policy_gradient": policy_gradient_surrogate, "cispo": cispo_surrogate, "sapo": sapo_surrogate,
+    "gmpo": gmpo_surrogate, "dppo": dppo_surrogate, "vespo": vespo_surrogate,
+}  # fmt: skip
+"""By their names in a recipe."""
 
 
 def surrogate(name: str, ratio: float, old: float, advantage: float, settings: dict[str, float]) -> list[float]:
@@ -123,22 +133,7 @@ def surrogate(name: str, ratio: float, old: float, advantage: float, settings: d
     Args:
         settings: every number that a surrogate reads, `low` and `high` for the bounds on the ratio; inf where there is no cap.
     """
-    if name == "clip":
-        caps = [settings["ratio_cap"], settings["dual_clip"]]
-        return clip_surrogate(ratio, advantage, settings["low"], settings["high"], caps[0], caps[1])
-    if name == "policy_gradient":
-        return policy_gradient_surrogate(ratio, old, advantage)
-    if name == "cispo":
-        return cispo_surrogate(ratio, old, advantage, settings["ratio_cap"])
-    if name == "sapo":
-        return sapo_surrogate(ratio, advantage, settings["gate_positive"], settings["gate_negative"])
-    if name == "gmpo":
-        return gmpo_surrogate(ratio, advantage, settings["low"], settings["high"])
-    if name == "dppo":
-        return dppo_surrogate(ratio, old, advantage, settings["divergence_limit"])
-    if advantage < 0:
-        return vespo_surrogate(ratio, old, advantage, settings["power_negative"], settings["decay_negative"])
-    return vespo_surrogate(ratio, old, advantage, settings["power_positive"], settings["decay_positive"])
+    return SURROGATES[name](ratio, old, advantage, settings)
 
 
 # --- rewards and token weights ----------------------------------------------------------------------------------------
@@ -184,37 +179,63 @@ def standardised(values: list[float], ddof: int, eps: float) -> list[float]:
     return [(value - middle) / (scale + eps) if scale > 0 else 0.0 for value in values]
 
 
-def group_estimate(rewards: list[float], rest: list[float], name: str, ddof: int, eps: float) -> list[float]:
-    """The advantages of one group's completions under an estimator.
+def grpo_advantages(rewards: list[float], rest: list[float], ddof: int, eps: float) -> list[float]:
+    """Centred on the group's mean and divided by its standard deviation."""
+    return standardised(rewards, ddof, eps)
 
-    Args:
-        rewards: of the group.
-        rest: rewards of the batch's other completions, one more group.
-        name: "grpo", "dr_grpo", "maxrl", "lite_ppo", "rloo", "dcpo" (at a prompt's first visit), "gdpo" (of one reward) or
-            "reinforce_pp" (completions of one token each, without a KL penalty).
-    """
+
+def dr_grpo_advantages(rewards: list[float], rest: list[float], ddof: int, eps: float) -> list[float]:
+    """Centred alone."""
     middle = mean(rewards)
-    size = len(rewards)
-    if min(rewards) == max(rewards) and name != "reinforce_pp":
-        return [0.0 for _ in rewards]
-    if name == "grpo":
-        return standardised(rewards, ddof, eps)
-    if name == "dr_grpo":
-        return [reward - middle for reward in rewards]
-    if name == "maxrl":
-        return [(reward - middle) / middle if middle > 0 else 0.0 for reward in rewards]
-    if name == "rloo":
-        return [reward - (size * middle - reward) / (size - 1) for reward in rewards]
-    if name == "dcpo":
-        return standardised(rewards, 0, 0.0)
-    batch = [*rewards, *rest]
-    if name == "lite_ppo":
-        return [(reward - middle) / (deviation(batch, ddof) + eps) for reward in rewards]
-    if name == "gdpo":
-        within = standardised(rewards, ddof, eps)
-        both = [*within, *standardised(rest, ddof, eps)] if len(rest) > 0 else within
-        return standardised(both, ddof, eps)[:size]
-    return standardised(batch, 1, 1e-8)[:size]
+    return [reward - middle for reward in rewards]
+
+
+def maxrl_advantages(rewards: list[float], rest: list[float], ddof: int, eps: float) -> list[float]:
+    """Divided by the group's mean."""
+    middle = mean(rewards)
+    return [(reward - middle) / middle if middle > 0 else 0.0 for reward in rewards]
+
+
+def rloo_advantages(rewards: list[float], rest: list[float], ddof: int, eps: float) -> list[float]:
+    """Each against the mean of the others; 0 where there are none."""
+    others = len(rewards) - 1
+    return [reward - (sum(rewards) - reward) / others if others > 0 else 0.0 for reward in rewards]
+
+
+def dcpo_advantages(rewards: list[float], rest: list[float], ddof: int, eps: float) -> list[float]:
+    """At a prompt's first visit, before there is a history to smooth with."""
+    return standardised(rewards, 0, 0.0)
+
+
+def lite_ppo_advantages(rewards: list[float], rest: list[float], ddof: int, eps: float) -> list[float]:
+    """Centred on the group's mean and divided by the batch's standard deviation."""
+    middle = mean(rewards)
+    scale = deviation([*rewards, *rest], ddof)
+    return [(reward - middle) / (scale + eps) for reward in rewards]
+
+
+def gdpo_advantages(rewards: list[float], rest: list[float], ddof: int, eps: float) -> list[float]:
+    """Of one reward: normalised in the group, and again over the batch."""
+    within = standardised(rewards, ddof, eps)
+    both = [*within, *standardised(rest, ddof, eps)] if len(rest) > 0 else within
+    return standardised(both, ddof, eps)[: len(rewards)]
+
+
+def reinforce_pp_advantages(rewards: list[float], rest: list[float], ddof: int, eps: float) -> list[float]:
+    """Normalised over the batch: of completions of one token each, without a KL penalty."""
+    return standardised([*rewards, *rest], 1, 1e-8)[: len(rewards)]
+
+
+ESTIMATORS = {
+    "grpo": grpo_advantages, "dr_grpo": dr_grpo_advantages, "maxrl": maxrl_advantages, "rloo": rloo_advantages,
+    "dcpo": dcpo_advantages, "lite_ppo": lite_ppo_advantages, "gdpo": gdpo_advantages, "reinforce_pp": reinforce_pp_advantages,
+}  # fmt: skip
+"""By the algorithms that have them."""
+
+
+def group_estimate(rewards: list[float], rest: list[float], name: str, ddof: int, eps: float) -> list[float]:
+    """The advantages of a group's completions by an estimator; `rest`: rewards of the batch's other group."""
+    return ESTIMATORS[name](rewards, rest, ddof, eps)
 
 
 def smoothed_visits(rights: list[int], size: int) -> list[list[float]]:
@@ -254,23 +275,23 @@ def discounted(rewards: list[float], gamma: float) -> list[float]:
     return [sum([gamma ** (j - k) * rewards[j] for j in range(k, len(rewards))]) for k in range(len(rewards))]
 
 
-def turn_credit(group: list[list[float]], name: str, gamma: float, ddof: int, eps: float) -> list[list[float]]:
-    """The advantage of each turn of each conversation of a group.
+def group_credit(group: list[list[float]], gamma: float, ddof: int, eps: float) -> list[list[float]]:
+    """The sum of a conversation's rewards, normalised in the group, for each of its turns."""
+    totals = standardised([sum(rewards) for rewards in group], ddof, eps)
+    return [[totals[i] for _ in group[i]] for i in range(len(group))]
 
-    Args:
-        group: rewards of each conversation's turns.
-        name: "group" (the sum of a conversation's rewards, normalised), "process" (a turn is a step) or "turns".
-        gamma: read by "turns".
-    """
-    if name == "group":
-        totals = standardised([sum(rewards) for rewards in group], ddof, eps)
-        return [[totals[i] for _ in group[i]] for i in range(len(group))]
-    if name == "process":
-        pool = [reward for rewards in group for reward in rewards]
-        scale = deviation(pool, ddof)
-        middle = mean(pool)
-        steps = [[(reward - middle) / (scale + eps) if scale > 0 else 0.0 for reward in rewards] for rewards in group]
-        return [discounted(rewards, 1.0) for rewards in steps]
+
+def process_credit(group: list[list[float]], gamma: float, ddof: int, eps: float) -> list[list[float]]:
+    """A turn is a step: its reward is normalised over all turns of the group, and a turn gets the sum of those from it on."""
+    pool = [reward for rewards in group for reward in rewards]
+    scale = deviation(pool, ddof)
+    middle = mean(pool)
+    steps = [[(reward - middle) / (scale + eps) if scale > 0 else 0.0 for reward in rewards] for rewards in group]
+    return [discounted(rewards, 1.0) for rewards in steps]
+
+
+def turns_credit(group: list[list[float]], gamma: float, ddof: int, eps: float) -> list[list[float]]:
+    """Discounted returns, each centred on those of the same turn in the group's other conversations."""
     returns = [discounted(rewards, gamma) for rewards in group]
     turns = max([len(rewards) for rewards in group])
     centred = [[0.0 for _ in rewards] for rewards in group]
@@ -283,6 +304,15 @@ def turn_credit(group: list[list[float]], name: str, gamma: float, ddof: int, ep
                 squares = squares + centred[i][k] ** 2
     freedom = max(1, sum([len(rewards) for rewards in group]) - ddof * turns)
     return [[value / (math.sqrt(squares / freedom) + eps) for value in values] for values in centred]
+
+
+CREDITS = {"group": group_credit, "process": process_credit, "turns": turns_credit}
+"""By their names in a recipe."""
+
+
+def turn_credit(group: list[list[float]], name: str, gamma: float, ddof: int, eps: float) -> list[list[float]]:
+    """The advantage of each turn of each conversation, from the rewards of each conversation's turns; "turns" reads gamma."""
+    return CREDITS[name](group, gamma, ddof, eps)
 
 
 # --- sampling and the gap between sampler and learner -----------------------------------------------------------------
@@ -313,15 +343,33 @@ def truncated_probabilities(probabilities: list[float], top_k: int, top_p: float
     return [probabilities[i] / total if i < last else 0.0 for i in range(size)]
 
 
+def tis_weight(ratio: float, low: float, high: float) -> float:
+    """Truncated at `high`."""
+    return min(ratio, high)
+
+
+def mis_weight(ratio: float, low: float, high: float) -> float:
+    """Masked above `high`."""
+    return ratio if ratio <= high else 0.0
+
+
+def icepop_weight(ratio: float, low: float, high: float) -> float:
+    """Masked below `low` and above `high`."""
+    return ratio if low <= ratio <= high else 0.0
+
+
+def no_weight(ratio: float, low: float, high: float) -> float:
+    """Without a correction every token counts once."""
+    return 1.0
+
+
+CORRECTIONS = {"none": no_weight, "tis": tis_weight, "mis": mis_weight, "icepop": icepop_weight}
+"""By their names in a recipe."""
+
+
 def correction_weight(name: str, ratio: float, low: float, high: float) -> float:
     """The importance weight of a ratio pi_old / pi_rollout, by the correction's name in a recipe."""
-    if name == "tis":
-        return min(ratio, high)
-    if name == "mis":
-        return ratio if ratio <= high else 0.0
-    if name == "icepop":
-        return ratio if low <= ratio <= high else 0.0
-    return 1.0
+    return CORRECTIONS[name](ratio, low, high)
 
 
 # --- an example of log ratios -----------------------------------------------------------------------------------------

@@ -31,15 +31,17 @@ def to_javascript(source: str, name: str) -> str:
     """The functions of a module as one JavaScript object.
 
     Args:
-        source: Python of functions over numbers, strings, lists and dictionaries with constant keys.
+        source: Python of functions over numbers, strings, lists and dictionaries with constant keys, and of tables of functions.
         name: of the object; its members are called as the functions.
 
     Raises:
         ValueError: the source holds something that has no translation here; the message has its line.
     """
-    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    module = ast.parse(source).body
+    functions = [node for node in module if isinstance(node, ast.FunctionDef)]
     members = ", ".join(function.name for function in functions)
-    body = "\n".join(_function(function) for function in functions)
+    tables = [_table(node) for node in module if isinstance(node, ast.Assign)]
+    body = "\n".join([*(_function(function) for function in functions), *tables])
     return f"const {name} = (() => {{\n{HELPERS}{body}\nreturn {{ {members} }};\n}})();\n"
 
 
@@ -48,6 +50,15 @@ def _function(node: ast.FunctionDef) -> str:
     local = [name for name in dict.fromkeys(_assigned(node)) if name not in arguments]
     declared = f"let {', '.join(local)};\n" if local else ""
     return f"function {node.name}({', '.join(arguments)}) {{\n{declared}{_block(node.body)}\n}}"
+
+
+def _table(node: ast.Assign) -> str:
+    """A table of functions by name."""
+    match node:
+        case ast.Assign([ast.Name(name)], ast.Dict(keys, functions)) if all(isinstance(value, ast.Name) for value in functions):
+            entries = [f"{_value(key)}: {_value(value)}" for key, value in zip(keys, functions, strict=True) if key is not None]
+            return f"const {name} = {{ {', '.join(entries)} }};"
+    raise _untranslatable(node)
 
 
 def _assigned(node: ast.AST) -> list[str]:
