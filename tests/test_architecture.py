@@ -21,7 +21,7 @@ LEVELS = [
     {"models"},
     {"tasks", "environments", "rewards", "rollouts", "learner"},
     {"training", "evidence"},
-    {"experiments", "trackers"},
+    {"experiments", "trackers", "cluster"},
     {"api", "cli"},
     {"__init__", "__main__"},
 ]

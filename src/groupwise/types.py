@@ -222,6 +222,8 @@ class Group:
     """int64 [L]."""
     completions: tuple[Completion, ...]
     scores: tuple[Score, ...]
+    position: int | None = None
+    """Its place among all groups that the run has begun, which its random numbers follow from; None: it is not of a run."""
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> "Group":
@@ -231,6 +233,7 @@ class Group:
             prompt_tokens=tree["prompt_tokens"],
             completions=tuple(Completion.from_dict(completion) for completion in tree["completions"]),
             scores=tuple(Score(**score) for score in tree["scores"]),
+            position=tree["position"],
         )
 
     @property

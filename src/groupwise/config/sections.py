@@ -60,8 +60,9 @@ class ModelSection(Section):
 class RolloutsSection(Section):
     """[rollouts]: how completions are sampled."""
 
-    sampler: str = "native"
-    """The inference engine: "native", or a function of yours, "file.py:name", of ([rollouts], LanguageModel, tokenizer)."""
+    sampler: str | Annotated[list[str], Field(min_length=1)] = "native"
+    """The inference engine: "native"; "vllm"; the address of a server that runs already, "http://host:port", or a list of them;
+    or a function of yours, "file.py:name", of ([rollouts], LanguageModel, tokenizer)."""
     group_size: Count = 16
     """Completions of each prompt; their mean where `algorithm.allocation` gives prompts groups of different sizes."""
     prompts_per_step: Count = 32
@@ -169,6 +170,42 @@ class CriticSection(Section):
     """How far a value may move from the one before the update and still lower the loss."""
 
 
+class ClusterSection(Section):
+    """[cluster]: the run in several processes; see docs/cluster.md."""
+
+    samplers: Annotated[int, Field(ge=0)] = 0
+    """Processes that sample, each with its own copy of the weights; 0: this process samples."""
+    learners: Annotated[int, Field(ge=0)] = 0
+    """Processes that the learner is sharded over; 0: this process learns."""
+    launcher: Literal["local", "ray"] = "local"
+    """What starts them: this process on this machine, or Ray (an extra) on its nodes."""
+    ray_address: str = ""
+    """An existing Ray cluster, as in "auto" or "ray://host:10001"; empty: a new one on this machine."""
+    gpus_per_sampler: Annotated[int, Field(ge=0)] = 1
+    """GPUs of each sampler, where there are any; vLLM splits the model over them."""
+    weights: str = ""
+    """A directory that the learner and all samplers see, for published weights; empty: in shared memory on one machine, in the
+    run's directory on several."""
+    staleness: Annotated[int, Field(ge=0)] = 0
+    """How many steps the learner may be ahead of the weights with which a group was begun; 0: each step's groups are begun and
+    finished before it."""
+    window: Count = 1
+    """A group may be trained on while its number is less than this above that of the oldest one that was not; 1: groups are
+    trained on exactly in the order in which they were begun. More may raise the staleness by (window - 1) / prompts_per_step
+    steps, rounded up. Read only where staleness is above 0."""
+    partial: bool = True
+    """Whether completions under way go on when new weights arrive, each token with its version; otherwise they are finished
+    first. Read only where staleness is above 0."""
+    timeout: Positive = 60.0
+    """Seconds of silence, without an answer or any progress, after which a process counts as dead and is replaced."""
+    max_restarts: Annotated[int, Field(ge=0)] = 100
+    """The run stops when its processes were restarted more often than this, all together."""
+    vllm: str = "vllm"
+    """The command that starts vLLM, which may be that of another environment."""
+    vllm_arguments: list[str] = []
+    """Further arguments of `vllm serve`, such as "--max-model-len=4096"."""
+
+
 class TrackersSection(Section):
     """[trackers]: who else records the run."""
 
@@ -220,6 +257,7 @@ class Recipe(Section):
     rollouts: RolloutsSection = RolloutsSection()
     learner: LearnerSection = LearnerSection()
     critic: CriticSection = CriticSection()
+    cluster: ClusterSection = ClusterSection()
     training: TrainingSection = TrainingSection()
     trackers: TrackersSection = TrackersSection()
 

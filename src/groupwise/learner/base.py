@@ -8,7 +8,6 @@ from torch import Tensor
 
 from groupwise.files import Digest
 from groupwise.learner.updates import Update
-from groupwise.models import LanguageModel
 from groupwise.types import Batch, LogprobBatch, TrainingBatch
 
 TokenRecord = dict[str, Tensor]
@@ -40,8 +39,9 @@ class Learner(Protocol):
         """One optimiser step. `record` is called with what the loss made of the tokens of each part that is run."""
         ...
 
-    def weights(self) -> LanguageModel:
-        """The policy as it is now: a view, whose weights change with the next update."""
+    def publish(self, directory: Path) -> None:
+        """Write the policy as it is now for samplers of other processes: a Hugging Face model directory with safetensors, without
+        a tokenizer, adapters merged, in the dtype of the weights. The directory must not exist; once it does, it is complete."""
         ...
 
     def save(self, directory: Path) -> Mapping[str, Digest]:

@@ -19,7 +19,7 @@ from groupwise.learner.critic import Critic
 from groupwise.learner.micro_batches import Budget
 from groupwise.learner.optimiser import Optimiser
 from groupwise.learner.updates import TokenMetrics, Update
-from groupwise.models import LanguageModel
+from groupwise.models import LanguageModel, published
 from groupwise.state import read_state, write_state
 from groupwise.types import Batch, LogprobBatch, TrainingBatch, WeightedBatch, upgrade
 
@@ -276,6 +276,10 @@ class LocalLearner:
             self.budget.load_state_dict(state["budget"])
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"])
+
+    def publish(self, directory: Path) -> None:
+        """See `Learner.publish`."""
+        published.publish(self.model, directory)
 
     def export(self, directory: Path, tokenizer: Any) -> dict[str, float]:
         """See `Learner.export`."""

@@ -62,12 +62,16 @@ class Sampler(Protocol):
         """The request's completions, in order. Any number of requests may be under way at once; cancelling one frees its rows."""
         ...
 
-    def load(self, weights: LanguageModel, version: int) -> None:
-        """Sample from these weights from now on; `version` counts the optimiser updates that made them."""
-        ...
-
     def health(self) -> dict[str, float]:
         """Numbers about the engine: the version of its weights, requests waiting, rows being generated, rows kept."""
+        ...
+
+
+class LocalSampler(Sampler, Protocol):
+    """One in this process."""
+
+    def load(self, weights: LanguageModel, version: int) -> None:
+        """Sample from these weights from now on; `version` counts the optimiser updates that made them."""
         ...
 
 

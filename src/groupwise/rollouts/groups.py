@@ -1,13 +1,12 @@
 """From problems to scored groups: completions sampled and scored, many groups at once, in training and on held-out problems."""
 
-import functools
 import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from groupwise.models import Chat
-from groupwise.rollouts.base import Request, Sampler, Sampling, requests
+from groupwise.rollouts.base import Request, Sampler, Sampling
 from groupwise.rollouts.driver import gather, wait_for
 from groupwise.rollouts.episodes import Draw, Episodes
 from groupwise.tasks.base import Task
@@ -28,26 +27,55 @@ class Rollouts:
     def groups(self, problems: Sequence[Problem], n: int | Sequence[int], seed: int) -> tuple[list[Group], float]:
         """A group of n completions for each problem (or of its own n), each scored while others are still generated.
 
+        `seed`: of all of them, which draw from consecutive ranges of it.
+
         Returns:
             The groups in the order of their problems, and the seconds that scores took longer than generation.
         """
-        if self.episodes is not None:
-            hold = functools.partial(self.episodes.group, self.sampler, self.sampling, self.task)
-            counts = [n] * len(problems) if isinstance(n, int) else n
-            before = itertools.accumulate(counts, initial=0)
-            draws = [Draw(seed=seed, before=count) for count in before][:-1]
-            found = wait_for(gather(*(hold(*triple) for triple in zip(problems, counts, draws, strict=True))))
-        else:
-            prompts = [self.chat.encode(problem.prompt) for problem in problems]
-            pairs = zip(problems, requests(prompts, n, self.sampling, seed), strict=True)
-            found = wait_for(gather(*(self._group(problem, request) for problem, request in pairs)))
-        waited = time.perf_counter() - max((generated for _, generated in found), default=time.perf_counter())
-        # Whoever scored them, no number that is not finite goes further.
-        return [replace(group, scores=tuple(score.checked() for score in group.scores)) for group, _ in found], waited
+        counts = [n] * len(problems) if isinstance(n, int) else n
+        before = list(itertools.accumulate(counts, initial=0))[:-1]
+        triples = zip(problems, counts, before, strict=True)
+        return self.drawn([Order(problem, count, Draw(seed=seed, before=first)) for problem, count, first in triples])
 
-    async def _group(self, problem: Problem, request: Request) -> tuple[Group, float]:
+    def drawn(self, orders: Sequence["Order"]) -> tuple[list[Group], float]:
+        """The same, where each group has random numbers of its own."""
+        found = wait_for(gather(*(self.group(order) for order in orders)))
+        waited = time.perf_counter() - max((generated for _, generated in found), default=time.perf_counter())
+        return [group for group, _ in found], waited
+
+    async def group(self, order: "Order") -> tuple[Group, float]:
         """A group, scored, and when its last completion was there."""
+        if self.episodes is not None:
+            group, generated = await self.episodes.group(
+                self.sampler, self.sampling, self.task, order.problem, order.n, order.draw
+            )
+        else:
+            group, generated = await self._single_turn(order)
+        # Whoever scored them, no number that is not finite goes further.
+        return replace(group, scores=tuple(score.checked() for score in group.scores), position=order.position), generated
+
+    async def _single_turn(self, order: "Order") -> tuple[Group, float]:
+        request = Request(
+            prompt=self.chat.encode(order.problem.prompt),
+            sampling=self.sampling,
+            seed=order.draw.seed,
+            offset=order.draw.before * self.sampling.max_tokens,
+            n=order.n,
+        )
         completions = await self.sampler.generate(request)
         generated = time.perf_counter()
-        scores = await self.task.score(problem, completions)
-        return Group(problem=problem, prompt_tokens=request.prompt, completions=completions, scores=tuple(scores)), generated
+        scores = tuple(await self.task.score(order.problem, completions))
+        found = Group(problem=order.problem, prompt_tokens=request.prompt, completions=completions, scores=scores)
+        return found, generated
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A group that is to be made."""
+
+    problem: Problem
+    n: int
+    """Completions."""
+    draw: Draw
+    position: int | None = None
+    """Its place among all groups of the run; None: it is not trained on."""

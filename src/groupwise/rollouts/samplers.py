@@ -12,22 +12,22 @@ from groupwise.errors import RunError, UserError, nearest
 from groupwise.guard import Watch, failure, passes, user_code, user_code_at_start
 from groupwise.models import LanguageModel
 from groupwise.plugins import UserFunction, is_reference, load_function
-from groupwise.rollouts.base import Request, Sampler
+from groupwise.rollouts.base import LocalSampler, Request
 from groupwise.rollouts.native import NativeSampler
 from groupwise.types import Completion
 
 
-def native(settings: RolloutsSection, model: LanguageModel, tokenizer: Any) -> Sampler:
+def native(settings: RolloutsSection, model: LanguageModel, tokenizer: Any) -> LocalSampler:
     """The engine in this process."""
     dtype, cache_dtype = (getattr(torch, name) if name else None for name in (settings.dtype, settings.cache_dtype))
     return NativeSampler(model, tokenizer, dtype=dtype, cache_dtype=cache_dtype, max_rows=settings.max_rows)
 
 
-SAMPLERS: dict[str, Callable[[RolloutsSection, LanguageModel, Any], Sampler]] = {"native": native}
+SAMPLERS: dict[str, Callable[[RolloutsSection, LanguageModel, Any], LocalSampler]] = {"native": native}
 """Name -> a function of ([rollouts], the policy, its tokenizer). To add one: a module with such a function, and one line here."""
 
 
-def _made(own: UserFunction, settings: RolloutsSection, model: LanguageModel, tokenizer: Any) -> Sampler:
+def _made(own: UserFunction, settings: RolloutsSection, model: LanguageModel, tokenizer: Any) -> LocalSampler:
     """A sampler of the user's own.
 
     Raises:
@@ -103,18 +103,19 @@ def completions_problem(found: Any, n: int) -> str | None:
     return None
 
 
-def find_sampler(settings: RolloutsSection, source: Source) -> Callable[[RolloutsSection, LanguageModel, Any], Sampler]:
+def find_sampler(settings: RolloutsSection, source: Source) -> Callable[[RolloutsSection, LanguageModel, Any], LocalSampler]:
     """The function that makes the sampler: a named one, or the user's "file.py:name".
 
     Raises:
         UserError: there is none of that name.
     """
-    if is_reference(settings.sampler):
+    name = settings.sampler
+    if isinstance(name, str) and is_reference(name):
         try:
-            own = load_function(settings.sampler, Path(source.path).parent)
+            own = load_function(name, Path(source.path).parent)
         except UserError as error:
             raise source.error("rollouts.sampler", str(error)) from error
         return functools.partial(_made, own)
-    if settings.sampler not in SAMPLERS:
-        raise source.error("rollouts.sampler", f"there is no sampler {settings.sampler!r}{nearest(settings.sampler, SAMPLERS)}")
-    return SAMPLERS[settings.sampler]
+    if not isinstance(name, str) or name not in SAMPLERS:
+        raise source.error("rollouts.sampler", f"there is no sampler {name!r}{nearest(str(name), SAMPLERS)}")
+    return SAMPLERS[name]

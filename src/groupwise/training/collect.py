@@ -14,7 +14,8 @@ from groupwise.algorithms.allocation import allocation_problem
 from groupwise.config import Recipe, RolloutsSection
 from groupwise.errors import RunError, UserError
 from groupwise.rollouts.base import Sampling
-from groupwise.rollouts.groups import Rollouts
+from groupwise.rollouts.episodes import Draw
+from groupwise.rollouts.groups import Order, Rollouts
 from groupwise.seeding import derive
 from groupwise.state import plain
 from groupwise.training.kept_sets import check_kept
@@ -70,6 +71,8 @@ class Collector:
         self.rollouts, self.recipe, self.algorithm = rollouts, recipe, algorithm
         self.position = 0
         """How many training problems have been drawn."""
+        self.begun = 0
+        """How many groups have been begun; each one's number is its position."""
         self.keep_rate = 1.0
         """Share of groups that dynamic sampling kept in the last step."""
         self.failed_groups = 0
@@ -96,8 +99,8 @@ class Collector:
         kept, seen, dropped = list(young), list[Group](), list[Group]()
         rounds, scoring = 0, 0.0
         while len(kept) < wanted and rounds < limit:
-            problems, sizes = self._draw(self._count(wanted - len(kept)), derive(self.recipe.seed, "allocation", step, rounds))
-            groups, seconds = self.rollouts.groups(problems, sizes, derive(self.recipe.seed, "rollouts", step, rounds))
+            orders = self._draw(self._count(wanted - len(kept)), derive(self.recipe.seed, "allocation", step, rounds))
+            groups, seconds = self.rollouts.drawn(orders)
             seen += groups
             for group in groups:
                 check_kept(group.completions, self.recipe, self.algorithm)
@@ -133,8 +136,8 @@ class Collector:
         wanted = self.recipe.rollouts.prompts_per_step
         return min(LARGEST_ROUND * wanted, math.ceil(missing / max(self.keep_rate, 1 / LARGEST_ROUND)))
 
-    def _draw(self, count: int, seed: int) -> tuple[list[Problem], list[int]]:
-        """The problems that the algorithm allocates completions to, and how many each: `group_size` on average.
+    def _draw(self, count: int, seed: int) -> list[Order]:
+        """Groups of the problems that the algorithm allocates completions to: `group_size` on average.
 
         Raises:
             RunError: an allocation of the user's own gave what cannot be used, or the task has no such problem.
@@ -155,7 +158,12 @@ class Collector:
         chosen = self.algorithm.allocation(candidates)
         if (problem := allocation_problem(chosen, candidates)) is not None:
             raise RunError(f"the allocation {self.algorithm.choice('allocation')} {problem}")
-        return [problems[i] for i, _ in chosen], [n for _, n in chosen]
+        first, self.begun = self.begun, self.begun + len(chosen)
+        return [self._order(problems[i], n, first + number) for number, (i, n) in enumerate(chosen)]
+
+    def _order(self, problem: Problem, n: int, position: int) -> Order:
+        draw = Draw(seed=derive(self.recipe.seed, "rollouts", position), before=0)
+        return Order(problem, n, draw, position)
 
     def _remember(self, groups: Sequence[Group]) -> None:
         """Tell the allocation how each prompt fared, where it keeps a history.
@@ -196,6 +204,7 @@ class Collector:
         surplus = [(born, plain(asdict(group))) for born, group in self.surplus]
         return {
             "position": self.position,
+            "begun": self.begun,
             "keep_rate": self.keep_rate,
             "failed_groups": self.failed_groups,
             "surplus": surplus,
@@ -204,7 +213,7 @@ class Collector:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.position, self.keep_rate, self.failed_groups = state["position"], state["keep_rate"], state["failed_groups"]
-        self.history = state["history"]
+        self.begun, self.history = state["begun"], state["history"]
         self.surplus = [(born, Group.from_dict(group)) for born, group in state["surplus"]]
 
 

@@ -27,6 +27,7 @@ from groupwise.training.events import Evaluated, Event, Recorder, StepDone, Warn
 from groupwise.training.failures import explain, traceback_of
 from groupwise.training.interrupts import Interrupt, Interrupted
 from groupwise.training.metrics import advantage_metrics, peak_mib, reward_metrics, rollout_metrics
+from groupwise.training.pieces import InProcess, Pieces
 from groupwise.training.records import RunDirectory
 from groupwise.training.room import Room
 from groupwise.training.setup import Ready
@@ -67,8 +68,12 @@ def in_float32(recipe: Recipe) -> bool:
 class Trainer:
     """A run: its parts, and the state that a checkpoint carries."""
 
-    def __init__(self, ready: Ready, run: RunDirectory, recorders: Sequence[Recorder] = ()) -> None:
-        """`recorders`: further recorders of the run's events; its directory always is one."""
+    def __init__(self, ready: Ready, run: RunDirectory, recorders: Sequence[Recorder] = (), pieces: Pieces | None = None) -> None:
+        """
+        Args:
+            recorders: further recorders of the run's events; its directory always is one.
+            pieces: learner and sampler; None: both in this process.
+        """
         self.ready, self.recipe, self.algorithm = ready, ready.recipe, ready.algorithm
         self.run_directory = run
         self.recorders: list[Recorder] = [run, *recorders]
@@ -79,8 +84,9 @@ class Trainer:
         self.interrupt: Interrupt | None = None
         self.room = Room(run.path, self.save, self.record)
         self.watch = Watch(self.recipe)
-        self.learner: Learner = ready.make_learner()
-        self.sampler: Sampler = ready.make_sampler(self.learner.weights())
+        self.pieces = pieces or InProcess.of(ready)
+        self.learner: Learner = self.pieces.learner
+        self.sampler: Sampler = self.pieces.sampler
         self.collector = Collector(ready.rollouts(self.sampler), self.recipe, self.algorithm)
         self.credit = CreditAssigner(self.algorithm, ready.tokenizer, self.recipe.rollouts.max_tokens)
         self.held_out = ready.task.held_out(self.recipe.training.eval_problems)
@@ -164,7 +170,7 @@ class Trainer:
         if batch.mask_BT.any():
             batch, learner_metrics = self.learn(batch, collected, rewards, tokens)
             metrics |= learner_metrics
-            self.sampler.load(self.learner.weights(), self.learner.version)
+            self.pieces.bring_weights()
         else:
             self.warn(
                 "no completion can be learnt from: all were truncated and filtered, or could not be scored",
@@ -178,6 +184,7 @@ class Trainer:
             "seconds/learner": seconds,
             "memory/peak_mib": peak_mib(),
             **self.fewer_rows(),
+            **self.pieces.metrics(),
             "tokens_per_second": int(batch.lengths_B.sum()) / (collected.seconds + seconds),
         }
         self.record(StepDone(step=self.step, metrics=metrics, groups=groups, batch=batch, tokens=tokens))
@@ -381,5 +388,5 @@ class Trainer:
         except (KeyError, TypeError, ValueError, AttributeError) as error:  # entries, or fields of groups, have other names
             text = f"written by another version of groupwise: {type(error).__name__}: {error}"
             raise UserError(f"{checkpoint.path}: {text}") from error
-        self.sampler.load(self.learner.weights(), self.learner.version)
+        self.pieces.bring_weights()
         self.saved = self.step

@@ -1,8 +1,8 @@
 """One run from its recipe to its end, as the command line and `groupwise.train` start it."""
 
 import shlex
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +18,7 @@ from groupwise.training.events import Warned
 from groupwise.training.inputs import input_hashes
 from groupwise.training.interrupts import Interrupt, ending, interruptible
 from groupwise.training.loop import Result, Trainer
+from groupwise.training.pieces import InProcess, Pieces
 from groupwise.training.records import RunDirectory
 from groupwise.training.resume import Resumption, resumed_recipe, resumption
 from groupwise.training.segments import after, as_json, changes, keep_damaged, metrics_at
@@ -67,10 +68,20 @@ def plan(
     return Session(recipe=settings, source=source, path=resume, resumption=found)
 
 
-def run(session: Session, console: Terminal, *, ends: bool = False) -> Result:
+Launch = Callable[[Ready, RunDirectory], AbstractContextManager[Pieces]]
+"""Starts the processes of a run, which end with the context."""
+
+
+def in_process(ready: Ready, directory: RunDirectory) -> AbstractContextManager[Pieces]:
+    """No other process."""
+    return nullcontext(InProcess.of(ready))
+
+
+def run(session: Session, console: Terminal, *, ends: bool = False, launch: Launch = in_process) -> Result:
     """Load what the recipe names, train, and show progress on the console.
 
     Args:
+        launch: what starts the learner and the samplers.
         ends: a signal that stops at once ends this process; else it raises KeyboardInterrupt.
 
     Raises:
@@ -94,7 +105,7 @@ def run(session: Session, console: Terminal, *, ends: bool = False) -> Result:
             lock = directory.claim()
             closing.callback(lock.close)
         trackers = make_trackers(ready.trackers, session.path, tree)
-        trainer = Trainer(ready, directory)
+        trainer = Trainer(ready, directory, pieces=closing.enter_context(launch(ready, directory)))
         events = start(session, ready, trainer, tree)
         if lock.warning:
             events.append(Warned(step=trainer.step, name="no_lock", text=lock.warning))

@@ -13,11 +13,10 @@ from groupwise.config import Recipe, RolloutsSection, Source
 from groupwise.environments.hosting import ENVIRONMENTS
 from groupwise.environments.instance import EnvironmentFailed
 from groupwise.errors import UserError
-from groupwise.learner.base import Learner
 from groupwise.learner.local import LocalLearner
 from groupwise.models import FULL_TRAINING_RATE, Chat, LanguageModel, load_config
 from groupwise.plugins import UserFunction, find_file
-from groupwise.rollouts.base import Sampler
+from groupwise.rollouts.base import LocalSampler, Sampler
 from groupwise.rollouts.driver import wait_for
 from groupwise.rollouts.episodes import Episodes
 from groupwise.rollouts.groups import Rollouts
@@ -51,7 +50,7 @@ class Ready:
     model: LanguageModel
     problem: Problem
     """The first of them, for a trial."""
-    sampler: Callable[[RolloutsSection, LanguageModel, Any], Sampler]
+    sampler: Callable[[RolloutsSection, LanguageModel, Any], LocalSampler]
     """Makes the recipe's sampler."""
     trackers: list[Tracker]
     """Make the recipe's further recorders."""
@@ -83,7 +82,7 @@ class Ready:
         """
         check_training(self.recipe, self.algorithm, self.model, self.source)
 
-    def make_learner(self) -> Learner:
+    def make_learner(self) -> LocalLearner:
         """The learner, which owns the model from now on.
 
         Raises:
@@ -92,7 +91,7 @@ class Ready:
         self.check_memory()
         return LocalLearner.build(self.recipe, self.algorithm, self.model)
 
-    def make_sampler(self, weights: LanguageModel) -> Sampler:
+    def make_sampler(self, weights: LanguageModel) -> LocalSampler:
         """A sampler of these weights.
 
         Raises:

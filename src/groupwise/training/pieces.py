@@ -1,0 +1,51 @@
+"""The parts of a run that may live in other processes, and how new weights get from the one to the other."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from groupwise.learner.base import Learner
+from groupwise.learner.local import LocalLearner
+from groupwise.rollouts.base import LocalSampler, Sampler
+from groupwise.training.setup import Ready
+from groupwise.types import Metrics
+
+
+class Pieces(Protocol):
+    """A learner and what samples, wherever they run."""
+
+    @property
+    def learner(self) -> Learner: ...
+
+    @property
+    def sampler(self) -> Sampler: ...
+
+    def bring_weights(self) -> None:
+        """Sample with the learner's weights, as they are now, from now on."""
+        ...
+
+    def metrics(self) -> Metrics:
+        """Numbers about the processes since the last call, for the step that was just done; names begin with "cluster/"."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class InProcess:
+    """Both in this process, where the sampler takes the weights from the learner's own tensors."""
+
+    learner: LocalLearner
+    sampler: LocalSampler
+
+    @classmethod
+    def of(cls, ready: Ready) -> "InProcess":
+        """
+        Raises:
+            UserError: there is not enough memory to train the model, or the user's sampler cannot be made.
+        """
+        learner = ready.make_learner()
+        return cls(learner, ready.make_sampler(learner.weights()))
+
+    def bring_weights(self) -> None:
+        self.sampler.load(self.learner.weights(), self.learner.version)
+
+    def metrics(self) -> Metrics:
+        return {}
