@@ -39,29 +39,32 @@ class Published:
     version: int
     """Optimiser updates that made them; that of other weights too, where the learner went back to a checkpoint."""
 
-    @staticmethod
-    def id_of(serial: str, version: int) -> str:
-        return f"{serial}-v{version}"
 
-    @staticmethod
-    def version_of(id: str) -> int:
-        """The version of the weights with that id.
+class Given:
+    """The weights that one server was made to load."""
 
-        Raises:
-            RunError: it is not one that `id_of` gave.
+    def __init__(self) -> None:
+        self._versions: dict[str, int] = {}
+
+    def add(self, published: Published) -> None:
+        self._versions[published.id] = published.version
+
+    def version_of(self, id: str) -> int:
         """
-        number = id.rpartition("-v")[2]
-        if not number.isdecimal():
-            raise RunError(f"a sampler generated with weights that it calls {id!r:.80}, and not with any that it was given")
-        return int(number)
+        Raises:
+            Unavailable: no such weights were given to it, so that it was started again meanwhile, or serves somebody else too.
+        """
+        if id not in self._versions:
+            raise Unavailable(f"it generated with weights {id!r:.80}, which it was not given")
+        return self._versions[id]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
     """What a server says of itself."""
 
-    id: str
-    """Of the weights that it samples from; empty: unknown, or those it started with."""
+    id: str | None
+    """Of the weights that it samples from, as it was told when it loaded them; None: it does not say."""
     waiting: int
     """Requests that it has not begun."""
     rows: int
@@ -82,7 +85,7 @@ class Dialect(Protocol):
     """
 
     async def generate(self, request: Request) -> tuple[Completion, ...]:
-        """See `Sampler.generate`; the versions are `Published.version_of` of the ids that the server gives. `handle`: any number
+        """See `Sampler.generate`; the versions are those of the ids that the server gives (`Given`). `handle`: any number
         of 0 and above where it is of use to send a request that continues this completion to the same server, which then finds
         it in `continues`; else None."""
         ...
