@@ -37,10 +37,9 @@ class Probe:
         gap = float((found - self.logprobs).abs().median())
         if gap > self.tolerance:
             return f"its log-probabilities differ by {gap:.2g} nats (the median), and rounding explains {self.tolerance:g}"
-        # A difference that rounding could explain in size points nowhere: if it leads most of the way to older weights, it is theirs.
-        if gap > self.tolerance / SMALL and any(
-            _distance(found, other) < _distance(found, self.logprobs) / 2 for other in self.others
-        ):
+        # Rounding errors point nowhere: where the difference leads most of the way to older weights, it has those.
+        away = _distance(found, self.logprobs)
+        if gap > self.tolerance / SMALL and any(_distance(found, other) < away / 2 for other in self.others):
             return "its log-probabilities are those of weights that were published before"
         return None
 

@@ -26,14 +26,13 @@ class Distributed:
     ) -> None:
         """
         Args:
-            weights: a directory for published weights, this run's alone. It is made, and emptied again.
+            weights: an empty directory for published weights.
             prompt: int64 [L], of a problem; the samplers show on it that they have the learner's weights.
             max_tokens: completion tokens that prompts leave room for.
             tolerance: nats, see `Probe.tolerance`.
         """
         self.learner, self.sampler = learner, fleet
         self.weights = weights
-        self.weights.mkdir(parents=True, exist_ok=True)
         length = min(LONGEST_PROBE, len(prompt) + max_tokens - 1)
         self._text = prompt.repeat(-(-length // len(prompt)))[:length]
         self._tolerance = tolerance
@@ -57,15 +56,8 @@ class Distributed:
         probe = Probe(tokens=self._text, logprobs=logprobs, others=tuple(self._probed), tolerance=self._tolerance)
         self.sampler.load(Published(directory=directory, id=id, version=version), probe)
         self._probed = [logprobs]
-        self._remove(KEPT)
+        while len(self._published) > KEPT:
+            shutil.rmtree(self._published.pop(0), ignore_errors=True)
 
     def metrics(self) -> Metrics:
         return self.sampler.metrics()
-
-    def close(self) -> None:
-        """Remove what was published."""
-        self._remove(0)
-
-    def _remove(self, kept: int) -> None:
-        while len(self._published) > kept:
-            shutil.rmtree(self._published.pop(0), ignore_errors=True)
