@@ -13,6 +13,10 @@ class RunError(Exception):
     """A run failed on its way, for a reason that is not the user's input: exit code 1."""
 
 
+class LearnerLost(RunError):
+    """The learner's process has ended or no longer answers; what it had in memory is gone."""
+
+
 def short(value: object, most: int = 80) -> str:
     """`repr` of a value for a message, cut to about `most` characters, however long or deeply nested it is."""
     cutter = reprlib.Repr()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -52,6 +53,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises:
         DiskError: it cannot be written.
     """
+    names, header = _layout(tensors, metadata)
+    with written(path) as file:
+        file.write(header)
+        for name in names:
+            if tensors[name].numel():
+                file.write(_data(tensors[name]))
+        return file.digest
+
+
+def _layout(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> tuple[list[str], bytes]:
+    """The order in which a safetensors file holds tensors, and what it begins with."""
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that each is aligned
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -61,13 +73,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with written(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            if tensors[name].numel():
-                data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                file.write(data.numpy().data)
-        return file.digest
+    return names, len(text).to_bytes(8, "little") + text
+
+
+def _data(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor of at least one element."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 # --- structures
@@ -99,6 +110,30 @@ def encode(state: Any) -> tuple[str, dict[str, Tensor]]:
         return json.dumps(_encoded(state, tensors), allow_nan=False, separators=(",", ":")), tensors
     except RecursionError as error:
         raise UserError("a checkpoint cannot hold lists and mappings that are nested so deep") from error
+
+
+def to_bytes(state: Any) -> bytes:
+    """State as one message: the length of its JSON, in eight bytes, the JSON, then a safetensors file.
+
+    Raises:
+        UserError: it holds what could not be read again.
+    """
+    text, tensors = encode(state)
+    names, header = _layout(tensors)
+    content = text.encode()
+    data = (_data(tensors[name]) for name in names if tensors[name].numel())
+    return b"".join([len(content).to_bytes(8, "little"), content, header, *data])
+
+
+def from_bytes(message: bytes) -> Any:
+    """What `to_bytes` made a message of.
+
+    Raises:
+        Exception: whatever reading a message that it did not make raises.
+    """
+    view = memoryview(message)
+    end = 8 + int.from_bytes(view[:8], "little")
+    return _decoded(json.loads(bytes(view[8:end])), load_tensors(bytes(view[end:])))
 
 
 def read_state(stem: Path) -> Any:
