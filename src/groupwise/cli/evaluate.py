@@ -30,6 +30,7 @@ def evaluate_command(
     """Measure pass@1, pass@k and avg@k, or the mean of graded rewards, on held-out problems, with 95 % intervals."""
     from groupwise.seeding import derive
     from groupwise.training.evaluate import evaluate
+    from groupwise.training.processes import in_one_process
     from groupwise.training.setup import prepare
 
     with exit_codes(as_json=as_json):
@@ -46,9 +47,9 @@ def evaluate_command(
         settings, source = load(path, Recipe, [*(overrides or []), f"model.path={json.dumps(where, ensure_ascii=False)}"])
         # Nothing is trained, so no new adapters are put on the model.
         settings = settings.model_copy(update={"model": settings.model.model_copy(update={"lora": None})})
-        ready = prepare(settings, source)
+        ready = prepare(in_one_process(settings), source)
         problems = ready.task.held_out(settings.training.eval_problems)
-        rollouts, seed = ready.rollouts(ready.make_sampler(ready.model)), derive(settings.seed, "evaluation")
+        rollouts, seed = ready.rollouts(ready.make_sampler(ready.policy)), derive(settings.seed, "evaluation")
         result = evaluate(rollouts, problems, samples=samples, seed=seed)
         rows = measures(result, samples)
         if as_json:

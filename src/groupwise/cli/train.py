@@ -127,21 +127,21 @@ def check(recipe: Annotated[str, typer.Argument(help="A TOML file, or a shipped 
             _check_sft(path, overrides or [])
             return
         settings, source = load(path, Recipe, overrides or [])
-        ready = prepare(settings, source)
+        ready = prepare(settings, source, everything=True)
         ready.check_memory()
         prompt = ready.prompt(ready.problem)
         rows = settings.rollouts.prompts_per_step * settings.rollouts.group_size
         left_out = {f"left out of {item.path}": item.left_out() for item in datasets_of(ready.task) if item.left_out()}
         facts = {
-            "model": f"{settings.model.path}: {ready.model.name}, {ready.model.num_parameters():,} parameters",
+            "model": f"{settings.model.path}: {ready.policy.name}, {ready.policy.num_parameters():,} parameters",
             "task": f"{ready.task.name}: {len(ready.task.held_out(settings.training.eval_problems))} held-out problems",
             **left_out,
             **({"sandbox": "; ".join(found)} if (found := sandboxes_of(ready.task)) else {}),
             "first prompt": repr(ready.tokenizer.decode(prompt)),
             **(_conversations(ready.episodes, ready.problem) if ready.episodes else {}),
             "algorithm": ready.algorithm.name,
-            **({"adapters": text} if (text := ready.model.describe_adapters()) else {}),
-            **ready.model.backends(),
+            **({"adapters": text} if (text := ready.policy.describe_adapters()) else {}),
+            **ready.policy.backends(),
             **({"bfloat16": text} if (text := ready.bfloat16()) else {}),
             "a step": f"{settings.rollouts.prompts_per_step} prompts x {settings.rollouts.group_size} = {rows} completions, "
             f"at most {rows * settings.rollouts.max_tokens:,} tokens, "

@@ -8,6 +8,7 @@ from groupwise.config.loading import load as load
 from groupwise.config.loading import read_toml as read_toml
 from groupwise.config.loading import read_tree as read_tree
 from groupwise.config.loading import shipped_recipes as shipped_recipes
+from groupwise.config.sections import ClusterSection as ClusterSection
 from groupwise.config.sections import CriticSection as CriticSection
 from groupwise.config.sections import EnvironmentSection as EnvironmentSection
 from groupwise.config.sections import LearnerSection as LearnerSection

@@ -44,6 +44,11 @@ class Learner(Protocol):
         a tokenizer, adapters merged, in the dtype of the weights. The directory must not exist; once it does, it is complete."""
         ...
 
+    def probe(self, tokens: Tensor) -> Tensor:
+        """float32 [L - 1]: the policy's log-probability of each of the tokens (int64 [L], at least two) but the first, at the
+        temperature 1. Samplers show by it that they have these weights."""
+        ...
+
     def save(self, directory: Path) -> Mapping[str, Digest]:
         """Write everything that an exact resume needs; returns what each file holds, by its name."""
         ...

@@ -18,6 +18,7 @@ from groupwise.learner.base import TokenRecord
 from groupwise.learner.critic import Critic
 from groupwise.learner.micro_batches import Budget
 from groupwise.learner.optimiser import Optimiser
+from groupwise.learner.probing import probe
 from groupwise.learner.updates import TokenMetrics, Update
 from groupwise.models import LanguageModel, published
 from groupwise.state import read_state, write_state
@@ -280,6 +281,10 @@ class LocalLearner:
     def publish(self, directory: Path) -> None:
         """See `Learner.publish`."""
         published.publish(self.model, directory)
+
+    def probe(self, tokens: Tensor) -> Tensor:
+        """See `Learner.probe`."""
+        return probe(self.model, tokens, precision=self.settings.precision)
 
     def export(self, directory: Path, tokenizer: Any) -> dict[str, float]:
         """See `Learner.export`."""

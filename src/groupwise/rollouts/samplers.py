@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from groupwise.config import RolloutsSection, Source
-from groupwise.errors import RunError, UserError, nearest
+from groupwise.errors import RunError, UserError
 from groupwise.guard import Watch, failure, passes, user_code, user_code_at_start
 from groupwise.models import LanguageModel
 from groupwise.plugins import UserFunction, is_reference, load_function
@@ -104,10 +104,11 @@ def completions_problem(found: Any, n: int) -> str | None:
 
 
 def find_sampler(settings: RolloutsSection, source: Source) -> Callable[[RolloutsSection, LanguageModel, Any], LocalSampler]:
-    """The function that makes the sampler: a named one, or the user's "file.py:name".
+    """The function that makes the sampler of this process: the user's "file.py:name", a named one, or else the native one, which
+    stands in for samplers of other processes where a recipe's model is to be tried here.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is no such function.
     """
     name = settings.sampler
     if isinstance(name, str) and is_reference(name):
@@ -116,6 +117,4 @@ def find_sampler(settings: RolloutsSection, source: Source) -> Callable[[Rollout
         except UserError as error:
             raise source.error("rollouts.sampler", str(error)) from error
         return functools.partial(_made, own)
-    if not isinstance(name, str) or name not in SAMPLERS:
-        raise source.error("rollouts.sampler", f"there is no sampler {name!r}{nearest(str(name), SAMPLERS)}")
-    return SAMPLERS[name]
+    return SAMPLERS.get(name, native) if isinstance(name, str) else native

@@ -162,7 +162,8 @@ def _announce(ready: Ready, session: Session, console: Terminal) -> None:
     console.print(f"{ready.algorithm.name} on {ready.task.name}, model {model}; writing {session.path}", soft_wrap=True)
     sandbox = "; ".join(sandboxes_of(ready.task))
     programs = f"programs run in the sandbox {sandbox}" if sandbox else ""
-    for line in (programs, ready.model.describe_adapters(), ready.fallback(), *ready.hints()):
+    adapters = ready.model.describe_adapters() if ready.model is not None else None
+    for line in (programs, adapters, ready.fallback(), *ready.hints()):
         if line:
             console.print(line, soft_wrap=True)
 

@@ -15,6 +15,7 @@ from groupwise.environments.instance import EnvironmentFailed
 from groupwise.errors import UserError
 from groupwise.learner.local import LocalLearner
 from groupwise.models import FULL_TRAINING_RATE, Chat, LanguageModel, load_config
+from groupwise.models.loading import is_adapter
 from groupwise.plugins import UserFunction, find_file
 from groupwise.rollouts.base import LocalSampler, Sampler
 from groupwise.rollouts.driver import wait_for
@@ -25,6 +26,7 @@ from groupwise.seeding import derive
 from groupwise.tasks.base import FollowsTraining, TakesEnvironments, Task
 from groupwise.training.algorithm import build_algorithm, check_together, try_parts
 from groupwise.training.collect import describe_failures, sampling_of
+from groupwise.training.processes import check_processes, learns_elsewhere
 from groupwise.training.prompts import build_prompts, prompt_of
 from groupwise.training.sizes import check_block, check_cache, check_step, check_training
 from groupwise.training.trackers import Tracker, find_trackers
@@ -47,7 +49,8 @@ class Ready:
     algorithm: Algorithm
     task: Task
     chat: Chat
-    model: LanguageModel
+    model: LanguageModel | None
+    """None: other processes learn and sample, and load it."""
     problem: Problem
     """The first of them, for a trial."""
     sampler: Callable[[RolloutsSection, LanguageModel, Any], LocalSampler]
@@ -60,6 +63,12 @@ class Ready:
     @property
     def tokenizer(self) -> Any:
         return self.chat.tokenizer
+
+    @property
+    def policy(self) -> LanguageModel:
+        """The model, of a run that has it in this process."""
+        assert self.model is not None
+        return self.model
 
     def rollouts(self, sampler: Sampler) -> Rollouts:
         """What makes the recipe's groups, with this engine."""
@@ -80,7 +89,7 @@ class Ready:
         Raises:
             UserError: there is not enough memory to train the model.
         """
-        check_training(self.recipe, self.algorithm, self.model, self.source)
+        check_training(self.recipe, self.algorithm, self.policy, self.source)
 
     def make_learner(self) -> LocalLearner:
         """The learner, which owns the model from now on.
@@ -89,7 +98,7 @@ class Ready:
             UserError: there is not enough memory to train the model.
         """
         self.check_memory()
-        return LocalLearner.build(self.recipe, self.algorithm, self.model)
+        return LocalLearner.build(self.recipe, self.algorithm, self.policy)
 
     def make_sampler(self, weights: LanguageModel) -> LocalSampler:
         """A sampler of these weights.
@@ -100,7 +109,9 @@ class Ready:
         return self.sampler(self.recipe.rollouts, weights, self.tokenizer)
 
     def fallback(self) -> str | None:
-        """What keeps the model from its fastest path, and why; None if nothing does."""
+        """What keeps the model from its fastest path, and why; None if nothing does, or another process has the model."""
+        if self.model is None:
+            return None
         rollouts = self.recipe.rollouts
         found = self.model.fallback(*(getattr(torch, name) if name else None for name in (rollouts.dtype, rollouts.cache_dtype)))
         if found is None and (text := self.bfloat16()) and self.model.bfloat16.why_not():
@@ -111,17 +122,21 @@ class Ready:
         """What runs bfloat16 on a CPU; None on a GPU, or if the recipe asks for none."""
         recipe = self.recipe
         asked = "bfloat16" in (recipe.model.dtype, recipe.rollouts.dtype, recipe.learner.precision)
-        if not (asked and self.model.device.type == "cpu"):
+        if not (asked and self.policy.device.type == "cpu"):
             return None
-        reason = self.model.bfloat16.why_not()
+        reason = self.policy.bfloat16.why_not()
         if reason is None:
             return "linear layers run in bfloat16 in C++, with sums in float32"
         return f"bfloat16 runs on PyTorch's matmuls and attention, which may be slower than float32: {reason}"
 
+    def has_adapters(self) -> bool:
+        """Whether LoRA adapters are trained."""
+        return self.recipe.model.lora is not None or is_adapter(self.recipe.model.path)
+
     def hints(self) -> list[str]:
         """What is allowed and most likely not meant."""
         rate = self.recipe.learner.learning_rate
-        if self.model.adapted and 0 < rate <= FULL_TRAINING_RATE:
+        if self.has_adapters() and 0 < rate <= FULL_TRAINING_RATE:
             return [
                 f"learner.learning_rate = {rate:g} is typical of full training; LoRA adapters usually learn with about ten times "
                 f"as much, as {10 * rate:g}"
@@ -129,14 +144,19 @@ class Ready:
         return []
 
 
-def prepare(recipe: Recipe, source: Source) -> Ready:
+def prepare(recipe: Recipe, source: Source, *, everything: bool = False) -> Ready:
     """Check a recipe and load what it names.
+
+    Args:
+        everything: also load a model that other processes are to load, which finds what is wrong with it here.
 
     Raises:
         UserError: naming the file, line and key at fault.
     """
     algorithm = build_algorithm(recipe.algorithm, source)
     check_together(recipe, algorithm, source)
+    check_processes(recipe, source)
+    loads = everything or not learns_elsewhere(recipe)
     check_step(recipe, algorithm, source)
     check_block(recipe.task, source)
     sampler = find_sampler(recipe.rollouts, source)
@@ -148,7 +168,7 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
         raise source.error("model.path", str(error)) from error
     problem = task.problem(0, recipe.seed)
     longest = check_lengths(recipe, config, chat, episodes, task, source)
-    check_cache(recipe, config, longest, device_of(recipe.model.device, source), source)
+    check_cache(recipe, config, longest, device_of(recipe.model.device, source) if loads else None, source)
     begin_step(task, 0, recipe)
     if episodes is not None:
         tried(episodes.trial(problem), problem)
@@ -158,21 +178,13 @@ def prepare(recipe: Recipe, source: Source) -> Ready:
     if episodes is None or episodes.asks_task(problem):
         try_scoring(task, problem, chat, algorithm, recipe.rollouts.group_size, source, episodes)
     try_parts(algorithm, recipe.rollouts.group_size)
-    model = load_policy(recipe, source)
-    try:
-        model.decoder.check_length(longest)
-    except UserError as error:
-        raise source.error("rollouts.max_tokens", str(error)) from error
-    cache_dtype = getattr(torch, recipe.rollouts.cache_dtype or str(model.dtype).removeprefix("torch."))
-    if cache_dtype != model.dtype and (reason := model.why_not_decoding(cache_dtype)):
-        raise source.error("rollouts.cache_dtype", f"the model generates on a cache of its own, in its own dtype: {reason}")
     return Ready(
         recipe=recipe,
         source=source,
         algorithm=algorithm,
         task=task,
         chat=chat,
-        model=model,
+        model=checked_policy(recipe, source, longest) if loads else None,
         problem=problem,
         sampler=sampler,
         trackers=trackers,
@@ -195,6 +207,26 @@ def tried(trial: Coroutine[Any, Any, Result], problem: Problem) -> Result:
         return wait_for(trial)
     except EnvironmentFailed as error:
         raise UserError(f"the environment fails: {error} (problem {problem.id!r})") from error
+
+
+def checked_policy(recipe: Recipe, source: Source, longest: int) -> LanguageModel:
+    """The model of a recipe, which can run what the recipe asks of it.
+
+    Args:
+        longest: tokens of the longest prompt and of a completion.
+
+    Raises:
+        UserError: it cannot be loaded, or not do that.
+    """
+    model = load_policy(recipe, source)
+    try:
+        model.decoder.check_length(longest)
+    except UserError as error:
+        raise source.error("rollouts.max_tokens", str(error)) from error
+    cache_dtype = getattr(torch, recipe.rollouts.cache_dtype or str(model.dtype).removeprefix("torch."))
+    if cache_dtype != model.dtype and (reason := model.why_not_decoding(cache_dtype)):
+        raise source.error("rollouts.cache_dtype", f"the model generates on a cache of its own, in its own dtype: {reason}")
+    return model
 
 
 def load_policy(recipe: Recipe, source: Source) -> LanguageModel:

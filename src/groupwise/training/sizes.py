@@ -39,12 +39,12 @@ def check_step(recipe: Recipe, algorithm: Algorithm, source: Source) -> None:
     _need(prompts * candidates * PROBLEM_BYTES, f"{prompts * candidates:,.0f} problems a step", source, "algorithm.candidates")
 
 
-def check_cache(recipe: Recipe, config: Any, length: int, device: torch.device, source: Source) -> None:
+def check_cache(recipe: Recipe, config: Any, length: int, device: torch.device | None, source: Source) -> None:
     """
     Args:
         config: the model's.
         length: tokens of the longest prompt and of a completion.
-        device: the model's.
+        device: the model's; None: it is on other machines or devices.
 
     Raises:
         UserError: not even one completion of `rollouts.max_tokens` could be held.
@@ -55,7 +55,7 @@ def check_cache(recipe: Recipe, config: Any, length: int, device: torch.device, 
     full = getattr(shape, "layer_types", None)
     if full is not None:  # others keep a window or a state, whatever the length
         layers = sum(kind == "full_attention" for kind in full)
-    native = recipe.rollouts.sampler == "native"  # others may hold it elsewhere
+    native = recipe.rollouts.sampler == "native" and device is not None  # others may hold it elsewhere
     cached = 2 * 2 * layers * heads * width if native else 0  # keys and values, in two bytes each
     text = f"a completion of {length:,} tokens with its prompt"
     _need(length * (cached + TOKEN_BYTES), text, source, "rollouts.max_tokens", device if native else None)

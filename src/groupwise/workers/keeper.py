@@ -5,6 +5,8 @@
 On Linux everything below stays below: what a worker starts, and lets go of as a daemon does, becomes the keeper's child, and is
 killed when the worker ends, when the keeper is told to end (SIGTERM), or when the process that trains has ended, however that
 came about. The keeper runs no code of the user's and holds none of the worker's pipes. It imports the standard library only.
+
+With COMMAND for a program, the worker is any command: a sampler or a learner of a run of several processes.
 """
 
 import contextlib
@@ -16,6 +18,11 @@ import sys
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 WAITED_FOR = {signal.SIGTERM, signal.SIGCHLD}
+COMMAND = "--command"
+"""In place of a Python program: the arguments after the parent's process id are a command."""
+LOOKS = 0.5
+"""Seconds between two looks whether the parent is still there. The kernel's own signal would come as soon as the thread that
+started the keeper ends, and a command may have been started by any thread."""
 
 
 def prctl(option: int, value: int) -> None:
@@ -24,11 +31,14 @@ def prctl(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, value)
 
 
-def keep(worker: int) -> int:
-    """Wait for the worker, or to be told to end; then end everything. Returns the worker's wait status."""
+def keep(worker: int, parent: int) -> int:
+    """Wait for the worker, to be told to end, or for the parent's end; then end everything. Returns the worker's wait status."""
     status = None
-    while status is None and signal.sigwait(WAITED_FOR) == signal.SIGCHLD:
-        status = reap(worker)
+    while status is None and os.getppid() == parent:
+        number = heard()
+        if number == signal.SIGTERM:
+            break
+        status = reap(worker) if number == signal.SIGCHLD else None
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(worker, signal.SIGKILL)
     while True:
@@ -40,6 +50,14 @@ def keep(worker: int) -> int:
         except ChildProcessError:  # none is left
             return status or 0
         status = ended if pid == worker else status
+
+
+def heard() -> int | None:
+    """The next signal, or None where none has come for a moment."""
+    if not hasattr(signal, "sigtimedwait"):  # macOS, where the end of the parent is not noticed
+        return signal.sigwait(WAITED_FOR)
+    found = signal.sigtimedwait(WAITED_FOR, LOOKS)
+    return None if found is None else found.si_signo
 
 
 def reap(worker: int) -> int | None:
@@ -84,12 +102,25 @@ def limit_worker() -> None:
         file.write("1000")
 
 
+def run(program: str) -> None:
+    """The worker's own work."""
+    if program != COMMAND:
+        runpy.run_path(program, run_name="__main__")
+        return
+    try:
+        os.execvp(sys.argv[1], sys.argv[1:])
+    except OSError as error:
+        print(f"{sys.argv[1]}: {error.strerror}", file=sys.stderr, flush=True)
+        os._exit(127)
+
+
 def main() -> None:
     program, parent = sys.argv[1], int(sys.argv[2])
     del sys.argv[1:3]
     signal.pthread_sigmask(signal.SIG_BLOCK, WAITED_FOR)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
-    prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if program != COMMAND:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it has ended before the line above
         os._exit(0)
     keeper = os.getpid()
@@ -99,13 +130,13 @@ def main() -> None:
         limit_worker()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, WAITED_FOR)
         if os.getppid() == keeper:
-            runpy.run_path(program, run_name="__main__")
+            run(program)
         os._exit(0)
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nothing, descriptor)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    end_like(keep(worker))
+    end_like(keep(worker, parent))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,199 @@
+"""What of a run is to be in which process, as its recipe asks, and what such a run cannot do."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+import torch
+
+from groupwise.algorithms import PARTS
+from groupwise.config import ClusterSection, Recipe, Source
+from groupwise.errors import nearest
+from groupwise.plugins import is_reference
+from groupwise.rollouts.samplers import SAMPLERS
+
+SamplerKind = Literal["native", "vllm", "addresses", "own"]
+HERE = ("localhost", "127.0.0.1", "::1")
+"""Hosts that are this machine."""
+
+
+def sampler_kind(recipe: Recipe) -> SamplerKind:
+    """What `rollouts.sampler` names. Anything unknown counts as an address."""
+    sampler = recipe.rollouts.sampler
+    if sampler == "native":
+        return "native"
+    if sampler == "vllm":
+        return "vllm"
+    own = isinstance(sampler, str) and (is_reference(sampler) or sampler in SAMPLERS)
+    return "own" if own else "addresses"
+
+
+def addresses(recipe: Recipe) -> list[str]:
+    """The servers that sample and run already."""
+    if sampler_kind(recipe) != "addresses":
+        return []
+    sampler = recipe.rollouts.sampler
+    return [item.rstrip("/") for item in ([sampler] if isinstance(sampler, str) else sampler)]
+
+
+def started_samplers(recipe: Recipe) -> int:
+    """How many samplers the run starts in processes of their own."""
+    return max(1, recipe.cluster.samplers) if sampler_kind(recipe) == "vllm" else recipe.cluster.samplers
+
+
+def samples_elsewhere(recipe: Recipe) -> bool:
+    """Whether other processes sample."""
+    return started_samplers(recipe) > 0 or sampler_kind(recipe) == "addresses"
+
+
+def learns_elsewhere(recipe: Recipe) -> bool:
+    """Whether other processes learn. This one then loads no model."""
+    return recipe.cluster.learners > 0
+
+
+def has_processes(recipe: Recipe) -> bool:
+    """Whether the run has other processes that compute."""
+    return samples_elsewhere(recipe) or learns_elsewhere(recipe)
+
+
+def spans_machines(recipe: Recipe) -> bool:
+    """Whether processes of the run may be on other machines than this one."""
+    far = any(urlsplit(address).hostname not in HERE for address in addresses(recipe))
+    return far or (recipe.cluster.launcher == "ray" and bool(recipe.cluster.ray_address))
+
+
+def uses_gpus(recipe: Recipe) -> bool:
+    """Whether pieces of the run that are started are to have GPUs."""
+    return recipe.model.device != "cpu" and (recipe.model.device != "auto" or torch.cuda.is_available())
+
+
+def gpus_per_sampler(recipe: Recipe) -> int:
+    return recipe.cluster.gpus_per_sampler if uses_gpus(recipe) else 0
+
+
+def in_one_process(recipe: Recipe) -> Recipe:
+    """The same recipe, with everything in this process."""
+    sampler = recipe.rollouts.sampler if sampler_kind(recipe) == "own" else "native"
+    rollouts = recipe.rollouts.model_copy(update={"sampler": sampler})
+    return recipe.model_copy(update={"cluster": ClusterSection(), "rollouts": rollouts})
+
+
+def check_processes(recipe: Recipe, source: Source) -> None:
+    """Refuse what the recipe's processes could not do together exactly as one process would, or would not read.
+
+    Raises:
+        UserError: naming the key.
+    """
+    _check_sampler(recipe, source)
+    _check_asynchronous(recipe.cluster, samples_elsewhere(recipe), source)
+    _check_launcher(recipe, source)
+    _check_devices(recipe, source)
+    if sampler_kind(recipe) == "vllm":
+        _check_vllm(recipe, source)
+    if learns_elsewhere(recipe):
+        _check_importable(recipe, source)
+
+
+def _check_sampler(recipe: Recipe, source: Source) -> None:
+    kind, cluster, sampler = sampler_kind(recipe), recipe.cluster, recipe.rollouts.sampler
+    for address in addresses(recipe):
+        parts = urlsplit(address)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            known = nearest(address, ("vllm", *SAMPLERS))
+            text = f"there is no sampler {address!r}{known}; an address is written http://host:port"
+            raise source.error("rollouts.sampler", text)
+    if len(set(addresses(recipe))) < len(addresses(recipe)):
+        raise source.error("rollouts.sampler", "names an address twice")
+    if kind == "own" and (cluster.samplers or cluster.learners):
+        key = "samplers" if cluster.samplers else "learners"
+        text = f"a sampler of your own ({sampler}) runs in this process with the learner: leave cluster.{key} out"
+        raise source.error(f"cluster.{key}", text)
+    if kind == "addresses" and cluster.samplers:
+        raise source.error("cluster.samplers", "servers at addresses run already, and none is started: leave it out")
+    if learns_elsewhere(recipe) and not samples_elsewhere(recipe):
+        text = "0 means that this process samples, and with cluster.learners above 0 it has no model: set it to 1 or more"
+        raise source.error("cluster.samplers", text)
+
+
+def _check_asynchronous(cluster: ClusterSection, elsewhere: bool, source: Source) -> None:
+    if cluster.staleness and not elsewhere:
+        text = "this process cannot sample while it learns: set cluster.samplers to 1 or more, or staleness to 0"
+        raise source.error("cluster.staleness", text)
+    if not cluster.staleness:
+        for key, default in (("window", 1), ("partial", True)):
+            if getattr(cluster, key) != default:
+                raise source.error(f"cluster.{key}", "is read only where cluster.staleness is above 0")
+
+
+def _check_launcher(recipe: Recipe, source: Source) -> None:
+    cluster = recipe.cluster
+    starts = started_samplers(recipe) or cluster.learners
+    if cluster.launcher == "ray" and not starts:
+        raise source.error(
+            "cluster.launcher", "there is no process that Ray would start: set cluster.samplers or cluster.learners"
+        )
+    if cluster.ray_address and cluster.launcher != "ray":
+        raise source.error("cluster.ray_address", "is read only where cluster.launcher = 'ray'")
+    if cluster.weights and not samples_elsewhere(recipe):
+        raise source.error("cluster.weights", "no other process samples, so that no weights are published")
+    if cluster.weights and not Path(cluster.weights).is_dir():
+        raise source.error("cluster.weights", f"there is no directory {cluster.weights}")
+    if cluster.weights and not os.access(cluster.weights, os.W_OK):
+        raise source.error("cluster.weights", f"{cluster.weights} cannot be written")
+
+
+def _check_devices(recipe: Recipe, source: Source) -> None:
+    device, cluster = recipe.model.device, recipe.cluster
+    if has_processes(recipe) and device not in ("auto", "cpu", "cuda"):
+        text = f"{device!r}: processes of a run are given devices one by one: 'auto', 'cpu' or 'cuda'"
+        raise source.error("model.device", text)
+    if sampler_kind(recipe) == "native" and cluster.samplers and cluster.gpus_per_sampler > 1:
+        raise source.error("cluster.gpus_per_sampler", "the native sampler runs on one GPU; vLLM splits the model over several")
+
+
+def _check_vllm(recipe: Recipe, source: Source) -> None:
+    rollouts = recipe.rollouts
+    for key, default in (("dtype", None), ("cache_dtype", None)):
+        if getattr(rollouts, key) != default:
+            text = "is the native sampler's; vLLM's are in cluster.vllm_arguments, as \"--dtype=bfloat16\""
+            raise source.error(f"rollouts.{key}", text)
+    limits: Sequence[tuple[str, bool]] = (
+        ("top_p", rollouts.top_p < 1),
+        ("top_k", rollouts.top_k > 0),
+        ("min_p", rollouts.min_p > 0),
+    )
+    for key, limited in limits:
+        if limited:
+            text = (
+                "vLLM does not say which tokens it left out, without which the learner cannot compute what it sampled from: "
+                "leave it out, or sample with 'native'"
+            )
+            raise source.error(f"rollouts.{key}", text)
+
+
+def _check_importable(recipe: Recipe, source: Source) -> None:
+    """Parts given from Python can be used by the learner's process only if it can load them from a file."""
+    for key in PARTS:
+        reference = getattr(recipe.algorithm.get(key), "reference", None)
+        if reference is None:
+            continue
+        file, _, name = reference.rpartition(":")
+        if not Path(file).is_file() or "." in name or "<" in name:
+            text = f"{reference} is in no file from which the learner's process could load it: put it into one"
+            raise source.error(f"algorithm.{key}", text)
+
+
+def check_gpus(recipe: Recipe, source: Source, there: int) -> None:
+    """Refuse a run whose pieces need more GPUs than this machine has.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if not uses_gpus(recipe):
+        return
+    learners, samplers, each = max(1, recipe.cluster.learners), started_samplers(recipe), gpus_per_sampler(recipe)
+    if (needed := learners + samplers * each) > there:
+        text = f"{learners} for learning and {samplers} x {each} for sampling are {needed} GPUs, and {there} are here"
+        raise source.error("cluster.samplers" if samplers else "cluster.learners", text)
