@@ -1,44 +1,66 @@
-"""Learners in processes of their own, for tests that kill them."""
+"""Learners in processes of their own, for tests that kill them. As a program: a run whose learner is one."""
 
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from groupwise.cluster.learner_process import TOKEN
+from groupwise.config import dump
+from groupwise.errors import LearnerLost, RunError
 from groupwise.learner.remote import RemoteLearner
+from groupwise.models import LanguageModel
+from groupwise.training import session
+from groupwise.training.output import make_console
+from groupwise.training.pieces import Pieces
+from groupwise.training.records import RunDirectory
+from groupwise.training.setup import Ready, resolved
+from groupwise.types import Metrics
+from groupwise.workers.keeper import PR_SET_PDEATHSIG, prctl
 
 SECRET = "of this test"
 
 
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
 @dataclass
 class LearnerProcess:
-    """One learner of a recipe, started again when it is asked for."""
+    """The learner of a recipe, which is started again when it is asked for."""
 
     recipe: Path
     timeout: float = 20.0
-    log: Path = field(init=False)
+    starts: int = 0
     process: subprocess.Popen[bytes] = field(init=False)
     learner: RemoteLearner = field(init=False)
-    starts: int = 0
 
     def __post_init__(self) -> None:
-        self.log = self.recipe.with_suffix(".log")
         self.learner = RemoteLearner(self.start(), SECRET, timeout=self.timeout, failure=self.failure)
 
     def start(self) -> str:
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
+        port = free_port()
         command = [sys.executable, "-m", "groupwise.cluster.learner_process", str(self.recipe), "--port", str(port)]
-        with self.log.open("ab") as log:
-            environment: Mapping[str, Any] = {**os.environ, TOKEN: SECRET}
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        with self.recipe.with_suffix(".log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, TOKEN: SECRET},
+                start_new_session=True,
+                preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
+            )
         self.starts += 1
         return f"http://127.0.0.1:{port}"
 
@@ -50,9 +72,75 @@ class LearnerProcess:
         status = self.process.poll()
         return None if status is None else f"exit status {status}"
 
-    def signal(self, number: int) -> None:
-        self.process.send_signal(number)
-
     def stop(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
+        self.process.kill()
         self.process.wait()
+
+    def strike(self, doing: str, number: int = signal.SIGKILL) -> threading.Thread:
+        """Send a signal as soon as the process is busy with a call of this name."""
+
+        def watch() -> None:
+            with suppress(LearnerLost):
+                while self.learner.health()["busy_with"] != doing:
+                    time.sleep(0.001)
+            self.process.send_signal(number)
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        return thread
+
+
+@dataclass
+class Apart:
+    """`Pieces` whose learner is a process, and whose sampler is in this one, which reads what the learner publishes."""
+
+    ready: Ready
+    place: Path
+    host: LearnerProcess
+    most: int = 10
+    published: int = 0
+
+    def __post_init__(self) -> None:
+        self.learner, self.sampler = self.host.learner, self.ready.make_sampler(self.ready.model)
+
+    def bring_weights(self) -> None:
+        self.published += 1
+        directory = self.place / f"{self.published:06d}-{self.host.starts}-v{self.learner.version}"
+        self.learner.publish(directory)
+        model = LanguageModel.load(str(directory), dtype=self.ready.model.dtype, device=self.ready.model.device)
+        self.sampler.load(model, self.learner.version)
+
+    def restart_learner(self) -> None:
+        if self.host.starts > self.most:
+            raise RunError(f"the learner was started {self.host.starts} times")
+        self.host.restart()
+
+    def metrics(self) -> Metrics:
+        return {"cluster/learner_restarts": self.host.starts - 1.0}
+
+
+def launcher(place: Path, strikes: Any = None, timeout: float = 20.0, most: int = 10) -> session.Launch:
+    """A `Launch` that keeps what it needs in `place`. `strikes`: is given the pieces."""
+
+    @contextmanager
+    def launch(ready: Ready, directory: RunDirectory) -> Iterator[Pieces]:
+        place.mkdir(exist_ok=True)
+        recipe = place / "recipe.toml"
+        recipe.write_text(dump(resolved(ready)))
+        host = LearnerProcess(recipe, timeout)
+        try:
+            pieces = Apart(ready, place, host, most)
+            if strikes is not None:
+                strikes(pieces)
+            yield pieces
+        finally:
+            host.stop()
+
+    return launch
+
+
+if __name__ == "__main__":
+    run = Path(sys.argv[1])
+    again = {"resume": run} if run.exists() else {"out": run}
+    plan = session.plan(None if run.exists() else sys.argv[2], overrides=[] if run.exists() else sys.argv[3:], **again)
+    session.run(plan, make_console(quiet=False), launch=launcher(run.with_name(f"{run.name}-pieces-{os.getpid()}")))

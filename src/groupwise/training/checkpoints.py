@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from groupwise import files
-from groupwise.errors import RunError, UserError
+from groupwise.errors import LearnerLost, RunError, UserError
 from groupwise.files import Digest
 from groupwise.learner.base import Learner
 from groupwise.state import read_state, write_state
@@ -139,11 +139,12 @@ def load(checkpoint: Checkpoint, learner: Learner) -> dict[str, Any]:
 
     Raises:
         UserError: it is of another model, or of another version of groupwise.
+        LearnerLost: the learner's process died over it.
     """
     try:
         state: dict[str, Any] = read_state(checkpoint.path / "state")
         learner.load(checkpoint.path)
-    except UserError:
+    except (UserError, LearnerLost):
         raise
     except Exception as error:  # the files are as they were written, but for a model or a version that is not this one
         text = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,5 +1,6 @@
 """The training loop. It holds no model, no optimiser and no weights: the sampler and the learner own them."""
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from groupwise.config import Recipe
-from groupwise.errors import RunError, UserError
+from groupwise.errors import LearnerLost, RunError, UserError
 from groupwise.files import DiskError
 from groupwise.learner.base import Learner, TokenRecord
 from groupwise.learner.updates import combine
@@ -25,10 +25,12 @@ from groupwise.training.credit import CreditAssigner, Rewards, reward_parts
 from groupwise.training.evaluate import Evaluation, evaluate
 from groupwise.training.events import Evaluated, Event, Recorder, StepDone, Warned
 from groupwise.training.failures import explain, traceback_of
+from groupwise.training.gap import check_gap
 from groupwise.training.interrupts import Interrupt, Interrupted
 from groupwise.training.metrics import advantage_metrics, peak_mib, reward_metrics, rollout_metrics
 from groupwise.training.pieces import InProcess, Pieces
 from groupwise.training.records import RunDirectory
+from groupwise.training.recovery import recover
 from groupwise.training.room import Room
 from groupwise.training.setup import Ready
 from groupwise.training.watch import Watch
@@ -53,16 +55,6 @@ SCORES = "Raise task.reward_timeout where scores came too late; what a reward pr
 """Advice on completions that could not be scored."""
 FEW = "Easier or harder problems, or a larger group_size, would differ more."
 """Advice on groups of which few are selected."""
-LARGEST_GAP_IN_FLOAT32 = 0.01
-"""Nats, the mean over tokens. In float32 the two are usually within 1e-5, and a token near a tie of a router may be far off."""
-
-
-def in_float32(recipe: Recipe) -> bool:
-    """Whether the recipe's sampler and learner compute the same distribution, but for float32's rounding."""
-    rollouts = recipe.rollouts
-    dtypes = recipe.model.dtype, recipe.learner.precision, rollouts.dtype, rollouts.cache_dtype
-    same_weights = rollouts.max_age == 0 and rollouts.sampler == "native"
-    return set(dtypes) <= {"float32", None} and same_weights
 
 
 class Trainer:
@@ -90,6 +82,8 @@ class Trainer:
         self.collector = Collector(ready.rollouts(self.sampler), self.recipe, self.algorithm)
         self.credit = CreditAssigner(self.algorithm, ready.tokenizer, self.recipe.rollouts.max_tokens)
         self.held_out = ready.task.held_out(self.recipe.training.eval_problems)
+        self.beginning = copy.deepcopy(self.state())
+        """What a run begins with, and begins again with where it has no checkpoint."""
 
     def train(self, interrupt: Interrupt | None = None) -> Result:
         """Run the remaining steps, with evaluations and checkpoints, then export the model.
@@ -101,7 +95,21 @@ class Trainer:
             Interrupted: a signal came; a checkpoint was written after the step under way.
             UserError, RunError: the run cannot go on. If no weight has changed since the last step, that one is saved.
         """
-        self.interrupt, started, checked = interrupt, time.monotonic(), False
+        self.interrupt, started = interrupt, time.monotonic()
+        while True:
+            try:
+                before, after = self.take_steps(interrupt)
+                with self.explained("export", save=False):
+                    exported = self.run_directory.write_model(lambda path: self.learner.export(path, self.ready.tokenizer))
+                seconds = time.monotonic() - started
+                return Result(before=before, after=after, best=self.store.best, seconds=seconds, exported=exported)
+            except LearnerLost as lost:
+                with self.explained("starting the learner again", save=False):
+                    recover(self, lost)
+
+    def take_steps(self, interrupt: Interrupt | None) -> tuple[Evaluation, Evaluation]:
+        """Run the remaining steps. Returns the first evaluation and the last."""
+        checked = False
         with self.explained(f"evaluation after step {self.step}", save=False):
             before = after = self.recorded_base() if self.step else self.evaluate()
         with interrupt.in_steps() if interrupt else nullcontext():
@@ -117,10 +125,7 @@ class Trainer:
                     self.save_if_possible()
                 if self.is_due(self.recipe.training.eval_every):
                     after = self.evaluate_or_save()
-        with self.explained("export", save=False):
-            exported = self.run_directory.write_model(lambda path: self.learner.export(path, self.ready.tokenizer))
-        seconds = time.monotonic() - started
-        return Result(before=before, after=after, best=self.store.best, seconds=seconds, exported=exported)
+        return before, after
 
     def heed(self) -> bool:
         """Do what signals asked for, between two steps. True: the run goes on.
@@ -201,7 +206,7 @@ class Trainer:
         started = time.perf_counter()
         with_logprobs, metrics = self.learner.compute_logprobs(batch)
         metrics["seconds/logprobs"] = time.perf_counter() - started
-        self.check_gap(metrics.get("sampler_gap_mean", 0.0))
+        check_gap(self.step, metrics.get("sampler_gap_mean", 0.0), self.recipe)
         training, kl_metrics = self.credit.assign(with_logprobs, collected.groups, rewards, policy_moved=self.learner.version > 0)
         self.remember_dropped(collected)
         settings, seed = self.recipe.learner, derive(self.recipe.seed, "minibatches", self.step)
@@ -215,19 +220,6 @@ class Trainer:
         """How many rows memory suffices for in generation, where that is less than the recipe asks for."""
         rows = getattr(self.sampler, "max_rows", math.inf)
         return {"rollouts/max_rows": float(rows)} if rows < self.recipe.rollouts.max_rows else {}
-
-    def check_gap(self, gap: float) -> None:
-        """Stop where sampler and learner compute different models, which rounding cannot explain.
-
-        Raises:
-            RunError: both run in float32 on the same weights, and their log-probabilities differ.
-        """
-        if gap > LARGEST_GAP_IN_FLOAT32 and in_float32(self.recipe):
-            raise RunError(
-                f"step {self.step}: the sampler's log-probabilities are {gap:.2g} nats from the learner's on average, though "
-                "both run in float32 on the same weights, so one of the two does not compute this model. Set "
-                "model.backend = 'transformers', and please report the model's type"
-            )
 
     def remember_dropped(self, collected: Collected) -> None:
         """Add groups that will never be trained on to the history of their prompts, for algorithms that keep one (DCPO)."""
@@ -318,6 +310,8 @@ class Trainer:
         """
         try:
             yield
+        except LearnerLost:  # from which the run recovers
+            raise
         except BaseException as error:  # sys.exit() in a part of the user's does not end a run as if all were well
             if isinstance(error, KeyboardInterrupt) and (self.interrupt is None or self.interrupt.raised):
                 raise
@@ -372,13 +366,13 @@ class Trainer:
                 self.store.set_best(best)
                 self.store.prune(self.step)
 
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Load what a checkpoint holds; nothing is written.
+    def resume(self, checkpoint: Checkpoint | None) -> None:
+        """Load what a checkpoint holds. Without one be as the run began, which the learner is already. Nothing is written.
 
         Raises:
             UserError: it is of another model, or of another version of groupwise.
         """
-        state = checkpoints.load(checkpoint, self.learner)
+        state = checkpoints.load(checkpoint, self.learner) if checkpoint else copy.deepcopy(self.beginning)
         try:
             self.step = state["step"]
             self.collector.load_state_dict(state["collector"])
@@ -387,6 +381,7 @@ class Trainer:
                 self.sampler.load_rows(state["rows"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:  # entries, or fields of groups, have other names
             text = f"written by another version of groupwise: {type(error).__name__}: {error}"
-            raise UserError(f"{checkpoint.path}: {text}") from error
+            raise UserError(f"{checkpoint.path if checkpoint else 'the beginning'}: {text}") from error
         self.pieces.bring_weights()
-        self.saved = self.step
+        self.saved = checkpoint.step if checkpoint else None
+        self.watch, self.room = Watch(self.recipe), Room(self.run_directory.path, self.save, self.record)

@@ -23,6 +23,15 @@ class Pieces(Protocol):
         """Sample with the learner's weights, as they are now, from now on."""
         ...
 
+    def restart_learner(self) -> None:
+        """End what is left of the learner's processes, and start them again. `learner` stays the object that it is, and learns
+        from the base model, as when a run begins. Samplers keep running.
+
+        Raises:
+            RunError: they cannot be started, or had to be too often.
+        """
+        ...
+
     def metrics(self) -> Metrics:
         """Numbers about the processes since the last call, for the step that was just done; names begin with "cluster/"."""
         ...
@@ -46,6 +55,9 @@ class InProcess:
 
     def bring_weights(self) -> None:
         self.sampler.load(self.learner.weights(), self.learner.version)
+
+    def restart_learner(self) -> None:
+        raise AssertionError("a learner in this process ends with it")
 
     def metrics(self) -> Metrics:
         return {}

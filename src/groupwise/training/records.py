@@ -154,15 +154,28 @@ class RunDirectory:
         Returns:
             What is wrong with metrics.jsonl; None if nothing is.
         """
+        problem = self.rewind(checkpoint.step, damaged, store, metrics)
+        *before, last = segments
+        repaired = None if self.metrics.begins(checkpoint.metrics) else asdict(self.metrics.digest)
+        self._write_settings([*before, replace(last, metrics=repaired)])
+        return problem
+
+    def rewind(self, step: int, damaged: Iterable[int], store: Store, metrics: Sequence[Digest]) -> str | None:
+        """Have the directory say what it said when the checkpoint of a step was written; 0: before the first step.
+
+        Args:
+            damaged: steps of newer checkpoints that cannot be resumed from.
+            metrics: what metrics.jsonl held then, by any who knows.
+
+        Returns:
+            What is wrong with metrics.jsonl; None if nothing is.
+        """
         for directory in (self.path, self.path / "rollouts", self.path / "tokens", self.checkpoints):
             files.recover(directory)
         store.set_aside(damaged)
-        *before, last = segments
-        problem = self.metrics.rewind(checkpoint.step, metrics)
-        self._drop_after(checkpoint.step)
-        store.resume(checkpoint.step, self.metrics.evaluations)
-        repaired = None if self.metrics.begins(checkpoint.metrics) else asdict(self.metrics.digest)
-        self._write_settings([*before, replace(last, metrics=repaired)])
+        problem = self.metrics.rewind(step, metrics)
+        self._drop_after(step)
+        store.resume(step, self.metrics.evaluations)
         return problem
 
     def _drop_after(self, step: int) -> None:
