@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from groupwise.errors import RunError, UserError, first_line, is_out_of_memory
+from torch import Tensor
+
+from groupwise.errors import LearnerLost, RunError, UserError, first_line, is_out_of_memory
 from groupwise.files import Digest
 from groupwise.learner.base import TokenRecord
 from groupwise.learner.processes import ManyRanks
@@ -19,10 +21,6 @@ from groupwise.types import Batch, LogprobBatch, TrainingBatch
 if TYPE_CHECKING:
     from groupwise.learner.sharded import ShardedLearner
 
-END = "end"
-"""Asks the others to exit with a code."""
-
-
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a process reports of what it was asked for."""
@@ -32,7 +30,7 @@ class Outcome:
     """What it wrote for a checkpoint."""
 
 
-def attempt(learner: "ShardedLearner", name: str, arguments: tuple[Any, ...]) -> tuple[Any, BaseException | None]:
+def attempt(learner: "ShardedLearner | None", name: str, arguments: tuple[Any, ...]) -> tuple[Any, BaseException | None]:
     """Call a method; returns its result, and what it raised if the processes are still in step after it.
 
     They are where the method decides together (`RunError`, `UserError`), and where it needs no other process (files).
@@ -52,14 +50,16 @@ def attempt(learner: "ShardedLearner", name: str, arguments: tuple[Any, ...]) ->
         return None, error
 
 
-def follow(learner: "ShardedLearner", ranks: ManyRanks) -> int:
-    """Do what process 0 does, until it says to end. Returns the exit code."""
+def follow(learner: "ShardedLearner | None", ranks: ManyRanks) -> int:
+    """Do what process 0 does, until it says to end. Returns the exit code. `learner`: None where making it has failed, so that
+    there is only the end to wait for."""
     try:
         while True:
-            name, arguments = ranks.order()
-            if name == END:
+            order = ranks.order()
+            if isinstance(order, int):
                 ranks.leave()
-                return int(arguments[0])
+                return order
+            name, arguments = order
             if name == "update":
                 arguments = (arguments[0], _forget if arguments[1] else None)
             result, error = attempt(learner, name, arguments)
@@ -112,6 +112,11 @@ class Leader:
         found: Update = self._everywhere("update", minibatch, record is not None, own=(minibatch, record))
         return found
 
+    def probe(self, tokens: Tensor) -> Tensor:
+        """See `Learner.probe`."""
+        found: Tensor = self._everywhere("probe", tokens)
+        return found
+
     def publish(self, directory: Path) -> None:
         """See `Learner.publish`."""
         self._everywhere("publish", directory)
@@ -136,15 +141,13 @@ class Leader:
 
     def close(self, code: int = 0) -> None:
         """Let the other processes exit with a code; the learner is gone then."""
-        if self.lost is None:
-            self.lost = "it was closed"
-            self._ranks.order((END, (code,)))
-        self._ranks.leave()
+        self.lost = self.lost or "it was closed"
+        self._ranks.end(code)
 
     def _everywhere(self, name: str, *arguments: Any, own: tuple[Any, ...] | None = None) -> Any:
         """Have a method called on all processes; `own`: the arguments on this one, if they differ."""
         if self.lost is not None:
-            raise RunError(f"the learner's processes have ended: {self.lost}")
+            raise LearnerLost(f"the learner's processes have ended: {self.lost}")
         try:
             self._ranks.order((name, arguments))
             result, error = attempt(self._learner, name, arguments if own is None else own)
@@ -156,7 +159,7 @@ class Leader:
             self._ranks.leave()
             if said is None and not _is_lost(error):
                 raise
-            raise RunError(said or f"a process of the learner has ended ({own_text})") from error
+            raise LearnerLost(said or f"a process of the learner has ended ({own_text})") from error
         if error is not None:
             raise error
         for rank, outcome in enumerate(outcomes):

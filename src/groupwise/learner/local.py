@@ -330,7 +330,8 @@ class LocalLearner:
 
     def probe(self, tokens: Tensor) -> Tensor:
         """See `Learner.probe`."""
-        return self._runs[self.model](probe, self.model, tokens, precision=self.settings.precision)
+        with torch.no_grad():
+            return self._runs[self.model](probe, self.model, tokens, precision=self.settings.precision)
 
     def export(self, directory: Path, tokenizer: Any) -> dict[str, float]:
         """See `Learner.export`."""

@@ -1,6 +1,7 @@
 """The processes that torchrun has started, as a learner sees them."""
 
 import os
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -55,7 +56,7 @@ class ManyRanks:
     # --- leading
 
     def order(self, item: Any = None) -> Any:
-        """What process 0 gives, for all."""
+        """What process 0 gives, for all. A number: they are to exit with it."""
         found = [item]
         distributed.broadcast_object_list(found, src=0, group=self._orders)
         return found[0]
@@ -72,6 +73,13 @@ class ManyRanks:
             return str(store.get(FAILED), "utf-8")
         except RuntimeError:  # none has said anything, or whoever keeps the store has ended too
             return None
+
+    def end(self, code: int) -> None:
+        """On process 0: have the others exit with a code."""
+        if distributed.is_initialized():
+            with suppress(RuntimeError):  # those that have ended
+                self.order(code)
+        self.leave()
 
     def leave(self) -> None:
         """Close the connections, so that no process waits for this one any more."""

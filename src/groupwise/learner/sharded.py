@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from groupwise.algorithms import Algorithm
+from groupwise.errors import UserError
 from groupwise.files import Digest, sync
 from groupwise.learner.following import Leader, follow
 from groupwise.learner.local import LocalLearner
@@ -81,20 +82,31 @@ class ShardedLearner(LocalLearner):
                 weight.copy_(whole)
 
 
-def build(recipe: "Recipe", algorithm: Algorithm, load: "Callable[[], LanguageModel]") -> Leader:
+def build(
+    recipe: "Recipe", algorithm: Algorithm, load: "Callable[[], LanguageModel]", ranks: ManyRanks | None = None
+) -> Leader:
     """The learner of a recipe over the processes that torchrun has started, of which this is one.
 
-    Process 0 gets its leader, which has to be closed. The others do not return: they do what it asks for and exit as it does.
+    Process 0 gets its leader, which has to be closed. The others do not return: they do what it asks for and exit as it says.
 
     Args:
         load: loads the policy; called once this process has its device.
+        ranks: the processes, where they have met already.
 
     Raises:
-        UserError: the model cannot be loaded, or not be sharded.
+        UserError: the model cannot be loaded, or not be sharded. The others exit with code 2.
         SystemExit: on the other processes, when the leader is closed (with the code that it gives) or lost.
     """
-    ranks = ManyRanks.join()
-    learner = ShardedLearner.build(recipe, algorithm, load(), ranks)
-    if ranks.rank:
+    ranks = ranks or ManyRanks.join()
+    learner, problem = None, None
+    try:
+        learner = ShardedLearner.build(recipe, algorithm, load(), ranks)
+    except UserError as error:
+        problem = error
+    problems = [found for found in ranks.gather(problem) if found is not None]
+    if problems and ranks.rank == 0:
+        ranks.end(2)
+        raise problems[0]
+    if ranks.rank or learner is None:
         raise SystemExit(follow(learner, ranks))
     return Leader(learner, ranks)
