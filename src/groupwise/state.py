@@ -92,11 +92,19 @@ def write_state(stem: Path, state: Any) -> dict[str, Digest]:
         DiskError: they cannot be written.
     """
     text, tensors = encode(state)
-    with written(stem.with_suffix(".json")) as file:
+    of_text = write_text(stem.with_suffix(".json"), text)
+    return {**of_text, f"{stem.name}.safetensors": write_tensors(stem.with_suffix(".safetensors"), tensors)}
+
+
+def write_text(path: Path, text: str) -> dict[str, Digest]:
+    """Write a file; returns what it holds, by its name.
+
+    Raises:
+        DiskError: it cannot be written.
+    """
+    with written(path) as file:
         file.write(text.encode())
-        digest = file.digest
-    of_tensors = write_tensors(stem.with_suffix(".safetensors"), tensors)
-    return {f"{stem.name}.json": digest, f"{stem.name}.safetensors": of_tensors}
+        return {path.name: file.digest}
 
 
 def encode(state: Any) -> tuple[str, dict[str, Tensor]]:
@@ -136,13 +144,14 @@ def from_bytes(message: bytes) -> Any:
     return _decoded(json.loads(bytes(view[8:end])), load_tensors(bytes(view[end:])))
 
 
-def read_state(stem: Path) -> Any:
-    """What `write_state` wrote.
+def read_state(stem: Path, tensors: Mapping[str, Tensor] | None = None) -> Any:
+    """What `write_state` wrote. `tensors`: those that it names; None: as they are in STEM.safetensors.
 
     Raises:
         Exception: whatever reading files that it did not write raises.
     """
-    return _decoded(json.loads(stem.with_suffix(".json").read_bytes()), load_file(stem.with_suffix(".safetensors")))
+    tensors = load_file(stem.with_suffix(".safetensors")) if tensors is None else tensors
+    return _decoded(json.loads(stem.with_suffix(".json").read_bytes()), tensors)
 
 
 def _encoded(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -27,12 +27,12 @@ def train(
     from groupwise.training.interrupts import Interrupted, survive_save
 
     survive_save()
-    from groupwise.training import session
+    from groupwise.training import session, torchrun
 
-    with exit_codes():
+    with torchrun.led() as launch, exit_codes():
         plan = session.plan(recipe, overrides=overrides or [], out=out, resume=resume)
         try:
-            result = session.run(plan, console, ends=True)
+            result = session.run(plan, console, ends=True, launch=launch or session.in_process)
         except Interrupted as interrupted:
             raise typer.Exit(interrupted.exit_code) from interrupted
         _print_result(result, plan.path)

@@ -1,7 +1,9 @@
 """The processes of a run, and what starts them."""
 
+import functools
 import os
 import socket
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +20,8 @@ class Piece:
     name: str
     """As people read it: "sampler 0", "learner"."""
     command: Sequence[str]
-    """What to run. {host} and {port} in it become the address that it is to serve at, new ones at every start."""
+    """What to run. {python} in it becomes the interpreter that starts it; {host} and {port} the address that it is to serve at,
+    new ones at every start."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Further environment variables."""
     gpus: int = 0
@@ -31,7 +34,8 @@ class Piece:
 
     def served_at(self, host: str, port: int) -> list[str]:
         """The command for an address."""
-        return [item.replace("{host}", host).replace("{port}", str(port)) for item in self.command]
+        values = {"{python}": sys.executable, "{host}": host, "{port}": str(port)}
+        return [functools.reduce(lambda text, key: text.replace(key, values[key]), values, item) for item in self.command]
 
 
 class Launcher(Protocol):

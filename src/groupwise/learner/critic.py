@@ -1,12 +1,13 @@
 """PPO's critic: values of states, trained on their returns."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from groupwise.learner.optimiser import Optimiser
+from groupwise.learner.ranks import ONE_RANK, Ranks
 from groupwise.models import LanguageModel
 from groupwise.models.value import ValueModel
 from groupwise.types import Batch, TrainingBatch
@@ -18,10 +19,20 @@ if TYPE_CHECKING:
 class Critic:
     """A value model with an optimiser of its own."""
 
-    def __init__(self, model: LanguageModel, settings: "CriticSection", learner: "LearnerSection", *, updates: int) -> None:
-        """`model`: a language model of its own. `learner`: how it is run. `updates`: how many the schedule spans."""
+    def __init__(
+        self,
+        model: LanguageModel,
+        settings: "CriticSection",
+        learner: "LearnerSection",
+        *,
+        updates: int,
+        ranks: Ranks = ONE_RANK,
+    ) -> None:
+        """`model`: a language model of its own. `learner`: how it is run. `updates`: how many the schedule spans. `ranks`: the
+        processes that it is sharded over."""
         self.values_of = ValueModel(model)
-        self.settings, self.learner = settings, learner
+        self.settings, self.learner, self.ranks = settings, learner, ranks
+        self._run = ranks.shard(model, self.values_of.network, learner.precision)
         self.optimiser = Optimiser(
             self.values_of.network.parameters(),
             learning_rate=settings.learning_rate,
@@ -37,24 +48,29 @@ class Critic:
     def values(self, batch: Batch) -> Tensor:
         """float32 [B, T]: the value of the state before each token; 0 after a row's end."""
         learner = self.learner
-        return self.values_of.values(
-            batch, share_prompts=learner.share_prompts, precision=learner.precision, checkpointing=learner.checkpointing
+        return self._run(
+            self.values_of.values,
+            batch,
+            share_prompts=learner.share_prompts,
+            precision=learner.precision,
+            checkpointing=learner.checkpointing,
         )
 
-    def update(self, parts: Iterator[TrainingBatch], tokens: int) -> dict[str, float]:
-        """One optimiser step on the parts of a minibatch that has `tokens` trained tokens.
+    def update(self, parts: Iterable[tuple[TrainingBatch, bool]], tokens: int) -> dict[str, float]:
+        """One optimiser step on the parts of a minibatch that has `tokens` trained tokens, and whether each counts.
 
         Raises:
             ValueError: a part has no old values or returns.
         """
         total = 0.0
-        for part in parts:
+        for part, counts in parts:
             if part.values_BT is None or part.returns_BT is None:
                 raise ValueError("a critic learns from values and returns, and this batch has none")
             losses_BT = value_losses(self.values(part), part.values_BT, part.returns_BT, self.settings.value_clip)
-            loss = torch.where(part.mask_BT, losses_BT, 0).sum() / tokens
+            loss = torch.where(part.mask_BT, losses_BT, 0).sum() / tokens * counts
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
+        total = sum(self.ranks.gather(total))
         step = self.optimiser.step(total)
         return {"critic/loss": total, "critic/grad_norm": step.grad_norm}
 

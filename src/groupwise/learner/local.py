@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +19,10 @@ from groupwise.learner.critic import Critic
 from groupwise.learner.micro_batches import Budget
 from groupwise.learner.optimiser import Optimiser
 from groupwise.learner.probing import probe
+from groupwise.learner.ranks import ONE_RANK, Ranks
 from groupwise.learner.updates import TokenMetrics, Update
 from groupwise.models import LanguageModel, published
+from groupwise.models.shards import Stored
 from groupwise.state import read_state, write_state
 from groupwise.types import Batch, LogprobBatch, TrainingBatch, WeightedBatch, upgrade
 
@@ -45,15 +47,19 @@ class LocalLearner:
         reference: LanguageModel | None = None,
         critic: Critic | None = None,
         merge_adapters: bool = True,
+        ranks: Ranks = ONE_RANK,
     ) -> None:
-        """`settings`: a `LearnerSection`, or anything with its attributes. `updates`: how many the schedule spans.
+        """`settings`: a `LearnerSection`, or anything with its attributes. `updates`: how many the schedule spans. `ranks`: the
+        processes that the learner is sharded over.
 
         `reference` (a frozen model) and `critic`: where the algorithm needs one. Without a reference, that of a model with
         adapters is the model with its adapters off. `merge_adapters`: whether the exported model has them merged.
         """
         if reference is None and algorithm.needs_reference and model.adapted:
             reference = model
-        self.model, self.reference, self.critic = model, reference, critic
+        self.model, self.reference, self.critic, self.ranks = model, reference, critic, ranks
+        sharded = dict.fromkeys(one for one in (model, reference) if one is not None)
+        self._runs = {one: ranks.shard(one, one.module, settings.precision) for one in sharded}
         self.merge_adapters = merge_adapters
         self.algorithm, self.settings = algorithm, settings
         self.budget = Budget(settings.micro_batch_tokens)
@@ -72,9 +78,10 @@ class LocalLearner:
         self.begin_step()
 
     @classmethod
-    def build(cls, recipe: "Recipe", algorithm: Algorithm, model: LanguageModel) -> "LocalLearner":
+    def build(cls, recipe: "Recipe", algorithm: Algorithm, model: LanguageModel, ranks: Ranks = ONE_RANK) -> Self:
         """The learner of a recipe, with a frozen copy of the base model as reference, and another with a value head as critic,
-        where the algorithm needs them. With adapters all of them share one base, and the critic has adapters of its own."""
+        where the algorithm needs them. With adapters all of them share one base, and the critic has adapters of its own; over
+        several processes, the critic has a sharded copy of the base."""
         updates = recipe.training.steps * recipe.rollouts.epochs * recipe.learner.minibatches
         settings = recipe.model
 
@@ -98,8 +105,11 @@ class LocalLearner:
             temperature=recipe.rollouts.temperature,
             max_tokens=recipe.rollouts.max_tokens,
             reference=base().freeze() if algorithm.needs_reference and not model.adapted else None,
-            critic=Critic(of_critic(), recipe.critic, recipe.learner, updates=updates) if "critic" in algorithm.needs else None,
+            critic=Critic(of_critic(), recipe.critic, recipe.learner, updates=updates, ranks=ranks)
+            if "critic" in algorithm.needs
+            else None,
             merge_adapters=settings.lora is None or settings.lora.export == "merged",
+            ranks=ranks,
         )
 
     @property
@@ -162,20 +172,26 @@ class LocalLearner:
     def _logprobs_in_parts(self, model: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
         found = torch.zeros(batch.tokens_BT.shape), torch.zeros(batch.tokens_BT.shape)
         with model.bfloat16.held():
-            for rows, part in self._micro_batches(model, batch):
+            for rows, part, counts in self._micro_batches(model, batch):
                 for found_BT, values in zip(found, self._forward(model, part), strict=True):
-                    found_BT[rows, : values.shape[1]] = values.cpu()
-        return found
+                    if counts:
+                        found_BT[rows, : values.shape[1]] = values.cpu()
+        logprobs, entropies = map(self.ranks.total, found)
+        return logprobs, entropies
 
     @torch.no_grad()
     def _values(self, critic: Critic, batch: Batch) -> Tensor:
         values_BT = torch.zeros(batch.tokens_BT.shape)
-        for rows, part in self._micro_batches(critic.model, batch):
+        for rows, part, counts in self._micro_batches(critic.model, batch):
             values = critic.values(part)
-            values_BT[rows, : values.shape[1]] = values.cpu()
-        return values_BT
+            if counts:
+                values_BT[rows, : values.shape[1]] = values.cpu()
+        return self.ranks.total(values_BT)
 
     def _forward(self, model: LanguageModel, part: Batch) -> tuple[Tensor, Tensor]:
+        return self._runs[model](self._forward_pass, model, part)
+
+    def _forward_pass(self, model: LanguageModel, part: Batch) -> tuple[Tensor, Tensor]:
         with model.running(precision=self.settings.precision, checkpointing=self.settings.checkpointing):
             return model.completion_logprobs(
                 part,
@@ -184,10 +200,11 @@ class LocalLearner:
                 entropy_gradient=self.algorithm.entropy_bonus != 0,
             )
 
-    def _micro_batches(self, model: LanguageModel, batch: Rows) -> Iterator[tuple[Tensor, Rows]]:
+    def _micro_batches(self, model: LanguageModel, batch: Rows) -> Iterator[tuple[Tensor, Rows, bool]]:
+        """Those of this process: their rows in the batch, the rows as a batch, and whether they count."""
         packed = self.settings.share_prompts and model.decoder.packs()
-        for rows in self.budget.cut(batch, padded=not packed):
-            yield rows, batch.select(rows).to(self.model.device)
+        for rows, counts in self.budget.cut(batch, padded=not packed, rank=self.ranks.rank, ranks=self.ranks.size):
+            yield rows, batch.select(rows).to(self.model.device), counts
 
     # --- updates
 
@@ -222,12 +239,29 @@ class LocalLearner:
         found, sums, records = TokenMetrics(), dict[str, Tensor](), list[TokenRecord]()
         if batch is not None:
             with self.model.bfloat16.held():
-                for _, part in self._micro_batches(self.model, batch):
-                    self._accumulate(part, found, sums, records.append if recorded else None)
-        return found, sums, records
+                for _, part, counts in self._micro_batches(self.model, batch):
+                    if counts:
+                        self._accumulate(part, found, sums, records.append if recorded else None)
+                    else:
+                        self._add_nothing(self._forward(self.model, part)[0])
+        sums = {name: value.cpu() for name, value in sums.items()}
+        return self._merged(self.ranks.gather((found, sums, records)))
+
+    @staticmethod
+    def _merged(
+        found: list[tuple[TokenMetrics, dict[str, Tensor], list[TokenRecord]]],
+    ) -> tuple[TokenMetrics, dict[str, Tensor], list[TokenRecord]]:
+        """What all processes have found, as if one had."""
+        metrics, sums, records = found[0]
+        for other, more, further in found[1:]:
+            metrics.merge(other)
+            for name, value in more.items():
+                sums[name] = sums[name] + value if name in sums else value
+            records += further
+        return metrics, sums, records
 
     def _update_critic(self, critic: Critic, minibatch: TrainingBatch) -> dict[str, float]:
-        parts = (part for _, part in self._micro_batches(critic.model, minibatch))
+        parts = ((part, counts) for _, part, counts in self._micro_batches(critic.model, minibatch))
         return critic.update(parts, int(minibatch.mask_BT.sum()))
 
     def _accumulate(
@@ -241,6 +275,7 @@ class LocalLearner:
         logprobs_BT, entropy_BT = self._forward(self.model, part)
         if not torch.isfinite(logprobs_BT).all():
             found.add(float("nan"), {}, 0)  # the optimiser then skips the update
+            self._add_nothing(logprobs_BT)
             return
         loss, metrics = policy_loss(
             self.algorithm,
@@ -259,19 +294,30 @@ class LocalLearner:
         metrics["entropy_updated"] = (entropy_BT.detach() * part.mask_BT).sum() / max(tokens, 1)
         found.add(float(loss.detach()), metrics, tokens)
 
+    def _add_nothing(self, logprobs_BT: Tensor) -> None:
+        """A backward pass that other processes take part in."""
+        if self.ranks.size > 1:
+            (0 * logprobs_BT.sum()).backward()  # type: ignore[no-untyped-call]
+
     # --- state
 
     def save(self, directory: Path) -> dict[str, Digest]:
         """Write the policy's weights, and the state of the optimisers and the critic."""
         weights = self.model.save_weights(directory / "model.safetensors")
-        state: dict[str, Any] = {"policy": self.optimiser.state_dict(), "budget": self.budget.state_dict()}
-        state |= {} if self.critic is None else {"critic": self.critic.state_dict()}
-        return {"model.safetensors": weights, **write_state(directory / "learner", state)}
+        return {"model.safetensors": weights, **write_state(directory / "learner", self.state_dict())}
 
     def load(self, directory: Path) -> None:
-        """Continue from what `save` wrote."""
-        state: dict[str, Any] = read_state(directory / "learner")
-        self.model.load_weights(directory / "model.safetensors")
+        """Continue from what `save` wrote, be it that of a sharded learner."""
+        state: dict[str, Any] = read_state(directory / "learner", Stored(directory / "learner").read())
+        self.model.load_weights(directory / "model")
+        self.load_state_dict(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the policy's weights."""
+        state: dict[str, Any] = {"policy": self.optimiser.state_dict(), "budget": self.budget.state_dict()}
+        return state | ({} if self.critic is None else {"critic": self.critic.state_dict()})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimiser.load_state_dict(state["policy"])
         if "budget" in state:  # of earlier versions none was saved, since it could not change
             self.budget.load_state_dict(state["budget"])
@@ -284,7 +330,8 @@ class LocalLearner:
 
     def probe(self, tokens: Tensor) -> Tensor:
         """See `Learner.probe`."""
-        return probe(self.model, tokens, precision=self.settings.precision)
+        with torch.no_grad():
+            return self._runs[self.model](probe, self.model, tokens, precision=self.settings.precision)
 
     def export(self, directory: Path, tokenizer: Any) -> dict[str, float]:
         """See `Learner.export`."""

@@ -1,6 +1,7 @@
 """How a batch is cut into parts that go through the model at once. The cut changes memory and time, not results."""
 
 import gc
+import itertools
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -25,13 +26,21 @@ class Budget:
         self._rows = self._size = 0
         """Of the micro-batch that was cut last: rows, and tokens with all rows as long as the longest. 0: none was cut yet."""
 
-    def cut(self, batch: Batch, *, padded: bool) -> Iterator[Tensor]:
-        """See `cut_rows`."""
+    def cut(self, batch: Batch, *, padded: bool, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Tensor, bool]]:
+        """Rows of each micro-batch of a process (see `cut_rows`), and whether they count.
+
+        All processes have equally many, since each has to take part whenever weights are gathered: one that has fewer runs its
+        last ones on rows that do not count.
+        """
         longest = max(len(prompt) for prompt in batch.prompts)
-        for rows in cut_rows(batch, self.tokens, padded=padded):
+        mine, most = cut_for_ranks(batch, self.tokens, padded=padded, rank=rank, ranks=ranks)
+        idle = int(batch.lengths_B.argmin())
+        for rows in (*mine, *[None] * (most - len(mine))):
+            counts = rows is not None
+            rows = torch.tensor([idle]) if rows is None else rows
             self._rows = len(rows)
             self._size = len(rows) * (longest + int(batch.lengths_B[rows].max()))
-            yield rows
+            yield rows, counts
 
     def fit(self, work: Callable[[], Result], clear: Callable[[], None]) -> Result:
         """The result of `work`, which cuts what it runs by this budget. If memory does not suffice, `clear` forgets what it did,
@@ -70,6 +79,40 @@ class Budget:
         """Take up the budget that was left, unless the recipe asks for another one now."""
         if state["asked"] == self.asked:
             self.tokens = state["tokens"]
+
+
+def cut_for_ranks(batch: Batch, tokens: int, *, padded: bool, rank: int, ranks: int) -> tuple[list[Tensor], int]:
+    """The rows of one process's micro-batches, and how many micro-batches the process that has most of them has."""
+    if ranks == 1:
+        mine = list(cut_rows(batch, tokens, padded=padded))
+        return mine, len(mine)
+    cuts = []
+    for rows in spread(batch, ranks):
+        part = batch.select(rows) if len(rows) else None
+        cuts.append([] if part is None else [rows[inner] for inner in cut_rows(part, tokens, padded=padded)])
+    return cuts[rank], max(map(len, cuts))
+
+
+UNEVEN = 0.1
+"""Of a process's share of the tokens: how far from it a group may end for the group to be kept together."""
+
+
+def spread(batch: Batch, ranks: int) -> list[Tensor]:
+    """The rows (int64) of each process, which may be none: about equally many tokens, and groups kept together where that is
+    possible, so that their prompts are run once. All rows, each once, whatever the number of processes."""
+    order = torch.argsort(batch.group_ids_B, stable=True)
+    groups = batch.group_ids_B[order]
+    ends = torch.cumsum(batch.lengths_B[order], 0)
+    share = float(ends[-1]) / ranks
+    last_of_group = torch.ones(len(order), dtype=torch.bool)
+    last_of_group[:-1] = groups[1:] != groups[:-1]
+    cuts = [0]
+    for i in range(1, ranks):
+        distance = (ends - i * share).abs()
+        whole = torch.where(last_of_group, distance, torch.inf)
+        nearest = int((whole if whole.min() <= UNEVEN * share else distance).argmin())
+        cuts.append(max(cuts[-1], nearest + 1))
+    return [order[start:end] for start, end in itertools.pairwise([*cuts, len(order)])]
 
 
 def cut_rows(batch: Batch, tokens: int, *, padded: bool) -> Iterator[Tensor]:

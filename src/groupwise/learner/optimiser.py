@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from groupwise.errors import RunError, is_out_of_memory
+from groupwise.models.sharding import full
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class Optimiser:
 
     def _step(self, loss: float) -> Step:
         norm: Tensor = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        grad_norm = float(norm)
+        grad_norm = float(full(norm))
         learning_rate = float(self.scheduler.get_last_lr()[0])
         if torch.isfinite(torch.tensor([loss, grad_norm])).all():
             self._begun += 1

@@ -50,6 +50,15 @@ class TokenMetrics:
             else:
                 self._sums[name] = self._sums.get(name, 0.0) + float(value) * tokens
 
+    def merge(self, other: "TokenMetrics") -> None:
+        """Add what another process has accumulated."""
+        self.loss += other.loss
+        self.tokens += other.tokens
+        for name, value in other._sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        for name, value in other.largest.items():
+            self.largest[name] = max(self.largest.get(name, -math.inf), value)
+
     def means(self) -> dict[str, float]:
         return {name: value / max(1, self.tokens) for name, value in self._sums.items()}
 

@@ -95,14 +95,18 @@ def adapters_off(module: Any) -> Iterator[None]:
     layers = [layer for layer in adapter_layers(module) if not layer.disable_adapters]
     trained = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     try:
-        for layer in layers:
-            layer.enable_adapters(False)
+        _enable(layers, False, trained)
         yield
     finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-        for parameter, required in trained:
-            parameter.requires_grad_(required)  # which peft changes when it switches adapters
+        _enable(layers, True, trained)
+
+
+def _enable(layers: list[Any], on: bool, trained: list[tuple[Tensor, bool]]) -> None:
+    """Switch adapters; `trained`: which parameters require gradients, which peft would change."""
+    for layer in layers:
+        layer.enable_adapters(on)
+    for parameter, required in trained:
+        parameter.requires_grad_(required)
 
 
 def need_peft() -> Any:

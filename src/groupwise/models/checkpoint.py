@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from groupwise.errors import UserError
 from groupwise.files import Digest
 from groupwise.models.adapters import adapter_layers, describe
+from groupwise.models.shards import Stored
 from groupwise.state import write_tensors
 
 CHUNK = 2**20
@@ -24,25 +24,26 @@ def save_weights(module: Any, path: Path) -> Digest:
 
     Of a model with adapters those that are trained, and a fingerprint of the others.
     """
-    return write_tensors(path, _stored(module), _identity(module))
+    return write_tensors(path, stored(module), identity(module))
 
 
-def load_weights(module: Any, path: Path, device: torch.device) -> None:
-    """Read weights that `save_weights` wrote.
+def load_weights(module: Any, stem: Path, ours: Mapping[str, str] | None = None) -> None:
+    """Read weights that `save_weights` wrote as STEM.safetensors, or several processes as the files of STEM/.
+
+    `ours`: the module's `identity`, where it was sharded since.
 
     Raises:
         UserError: the adapters are of another form, or on another base.
         ValueError: the weights are of another model.
         Exception: whatever safetensors says of a file that is damaged.
     """
-    with safe_open(str(path), "pt") as file:
-        written = file.metadata() or {}
-    for what, ours in _identity(module).items():
-        if written.get(what) != ours:
-            raise UserError(f"{path}: {DIFFERS[what].format(written.get(what), ours)}")
-    found, wanted = load_file(str(path), device=str(device)), _stored(module)
-    check_alike(found, wanted)
-    module.load_state_dict(found, strict=False)
+    found, wanted = Stored(stem), stored(module)
+    written = found.metadata()
+    for what, expected in (identity(module) if ours is None else ours).items():
+        if written.get(what) != expected:
+            raise UserError(f"{stem}: {DIFFERS[what].format(written.get(what), expected)}")
+    check_alike(found.alike(), wanted)
+    found.read_into(wanted)
 
 
 def check_alike(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
@@ -69,16 +70,18 @@ def trained_parameters(module: Any) -> dict[str, Tensor]:
     return {name: parameter.detach().contiguous() for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def _stored(module: Any) -> dict[str, Tensor]:
+def stored(module: Any) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, which share their memory with the module's."""
     if adapter_layers(module):
         return trained_parameters(module)
     unique: dict[tuple[int, torch.Size], tuple[str, Tensor]] = {}
-    for name, tensor in module.state_dict().items():
-        unique.setdefault((tensor.data_ptr() or id(tensor), tensor.shape), (name, tensor.contiguous()))
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        place = 0 if isinstance(tensor, DTensor) else tensor.data_ptr()
+        unique.setdefault((place or id(tensor), tensor.shape), (name, tensor.detach().contiguous()))
     return dict(unique.values())
 
 
-def _identity(module: Any) -> dict[str, str]:
+def identity(module: Any) -> dict[str, str]:
     """What must be the same when weights are read again; nothing for a model without adapters."""
     if not adapter_layers(module):
         return {}

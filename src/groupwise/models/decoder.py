@@ -60,6 +60,8 @@ class Decoder:
         """Forwards of linear layers that are patched in as well, while they run in bfloat16."""
         self.bf16_step = False
         """Whether a decoding step runs its matmuls in bfloat16."""
+        self.kept_dtype: torch.dtype | None = None
+        """In which a sharded decoder's weights are kept; while it runs they may be gathered in another. None: ask the module."""
         self._layers: list[LayerForward] | None = None
         self._tried: tuple[torch.device, torch.dtype] | None = None
         self._packs = False
@@ -71,7 +73,7 @@ class Decoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.module.dtype
+        dtype: torch.dtype = self.kept_dtype or self.module.dtype
         return dtype
 
     @property

@@ -3,7 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,24 @@ from groupwise.models.adapters import adapter_layers, adapts_tied_head, is_lora,
 from groupwise.models.loading import is_adapter
 from groupwise.models.patches import patched
 
+if TYPE_CHECKING:
+    from groupwise.models.language_model import LanguageModel
+
 ON_ADAPTERS = "{} holds adapters itself, which are merged into its base; new ones alone would be read without. Export 'merged'"
+
+
+def write(model: "LanguageModel", directory: Path, tokenizer: Any, *, merge: bool) -> None:
+    """Write a model with its tokenizer; see `LanguageModel.export`."""
+    tokenizer.save_pretrained(directory)
+    if not merge and model.adapted:
+        save_adapters(model.outer, directory)
+    else:
+        save_model(model.module, directory, model.stored_dtype)
+
+
+def gap(model: "LanguageModel") -> dict[str, float]:
+    """What merging adapters changes, as `LanguageModel.export` returns it."""
+    return {"export/merge_gap": merge_gap(model.module, model.stored_dtype)} if model.adapted else {}
 
 
 def save_adapters(outer: Any, directory: Path) -> None:

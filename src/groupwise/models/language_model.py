@@ -160,7 +160,7 @@ class LanguageModel:
             self.caches.fallback()
         self._checked = True
 
-    def _check_once(self) -> None:
+    def check_once(self) -> None:
         """`check_logits` before first use, for a module that was given and not loaded."""
         if not self._checked:
             with torch.autocast(self.device.type, enabled=False):
@@ -170,7 +170,7 @@ class LanguageModel:
 
     def completion_hidden(self, batch: Batch, share_prompts: bool) -> Tensor:
         """The last hidden states [N, H] that predict the completion tokens, row after row, without padding."""
-        self._check_once()
+        self.check_once()
         return completion_hidden(self.decoder, batch, share_prompts)
 
     def completion_logprobs(
@@ -255,7 +255,7 @@ class LanguageModel:
             dtype: of keys and values; None: the model's. Transformers' own cache, the fallback, has the model's.
             fixed: run steps of a few fixed sizes, which a GPU captures as graphs; None: on a GPU, without recurrent layers.
         """
-        self._check_once()
+        self.check_once()
         return self.caches.new(prompts, prompt_length, rows, tokens, dtype=dtype, fixed=fixed)
 
     def why_not_decoding(self, cache_dtype: torch.dtype | None = None) -> str | None:
@@ -371,13 +371,13 @@ class LanguageModel:
         """Write the weights for a checkpoint, as one safetensors file; of a model with adapters only what is trained."""
         return checkpoint.save_weights(self.module, path)
 
-    def load_weights(self, path: Path) -> None:
-        """Read weights that `save_weights` wrote.
+    def load_weights(self, stem: Path) -> None:
+        """Read weights that `save_weights` wrote as STEM.safetensors, or a sharded learner as the files of STEM/.
 
         Raises:
             UserError, ValueError: adapters of another form, or on another base; weights of another model.
         """
-        checkpoint.load_weights(self.module, path, self.device)
+        checkpoint.load_weights(self.module, stem)
 
     def export(self, directory: Path, tokenizer: Any, *, merge: bool = True) -> dict[str, float]:
         """Write a Hugging Face model directory in the dtype that the model was stored in, tokenizer and settings included.
@@ -391,9 +391,5 @@ class LanguageModel:
         Raises:
             UserError: adapters of a kind that cannot be merged.
         """
-        tokenizer.save_pretrained(directory)
-        if not merge and self.adapted:
-            export.save_adapters(self.outer, directory)
-            return {}
-        export.save_model(self.module, directory, self.stored_dtype)
-        return {"export/merge_gap": export.merge_gap(self.module, self.stored_dtype)} if self.adapted else {}
+        export.write(self, directory, tokenizer, merge=merge)
+        return export.gap(self) if merge else {}

@@ -40,6 +40,12 @@ def positions(mask_BL: Tensor) -> Tensor:
     return (mask_BL.cumsum(1) - 1).clamp(min=0)
 
 
+def apart(prompts: list[Tensor], rows: list[list[Tensor]]) -> tuple[list[Tensor], list[int]]:
+    """Each row with its prompt in front, as prompts of one row each: arguments of `prefill`."""
+    whole = [torch.cat([prompt, row]) for prompt, of_prompt in zip(prompts, rows, strict=True) for row in of_prompt]
+    return whole, [1] * len(whole)
+
+
 @dataclass(frozen=True, slots=True)
 class _Batch:
     """Rows that run together on one cache."""
@@ -71,6 +77,8 @@ class PaddedCache:
         self.described += ", transformers' attention and cache"
         """In words."""
         self._batches: list[_Batch] = []
+        self.capacity = 0, 0, 0, 0
+        """Of fixed buffers, which it has none of."""
 
     def reserve(self, prompts: int, prompt_length: int, rows: int, tokens: int) -> None:
         """Nothing: transformers' cache grows by itself."""
@@ -101,6 +109,11 @@ class PaddedCache:
             index = torch.tensor([slot[int(p)] for p in prompt_R[rows]], device=device)
             self._batches.append(self._select(batch, rows.to(device), index))
         return torch.stack([hidden[i] for i in range(len(prompts))])
+
+    def restore(self, prompts: list[Tensor], rows: list[list[Tensor]]) -> Tensor:
+        """Run prompts, and for each the rows (at least one token each) that continue it; returns the last hidden state [r, H] of
+        each row."""
+        return self.prefill(*apart(prompts, rows))
 
     def step(self, tokens_R: Tensor) -> Tensor:
         """Run one more token of each row; returns hidden states [R, H]."""
@@ -185,6 +198,8 @@ class NoCache:
     def __init__(self, decoder: Any) -> None:
         self._decoder = decoder
         self._rows: list[Tensor] = []
+        self.capacity = 0, 0, 0, 0
+        """Of fixed buffers, which it has none of."""
 
     def reserve(self, prompts: int, prompt_length: int, rows: int, tokens: int) -> None:
         """Nothing: there are no buffers."""
@@ -196,6 +211,11 @@ class NoCache:
         """Run prompts, each for `counts` rows; returns the last hidden state of each prompt [p, H]."""
         self._rows += [prompt for prompt, count in zip(prompts, counts, strict=True) for _ in range(count)]
         return self._last(prompts)
+
+    def restore(self, prompts: list[Tensor], rows: list[list[Tensor]]) -> Tensor:
+        """Run prompts, and for each the rows (at least one token each) that continue it; returns the last hidden state [r, H] of
+        each row."""
+        return self.prefill(*apart(prompts, rows))
 
     def step(self, tokens_R: Tensor) -> Tensor:
         """Run one more token of each row; returns hidden states [R, H]."""

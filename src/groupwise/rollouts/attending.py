@@ -96,7 +96,7 @@ class Attendant:
                 await _together(self._watch(member), self._renew(member))
             except Unavailable as error:
                 fault = str(error)
-                member.answers, member.weights = False, None
+                member.answers, member.is_new, member.weights = False, False, None
                 member.faults += 1
                 self.last_fault = f"sampler {member.index}: {fault}"
                 self.tell(self.last_fault)
@@ -130,7 +130,7 @@ class Attendant:
                         raise Unavailable(f"it has not answered since it was started: {error}") from error
             await asyncio.sleep(self.limits.heartbeat / 4)
         self.dispatcher.drop(member)  # what it may still do is of older weights, perhaps
-        member.answers, member.is_suspect = True, False
+        member.answers, member.is_new, member.is_suspect = True, False, False
         self.dispatcher.changes.tell()
 
     async def _health(self, member: Member) -> Health:

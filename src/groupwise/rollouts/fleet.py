@@ -132,8 +132,8 @@ class Fleet:
         }
 
     def load(self, published: Published, probe: Probe | None = None) -> None:
-        """Sample from these weights from now on. Comes back when every server that answers has loaded them, or finishes what is
-        under way first; those that fail are started again and load them then.
+        """Sample from these weights from now on. Comes back when every server that answers, or is new, has loaded them, or
+        finishes what is under way first; those that fail are started again and load them then.
 
         Args:
             probe: what the weights make of a text; None: nobody checks that they are the right ones.
@@ -149,6 +149,8 @@ class Fleet:
 
         def is_done(member: Member) -> bool:
             finishes = not self._attendant.partial and bool(member.tickets)
+            if member.is_new:
+                return False
             return not member.answers or member.weights == published or (finishes and not member.is_loading)
 
         dispatcher.changes.tell()

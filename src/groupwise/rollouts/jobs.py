@@ -2,14 +2,21 @@
 
 import asyncio
 import itertools
+from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from groupwise.rollouts.base import Request
 from groupwise.rollouts.drawing import Drawing
+from groupwise.rollouts.rows import RowTable
 from groupwise.types import Completion, VersionSpan
+
+TOKENS_AT_ONCE = 65536
+"""About as many tokens go through the model at once when keys and values of rows under way are computed anew."""
 
 
 @dataclass(slots=True, eq=False)
@@ -41,6 +48,77 @@ class Kept:
     """Those whose keys and values are cached: the prompt's, and all but the last sampled one."""
     prefix: Any
     """Their keys and values, as the cache returned them."""
+
+
+class KeptCompletions:
+    """What is kept of finished completions, by handle; of too many the oldest is dropped."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[int, Kept] = OrderedDict()
+        self._handles = itertools.count(1)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def add(self, kept: Kept, most: int) -> int:
+        """Keep one more, and at most so many; returns its handle."""
+        handle = next(self._handles)
+        self._kept[handle] = kept
+        if len(self._kept) > most:
+            self._kept.popitem(last=False)
+        return handle
+
+    def take(self, request: Request) -> Kept | None:
+        """What was kept under the handle that the request continues, if its prompt really begins with it."""
+        kept = None if request.continues is None else self._kept.get(request.continues)
+        tokens = request.prompt.tolist()
+        if kept is None or len(tokens) <= len(kept.tokens) or tokens[: len(kept.tokens)] != kept.tokens:
+            return None
+        assert request.continues is not None
+        return self._kept.pop(request.continues)
+
+    def drop(self, handles: Iterable[int]) -> None:
+        for handle in handles:
+            self._kept.pop(handle, None)
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+
+def at_once(jobs: list[Job], table: RowTable, joins: bool) -> list[list[Job]]:
+    """Jobs under way in parts of about `TOKENS_AT_ONCE` tokens; in one part where the cache does not let others join."""
+    parts: list[list[Job]] = []
+    tokens = TOKENS_AT_ONCE
+    for job in jobs:
+        if tokens >= TOKENS_AT_ONCE and (joins or not parts):
+            parts.append([])
+            tokens = 0
+        parts[-1].append(job)
+        tokens += len(job.request.prompt) + int(table.lengths_B[job.slots].sum())
+    return parts
+
+
+def completions(job: Job, table: RowTable, tokenizer: Any) -> tuple[Completion, ...]:
+    """What the rows of a finished job hold."""
+    index = torch.tensor(job.slots, device=table.tokens_BT.device)
+    lengths, stopped = table.lengths_B[index].tolist(), table.stopped_B[index].tolist()
+    with torch.inference_mode(False):  # tensors of inference mode could not be trained on
+        tokens_nT, logprobs_nT = table.tokens_BT[index].cpu().clone(), table.logprobs_BT[index].cpu().clone()
+    written = [tokens_nT[i, :length] for i, length in enumerate(lengths)]
+    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+    return tuple(
+        Completion(
+            text=text,
+            tokens=tokens,
+            logprobs=logprobs_nT[i, : len(tokens)],
+            mask=torch.ones(len(tokens), dtype=torch.bool),
+            stop="stop" if stopped[i] else "length",
+            versions=spans(job.versions, i, len(tokens)),
+            kept=table.kept.of(job.slots[i]),
+            handle=job.handles.get(job.slots[i]),
+        )
+        for i, (tokens, text) in enumerate(zip(written, texts, strict=True))
+    )
 
 
 def spans(versions: list[tuple[int, Tensor]], row: int, length: int) -> tuple[VersionSpan, ...]:

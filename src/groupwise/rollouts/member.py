@@ -51,6 +51,8 @@ class Member:
         self.index, self.dialect = index, dialect
         self.answers = False
         """Whether it answered when it was last asked."""
+        self.is_new = True
+        """Whether it has neither answered nor failed yet."""
         self.is_suspect = False
         """Whether a request failed since: it gets no other before it has answered again."""
         self.weights: Published | None = None

@@ -3,7 +3,6 @@
 import asyncio
 import functools
 import itertools
-from collections import OrderedDict
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from groupwise.models import LanguageModel
 from groupwise.models.blocked_weights import BlockedWeights
 from groupwise.rollouts.base import Request, Sampling
 from groupwise.rollouts.drawing import Drawing
-from groupwise.rollouts.jobs import Job, Kept, spans
+from groupwise.rollouts.jobs import Job, Kept, KeptCompletions, at_once, completions
 from groupwise.rollouts.rows import RandomNumbers, RowTable
 from groupwise.types import Completion
 
@@ -59,8 +58,10 @@ class NativeSampler:
         self._active: set[Job] = set()
         """The jobs of these rows."""
         self._engine: asyncio.Task[None] | None = None
-        self._kept: OrderedDict[int, Kept] = OrderedDict()
-        self._handles = itertools.count(1)
+        self._kept = KeptCompletions()
+        self._open = asyncio.Event()
+        """Set while decoding steps may run."""
+        self._open.set()
         self._steps = itertools.count()
         self._step = 0
         self._blocked: BlockedWeights | None = None
@@ -94,18 +95,25 @@ class NativeSampler:
     def load(self, weights: LanguageModel, version: int) -> None:
         """Sample from these weights from now on.
 
-        Requests in flight go on with the new weights, on keys and values that the old ones computed. What was kept for
-        continuation is dropped.
+        Requests in flight go on with the new weights: before the next step the keys and values of all their tokens are computed
+        anew. What was kept for continuation is dropped.
         """
         self.version = version
         if self.model is not weights:
             self.model.copy_weights_from(weights)
         self._kept.clear()
         self._blocked = None  # copied anew from the new weights
-        if self._cache is not None:
-            self._cache.refresh()
+        self._stale = self._cache is not None
         for job in self._active:
             job.versions.append((version, self._table.lengths_B[job.slots].clone()))
+
+    def pause(self) -> None:
+        """Run no decoding step until `resume`; requests wait."""
+        self._open.clear()
+
+    def resume(self) -> None:
+        """Go on with every request."""
+        self._open.set()
 
     def health(self) -> dict[str, float]:
         return {
@@ -113,6 +121,7 @@ class NativeSampler:
             "waiting": float(len(self._waiting)),
             "rows": float(len(self._running)),
             "kept": float(len(self._kept)),
+            "steps": float(self._step),
         }
 
     # --- the engine
@@ -134,6 +143,7 @@ class NativeSampler:
         """Steps until nothing is left to do; an exception fails every pending request."""
         try:
             while self._waiting or self._running:
+                await self._open.wait()
                 if not self._fits():
                     self._begin_again()
                 await asyncio.sleep(0)
@@ -152,6 +162,8 @@ class NativeSampler:
         self._running.clear()
         self._active.clear()
         self._cache = self._blocked = None
+        self._stale = False
+        """Whether keys and values of rows under way are of earlier weights."""
         self._affordable_rows = 0.0
         self._load = 0, 0
         """Rows and requests that were admitted last, with those under way."""
@@ -212,6 +224,8 @@ class NativeSampler:
             self._blocked = self.model.blocked_weights()
         with torch.inference_mode(), self._blocked:
             self._drop_cancelled()
+            if self._stale:
+                self._recompute()
             self._admit()
             if len(self._slots_R) == 0:
                 return
@@ -235,8 +249,7 @@ class NativeSampler:
             for slot in job.slots:
                 self._running.pop(slot, None)
             self._table.give_back(job.slots)
-            for handle in job.handles.values():
-                self._kept.pop(handle, None)
+            self._kept.drop(job.handles.values())
 
     def _admit(self) -> None:
         """Prefill as many waiting requests as fit, in order of arrival; of those that came at once, the shortest prompt first.
@@ -298,6 +311,23 @@ class NativeSampler:
                 self._take_slots(job)
         self._hidden_RH = torch.cat(parts)
 
+    def _recompute(self) -> None:
+        """Compute the keys and values of all rows under way anew, from their prompts and what they have written so far."""
+        self._stale = False
+        if not len(self._slots_R):
+            self._cache.refresh()
+            return
+        jobs = list(dict.fromkeys(self._running[slot] for slot in self._slots_R.tolist()))
+        capacity, self._cache = self._cache.capacity, None  # its memory is given back before more is taken
+        self._cache = self.model.decoding_cache(*capacity, dtype=self._cache_dtype)
+        parts, order = [], []
+        for together in at_once(jobs, self._table, self._cache.joins):
+            slots = [[slot for slot in job.slots if slot in self._running] for job in together]
+            prompts = [job.request.prompt.to(self.model.device) for job in together]
+            parts.append(self._cache.restore(prompts, [[self._table.tokens(slot) for slot in of_job] for of_job in slots]))
+            order += [slot for of_job in slots for slot in of_job]
+        self._hidden_RH, self._slots_R = torch.cat(parts), torch.tensor(order, device=self._slots_R.device)
+
     def _take_slots(self, job: Job) -> None:
         n = job.request.n
         job.slots, job.left = self._table.take(job.uniforms), n
@@ -330,13 +360,13 @@ class NativeSampler:
         """Deliver the requests whose last row is done."""
         for row, slot in zip(done_R.nonzero()[:, 0].tolist(), self._slots_R[done_R].tolist(), strict=True):
             job = self._running.pop(slot)
-            if job.request.keep and self._cache.continues and len(job.versions) == 1:  # all keys of the same weights
+            if job.request.keep and self._cache.continues:
                 job.handles[slot] = self._keep(job, row, slot)
             job.left -= 1
             if job.left == 0:
                 self._active.discard(job)
                 if not job.future.done():
-                    job.future.set_result(self._completions(job))
+                    job.future.set_result(completions(job, self._table, self.tokenizer))
                 self._table.give_back(job.slots)
 
     def _drawing(self, sampling: Sampling) -> Drawing:
@@ -349,42 +379,9 @@ class NativeSampler:
 
     def _keep(self, job: Job, row: int, slot: int) -> int:
         """Copy a row's keys and values, and return their handle. The newest token has not been run yet, so it has none."""
-        handle = next(self._handles)
-        written = self._table.tokens_BT[slot, : int(self._table.lengths_B[slot]) - 1].tolist()
-        self._kept[handle] = Kept([*job.request.prompt.tolist(), *written], self._cache.prefix(row))
-        if len(self._kept) > self.max_rows:
-            self._kept.popitem(last=False)
-        return handle
+        written = self._table.tokens(slot).tolist()[:-1]
+        return self._kept.add(Kept([*job.request.prompt.tolist(), *written], self._cache.prefix(row)), self.max_rows)
 
     def _find_kept(self, request: Request) -> Kept | None:
-        """What was kept under the handle that the request continues, if its prompt really begins with it."""
-        if request.continues is None or not self._cache.continues:
-            return None
-        kept = self._kept.get(request.continues)
-        tokens = request.prompt.tolist()
-        if kept is None or len(tokens) <= len(kept.tokens) or tokens[: len(kept.tokens)] != kept.tokens:
-            return None
-        return self._kept.pop(request.continues)
-
-    # --- results
-
-    def _completions(self, job: Job) -> tuple[Completion, ...]:
-        table, index = self._table, torch.tensor(job.slots, device=self._table.tokens_BT.device)
-        lengths, stopped = table.lengths_B[index].tolist(), table.stopped_B[index].tolist()
-        with torch.inference_mode(False):  # tensors of inference mode could not be trained on
-            tokens_nT, logprobs_nT = table.tokens_BT[index].cpu().clone(), table.logprobs_BT[index].cpu().clone()
-        written = [tokens_nT[i, :length] for i, length in enumerate(lengths)]
-        texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
-        return tuple(
-            Completion(
-                text=text,
-                tokens=tokens,
-                logprobs=logprobs_nT[i, : len(tokens)],
-                mask=torch.ones(len(tokens), dtype=torch.bool),
-                stop="stop" if stopped[i] else "length",
-                versions=spans(job.versions, i, len(tokens)),
-                kept=table.kept.of(job.slots[i]),
-                handle=job.handles.get(job.slots[i]),
-            )
-            for i, (tokens, text) in enumerate(zip(written, texts, strict=True))
-        )
+        """What the request continues, if it has been kept."""
+        return self._kept.take(request) if self._cache.continues else None

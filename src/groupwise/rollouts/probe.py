@@ -8,6 +8,9 @@ from torch import Tensor
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.15}
 """Nats, the median over the text. It says nothing of a few tokens that a router of a mixture of experts sent elsewhere."""
 
+SMALL = 20
+"""Differences of the tolerance over this are not looked at."""
+
 
 def tolerance_in(*dtypes: torch.dtype) -> float:
     """What rounding can explain where the learner, the sampler and its cache compute in these."""
@@ -34,8 +37,9 @@ class Probe:
         gap = float((found - self.logprobs).abs().median())
         if gap > self.tolerance:
             return f"its log-probabilities differ by {gap:.2g} nats (the median), and rounding explains {self.tolerance:g}"
-        # Rounding errors, however large, point nowhere: if they lead most of the way to older weights, it has those.
-        if any(_distance(found, other) < _distance(found, self.logprobs) / 2 for other in self.others):
+        # Rounding errors point nowhere: where the difference leads most of the way to older weights, it has those.
+        away = _distance(found, self.logprobs)
+        if gap > self.tolerance / SMALL and any(_distance(found, other) < away / 2 for other in self.others):
             return "its log-probabilities are those of weights that were published before"
         return None
 

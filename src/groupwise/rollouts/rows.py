@@ -112,6 +112,10 @@ class RowTable:
         self._free += slots
         self.kept.drop(slots)
 
+    def tokens(self, slot: int) -> Tensor:
+        """int64 [T], what a row has so far."""
+        return self.tokens_BT[slot, : int(self.lengths_B[slot])]
+
     def uniforms(self, slots_R: Tensor) -> Tensor:
         """The numbers for the next token of each row."""
         return self._uniforms_BT[slots_R, self.lengths_B[slots_R]]

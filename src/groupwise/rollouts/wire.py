@@ -197,8 +197,8 @@ class Answer:
     """What a server answers a request with, besides the names of things."""
 
     completions: Sequence[Completion]
-    aborted: bool = False
-    """Whether the completions were ended by `/pause?mode=abort`."""
+    aborted: int = 0
+    """Instead of completions: so many choices that were ended by `/pause?mode=abort`."""
     prompt_logprobs: Tensor | None = None
     """float32 [L - 1], of the tokens of the prompt but the first."""
 
@@ -216,7 +216,7 @@ def encode_answer(body: GenerateBody, answer: Answer, name_of: Callable[[int], s
             "index": index,
             "token_ids": tokens,
             "logprobs": None,
-            "finish_reason": "abort" if answer.aborted else completion.stop,
+            "finish_reason": completion.stop,
             "weight_versions": [
                 {"version": name_of(span.version), "start": span.start, "end": span.end} for span in completion.versions
             ],
@@ -227,6 +227,7 @@ def encode_answer(body: GenerateBody, answer: Answer, name_of: Callable[[int], s
         if body.groupwise is not None:
             choice["groupwise"] = _native_fields(completion)
         choices.append(choice)
+    choices += [{"index": index, "token_ids": [], "finish_reason": "abort"} for index in range(answer.aborted)]
     prompt = None if answer.prompt_logprobs is None else _encode_prompt(body.token_ids, answer.prompt_logprobs)
     return {"choices": choices, "prompt_logprobs": prompt}
 

@@ -29,7 +29,7 @@ def export_checkpoint(run: Path, which: str, out: Path) -> tuple[Checkpoint, flo
     tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
     model = load_policy(recipe, source)
     try:
-        model.load_weights(found.path / "model.safetensors")
+        model.load_weights(found.path / "model")
     except ValueError as error:
         raise UserError(f"{found.path}: {error}") from error
     merge = recipe.model.lora is None or recipe.model.lora.export == "merged"

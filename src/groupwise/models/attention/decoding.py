@@ -1,6 +1,5 @@
 """The KV cache of generation and its attention: a prompt's keys kept once for its group, each row's own beside them."""
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,9 +13,10 @@ from groupwise.models.attention.attend import PLAIN, AttentionForm
 from groupwise.models.attention.cuda_graphs import FixedSteps
 from groupwise.models.attention.decoding_step import OneCallStep, PlanFinder
 from groupwise.models.attention.decoding_torch import StepLayout, attend_newest
-from groupwise.models.attention.training import PackedAttention
-from groupwise.models.attention.training_padded import PaddedLayout, ragged
+from groupwise.models.attention.prefill import Extension, Prefill, Restoration
+from groupwise.models.attention.training_padded import PaddedLayout
 from groupwise.models.decoder import Decoder, HeadShape
+from groupwise.models.padded import apart
 from groupwise.models.recurrent import RecurrentForward, States
 
 ROWS_AT_ONCE = 16
@@ -106,6 +106,8 @@ class DecodingCache:
         """Tokens of the longest row, as `written_R` counts them."""
         self._width = 0
         """The most rows that a prompt has ever had."""
+        self._unshared = 0
+        """Prompts beyond those that the caller knows of, since `restore` gave each row one of its own."""
 
     def _kernel_of(self, shape: HeadShape) -> Callable[..., None] | None:
         return decode_kernel(shape.size, self._decoder.dtype, self._dtype) if self._in_kernel else None
@@ -130,7 +132,7 @@ class DecodingCache:
     def reserve(self, prompts: int, prompt_length: int, rows: int, tokens: int) -> None:
         """Grow to at least this capacity, copying what is there."""
         had = self.capacity
-        wanted = list(map(max, had, (prompts, prompt_length, rows, tokens)))
+        wanted = list(map(max, had, (prompts + self._unshared, prompt_length, rows, tokens)))
         if wanted == list(had):
             return
         for dimension in (0, 2):  # doubled, so that many small requests copy little; on a CPU what is not written costs nothing
@@ -164,10 +166,39 @@ class DecodingCache:
         nothing = torch.zeros(0, dtype=torch.long)
         packed = self._decoder.packed_attention(lengths, nothing, nothing)
         hidden_NH = self._decoder.run_packed(
-            torch.cat(prompts), packed.positions_N, _Prefill(self, packed, lengths, counts), generating=True
+            torch.cat(prompts), packed.positions_N, Prefill(self, packed, lengths, counts), generating=True
         )
         self._add(lengths, counts)
         return hidden_NH[self.lengths_P[-len(prompts) :].cumsum(0) - 1]
+
+    def restore(self, prompts: list[Tensor], rows: list[list[Tensor]]) -> Tensor:
+        """Add prompts, and for each the rows (at least one token each) that continue it, as if they had been decoded here;
+        returns the last hidden state [r, H] of each row."""
+        flat = [row for of_prompt in rows for row in of_prompt]
+        if self._decoder.recurrent:  # states are known at the ends of prompts only
+            whole, counts = apart(prompts, rows)
+            self._unshared += len(whole) - len(prompts)
+            before = len(self.lengths_P) + len(whole) - self._unshared
+            self.reserve(before, max(map(len, whole)), len(self.prompt_R) + len(whole), 1)
+            return self.prefill(whole, counts)
+        lengths, counts = [len(prompt) for prompt in prompts], [len(of_prompt) for of_prompt in rows]
+        lengths_R = torch.tensor([len(row) for row in flat])
+        prompt_R = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts))
+        packed = self._decoder.packed_attention(lengths, prompt_R, lengths_R)
+        attend = Restoration(self, packed, lengths, lengths_R)
+        hidden_NH = self._decoder.run_packed(torch.cat([*prompts, *flat]), packed.positions_N, attend, generating=True)
+        self._add(lengths, counts)
+        self.written_R[-len(flat) :] = lengths_R.to(self.written_R.device)
+        self._assign_slots()
+        return hidden_NH[sum(lengths) + lengths_R.to(hidden_NH.device).cumsum(0) - 1]
+
+    def write_rows(self, layer: int, layout: PaddedLayout, key_NKD: Tensor, value_NKD: Tensor) -> None:
+        """Write the keys and values of new rows, from their first tokens on, behind those of the rows that are there."""
+        stack, i = self._places[layer]
+        count, longest = layout.shape
+        new = slice(len(self.prompt_R), len(self.prompt_R) + count)
+        for which, found_NKD in enumerate((key_NKD, value_NKD)):
+            self.stacks[stack].row_cache[i, which, new, :, :longest] = layout.rows(found_NKD)
 
     def write_prompts(self, layer: int, layout: PaddedLayout, key_NKD: Tensor, value_NKD: Tensor) -> None:
         """Write the keys and values of new prompts, laid out as rows, behind those of the prompts that are there."""
@@ -191,7 +222,7 @@ class DecodingCache:
             for stack, keys, values in zip(self.stacks, prefix.keys, prefix.values, strict=True):
                 stack.prompt_keys[:, slot, :, : len(prefix)], stack.prompt_values[:, slot, :, : len(prefix)] = keys, values
         positions = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-        attend = _Extension(self, starts, lengths)
+        attend = Extension(self, starts, lengths)
         hidden_NH = self._decoder.run_packed(
             torch.cat(suffixes), torch.cat(positions).to(suffixes[0].device), attend, generating=True
         )
@@ -320,71 +351,6 @@ class DecodingCache:
         slot = torch.arange(len(self.prompt_R), device=self.prompt_R.device) - self._starts_P[self.prompt_R[self._order_R]]
         self._slot_R = torch.empty_like(self.prompt_R)
         self._slot_R[self._order_R] = self.prompt_R[self._order_R] * self._most_rows + slot
-
-
-class _Prefill:
-    """The `Attend` of new prompts: what a later step needs of them is written to the cache."""
-
-    def __init__(self, cache: DecodingCache, attention: PackedAttention, lengths: list[int], counts: list[int]) -> None:
-        self._cache, self._attention = cache, attention
-        device = cache.lengths_P.device
-        self._layout = PaddedLayout(ragged(torch.tensor(lengths), 0), device)
-        self._rows = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(counts, device=device))
-
-    def __call__(
-        self, layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scale: float, form: AttentionForm = PLAIN
-    ) -> Tensor:
-        self._cache.write_prompts(layer, self._layout, key_NKD, value_NKD)
-        return self._attention(layer, query_NHD, key_NKD, value_NKD, scale, form)
-
-    def mix(self, layer: Any, forward: RecurrentForward, hidden_NH: Tensor) -> Tensor:
-        output_NH, states = self._attention.recurrent_rows.run(forward, hidden_NH)
-        self._cache.add_states(layer, states.select(self._rows))
-        return output_NH
-
-
-class _Extension:
-    """The `Attend` of the tokens after known prefixes."""
-
-    def __init__(self, cache: DecodingCache, starts: list[int], lengths: list[int]) -> None:
-        self._cache, self._starts, self._lengths = cache, starts, lengths
-        self._first = len(cache.lengths_P)
-        self.ends = list(itertools.accumulate(lengths))
-
-    def __call__(
-        self, layer: int, query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, scale: float, form: AttentionForm = PLAIN
-    ) -> Tensor:
-        parts = []
-        for slot, (start, length, end) in enumerate(zip(self._starts, self._lengths, self.ends, strict=True), self._first):
-            new = slice(end - length, end)
-            keys, values = self._cache.prompt_of(layer, slot, start + length)
-            keys[:, start:], values[:, start:] = key_NKD[new].transpose(0, 1), value_NKD[new].transpose(0, 1)
-            parts.append(attend_suffix(query_NHD[new], keys, values, start, scale, form))
-        return torch.cat(parts)
-
-    def mix(self, layer: Any, forward: RecurrentForward, hidden_NH: Tensor) -> Tensor:
-        raise NotImplementedError("a cache with recurrent states does not continue")
-
-
-def attend_suffix(
-    query_NHD: Tensor, keys_KTD: Tensor, values_KTD: Tensor, start: int, scale: float, form: AttentionForm
-) -> Tensor:
-    """Attention of the tokens from `start` on to all T tokens up to themselves, [N, H, D]."""
-    device, N, (K, T, _) = query_NHD.device, len(query_NHD), keys_KTD.shape
-    last_N1, position_T = torch.arange(start, start + N, device=device)[:, None], torch.arange(T, device=device)
-    visible_NT = position_T <= last_N1
-    if form.window:
-        visible_NT &= position_T > last_N1 - form.window
-    query_KSND = torch.unflatten(query_NHD, 1, (K, -1)).permute(1, 2, 0, 3)
-    scores_KSNT = query_KSND.float() @ keys_KTD.float().transpose(1, 2)[:, None] * scale
-    if form.softcap:
-        scores_KSNT = form.softcap * torch.tanh(scores_KSNT / form.softcap)
-    scores_KSNT.masked_fill_(~visible_NT, -torch.inf)
-    if form.sinks_H is not None:
-        sinks_KSN1 = form.sinks_H.float().view(K, -1, 1, 1).expand(-1, -1, N, 1)
-        scores_KSNT = torch.cat([scores_KSNT, sinks_KSN1], -1)
-    output_KSND = scores_KSNT.softmax(-1)[..., :T] @ values_KTD.float()[:, None]
-    return output_KSND.permute(2, 0, 1, 3).flatten(1, 2).to(query_NHD.dtype)
 
 
 def _multiple(n: int, of: int) -> int:

@@ -1,0 +1,170 @@
+"""One process leads a sharded learner, and the others do what it does."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from groupwise.errors import LearnerLost, RunError, UserError, first_line, is_out_of_memory
+from groupwise.files import Digest
+from groupwise.learner.base import TokenRecord
+from groupwise.learner.processes import ManyRanks
+from groupwise.learner.updates import Update
+from groupwise.models import LanguageModel
+from groupwise.types import Batch, LogprobBatch, TrainingBatch
+
+if TYPE_CHECKING:
+    from groupwise.learner.sharded import ShardedLearner
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a process reports of what it was asked for."""
+
+    error: BaseException | None = None
+    files: Mapping[str, Digest] | None = None
+    """What it wrote for a checkpoint."""
+
+
+def attempt(learner: "ShardedLearner | None", name: str, arguments: tuple[Any, ...]) -> tuple[Any, BaseException | None]:
+    """Call a method; returns its result, and what it raised if the processes are still in step after it.
+
+    They are where the method decides together (`RunError`, `UserError`), and where it needs no other process (files).
+
+    Raises:
+        Exception: anything else: the others may be waiting for this process in the middle of a forward pass.
+    """
+    try:
+        return getattr(learner, name)(*arguments), None
+    except (UserError, RunError) as error:
+        if error.__cause__ is not None and is_out_of_memory(error.__cause__):
+            raise  # this process alone is short of memory
+        return None, error
+    except Exception as error:  # reading damaged files may raise anything, on all processes alike
+        if name != "load":
+            raise
+        return None, error
+
+
+def follow(learner: "ShardedLearner | None", ranks: ManyRanks) -> int:
+    """Do what process 0 does, until it says to end. Returns the exit code. `learner`: None where making it has failed, so that
+    there is only the end to wait for."""
+    try:
+        while True:
+            order = ranks.order()
+            if isinstance(order, int):
+                ranks.leave()
+                return order
+            name, arguments = order
+            if name == "update":
+                arguments = (arguments[0], _forget if arguments[1] else None)
+            result, error = attempt(learner, name, arguments)
+            ranks.gather(Outcome(error, result if name == "save" else None))
+    except Exception as error:  # out of memory, a lost connection, or a fault of ours: none can go on without the others
+        if not _is_lost(error):
+            ranks.say_failed(f"{type(error).__name__}: {first_line(error)}")
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # without waiting for exchanges that will not end
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether an exchange failed since another process has ended."""
+    return type(error).__name__ in ("DistNetworkError", "DistBackendError") or "onnection" in first_line(error)
+
+
+def _forget(record: TokenRecord) -> None:
+    """Process 0 has the records of all."""
+
+
+class Leader:
+    """The `Learner` of process 0, whose calls all processes carry out."""
+
+    def __init__(self, learner: "ShardedLearner", ranks: ManyRanks) -> None:
+        self._learner, self._ranks = learner, ranks
+        self.lost: str | None = None
+        """Why the processes cannot go on; None: they can."""
+
+    @property
+    def version(self) -> int:
+        """Optimiser updates taken."""
+        return self._learner.version
+
+    def begin_step(self) -> None:
+        """See `Learner.begin_step`."""
+        self._everywhere("begin_step")
+
+    def take_back(self) -> bool:
+        """See `Learner.take_back`."""
+        return self.lost is None and bool(self._everywhere("take_back"))
+
+    def compute_logprobs(self, batch: Batch) -> tuple[LogprobBatch, dict[str, float]]:
+        """See `Learner.compute_logprobs`."""
+        found: tuple[LogprobBatch, dict[str, float]] = self._everywhere("compute_logprobs", batch)
+        return found
+
+    def update(self, minibatch: TrainingBatch, record: Callable[[TokenRecord], None] | None = None) -> Update:
+        """See `Learner.update`."""
+        found: Update = self._everywhere("update", minibatch, record is not None, own=(minibatch, record))
+        return found
+
+    def probe(self, tokens: Tensor) -> Tensor:
+        """See `Learner.probe`."""
+        found: Tensor = self._everywhere("probe", tokens)
+        return found
+
+    def publish(self, directory: Path) -> None:
+        """See `Learner.publish`."""
+        self._everywhere("publish", directory)
+
+    def save(self, directory: Path) -> Mapping[str, Digest]:
+        """See `Learner.save`. All processes write into the directory, which all of them must see."""
+        found: Mapping[str, Digest] = self._everywhere("save", directory)
+        return found
+
+    def load(self, directory: Path) -> None:
+        """See `Learner.load`."""
+        self._everywhere("load", directory)
+
+    def export(self, directory: Path, tokenizer: Any) -> dict[str, float]:
+        """See `Learner.export`."""
+        found: dict[str, float] = self._everywhere("export", directory, None, own=(directory, tokenizer))
+        return found
+
+    def give_weights(self, to: LanguageModel) -> None:
+        """Copy the trained weights to a model of this process that is not sharded."""
+        self._everywhere("give_weights", own=(to,))
+
+    def close(self, code: int = 0) -> None:
+        """Let the other processes exit with a code; the learner is gone then."""
+        self.lost = self.lost or "it was closed"
+        self._ranks.end(code)
+
+    def _everywhere(self, name: str, *arguments: Any, own: tuple[Any, ...] | None = None) -> Any:
+        """Have a method called on all processes; `own`: the arguments on this one, if they differ."""
+        if self.lost is not None:
+            raise LearnerLost(f"the learner's processes have ended: {self.lost}")
+        try:
+            self._ranks.order((name, arguments))
+            result, error = attempt(self._learner, name, arguments if own is None else own)
+            outcomes = self._ranks.gather(Outcome(error, result if name == "save" else None))
+        except BaseException as error:  # an interrupt too: the others are in the middle of it
+            own_text = f"{type(error).__name__}: {first_line(error)}"
+            said = self._ranks.failure() if isinstance(error, Exception) else None
+            self.lost = said or own_text
+            self._ranks.leave()
+            if said is None and not _is_lost(error):
+                raise
+            raise LearnerLost(said or f"a process of the learner has ended ({own_text})") from error
+        if error is not None:
+            raise error
+        for rank, outcome in enumerate(outcomes):
+            if outcome.error is not None:
+                raise type(outcome.error)(f"process {rank} of the learner: {outcome.error}") from outcome.error
+        if name == "save":
+            return {file: digest for outcome in outcomes for file, digest in (outcome.files or {}).items()}
+        return result

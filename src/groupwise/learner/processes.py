@@ -1,0 +1,95 @@
+"""The processes that torchrun has started, as a learner sees them."""
+
+import os
+from contextlib import suppress
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from groupwise.learner.ranks import Item, Run
+from groupwise.models import LanguageModel, sharding
+
+LIMIT = timedelta(minutes=10)
+"""For each exchange between processes that are at work: the longest that one may let the others wait."""
+IDLE = timedelta(days=365)
+"""The same while the others wait for process 0 to ask for something; they see at once when it ends."""
+FAILED = "groupwise/failed"
+"""Where in the store of torchrun a process that fails says why."""
+
+
+class ManyRanks:
+    """This process and the others; see `Ranks`."""
+
+    def __init__(self, limit: timedelta = LIMIT) -> None:
+        """`limit`: for each exchange between processes that are at work."""
+        self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+        # Objects go over the CPU, also where weights go from GPU to GPU.
+        self._objects = distributed.new_group(backend="gloo", timeout=limit)
+        self._orders = distributed.new_group(backend="gloo", timeout=IDLE)
+
+    @classmethod
+    def join(cls, limit: timedelta = LIMIT) -> "ManyRanks":
+        """Meet the other processes, and take this one's GPU where there are any."""
+        distributed.init_process_group(_take_device(), timeout=limit)
+        return cls(limit)
+
+    def mesh(self, device: torch.device) -> DeviceMesh:
+        return init_device_mesh(device.type, (self.size,))
+
+    def shard(self, model: LanguageModel, network: Any, precision: str) -> Run:
+        root = sharding.shard(model, network, self.mesh(model.device), precision)
+        return partial(sharding.run, root)
+
+    def gather(self, item: Item) -> list[Item]:
+        found: list[Any] = [None] * self.size
+        distributed.all_gather_object(found, item, group=self._objects)
+        return found
+
+    def total(self, tensor: Tensor) -> Tensor:
+        distributed.all_reduce(tensor, group=self._objects)
+        return tensor
+
+    # --- leading
+
+    def order(self, item: Any = None) -> Any:
+        """What process 0 gives, for all. A number: they are to exit with it."""
+        found = [item]
+        distributed.broadcast_object_list(found, src=0, group=self._orders)
+        return found[0]
+
+    def say_failed(self, text: str) -> None:
+        """Leave word of why this process ends."""
+        distributed.distributed_c10d._get_default_store().set(FAILED, f"process {self.rank} of the learner: {text}")
+
+    def failure(self, patience: timedelta = timedelta(seconds=5)) -> str | None:
+        """Why a process has ended, if one says so; `patience`: how long to wait for its word."""
+        store = distributed.distributed_c10d._get_default_store()
+        try:
+            store.wait([FAILED], patience)
+            return str(store.get(FAILED), "utf-8")
+        except RuntimeError:  # none has said anything, or whoever keeps the store has ended too
+            return None
+
+    def end(self, code: int) -> None:
+        """On process 0: have the others exit with a code."""
+        if distributed.is_initialized():
+            with suppress(RuntimeError):  # those that have ended
+                self.order(code)
+        self.leave()
+
+    def leave(self) -> None:
+        """Close the connections, so that no process waits for this one any more."""
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def _take_device() -> str:
+    """Make this process's GPU its current device, where there are any; returns the backends. Runs on one GPU per process."""
+    if not torch.cuda.is_available():
+        return "gloo"
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return "cpu:gloo,cuda:nccl"

@@ -1,0 +1,112 @@
+"""The learner over several processes, which torchrun starts: FSDP2 slices weights, gradients and moments over them.
+
+All processes run the same `ShardedLearner` on the same batches, each its own rows. Process 0 leads: what its `Leader` is asked
+for, the others, which `follow`, do at the same time.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from groupwise.algorithms import Algorithm
+from groupwise.errors import UserError
+from groupwise.files import Digest, sync
+from groupwise.learner.following import Leader, follow
+from groupwise.learner.local import LocalLearner
+from groupwise.learner.processes import ManyRanks
+from groupwise.models import LanguageModel, checkpoint, export, published
+from groupwise.models.sharding import full, gathered
+from groupwise.models.shards import Stored, write_shards
+from groupwise.state import encode, read_state, write_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from groupwise.config import Recipe
+
+
+class ShardedLearner(LocalLearner):
+    """One process's part of a learner that is sharded over several. Every method is for all of them to call, in one order."""
+
+    ranks: ManyRanks
+
+    def __init__(self, model: LanguageModel, *arguments: Any, **keywords: Any) -> None:
+        """As `LocalLearner`, with `ranks`."""
+        self._identity = checkpoint.identity(model.module)  # of whole weights
+        super().__init__(model, *arguments, **keywords)
+
+    # --- checkpoints
+
+    def save(self, directory: Path) -> dict[str, Digest]:
+        """Write this process's slices; returns what its own files hold."""
+        text, tensors = encode(self.state_dict())
+        rank = self.ranks.rank
+        found = write_shards(directory / "model", checkpoint.stored(self.model.module), self._identity, rank=rank)
+        found |= write_shards(directory / "learner", tensors, rank=rank)
+        for stem in ("model", "learner"):
+            sync(directory / stem)
+        return found | (write_text(directory / "learner.json", text) if rank == 0 else {})
+
+    def load(self, directory: Path) -> None:
+        """Continue from what `save` wrote, be it with another number of processes, or that of a `LocalLearner`."""
+        mesh = self.ranks.mesh(self.model.device)
+        state: dict[str, Any] = read_state(directory / "learner", Stored(directory / "learner").read(mesh))
+        checkpoint.load_weights(self.model.module, directory / "model", self._identity)
+        self.load_state_dict(state)
+
+    # --- whole weights
+
+    def publish(self, directory: Path) -> None:
+        """See `Learner.publish`. Process 0 writes what all of them have gathered, one weight after the other."""
+        with gathered(self.model.module, keep=self.ranks.rank == 0):
+            if self.ranks.rank == 0:
+                published.publish(self.model, directory)
+
+    def export(self, directory: Path, tokenizer: Any) -> dict[str, float]:
+        """See `Learner.export`."""
+        with gathered(self.model.module, keep=self.ranks.rank == 0):
+            if self.ranks.rank == 0:
+                export.write(self.model, directory, tokenizer, merge=self.merge_adapters)
+        with torch.no_grad():
+            return self._runs[self.model](export.gap, self.model) if self.merge_adapters else {}
+
+    @torch.no_grad()
+    def give_weights(self, to: LanguageModel | None = None) -> None:
+        """Copy the trained weights to a model that is not sharded, on process 0 (elsewhere None)."""
+        mine = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        theirs = [None] * len(mine) if to is None else [weight for weight in to.parameters() if weight.requires_grad]
+        for parameter, weight in zip(mine, theirs, strict=True):
+            whole = full(parameter)
+            if weight is not None:
+                weight.copy_(whole)
+
+
+def build(
+    recipe: "Recipe", algorithm: Algorithm, load: "Callable[[], LanguageModel]", ranks: ManyRanks | None = None
+) -> Leader:
+    """The learner of a recipe over the processes that torchrun has started, of which this is one.
+
+    Process 0 gets its leader, which has to be closed. The others do not return: they do what it asks for and exit as it says.
+
+    Args:
+        load: loads the policy; called once this process has its device.
+        ranks: the processes, where they have met already.
+
+    Raises:
+        UserError: the model cannot be loaded, or not be sharded. The others exit with code 2.
+        SystemExit: on the other processes, when the leader is closed (with the code that it gives) or lost.
+    """
+    ranks = ranks or ManyRanks.join()
+    learner, problem = None, None
+    try:
+        learner = ShardedLearner.build(recipe, algorithm, load(), ranks)
+    except UserError as error:
+        problem = error
+    problems = [found for found in ranks.gather(problem) if found is not None]
+    if problems and ranks.rank == 0:
+        ranks.end(2)
+        raise problems[0]
+    if ranks.rank or learner is None:
+        raise SystemExit(follow(learner, ranks))
+    return Leader(learner, ranks)

@@ -1,0 +1,113 @@
+"""FSDP2: each process holds a slice of every weight, gradient and moment; a layer's weights are gathered while it runs."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import GradientCheckpointingLayer
+
+from groupwise.errors import UserError
+from groupwise.models.language_model import LanguageModel
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+class Root(nn.Module):
+    """A network as FSDP's root: what it is called with runs while the weights outside the layers are gathered.
+
+    Log-probabilities need the output matrix in both passes, so they have to be computed inside the root's forward pass.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        return function(*arguments, **keywords)
+
+
+def shard(model: LanguageModel, network: nn.Module, mesh: DeviceMesh, precision: str) -> Root:
+    """Slice a model's weights over the processes of a mesh; from then on its forward passes run inside the returned root.
+
+    Args:
+        model: the owner of the network, whose trials are made first: they need whole weights.
+        network: its module, or one around its decoder.
+        precision: "bfloat16": on a GPU, weights are gathered in it and gradients summed in float32.
+
+    Raises:
+        UserError: the model cannot be sharded.
+    """
+    model.check_once()
+    decoder, root = model.decoder, Root(network)
+    if decoder.compiled:
+        raise UserError("a model that runs through torch.compile cannot be sharded: set model.compile = false")
+    decoder.kept_dtype = decoder.dtype
+    settings: dict[str, Any] = {"mesh": mesh}
+    if precision == "bfloat16" and not decoder.on_cpu:
+        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    try:
+        for layer in _layers(decoder.module):
+            fully_shard(layer, **settings)
+        fully_shard(root, reshard_after_forward=False, **settings)
+    except (ValueError, NotImplementedError) as error:  # such as weights without a dimension
+        raise UserError(f"{model.name} cannot be sharded: {error}") from error
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # the sum over processes, and not their mean
+            module.set_force_sum_reduction_for_comms(True)  # which gloo has, unlike a sum with a factor
+            # The processes must agree on what is reduced where a weight is used by the tokens of some of them only.
+            module.set_reduce_scatter_unused_params(True)
+    return root
+
+
+def _layers(module: nn.Module) -> list[nn.Module]:
+    """The outermost layers of a decoder."""
+    layers = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    inside = {inner for layer in layers for inner in layer.modules() if inner is not layer}
+    return [layer for layer in layers if layer not in inside]
+
+
+def run(root: Root, function: Callable[Arguments, Result], *arguments: Arguments.args, **keywords: Arguments.kwargs) -> Result:
+    """The result of a function that runs the network. All processes of the mesh must do this, and then the backward pass."""
+    result: Result = root(function, *arguments, **keywords)
+    if not torch.is_grad_enabled():  # else the backward pass does it
+        root.reshard()  # type: ignore[operator]
+    return result
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A tensor as a whole, which all processes must ask for."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def gathered(network: nn.Module, *, keep: bool) -> Iterator[None]:
+    """Within: the network holds whole weights on the CPU, one gathered after the other, where `keep`; elsewhere none.
+
+    Its forward pass cannot run meanwhile.
+    """
+    shards = [
+        (module, name, parameter)
+        for module in network.modules()
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+        if isinstance(parameter, DTensor)
+    ]
+    whole: dict[int, nn.Parameter] = {}
+    for _, _, parameter in shards:
+        if id(parameter) not in whole:  # an embedding may be the output matrix too
+            tensor = parameter.detach().full_tensor()
+            kept = tensor.cpu() if keep else torch.empty(0, dtype=tensor.dtype)
+            whole[id(parameter)] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
+    try:
+        for module, name, parameter in shards:
+            module.register_parameter(name, whole[id(parameter)])
+        yield
+    finally:
+        for module, name, parameter in shards:
+            module.register_parameter(name, parameter)

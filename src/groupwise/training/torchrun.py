@@ -1,0 +1,101 @@
+"""`torchrun --nproc-per-node N -m groupwise train RECIPE`: the learner is sharded over the processes that torchrun starts.
+
+Process 0 is the run: it samples, with a whole copy of the weights, scores, and leads the learner. The others learn with it.
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import typer
+
+from groupwise.errors import UserError
+from groupwise.models import LanguageModel
+from groupwise.rollouts.base import LocalSampler
+from groupwise.training.algorithm import build_algorithm
+from groupwise.training.records import RunDirectory
+from groupwise.training.session import Launch
+from groupwise.training.setup import Ready, load_policy
+from groupwise.types import Metrics
+
+if TYPE_CHECKING:
+    from groupwise.learner.following import Leader
+    from groupwise.learner.processes import ManyRanks
+
+
+@dataclass(frozen=True, slots=True)
+class Sharded:
+    """The leader of a sharded learner, and a sampler in this process with a whole copy of the policy."""
+
+    learner: "Leader"
+    sampler: LocalSampler
+    copy: LanguageModel
+
+    def bring_weights(self) -> None:
+        self.learner.give_weights(self.copy)
+        self.sampler.load(self.copy, self.learner.version)
+
+    def metrics(self) -> Metrics:
+        return {}
+
+
+@contextmanager
+def led() -> Iterator[Launch | None]:
+    """Within: what launches a run over the processes of torchrun; None where it has not started this one.
+
+    Processes but the first do not get there: they take part in the run of the first, and exit with its code.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "LOCAL_RANK" not in os.environ:
+        yield None
+        return
+    from groupwise.learner.processes import ManyRanks  # only where it is needed: importing torch.distributed takes time
+
+    ranks = ManyRanks.join()
+    if ranks.rank:
+        _follow(ranks)
+    code = 1
+    try:
+        yield partial(_launched, ranks)
+        code = 0
+    except (typer.Exit, SystemExit) as leaving:
+        code = getattr(leaving, "exit_code", getattr(leaving, "code", 1))
+        raise
+    finally:
+        ranks.end(code)
+
+
+def _follow(ranks: "ManyRanks") -> None:
+    """Take part in the run of process 0.
+
+    Raises:
+        SystemExit: when that ends.
+    """
+    from groupwise.learner.sharded import build
+
+    for number in (signal.SIGINT, signal.SIGHUP):  # which reach all processes of a terminal: it is for process 0 to end the run
+        signal.signal(number, signal.SIG_IGN)
+    order = ranks.order()
+    if isinstance(order, int):
+        raise SystemExit(order)
+    recipe, source = order
+    build(recipe, build_algorithm(recipe.algorithm, source), partial(load_policy, recipe, source), ranks)
+
+
+@contextmanager
+def _launched(ranks: "ManyRanks", ready: Ready, directory: RunDirectory) -> Iterator[Sharded]:
+    """
+    Raises:
+        UserError: the recipe asks for processes of its own, or the model cannot be sharded.
+    """
+    from groupwise.learner.sharded import build
+
+    recipe, source = ready.recipe, ready.source
+    if ready.model is None:
+        raise UserError("torchrun and [cluster] both start processes: leave out cluster.learners and cluster.samplers, or torchrun")
+    ranks.order((recipe, source))
+    leader = build(recipe, ready.algorithm, partial(load_policy, recipe, source), ranks)
+    yield Sharded(leader, ready.make_sampler(ready.model), ready.model)
