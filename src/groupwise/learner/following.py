@@ -21,6 +21,7 @@ from groupwise.types import Batch, LogprobBatch, TrainingBatch
 if TYPE_CHECKING:
     from groupwise.learner.sharded import ShardedLearner
 
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a process reports of what it was asked for."""
