@@ -62,7 +62,7 @@ class LocalLearner:
         self._runs = {one: ranks.shard(one, one.module, settings.precision) for one in sharded}
         self.merge_adapters = merge_adapters
         self.algorithm, self.settings = algorithm, settings
-        self.budget = Budget(settings.micro_batch_tokens)
+        self.budget = Budget(settings.micro_batch_tokens, fixed=ranks.size > 1)
         self.temperature, self.max_tokens = temperature, max_tokens
         self.optimiser = Optimiser(
             model.parameters(),

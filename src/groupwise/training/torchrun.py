@@ -95,7 +95,9 @@ def _launched(ranks: "ManyRanks", ready: Ready, directory: RunDirectory) -> Iter
 
     recipe, source = ready.recipe, ready.source
     if ready.model is None:
-        raise UserError("torchrun and [cluster] both start processes: leave out cluster.learners and cluster.samplers, or torchrun")
+        raise UserError(
+            "torchrun and [cluster] both start processes: leave out cluster.learners and cluster.samplers, or torchrun"
+        )
     ranks.order((recipe, source))
     leader = build(recipe, ready.algorithm, partial(load_policy, recipe, source), ranks)
     yield Sharded(leader, ready.make_sampler(ready.model), ready.model)
