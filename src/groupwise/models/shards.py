@@ -62,7 +62,8 @@ class Stored:
         """
         whole = stem.with_name(f"{stem.name}.safetensors")
         self._files = sorted(stem.glob("*.safetensors")) if stem.is_dir() else [whole]
-        self._tensors: dict[str, TensorStorageMetadata] = _Reader(self._files).read_metadata().state_dict_metadata
+        found = _Reader(self._files).read_metadata().state_dict_metadata.items()
+        self._tensors = {name: tensor for name, tensor in found if isinstance(tensor, TensorStorageMetadata)}
 
     def metadata(self) -> dict[str, str]:
         with safe_open(str(self._files[0]), "pt") as file:
