@@ -19,10 +19,14 @@ if TYPE_CHECKING:
 
 
 def publish(model: "LanguageModel", directory: Path) -> None:
-    """Write the model's weights, adapters merged, in their own dtype; see `Learner.publish`."""
+    """Write the model's weights, adapters merged, in their own dtype; see `Learner.publish`.
+
+    A head that is tied to the embeddings is written like any other tensor: vLLM 0.32 on a CPU keeps a packed copy of it, which a
+    reload renews only where the files name it.
+    """
     partial = directory.with_name(files.PARTIAL + directory.name)
     shutil.rmtree(partial, ignore_errors=True)
-    export.save_model(model.module, partial, model.dtype)
+    export.save_model(model.module, partial, model.dtype, with_tied=True)
     partial.rename(directory)
 
 
