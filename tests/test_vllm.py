@@ -22,10 +22,10 @@ from torch import Tensor
 from groupwise.config import Recipe
 from groupwise.learner.probing import probe
 from groupwise.models import LanguageModel, load_tokenizer, published
-from groupwise.models.loading import shipped_path
+from groupwise.models.loading import stored_end_tokens
 from groupwise.rollouts.base import Request, Sampling
 from groupwise.rollouts.native import NativeSampler
-from groupwise.rollouts.servers import Published, Refused
+from groupwise.rollouts.servers import Given, Published, Refused
 from groupwise.rollouts.vllm import VllmServer, command
 from groupwise.types import Completion
 
@@ -41,13 +41,14 @@ class Server:
     address: str
     tokenizer: Any
     ends: set[int]
-    log: Path
+    given: Given
 
     def ask(self, question: Callable[[VllmServer], Awaitable[Result]]) -> Result:
         """The answer to what is asked of the server, in an event loop of its own."""
 
         async def asked() -> Result:
             server = VllmServer(self.address, self.tokenizer, self.ends)
+            server.given = self.given
             try:
                 return await question(server)
             finally:
@@ -62,16 +63,16 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def serve(model: Path, log: Path, *, recipe: Recipe, environment: dict[str, str] | None = None) -> Iterator[str]:
+def serve(recipe: Recipe, log: Path) -> Iterator[str]:
     """A server's address; it ends with the iterator."""
     if not PYTHON.exists():
         pytest.skip("vLLM is not installed here: make .bench/vllm/.ready")
     port = free_port()
-    words, settings = command(recipe, model=str(model), host="127.0.0.1", port=port, gpus=0)
+    words, settings = command(recipe, host="127.0.0.1", port=port, gpus=0)
     with log.open("wb") as output:
         child = subprocess.Popen(
             words,
-            env={**os.environ, **settings, "OMP_NUM_THREADS": "1", **(environment or {})},
+            env={**os.environ, **settings, "OMP_NUM_THREADS": "1"},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -101,10 +102,11 @@ def wait_for_health(address: str, child: "subprocess.Popen[bytes]", log: Path) -
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("vllm") / "vllm.log"
     tokenizer = load_tokenizer("arithmetic-base")
-    ends = LanguageModel.load("arithmetic-base").end_tokens(tokenizer)
+    ends = stored_end_tokens("arithmetic-base", tokenizer)
+    assert ends == LanguageModel.load("arithmetic-base").end_tokens(tokenizer)
     recipe = Recipe.model_validate({"cluster": {"vllm": VLLM, "vllm_arguments": ["--max-model-len=512"]}})
-    for address in serve(shipped_path("arithmetic-base"), log, recipe=recipe):
-        yield Server(address, tokenizer, ends, log)
+    for address in serve(recipe, log):
+        yield Server(address, tokenizer, ends, Given())
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +135,7 @@ def of_base(base: LanguageModel, server: Server, tmp_path: Path) -> Published:
 
 def publish(model: LanguageModel, directory: Path, version: int) -> Published:
     published.publish(model, directory)
-    return Published(directory=directory, id=Published.id_of(f"{time.monotonic_ns()}", version), version=version)
+    return Published(directory=directory, id=f"{time.monotonic_ns()}-v{version}", version=version)
 
 
 def logprobs(model: LanguageModel, prompt: Tensor, completion: Completion, temperature: float = 1.0) -> Tensor:

