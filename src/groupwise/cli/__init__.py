@@ -11,13 +11,14 @@ from groupwise.cli import (  # each adds its commands to the application
     evidence,
     export,
     init,
+    plan,
     track,
     train,
 )
 from groupwise.cli.common import app as app
 from groupwise.training.output import close_outputs
 
-__all__ = ["ablate", "algorithms", "app", "data", "evaluate", "evidence", "export", "init", "main", "track", "train"]
+__all__ = ["ablate", "algorithms", "app", "data", "evaluate", "evidence", "export", "init", "main", "plan", "track", "train"]
 
 
 def main() -> None:
