@@ -4,14 +4,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from groupwise.cli.common import Overrides, app, console, exit_codes
 from groupwise.config import Recipe, find_recipe, load
-
-LOOKED_AT = 64
-"""Problems whose prompts' lengths are measured."""
 
 
 @app.command()
@@ -46,13 +43,14 @@ def plan(
 def _show(found: Any) -> None:
     console.print(_memory(found))
     console.print(_options(found))
+    console.print(LEGEND, soft_wrap=True)
     for line in found.notes:
         console.print(Text(f"assumed: {line}", style="dim"), soft_wrap=True)
     best = found.best
     console.print()
     if best.samplers:
         lines = [f"--set {key}={str(value).lower()}" for key, value in best.settings().items()]
-        console.print("the fastest of these: " + " ".join(lines), soft_wrap=True)
+        console.print("to run it so: " + " ".join(lines), soft_wrap=True)
     else:
         console.print("one GPU: one process samples and learns in turn, and no key needs to be set", soft_wrap=True)
 
@@ -74,21 +72,25 @@ def _memory(found: Any) -> Table:
 
 def _options(found: Any) -> Table:
     title = "The best split for each bound on the staleness, simulated"
-    table = Table("", "samplers", "learners", "rows", "s/step", "tokens/s", "samplers", "learners", "age", title=title)
-    table.columns[6].header, table.columns[7].header = "samplers busy, full", "learners busy"
+    columns = ("staleness", "samplers", "learners", "rows", "s/step", "tokens/s", "sampling", "full", "learning", "age")
+    table = Table(*(Column(name, justify="right", no_wrap=True) for name in columns), title=title, padding=(0, 0))
     for option in found.options:
         outcome = option.outcome
-        name = f"staleness {option.staleness}" if option.staleness else "synchronous"
+        pieces = (str(option.samplers), str(option.learners)) if option.samplers else ("1 process", "")
         table.add_row(
-            name,
-            str(option.samplers or "1 process"),
-            str(option.learners or ""),
+            str(option.staleness),
+            *pieces,
             f"{option.rows:,}",
             f"{outcome.seconds:,.3g}",
             f"{outcome.tokens / outcome.steps / outcome.seconds:,.0f}",
-            f"{outcome.sampler_busy:.0%}, {outcome.sampler_fill:.0%}",
-            f"{outcome.learner_busy:.0%}",
+            *(f"{share:.0%}" for share in (outcome.sampler_busy, outcome.sampler_fill, outcome.learner_busy)),
             str(outcome.largest_age),
             style="bold" if option is found.best else None,
         )
     return table
+
+
+LEGEND = (
+    "staleness 0 is synchronous; rows: completions that a sampler generates at once; sampling: share of time with a row, full: "
+    "tokens made over those of all rows taken; learning: share of time; age: the most steps that a group is behind"
+)

@@ -2,7 +2,7 @@
 
 Counted is what the code allocates: what autograd keeps for each layer, the output layer's blocks of logits, the optimiser's
 state, the KV cache of all rows at their longest. `benchmarks/plan_memory.py` compares it with measured peaks. Where theory ends
-there are constants: `SLACK` was measured, `CONTEXT` was not.
+there are constants: `SLACK` and `HEAP` were fitted to measurements, `CONTEXT` was not.
 """
 
 import math
@@ -13,8 +13,11 @@ from groupwise.config import Recipe
 from groupwise.models.head import ELSEWHERE, LOGITS_AT_ONCE
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-SLACK = 1.03
-"""What allocators lose between tensors, as a share: measured on a CPU, where peaks are 1 to 6 % above the sum of the tensors."""
+SLACK = 1.02
+"""What PyTorch's allocator of a GPU needs, over the sum of the tensors; fitted to the four peaks in benchmarks/RESULTS.md."""
+HEAP = 104 * 2**20, 35 * 2**20
+"""On a CPU: what glibc's heap keeps of freed tensors in a learner and in a sampler, whatever the model. Fitted: peaks
+are lower by this with an mmap threshold of 64 KiB, with which freed tensors are given back."""
 CONTEXT = 1.0e9
 """Of a process on a GPU, outside PyTorch's allocator: CUDA's context and libraries. From public reports, not measured here."""
 HEAD_BLOCKS = 3
@@ -33,6 +36,8 @@ class Memory:
     """What is there all the time, by name."""
     phases: dict[str, dict[str, float]] = field(default_factory=dict)
     """What each phase takes besides; only the largest counts."""
+    heap: float = 0.0
+    """On a CPU: of `HEAP`."""
 
     @property
     def parts(self) -> dict[str, float]:
@@ -42,7 +47,7 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        return SLACK * sum(self.parts.values())
+        return sum(self.parts.values()) * (SLACK if self.heap == 0 else 1.0) + self.heap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,42 +85,73 @@ def learner_memory(shape: ModelShape, recipe: Recipe, needs: Needs, load: Load, 
     trained = shape.parameters if lora is None else shape.adapter(lora.rank)
     weights = shape.parameters + (trained if lora is not None else 0)
     critic = trained if needs.critic else 0
-    rounds = settings.precision == "bfloat16" and wide == 4
-    narrow = 2 if rounds else wide
+    precision = Precision.of(recipe, gpu=gpu)
+    narrow, rounds = precision.inputs, precision.inputs < wide
     held = {
         "weights": weights * wide / ranks,
         "AdamW's moments": 2 * trained * wide / ranks,
         "reference": shape.parameters * wide / ranks if needs.reference and lora is None else 0.0,
         "critic and its moments": (critic * 2 + (critic if lora else shape.parameters if critic else 0)) * wide / ranks,
     }
-    split = max(1.0, load.packed / (ranks * settings.minibatches))
-    tokens = min(float(settings.micro_batch_tokens), split)
-    gradients = trained * wide / ranks
-    working = {
-        "activations": tokens * activations(shape, wide, narrow, checkpointing=settings.checkpointing, gpu=gpu),
-        "backward pass of a layer": tokens * 3 * (shape.mlp_width + shape.hidden) * narrow,
+    gradients = {"gradients": trained * wide / ranks}
+    batch = {"rollout batch": load.prompts * load.group * load.max_tokens * BATCH_TOKEN}
+    fixed = {
         "a matrix's own gradient": min(trained, shape.largest_matrix) * wide if ranks == 1 else 0.0,
-        "logits": logits(shape, tokens, gpu=gpu),
         "bfloat16 copies of weights": (shape.linear + shape.head) * 2 if rounds and ranks == 1 else 0.0,
         "gathered layers": gathered(shape, narrow) if ranks > 1 else 0.0,
-        "rollout batch": load.prompts * load.group * load.max_tokens * BATCH_TOKEN,
     }
-    several = split > tokens  # else the gradients arrive as the activations go
-    update = {"gradients": gradients if several else 0.0, **working}
-    step = {"gradients": gradients, "rollout batch": working["rollout batch"]}
-    return Memory(held=held, phases={"update": update, "optimiser": step})
+
+    def micro_batch(tokens: float) -> dict[str, float]:
+        tokens *= 1 - load.prompts * load.group / load.packed  # a completion's last token predicts nothing and is not run
+        return {
+            "activations": tokens * activations(shape, precision, checkpointing=settings.checkpointing, gpu=gpu),
+            "backward pass of a layer": tokens * 2 * (shape.mlp_width + shape.hidden) * precision.between,
+            "logits": logits(shape, tokens, gpu=gpu),
+            **fixed,
+            **batch,
+        }
+
+    # An update's first micro-batch finds no gradients yet: they arrive as the activations go.
+    split, most = load.packed / (ranks * settings.minibatches), float(settings.micro_batch_tokens)
+    phases = {"first": micro_batch(min(most, split)), "optimiser": gradients | batch}
+    if split > most:
+        phases["later"] = gradients | micro_batch(min(most, split - most))
+    return Memory(held=held, phases=phases, heap=0.0 if gpu else HEAP[0])
 
 
-def activations(shape: ModelShape, wide: int, narrow: int, *, checkpointing: bool, gpu: bool) -> float:
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Bytes of a number."""
+
+    weights: int
+    """Also of the residual stream."""
+    inputs: int
+    """Of what linear layers keep of their inputs."""
+    between: int
+    """Of what other operations keep."""
+    copies: bool = False
+    """Whether inputs are copies of what other operations keep too."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, *, gpu: bool) -> "Precision":
+        wide = BYTES[recipe.model.dtype]
+        if recipe.learner.precision != "bfloat16" or wide == 2:
+            return cls(wide, wide, wide)
+        return cls(4, 2, 2) if gpu else cls(4, 2, 4, copies=True)  # on a CPU only linear layers run in it
+
+
+def activations(shape: ModelShape, precision: Precision, *, checkpointing: bool, gpu: bool) -> float:
     """Bytes per packed token that are kept for the backward pass.
 
     Of each layer: the residual stream twice, which the norms keep; their outputs; queries, keys, values and the output of
     attention; the MLP's gate, up and inner vectors, and on a GPU also SiLU's output, which the C++ kernel computes again.
     """
-    mlp = (4 if gpu else 3) * shape.mlp_width + 2 * shape.hidden * shape.experts
-    layer = 2 * shape.hidden * wide + (2 * shape.hidden + shape.attention + mlp) * narrow
-    ends = 4 * shape.hidden * wide  # final norm, the rows of completions alone, and their gradient
-    return ends + (layer + shape.layers * shape.hidden * wide if checkpointing else shape.layers * layer)
+    routed = 2 * shape.hidden * shape.experts
+    inputs = 2 * shape.hidden + shape.mlp_width + routed + (shape.attended if precision.copies else 0)
+    between = shape.attention + (3 if gpu else 2) * shape.mlp_width
+    layer = 2 * shape.hidden * precision.weights + inputs * precision.inputs + between * precision.between
+    ends = 4 * shape.hidden * precision.weights  # final norm, the rows of completions alone, and their gradient
+    return ends + (layer + shape.layers * shape.hidden * precision.weights if checkpointing else shape.layers * layer)
 
 
 def logits(shape: ModelShape, tokens: float, *, gpu: bool) -> float:
@@ -148,6 +184,7 @@ def sampler_memory(
     return Memory(
         held=held,
         phases={"generation": generation(shape, recipe, load, rows=rows, prompts=prompts, gpu=gpu, vllm=vllm, shards=shards)},
+        heap=0.0 if gpu else HEAP[1],
     )
 
 

@@ -22,6 +22,8 @@ LOOKED_AT = 64
 """Problems whose prompts' lengths are measured."""
 MEAN_SHARE = 0.4
 """Of `rollouts.max_tokens`: the mean length of completions, where nothing is known of it."""
+AS_FAST = 1.05
+"""Options within this of the fastest are as fast: the difference is not worth more staleness."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +38,9 @@ class Plan:
 
     @property
     def best(self) -> Option:
-        return min(self.options, key=lambda option: option.outcome.seconds)
+        """The least stale of those that are as fast as the fastest."""
+        fastest = min(option.outcome.seconds for option in self.options)
+        return next(option for option in self.options if option.outcome.seconds <= AS_FAST * fastest)
 
 
 def plan(

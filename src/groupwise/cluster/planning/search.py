@@ -1,8 +1,11 @@
 """How a recipe's pieces could share so many GPUs: every split that fits, simulated."""
 
+import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from groupwise.cluster.planning.memory import (
     CONTEXT,
@@ -14,6 +17,8 @@ from groupwise.cluster.planning.memory import (
 )
 from groupwise.cluster.planning.rates import Rates
 from groupwise.cluster.planning.simulation import Lengths, Outcome, Setup, Simulation
+from groupwise.config import Recipe
+from groupwise.config.loading import merge_trees
 from groupwise.errors import UserError
 from groupwise.memory import size
 
@@ -159,35 +164,25 @@ def too_large(rates: Rates, gpus: int) -> str:
 
 
 def remedies(rates: Rates, ranks: int, enough: int | None) -> list[str]:
-    """Settings with which the learner fits on so many GPUs, each alone, else all together; `enough`: GPUs that suffice."""
-    settings = rates.recipe.learner
-    half = max(1, settings.micro_batch_tokens // 4)
-    changes = {
+    """Settings with which the learner fits on so many GPUs, as few as possible; `enough`: GPUs that suffice."""
+    fewer = max(1, rates.recipe.learner.micro_batch_tokens // 4)
+    changes: dict[str, dict[str, Any]] = {
         "learner.checkpointing = true": {"learner": {"checkpointing": True}},
-        f"learner.micro_batch_tokens = {half}": {"learner": {"micro_batch_tokens": half}},
+        f"learner.micro_batch_tokens = {fewer}": {"learner": {"micro_batch_tokens": fewer}},
         "model.dtype = 'bfloat16'": {"model": {"dtype": "bfloat16"}},
         "[model.lora] rank = 16": {"model": {"lora": {"rank": 16}}},
     }
-    found = []
-    for text, change in [*changes.items(), ("all of these together: " + ", ".join(changes), merged(list(changes.values())))]:
-        recipe = type(rates.recipe).model_validate(merged([rates.recipe.model_dump(by_alias=True), change]))
-        if learner_memory(rates.shape, recipe, rates.needs, rates.load, ranks=ranks).peak <= budget(rates):
-            found.append(text)
-            if text.startswith("all"):
-                break
-    if len(found) > 1:
-        found = [text for text in found if not text.startswith("all")]
+
+    def fits(*trees: dict[str, Any]) -> bool:
+        tree = functools.reduce(merge_trees, trees, rates.recipe.model_dump(by_alias=True))
+        recipe = Recipe.model_validate(tree)
+        return learner_memory(rates.shape, recipe, rates.needs, rates.load, ranks=ranks).peak <= budget(rates)
+
+    found: list[str] = []
+    for count in range(1, len(changes) + 1):
+        chosen = itertools.combinations(changes, count)
+        found = found or [" with ".join(names) for names in chosen if fits(*(changes[name] for name in names))]
     return found + ([f"{enough} GPUs for the learner"] if enough else [])
-
-
-def merged(trees: Sequence[dict[str, object]]) -> dict[str, object]:
-    """Tables over each other, the last one first."""
-    result: dict[str, object] = {}
-    for tree in trees:
-        for key, value in tree.items():
-            old = result.get(key)
-            result[key] = merged([old, value]) if isinstance(old, dict) and isinstance(value, dict) else value
-    return result
 
 
 def simulate(rates: Rates, samplers: int, learners: int, *, staleness: int, lengths: Lengths, steps: int = STEPS) -> Option:

@@ -48,6 +48,8 @@ class ModelShape:
     """Of one that is not embedding or output layer."""
     attention: int
     """Kept per token and layer for attention's backward pass."""
+    attended: int
+    """Of an attention layer's output, before its last projection."""
     mlp_width: int
     """Between an MLP's matrices, over all the experts of a token."""
     experts: int
@@ -110,6 +112,7 @@ def _measure(module: Any, text: Any) -> ModelShape:
         largest_layer=max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers),
         largest_matrix=max(matrices, default=0),
         attention=_attention(text, any(name.endswith("q_norm") for name, _ in module.named_modules())),
+        attended=_head_sizes(text)[0] if not getattr(text, "kv_lora_rank", None) else _head_sizes(text)[2],
         mlp_width=width,
         experts=chosen,
         heads=int(text.num_attention_heads),
@@ -121,10 +124,11 @@ def _measure(module: Any, text: Any) -> ModelShape:
 
 def _decoder_layers(module: Any, count: int) -> list[Any]:
     """The largest list of as many modules as the configuration has layers."""
-    lists = [found for found in module.modules() if isinstance(found, torch.nn.ModuleList) and len(found) == count]
+    lists: list[list[Any]] = [list(found) for found in module.modules() if isinstance(found, torch.nn.ModuleList)]
+    lists = [found for found in lists if len(found) == count]
     if not lists:
         raise UserError(f"{type(module).__name__} has no list of {count} layers, so its memory cannot be planned")
-    return list(max(lists, key=lambda found: sum(parameter.numel() for parameter in found.parameters())))
+    return max(lists, key=lambda found: sum(parameter.numel() for layer in found for parameter in layer.parameters()))
 
 
 def _experts(text: Any, layers: list[Any]) -> tuple[int, int, int]:
