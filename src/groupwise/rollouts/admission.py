@@ -87,6 +87,12 @@ class Admission:
             self._finished.remove(position)
             self._taken += 1
 
+    def put_back(self, positions: Iterable[int]) -> None:
+        """These groups, which were taken, were not trained on after all."""
+        for position in positions:
+            self._finished.add(position)
+            self._taken = max(0, self._taken - 1)
+
     def publish(self) -> None:
         """Weights are out that all groups taken so far were trained into: their places are free."""
         self._taken = 0

@@ -25,10 +25,11 @@ from groupwise.rollouts.samplers import find_sampler
 from groupwise.seeding import derive
 from groupwise.tasks.base import FollowsTraining, TakesEnvironments, Task
 from groupwise.training.algorithm import build_algorithm, check_together, try_parts
-from groupwise.training.collect import describe_failures, sampling_of
+from groupwise.training.collect import sampling_of
 from groupwise.training.processes import check_processes, learns_elsewhere
 from groupwise.training.prompts import build_prompts, prompt_of
 from groupwise.training.sizes import check_block, check_cache, check_step, check_training
+from groupwise.training.supply import describe_failures
 from groupwise.training.trackers import Tracker, find_trackers
 from groupwise.types import Completion, Problem
 
