@@ -1,10 +1,12 @@
 """A native sampler that generates while the learner computes: in a thread of its own, from its own copy of the weights.
 
-Run as a program, `python -m tests.beside RUN [RECIPE [SETTING...]]` begins or resumes a run with it, for tests that kill it.
+Run as a program, `python -m tests.beside RUN RECIPE SETTING...` begins a run with it, for tests that kill it.
 """
 
 import asyncio
 import contextlib
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,9 +65,18 @@ class Beside:
 
 
 @contextlib.contextmanager
-def beside(ready: Ready, directory: RunDirectory) -> Iterator[Beside]:
-    """A `Launch`."""
+def beside(ready: Ready, directory: RunDirectory, *, stop_after: int = 0) -> Iterator[Beside]:
+    """A `Launch`. `stop_after`: a step after which the process is asked to stop, as Ctrl-C does."""
     pieces = Beside(ready, delay=0.01)
+    bring = pieces.bring_weights
+
+    def bring_and_stop() -> None:
+        bring()
+        if pieces.learner.version >= stop_after * ready.recipe.learner.minibatches:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    if stop_after:
+        pieces.bring_weights = bring_and_stop  # type: ignore[method-assign]
     try:
         yield pieces
     finally:
@@ -81,9 +92,5 @@ def trainer_of(ready: Ready, path: Path, *, delay: float = 0.0) -> tuple[Trainer
 
 
 if __name__ == "__main__":
-    run, *rest = sys.argv[1:]
-    if rest:
-        planned = session.plan(rest[0], out=Path(run), overrides=rest[1:])
-    else:
-        planned = session.plan(resume=Path(run))
-    session.run(planned, Terminal(), launch=beside)
+    run, recipe, *settings = sys.argv[1:]
+    session.run(session.plan(recipe, out=Path(run), overrides=settings), Terminal(), launch=beside)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from groupwise import files
-from groupwise.training.collect import Collected, positions
+from groupwise.training.collect import Collected, in_order, positions
 from groupwise.training.metrics_file import append_line, parse, read, set_aside
 
 LEDGER = "ledger.jsonl"
@@ -39,8 +39,8 @@ class Entry:
     """Of those that are finished and wait for a later step, ascending."""
 
     @classmethod
-    def of(cls, step: int, collected: Collected, attempts: Mapping[int, int] | None = None) -> "Entry":
-        """`attempts`: of groups, by position."""
+    def of(cls, step: int, collected: Collected) -> "Entry":
+        used = in_order([*collected.groups, *collected.never_trained])
         dropped = {reason: positions(groups) for reason, groups in collected.dropped.items()}
         dropped["too old"] = positions(collected.expired)
         frontier = collected.frontier
@@ -48,7 +48,7 @@ class Entry:
             step=step,
             trained=positions(collected.groups),
             dropped={reason: found for reason, found in dropped.items() if found},
-            attempts=attempts or {},
+            attempts={group.position: group.attempts for group in used if group.attempts > 1 and group.position is not None},
             begun=frontier.begun,
             running=list(frontier.running),
             finished=list(frontier.finished),

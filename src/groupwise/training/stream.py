@@ -82,6 +82,8 @@ class Stream:
         """Before that."""
         self._done = 0
         """Steps whose weights are out."""
+        self._filled = 0
+        """Steps whose groups have been taken."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._error: BaseException | None = None
         """What ended the making of a group."""
@@ -126,7 +128,7 @@ class Stream:
 
     async def _collect(self, step: int) -> Collected:
         started = time.perf_counter()
-        self._done = step
+        self._done = self._filled = step
         self._begin()
         while self._error is None and (found := self._ready()) is None:
             self._changed.clear()
@@ -153,6 +155,7 @@ class Stream:
         full = len(chosen) == self._prompts
         used = sorted(position for position in self._finished if not full or position <= chosen[-1])
         self.admission.take(chosen)
+        self._filled = step + 1
         self._used = {position: self._finished.pop(position) for position in used}
         batch, dropped = [self._used[position] for position in chosen], dict[str, list[Group]]()
         for item in self._used.values():
@@ -168,9 +171,9 @@ class Stream:
         metrics = {
             "cluster/age_mean": sum(ages) / max(1, len(ages)),
             "cluster/age_max": float(max(ages, default=0)),
-            "cluster/under_way": float(len(frontier.running)),
-            "cluster/finished": float(len(frontier.finished)),
-            "cluster/learner_idle": min(1.0, waited / max(whole, 1e-9)),
+            "cluster/groups_under_way": float(len(frontier.running)),
+            "cluster/groups_finished": float(len(frontier.finished)),
+            "cluster/idle/learner": min(1.0, waited / max(whole, 1e-9)),
         }
         return Collected(
             groups=[item.group for item in batch],
@@ -214,7 +217,7 @@ class Stream:
 
     def _wanted(self) -> bool:
         """Whether the steps that are left need more groups than are there."""
-        left = (self.recipe.training.steps - self._done) * self._prompts
+        left = (self.recipe.training.steps - self._filled) * self._prompts
         return len(self._running) + len(self._finished) - self._refused < left
 
     def _start(self, position: int, drawn: Drawn) -> None:
