@@ -290,6 +290,11 @@ class Trainer:
     # --- records and state
 
     def record(self, event: Event) -> None:
+        for text in self.pieces.notes():
+            self._tell(Warned(step=self.step, text=text, kind="note", name="process"))
+        self._tell(event)
+
+    def _tell(self, event: Event) -> None:
         for recorder in self.recorders:
             recorder.record(event)
 
