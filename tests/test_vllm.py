@@ -47,7 +47,7 @@ class Server:
         """The answer to what is asked of the server, in an event loop of its own."""
 
         async def asked() -> Result:
-            server = VllmServer(self.address, self.tokenizer, self.ends)
+            server = VllmServer(self.address, self.tokenizer, self.ends, packs=True)
             server.given = self.given
             try:
                 return await question(server)

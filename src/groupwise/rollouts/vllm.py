@@ -24,6 +24,8 @@ from groupwise.rollouts.servers import Given, Health, Http, Published, Refused, 
 from groupwise.seeding import derive
 from groupwise.types import Completion
 
+EXTENSION = Path(__file__).with_name("vllm_worker")
+"""A directory of its own, so that no other module of ours can be imported in vLLM's environment."""
 OLDEST = "0.32"
 LEAST_TEMPERATURE = 0.01
 """Below it vLLM samples at this one, and does not say so."""
@@ -60,15 +62,17 @@ def command(recipe: Recipe, *, host: str, port: int | str, gpus: int) -> tuple[l
     if gpus:
         arguments["tensor-parallel-size"] = gpus
     else:
-        flags.append("--enforce-eager")  # compiling takes a minute, and is no faster on a CPU
+        flags += ["--enforce-eager", "--worker-extension-cls=groupwise_vllm.Packing"]
     if recipe.model.trust_remote_code:
         flags.append("--trust-remote-code")
     options = [f"--{name}={value}" for name, value in arguments.items()]
     defaults = {"VLLM_NO_USAGE_STATS": "1"}
+    fixed = {"VLLM_SERVER_DEV_MODE": "1"}
     if not gpus:
         defaults |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        fixed["PYTHONPATH"] = os.pathsep.join(filter(None, [str(EXTENSION), os.environ.get("PYTHONPATH")]))
     settings = {name: value for name, value in defaults.items() if name not in os.environ}
-    return [*words, *serve, *options, *flags, *recipe.cluster.vllm_arguments], {**settings, "VLLM_SERVER_DEV_MODE": "1"}
+    return [*words, *serve, *options, *flags, *recipe.cluster.vllm_arguments], settings | fixed
 
 
 # --- speaking to it
@@ -77,10 +81,13 @@ def command(recipe: Recipe, *, host: str, port: int | str, gpus: int) -> tuple[l
 class VllmServer:
     """The `Dialect` of vLLM."""
 
-    def __init__(self, address: str, tokenizer: Any, ends: Collection[int], *, connect: float = 10.0) -> None:
+    def __init__(
+        self, address: str, tokenizer: Any, ends: Collection[int], *, packs: bool = False, connect: float = 10.0
+    ) -> None:
         """
         Args:
             ends: tokens that end a completion, see `LanguageModel.end_tokens`.
+            packs: whether it was started by `command` for a CPU, so that it can pack new weights of experts.
             connect: seconds within which a connection is there.
 
         Raises:
@@ -88,6 +95,7 @@ class VllmServer:
         """
         self.http, self.tokenizer, self.given = Http(address, connect=connect), tokenizer, Given()
         self.ends = frozenset(ends)
+        self.reload = "reload_and_pack" if packs else "reload_weights"
 
     async def generate(self, request: Request) -> tuple[Completion, ...]:
         """See `Dialect.generate`. A group is one request: the completion i of it is drawn with the seed + i."""
