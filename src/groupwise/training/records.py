@@ -40,8 +40,8 @@ from groupwise.training.segments import (
 from groupwise.types import Completion, Group, TrainingBatch, pad_rows
 
 WRITTEN = {
-    RECIPE, SEGMENTS, METRICS, LEDGER, "events.jsonl", "rollouts", "tokens", "checkpoints", "trackers", "report.html", "logs", "weights",
-    ".lock",
+    RECIPE, SEGMENTS, METRICS, LEDGER, "events.jsonl", "rollouts", "tokens", "checkpoints", "trackers", "report.html",
+    "logs", "weights", ".lock",
 }  # fmt: skip
 """What may be in a run's directory before its first checkpoint."""
 LEFTOVERS = (
