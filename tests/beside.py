@@ -60,6 +60,9 @@ class Beside:
 
         self.thread.wait_for(load())
 
+    def notes(self) -> list[str]:
+        return []
+
     def metrics(self) -> Metrics:
         return {}
 
