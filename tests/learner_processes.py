@@ -115,6 +115,9 @@ class Apart:
             raise RunError(f"the learner was started {self.host.starts} times")
         self.host.restart()
 
+    def notes(self) -> list[str]:
+        return []
+
     def metrics(self) -> Metrics:
         return {"cluster/learner_restarts": self.host.starts - 1.0}
 
@@ -141,6 +144,5 @@ def launcher(place: Path, strikes: Any = None, timeout: float = 20.0, most: int 
 
 if __name__ == "__main__":
     run = Path(sys.argv[1])
-    again = {"resume": run} if run.exists() else {"out": run}
-    plan = session.plan(None if run.exists() else sys.argv[2], overrides=[] if run.exists() else sys.argv[3:], **again)
+    plan = session.plan(resume=run) if run.exists() else session.plan(overrides=sys.argv[2:], out=run)
     session.run(plan, make_console(quiet=False), launch=launcher(run.with_name(f"{run.name}-pieces-{os.getpid()}")))

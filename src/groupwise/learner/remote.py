@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+from torch import Tensor
 
 from groupwise.errors import LearnerLost
 from groupwise.files import Digest
@@ -83,6 +84,11 @@ class RemoteLearner:
     def publish(self, directory: Path) -> None:
         """See `Learner.publish`."""
         self._call("publish", directory=str(directory.absolute()))
+
+    def probe(self, tokens: Tensor) -> Tensor:
+        """See `Learner.probe`."""
+        found: Tensor = self._call("probe", tokens=tokens)
+        return found
 
     def save(self, directory: Path) -> Mapping[str, Digest]:
         """See `Learner.save`."""

@@ -75,6 +75,7 @@ CALLS: Mapping[str, Callable[[Learner, Mapping[str, Any]], Any]] = {
     "compute_logprobs": _compute_logprobs,
     "update": _update,
     "publish": lambda learner, arguments: learner.publish(Path(arguments["directory"])),
+    "probe": lambda learner, arguments: learner.probe(arguments["tokens"]),
     "save": lambda learner, arguments: wire.digest_trees(learner.save(Path(arguments["directory"]))),
     "load": lambda learner, arguments: learner.load(Path(arguments["directory"])),
 }

@@ -17,6 +17,7 @@ from groupwise.errors import UserError
 from groupwise.models import LanguageModel
 from groupwise.rollouts.base import LocalSampler
 from groupwise.training.algorithm import build_algorithm
+from groupwise.training.processes import has_processes
 from groupwise.training.records import RunDirectory
 from groupwise.training.session import Launch
 from groupwise.training.setup import Ready, load_policy
@@ -38,6 +39,12 @@ class Sharded:
     def bring_weights(self) -> None:
         self.learner.give_weights(self.copy)
         self.sampler.load(self.copy, self.learner.version)
+
+    def restart_learner(self) -> None:
+        raise AssertionError("a learner in this process ends with it")
+
+    def notes(self) -> list[str]:
+        return []
 
     def metrics(self) -> Metrics:
         return {}
@@ -94,8 +101,10 @@ def _launched(ranks: "ManyRanks", ready: Ready, directory: RunDirectory) -> Iter
     from groupwise.learner.sharded import build
 
     recipe, source = ready.recipe, ready.source
-    if ready.model is None:
-        raise UserError("torchrun and [cluster] both start processes: leave out cluster.learners and cluster.samplers, or torchrun")
+    if ready.model is None or has_processes(recipe):
+        raise UserError(
+            "torchrun and [cluster] both start processes: leave out cluster.learners and cluster.samplers, or torchrun"
+        )
     ranks.order((recipe, source))
     leader = build(recipe, ready.algorithm, partial(load_policy, recipe, source), ranks)
     yield Sharded(leader, ready.make_sampler(ready.model), ready.model)
