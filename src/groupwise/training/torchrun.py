@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from groupwise.errors import UserError
+from groupwise.errors import RunError, UserError
 from groupwise.models import LanguageModel
 from groupwise.rollouts.base import LocalSampler
 from groupwise.training.algorithm import build_algorithm
@@ -38,6 +38,9 @@ class Sharded:
     def bring_weights(self) -> None:
         self.learner.give_weights(self.copy)
         self.sampler.load(self.copy, self.learner.version)
+
+    def restart_learner(self) -> None:
+        raise RunError("torchrun has started its processes, this one too, and ends all of them")
 
     def metrics(self) -> Metrics:
         return {}
@@ -95,7 +98,9 @@ def _launched(ranks: "ManyRanks", ready: Ready, directory: RunDirectory) -> Iter
 
     recipe, source = ready.recipe, ready.source
     if ready.model is None:
-        raise UserError("torchrun and [cluster] both start processes: leave out cluster.learners and cluster.samplers, or torchrun")
+        raise UserError(
+            "torchrun and [cluster] both start processes: leave out cluster.learners and cluster.samplers, or torchrun"
+        )
     ranks.order((recipe, source))
     leader = build(recipe, ready.algorithm, partial(load_policy, recipe, source), ranks)
     yield Sharded(leader, ready.make_sampler(ready.model), ready.model)
