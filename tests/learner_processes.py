@@ -109,6 +109,9 @@ class Apart:
             raise RunError(f"the learner was started {self.host.starts} times")
         self.host.restart()
 
+    def notes(self) -> list[str]:
+        return []
+
     def metrics(self) -> Metrics:
         return {"cluster/learner_restarts": self.host.starts - 1.0}
 

@@ -35,10 +35,11 @@ from groupwise.tasks.base import build_task
 from groupwise.training import checkpoints
 from groupwise.training.algorithm import try_parts
 from groupwise.training.batching import make_batch, minibatches
-from groupwise.training.collect import Collected, Collector, is_selected, sampling_of
+from groupwise.training.collect import Collected, Collector, Frontier, sampling_of
 from groupwise.training.credit import CreditAssigner, reward_components, reward_parts
 from groupwise.training.evaluate import evaluate
 from groupwise.training.metrics import advantage_metrics, rollout_metrics
+from groupwise.training.supply import is_selected
 from groupwise.types import Completion, Group, LogprobBatch, Problem, Score, TrainingBatch, VersionSpan, upgrade
 from tests.conftest import owned, said, tiny_model
 
@@ -429,7 +430,7 @@ def test_ragged_groups_cost_as_much_as_equal_ones(tokenizer: Any) -> None:
         metrics = rollout_metrics(collected, 0)
         assert (metrics["groups/smallest"], metrics["groups/largest"]) == (min(sizes), max(sizes))
     assert max(task.asked) > min(task.asked) and min(task.asked) >= 2
-    assert sum(a + b - 2 for a, b in collector.history.values()) == sum(task.asked), "each completion is remembered once"
+    assert sum(a + b - 2 for a, b in collector.supply.history.values()) == sum(task.asked), "each completion is remembered once"
 
 
 @pytest.mark.parametrize("allocation", ["thompson", "hit_utility"])
@@ -516,7 +517,7 @@ def test_dynamic_sampling_ends_although_some_groups_always_fail(tokenizer: Any) 
 def test_groups_that_failed_are_drawn_again_without_dynamic_sampling(tokenizer: Any) -> None:
     collected = collector_of(Failing([0.5] * 3), tokenizer, named("grpo", beta=0.0), max_rounds=1).collect(0)
     assert collected.full and [group.problem.id for group in collected.groups] == ["1", "2", "1"]
-    assert [group.problem.id for group in collected.dropped] == ["0", "0"] and collected.rounds == 3
+    assert [group.problem.id for group in collected.never_trained] == ["0", "0"] and collected.rounds == 3
 
 
 def test_dynamic_sampling_fills_the_batch_with_graded_rewards(tokenizer: Any) -> None:
@@ -525,25 +526,27 @@ def test_dynamic_sampling_fills_the_batch_with_graded_rewards(tokenizer: Any) ->
     assert collected.full and {group.problem.id for group in collected.groups} == {"1"}
     narrow = named("dapo", spread_above=0.6)
     collected = collector_of(Dice([0.0, 0.5, 1.0], graded=True), tokenizer, narrow).collect(0)
-    assert not collected.groups and collected.unselected > 0
+    unselected = len(collected.dropped["unselected"])
+    assert not collected.groups and unselected > 0
     assert "0 groups to train on after 10 rounds" in collected.describe()
-    assert f"{collected.unselected} mixed but not selected" in collected.describe()
+    assert f"{unselected} mixed but not selected" in collected.describe()
     metrics = rollout_metrics(replace(collected, groups=collected.seen[:1]), 0)
     dropped = metrics["dropped/unselected"] + metrics["dropped/zero_variance"] + metrics["dropped/surplus"]
-    assert dropped == len(collected.seen) and metrics["dropped/unselected"] == collected.unselected
+    assert dropped == len(collected.seen) and metrics["dropped/unselected"] == unselected
 
 
 def test_metrics_leave_out_what_could_not_be_scored(tokenizer: Any) -> None:
     """Of five groups two failed; the others are mixed, all correct and all wrong."""
     scores = [judged(1, 0), judged(1, 1), judged(0, 0), *[[Score.failed("raised")] * 2] * 2]
     groups = [group_of(of_group, f"p{i}") for i, of_group in enumerate(scores)]
-    collected = Collected(groups=groups[:1], seen=groups, dropped=groups[1:], rounds=1)
+    dropped = {"all_correct": groups[1:2], "all_wrong": groups[2:3], "failed": groups[3:]}
+    collected = Collected(groups=groups[:1], seen=groups, dropped=dropped, rounds=1, frontier=Frontier(begun=5))
     metrics = rollout_metrics(collected, 0)
     shares = ("mixed", "all_correct", "all_wrong", "zero_variance", "failed")
     assert [metrics[f"groups/{name}"] for name in shares] == pytest.approx([1 / 3, 1 / 3, 1 / 3, 2 / 3, 2 / 5])
     counts = {"zero_variance": 2, "failed": 2, "surplus": 0, "unselected": 0}
     assert {name: metrics[f"dropped/{name}"] for name in counts} == counts
-    nothing = rollout_metrics(replace(collected, seen=groups[3:], dropped=groups[3:]), 0)
+    nothing = rollout_metrics(replace(collected, seen=groups[3:], dropped={"failed": groups[3:]}), 0)
     assert (nothing["groups/failed"], nothing["groups/zero_variance"], nothing["groups/mixed"]) == (1, 0, 0)
 
     half = group_of([*judged(1, 0), *[Score.failed("raised")] * 2])

@@ -24,7 +24,7 @@ from groupwise.rewards import remote
 from groupwise.rewards.base import Rated
 from groupwise.rewards.values import rate_value
 from groupwise.tasks.base import build_task
-from groupwise.training.collect import Collected
+from groupwise.training.collect import Collected, Frontier
 from groupwise.training.events import StepDone, Warned
 from groupwise.training.loop import Trainer
 from groupwise.training.records import RunDirectory
@@ -347,7 +347,7 @@ def test_whatever_a_reward_does_only_its_completions_are_set_aside(tmp_path: Pat
 
     other, _ = trainer_of(tmp_path, "other", seed, reward=f"{tmp_path}/mine.py:good")
     groups = without_failures(list(done.groups))
-    other.collect = lambda: Collected(groups=groups, seen=groups, rounds=1)  # type: ignore[method-assign]
+    other.collect = lambda: Collected(groups=groups, seen=groups, rounds=1, frontier=Frontier(begun=len(groups)))  # type: ignore[method-assign]
     other.train_step()
     pairs = zip(trainer.learner.weights().module.parameters(), other.learner.weights().module.parameters(), strict=True)
     assert max(float((one - two).detach().abs().max()) for one, two in pairs) < 2e-6

@@ -18,8 +18,9 @@ from groupwise.models import Chat, LanguageModel
 from groupwise.rollouts.groups import Rollouts
 from groupwise.tasks.arithmetic import score_answer
 from groupwise.training.batching import make_batch, minibatches
-from groupwise.training.collect import Collector, is_selected, sampling_of
+from groupwise.training.collect import Collector, sampling_of
 from groupwise.training.credit import CreditAssigner, last_token, reward_parts, step_positions
+from groupwise.training.supply import is_selected
 from groupwise.types import Completion, Group, LogprobBatch, Problem, Score, TrainingBatch, VersionSpan, upgrade
 from tests.test_cli import run
 
@@ -433,7 +434,7 @@ def test_every_group_is_remembered_once_whether_it_waits_for_a_later_batch_or_no
     collector = collector_of(script, tokenizer, recipe, algorithm)
     collector.keep_rate = 0.5  # so that the first round asks for four groups
     first, second = collector.collect(0), collector.collect(1)
-    counted = [id(g) for c in (first, second) for g in (*c.groups, *c.dropped, *c.expired)]
+    counted = [id(g) for c in (first, second) for g in (*c.groups, *c.never_trained)]
     waiting = [id(group) for _, group in collector.surplus]
     assert second.reused == 1
     assert len(counted) == len(set(counted)), "no group is counted twice"

@@ -36,6 +36,7 @@ def train(
         RunError: the run failed on its way; what was reached is saved.
         KeyboardInterrupt: Ctrl-C or SIGTERM came, and what was reached is saved; at the second one at once.
     """
+    from groupwise.cluster import launch_of
     from groupwise.training import session
     from groupwise.training.output import make_console
 
@@ -47,7 +48,7 @@ def train(
         out=None if out is None else Path(out),
         resume=None if resume is None else Path(resume),
     )
-    session.run(plan, make_console(quiet=quiet))
+    session.run(plan, make_console(quiet=quiet), launch=launch_of(plan.recipe))
     return open_run(plan.path)
 
 

@@ -126,6 +126,8 @@ class Completion:
     """What top-k, top-p and min-p left to draw each token from; None: there were no limits, or the sampler does not say."""
     handle: int | None = None
     """What a later request names in `Request.continues`, so that the sampler reuses the keys and values of this completion."""
+    attempts: int = 1
+    """How often samplers were asked for it, or for one of its turns: more than once where one was lost or silent."""
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> "Completion":
@@ -235,6 +237,11 @@ class Group:
             scores=tuple(Score(**score) for score in tree["scores"]),
             position=tree["position"],
         )
+
+    @property
+    def attempts(self) -> int:
+        """The most of any of its completions."""
+        return max(completion.attempts for completion in self.completions)
 
     @property
     def scored(self) -> list[Score]:

@@ -31,6 +31,7 @@ def serve_command(
     from groupwise.rollouts.native import NativeSampler
     from groupwise.rollouts.samplers import native
     from groupwise.rollouts.serving import Served, make_app, run
+    from groupwise.training.collect import sampling_of
     from groupwise.training.interrupts import STOPS, exit_code
     from groupwise.training.prompts import build_chat
     from groupwise.training.setup import load_policy
@@ -41,7 +42,8 @@ def serve_command(
         tokenizer = load_tokenizer(settings.model.path, trust_remote_code=settings.model.trust_remote_code)
         sampler = native(settings.rollouts, model, tokenizer)
         assert isinstance(sampler, NativeSampler)
-        served = Served(sampler, build_chat(settings, tokenizer, source), settings.model.path)
+        chat, default = build_chat(settings, tokenizer, source), sampling_of(settings.rollouts)
+        served = Served(sampler, chat, default, settings.model.path)
 
         def ready(address: str) -> None:
             console.print(f"{settings.model.path}: serving at {address}", soft_wrap=True)

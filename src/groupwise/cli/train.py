@@ -27,12 +27,13 @@ def train(
     from groupwise.training.interrupts import Interrupted, survive_save
 
     survive_save()
+    from groupwise.cluster import launch_of
     from groupwise.training import session, torchrun
 
     with torchrun.led() as launch, exit_codes():
         plan = session.plan(recipe, overrides=overrides or [], out=out, resume=resume)
         try:
-            result = session.run(plan, console, ends=True, launch=launch or session.in_process)
+            result = session.run(plan, console, ends=True, launch=launch or launch_of(plan.recipe))
         except Interrupted as interrupted:
             raise typer.Exit(interrupted.exit_code) from interrupted
         _print_result(result, plan.path)

@@ -51,14 +51,15 @@ def make(path: Path) -> tuple[Learner, Any]:
     """
     recipe, source = load(path, Recipe)
     algorithm, policy = build_algorithm(recipe.algorithm, source), partial(load_policy, recipe, source)
-    tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from groupwise.learner.sharded import build  # only where it is needed: importing torch.distributed takes time
 
-        return build(recipe, algorithm, policy), tokenizer
-    model = policy()
-    check_training(recipe, algorithm, model, source)
-    return LocalLearner.build(recipe, algorithm, model), tokenizer
+        learner: Learner = build(recipe, algorithm, policy)
+    else:
+        model = policy()
+        check_training(recipe, algorithm, model, source)
+        learner = LocalLearner.build(recipe, algorithm, model)
+    return learner, load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
 
 
 if __name__ == "__main__":

@@ -71,14 +71,13 @@ class _Running:
 class LocalLauncher:
     """A `Launcher` for this machine."""
 
-    def __init__(self, logs: Path, gpus: Sequence[str] = (), processes: int = 1) -> None:
+    def __init__(self, logs: Path, gpus: Sequence[str] = ()) -> None:
         """
         Args:
             logs: the directory for the logs of pieces.
             gpus: those that pieces get, as CUDA_VISIBLE_DEVICES names them, the first to the first piece.
-            processes: that compute on the CPU, all pieces together, among which its cores are divided.
         """
-        self.logs, self.processes = logs, processes
+        self.logs = logs
         self._free = list(gpus)
         self._pieces: dict[str, _Running] = {}
         self._stopped = False
@@ -130,7 +129,7 @@ class LocalLauncher:
             running.process = None
 
     def _environment(self, running: _Running) -> dict[str, str]:
-        found = {"OMP_NUM_THREADS": str(threads_of(self.processes)), "PYTHONUNBUFFERED": "1"}
+        found = {"OMP_NUM_THREADS": str(threads_of(running.piece.processes)), "PYTHONUNBUFFERED": "1"}
         if running.gpus or running.piece.gpus == 0:
             found["CUDA_VISIBLE_DEVICES"] = ",".join(running.gpus)
         return {**found, **running.piece.environment}

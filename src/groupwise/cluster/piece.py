@@ -26,7 +26,7 @@ class Piece:
     """Further environment variables."""
     gpus: int = 0
     processes: int = 1
-    """Among which its share of the cores is divided."""
+    """Among how many processes that compute at the same time, itself included, the cores of its machine are divided."""
 
     @property
     def log_name(self) -> str:

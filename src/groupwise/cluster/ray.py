@@ -21,8 +21,8 @@ from groupwise.errors import RunError, UserError, first_line
 OBJECT_STORE = 100 * 2**20
 """Bytes of a Ray of our own: nothing but small messages goes through it."""
 OWN_CPUS, CPUS = 0.01, 1.0
-"""That Ray sets aside for a piece: on this machine next to nothing, since the cores are divided by threads; in a cluster that others
-use as well, one."""
+"""That Ray sets aside for a piece: on this machine next to nothing, since threads divide the cores; one in a cluster that others
+use too."""
 PLACE_LIMIT = 120.0
 """Seconds in which a cluster must have a place for all pieces."""
 START_LIMIT, ANSWER_LIMIT = 300.0, 20.0
@@ -36,10 +36,10 @@ LOOKS = 0.5
 class Host:
     """The actor: runs one piece's process on its node. When it ends, or the driver does, the keeper ends the process."""
 
-    def __init__(self, piece: Piece, processes: int) -> None:
+    def __init__(self, piece: Piece) -> None:
         import ray
 
-        self.piece, self.processes = piece, processes
+        self.piece = piece
         self.node = ray.util.get_node_ip_address()
         self.log = Path(tempfile.mkdtemp(prefix="groupwise-")) / piece.log_name
         self.process: HostedProcess | None = None
@@ -50,7 +50,7 @@ class Host:
         self.stop()
         self.starts += 1
         port = free_port(self.node)
-        threads = {"OMP_NUM_THREADS": str(threads_of(self.processes))} if self.piece.gpus == 0 else {}
+        threads = {"OMP_NUM_THREADS": str(threads_of(self.piece.processes))} if self.piece.gpus == 0 else {}
         environment = {**threads, "PYTHONUNBUFFERED": "1", **self.piece.environment}
         with open_log(self.log, self.starts) as log:
             self.process = HostedProcess(self.piece.served_at(self.node, port), environment, log)
@@ -99,13 +99,13 @@ class RayLauncher:
         Raises:
             UserError: Ray is not installed, cannot be reached, or has no place for the pieces.
         """
-        self.logs, self.processes = logs, sum(piece.processes for piece in pieces)
-        self._ray = loaded_ray()
+        self.logs = logs
+        self._ray = loaded_ray(own=not address)
         self._own = None if address else OwnCluster(logs / "ray.log")
         self._pieces = {piece.name: _Placed(piece, bundle) for bundle, piece in enumerate(pieces)}
         self._stopped = threading.Event()
         try:
-            connect(self._ray, address or self._own.address, self._own)
+            connect(self._ray, self._own.address if self._own is not None else address, self._own)
             self._group = self._place(pieces)
         except BaseException:
             self._disconnect()
@@ -181,7 +181,7 @@ class RayLauncher:
         strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(self._group, placed.bundle)
         cpus = OWN_CPUS if self._own else CPUS
         made = ray.remote(Host).options(num_cpus=cpus, num_gpus=placed.piece.gpus, scheduling_strategy=strategy)
-        return made.remote(placed.piece, self.processes)
+        return made.remote(placed.piece)
 
     def _watch(self) -> None:
         """Copy logs, and notice what has ended."""
@@ -210,14 +210,17 @@ class RayLauncher:
             placed.problem = ended(status)
 
 
-def loaded_ray() -> Any:
-    """The module `ray`.
+def loaded_ray(*, own: bool) -> Any:
+    """The module `ray`. `own`: for a cluster that this process starts.
 
     Raises:
         UserError: it is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if own:  # so that no other user of this machine can give it work; Ray reads them when it is imported, and no more
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         import ray
         import ray.util.scheduling_strategies
@@ -245,8 +248,6 @@ class OwnCluster:
             "include-dashboard": "false",
             "ray-client-server-port": free_port(),
         }
-        # Both sides must know the cluster's secret; that of the environment, if there is one, is for other clusters.
-        os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
         options = [f"--{name}={value}" for name, value in settings.items()]
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats", *options]
         with open_log(log, 1) as file:
@@ -291,5 +292,3 @@ def signals_kept() -> Iterator[None]:
         for number, handler in before.items():
             if handler is not None:
                 signal.signal(number, handler)
-
-

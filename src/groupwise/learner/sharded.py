@@ -82,9 +82,7 @@ class ShardedLearner(LocalLearner):
                 weight.copy_(whole)
 
 
-def build(
-    recipe: "Recipe", algorithm: Algorithm, load: "Callable[[], LanguageModel]", ranks: ManyRanks | None = None
-) -> Leader:
+def build(recipe: "Recipe", algorithm: Algorithm, load: "Callable[[], LanguageModel]", ranks: ManyRanks | None = None) -> Leader:
     """The learner of a recipe over the processes that torchrun has started, of which this is one.
 
     Process 0 gets its leader, which has to be closed. The others do not return: they do what it asks for and exit as it says.

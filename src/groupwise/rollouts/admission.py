@@ -2,11 +2,12 @@
 
 Groups are begun in the order of their positions. At most (staleness + 1) * prompts of them are under way, counted from their
 beginning until weights that they were trained into have been published. What came late is never thrown away, which would favour
-short completions. It is waited for: a group is trained on only while its position is less than `window` above
-that of the oldest that was not.
+short completions. It is waited for: a group is trained on only while its position is less than `window` above that of the oldest
+one that is still being made. With a window of 1 batches are taken in the order of the positions, whatever finishes first.
 
 A group that was begun when n steps were done is trained on in a step before which at most n + staleness + ceil((window - 1) /
-prompts) were done. With a window of 1 batches are taken in the order of the positions, whatever finishes first.
+prompts) were done: when it was begun at most (staleness + 1) * prompts - 1 others were under way, and at most window - 1 that
+are begun after it overtake it. Dropped groups only make room.
 
 Plain numbers only: the training loop and the simulations of `groupwise plan` run this same code.
 """
@@ -38,6 +39,8 @@ class Admission:
     @property
     def largest_age(self) -> int:
         """The most steps between a group's beginning and the step that trains on it."""
+        if self.staleness == 0:  # a batch takes all that are under way
+            return 0
         return self.staleness + math.ceil((self.window - 1) / self.prompts)
 
     @property
@@ -77,6 +80,8 @@ class Admission:
 
     def ready(self) -> list[int]:
         """Positions of the next batch, ascending; [] while its groups are not finished."""
+        if len(self._finished) < self.prompts:
+            return []
         end = min(self._running, default=self.begun) + self.window
         chosen = [position for position in sorted(self._finished) if position < end][: self.prompts]
         return chosen if len(chosen) == self.prompts else []
@@ -86,6 +91,12 @@ class Admission:
         for position in positions:
             self._finished.remove(position)
             self._taken += 1
+
+    def put_back(self, positions: Iterable[int]) -> None:
+        """These groups, which were taken, were not trained on after all."""
+        for position in positions:
+            self._finished.add(position)
+            self._taken = max(0, self._taken - 1)
 
     def publish(self) -> None:
         """Weights are out that all groups taken so far were trained into: their places are free."""

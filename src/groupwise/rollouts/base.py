@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -33,6 +33,10 @@ class Sampling:
     def is_limited(self) -> bool:
         """Whether it may leave tokens of the vocabulary out; completions then need `Completion.kept`."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+    def greedy_as_limit(self) -> "Sampling":
+        """The same, where a temperature of 0 means the likeliest token, as in other engines: here that is `top_k` = 1."""
+        return self if self.temperature else replace(self, temperature=1.0, top_k=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

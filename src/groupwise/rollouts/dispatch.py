@@ -48,7 +48,8 @@ class Dispatcher:
         self.waiting.append(ticket)
         self.dispatch()
         try:
-            return await ticket.future
+            found = await ticket.future
+            return found if ticket.attempts == 1 else tuple(replace(one, attempts=ticket.attempts) for one in found)
         finally:
             self._forget(ticket)
 

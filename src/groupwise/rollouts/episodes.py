@@ -45,6 +45,8 @@ class Episode:
     versions: list[VersionSpan] = field(default_factory=list)
     kept: list[tuple[KeptTokens | None, int]] = field(default_factory=list)
     """Of each turn: what the sampler's limits left to choose from, and how many tokens it has."""
+    attempts: int = 1
+    """The most that any turn of the policy took."""
     stop: Stop = "stop"
     failure: EnvironmentFailed | None = None
     """Why it is set aside."""
@@ -58,6 +60,7 @@ class Episode:
         self.versions += [VersionSpan(start + span.start, start + span.end, span.version) for span in said.versions]
         self.turns.append(Turn(role="assistant", start=start, end=len(self.tokens)))
         self.kept.append((said.kept, len(said.tokens)))
+        self.attempts = max(self.attempts, said.attempts)
 
     def add_masked(self, tokens: Tensor, turn: Turn) -> None:
         """Append what somebody else said; `turn` knows who, and its place is set here."""
@@ -87,6 +90,7 @@ class Episode:
             turns=tuple(turns),
             messages=tuple(self.messages),
             kept=KeptTokens.join(kept, lengths),
+            attempts=self.attempts,
         )
 
 

@@ -2,8 +2,9 @@
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from groupwise.models import Chat
 from groupwise.rollouts.base import Request, Sampler, Sampling
@@ -23,6 +24,8 @@ class Rollouts:
     sampling: Sampling
     episodes: Episodes | None = None
     """Holds conversations with environments; None: a completion is one turn."""
+    wait: Callable[[Coroutine[Any, Any, Any]], Any] = wait_for
+    """Runs a coroutine to its end: in a loop of its own, or in the one in which other groups are under way."""
 
     def groups(self, problems: Sequence[Problem], n: int | Sequence[int], seed: int) -> tuple[list[Group], float]:
         """A group of n completions for each problem (or of its own n), each scored while others are still generated.
@@ -39,7 +42,7 @@ class Rollouts:
 
     def drawn(self, orders: Sequence["Order"]) -> tuple[list[Group], float]:
         """The same, where each group has random numbers of its own."""
-        found = wait_for(gather(*(self.group(order) for order in orders)))
+        found = self.wait(gather(*(self.group(order) for order in orders)))
         waited = time.perf_counter() - max((generated for _, generated in found), default=time.perf_counter())
         return [group for group, _ in found], waited
 

@@ -25,7 +25,8 @@ from groupwise.errors import RunError, UserError, first_line
 from groupwise.models import Chat
 from groupwise.models.published import Published
 from groupwise.rollouts import wire
-from groupwise.rollouts.base import Request
+from groupwise.rollouts.base import Request, Sampling
+from groupwise.rollouts.chatting import CHAT, ChatBody, ChatCompletions
 from groupwise.rollouts.native import NativeSampler
 from groupwise.types import Batch, Completion
 
@@ -44,9 +45,14 @@ class Unavailable(RunError):
 class Served:
     """A native sampler, and which weights it has."""
 
-    def __init__(self, sampler: NativeSampler, chat: Chat, name: str) -> None:
-        """`name`: what the model is called."""
-        self.sampler, self.chat, self.name = sampler, chat, name
+    def __init__(self, sampler: NativeSampler, chat: Chat, default: Sampling, name: str) -> None:
+        """
+        Args:
+            default: of chat completions, what a request does not say.
+            name: what the model is called.
+        """
+        self.sampler, self.name = sampler, name
+        self.chat = ChatCompletions(chat, default, self.generate, self.id_of)
         self.paused = False
         self._ids = [FIRST]
         """Of the weights that were loaded, in order: the sampler's version is an index."""
@@ -218,6 +224,11 @@ def make_app(served: Served) -> Starlette:
         names = {"request_id": body.request_id or uuid4().hex, "model": served.name, "created": int(time.time())}
         return JSONResponse(names | wire.encode_answer(body, answer, served.id_of))
 
+    async def chat(http: HttpRequest) -> Response:
+        body = wire.parsed(ChatBody, await read_json(http))
+        _check_name(served, body.model)
+        return JSONResponse(await unless_gone(http, served.chat.answer(body, served.name)))
+
     async def load(http: HttpRequest) -> Response:
         body = wire.parsed(wire.LoadBody, await read_json(http))
         await served.load(Path(body.directory), body.id)
@@ -241,7 +252,7 @@ def make_app(served: Served) -> Starlette:
         model = {"id": served.name, "object": "model", "owned_by": "groupwise", "weight_version": served.health()["id"]}
         return JSONResponse({"object": "list", "data": [model]})
 
-    routes = {wire.GENERATE: generate, wire.LOAD: load, wire.PAUSE: pause, wire.RESUME: resume}
+    routes = {wire.GENERATE: generate, CHAT: chat, wire.LOAD: load, wire.PAUSE: pause, wire.RESUME: resume}
     return Starlette(
         routes=[
             *(Route(path, explained(handler), methods=["POST"]) for path, handler in routes.items()),

@@ -55,7 +55,8 @@ class SamplingParameters(Body):
 
     n: Count = 1
     max_tokens: Count = 16
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """0: take the likeliest token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1)] = 0
     """0 and -1: no limit."""
@@ -86,7 +87,7 @@ class SamplingParameters(Body):
             min_p=self.min_p,
             stop=tuple(stop),
             stop_tokens=tuple(self.stop_token_ids or ()),
-        )
+        ).greedy_as_limit()
 
 
 class NativeFields(Body):
@@ -217,9 +218,7 @@ def encode_answer(body: GenerateBody, answer: Answer, name_of: Callable[[int], s
             "token_ids": tokens,
             "logprobs": None,
             "finish_reason": completion.stop,
-            "weight_versions": [
-                {"version": name_of(span.version), "start": span.start, "end": span.end} for span in completion.versions
-            ],
+            "weight_versions": encode_versions(completion, name_of),
         }
         if body.sampling_params.logprobs is not None:
             pairs = zip(tokens, completion.logprobs.tolist(), strict=True)
@@ -230,6 +229,11 @@ def encode_answer(body: GenerateBody, answer: Answer, name_of: Callable[[int], s
     choices += [{"index": index, "token_ids": [], "finish_reason": "abort"} for index in range(answer.aborted)]
     prompt = None if answer.prompt_logprobs is None else _encode_prompt(body.token_ids, answer.prompt_logprobs)
     return {"choices": choices, "prompt_logprobs": prompt}
+
+
+def encode_versions(completion: Completion, name_of: Callable[[int], str]) -> list[dict[str, Any]]:
+    """Which weights made which tokens."""
+    return [{"version": name_of(span.version), "start": span.start, "end": span.end} for span in completion.versions]
 
 
 def _native_fields(completion: Completion) -> dict[str, Any]:

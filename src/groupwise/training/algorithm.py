@@ -49,6 +49,32 @@ def build_algorithm(settings: dict[str, Any], source: Source) -> Algorithm:
         raise source.error(f"algorithm.{key}" if colon else "algorithm.name", message or str(error)) from error
 
 
+def with_correction(recipe: Recipe, algorithm: Algorithm) -> dict[str, Any]:
+    """The recipe's [algorithm], with truncated importance sampling of tokens where older weights may have sampled them and the
+    recipe chooses no correction: each weighs min(pi_old / pi_rollout, 2), and the ratio that is clipped stays that of the step's
+    own updates (the decoupled objective, arXiv 2505.24298).
+
+    Where `learner.old_logprobs` = "sampler", the ratio itself is taken against what sampled each token: there is nothing left to
+    correct.
+    """
+    chosen = "correction" in recipe.algorithm or algorithm.corrects_mismatch
+    if not recipe.cluster.staleness or chosen or recipe.learner.old_logprobs == "sampler":
+        return recipe.algorithm
+    return {**recipe.algorithm, "correction": "tis"}
+
+
+def about_staleness(recipe: Recipe, algorithm: Algorithm) -> str | None:
+    """What a person should know of how the loss treats tokens that older weights sampled; None: there are none."""
+    stale = f"cluster.staleness = {recipe.cluster.staleness}: groups may be sampled with weights of earlier steps"
+    if not recipe.cluster.staleness or recipe.learner.old_logprobs == "sampler":
+        return None
+    if "correction" not in recipe.algorithm and algorithm.corrects_mismatch:
+        return f'{stale}, so algorithm.correction = {algorithm.choice("correction")!r} weighs tokens; "none" leaves it out'
+    if not algorithm.corrects_mismatch:
+        return f"{stale}, and algorithm.correction = 'none' leaves the loss as if the newest had sampled them"
+    return None
+
+
 def _named(name: str, changes: dict[str, Any]) -> Algorithm:
     """The algorithm; parts of the user's own are called under guard.
 
@@ -119,6 +145,10 @@ def check_together(recipe: Recipe, algorithm: Algorithm, source: Source) -> None
     if smallest > rollouts.group_size:
         raise source.error(
             "algorithm.smallest_group", f"is above rollouts.group_size ({rollouts.group_size}), the mean of all groups"
+        )
+    if rollouts.max_age > 0 and recipe.cluster.staleness > 0:
+        raise source.error(
+            "rollouts.max_age", "with cluster.staleness above 0 no selected group is ever beyond the batch: leave it out"
         )
     if algorithm.corrects_mismatch and learner.old_logprobs == "sampler":
         raise source.error(

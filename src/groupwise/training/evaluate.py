@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from groupwise.errors import RunError
 from groupwise.rollouts.groups import Rollouts
-from groupwise.training.collect import describe_failures
 from groupwise.training.metrics import turn_metrics
+from groupwise.training.supply import describe_failures
 from groupwise.types import Group, Problem
 
 

@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 
 from groupwise.learner.base import TokenRecord
 from groupwise.training.evaluate import Evaluation
+from groupwise.training.ledger import Entry
 from groupwise.types import Batch, Group, Metrics, TrainingBatch
 
 
@@ -22,6 +23,8 @@ class StepDone:
     """Their completions as rows; a TrainingBatch unless none of them had a trained token."""
     tokens: Sequence[TokenRecord] = field(default_factory=list)
     """What the updates made of each token, on steps on which tokens are recorded."""
+    entry: Entry | None = None
+    """What became of which groups; None: they have no positions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

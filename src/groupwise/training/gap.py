@@ -11,7 +11,7 @@ def in_float32(recipe: Recipe) -> bool:
     """Whether the recipe's sampler and learner compute the same distribution, but for float32's rounding."""
     rollouts = recipe.rollouts
     dtypes = recipe.model.dtype, recipe.learner.precision, rollouts.dtype, rollouts.cache_dtype
-    same_weights = rollouts.max_age == 0 and rollouts.sampler == "native"
+    same_weights = rollouts.max_age == 0 and recipe.cluster.staleness == 0 and rollouts.sampler == "native"
     return set(dtypes) <= {"float32", None} and same_weights
 
 

@@ -4,7 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,21 @@ from groupwise.state import encode
 from groupwise.training import checkpoints
 from groupwise.training.batching import make_batch, minibatches
 from groupwise.training.checkpoints import Best, Checkpoint, Store
-from groupwise.training.collect import Collected, Collector, describe_failures
+from groupwise.training.collect import Collected, Collector
 from groupwise.training.credit import CreditAssigner, Rewards, reward_parts
 from groupwise.training.evaluate import Evaluation, evaluate
 from groupwise.training.events import Evaluated, Event, Recorder, StepDone, Warned
 from groupwise.training.failures import explain, traceback_of
 from groupwise.training.gap import check_gap
 from groupwise.training.interrupts import Interrupt, Interrupted
+from groupwise.training.ledger import Entry
 from groupwise.training.metrics import advantage_metrics, peak_mib, reward_metrics, rollout_metrics
 from groupwise.training.pieces import InProcess, Pieces
 from groupwise.training.records import RunDirectory
 from groupwise.training.recovery import recover
 from groupwise.training.room import Room
 from groupwise.training.setup import Ready
+from groupwise.training.stream import Stream
 from groupwise.training.watch import Watch
 from groupwise.types import Batch, Metrics, TrainingBatch
 
@@ -49,12 +51,6 @@ class Result:
     """The best evaluation of a step that has a checkpoint."""
     exported: dict[str, float]
     """Of the exported model: `LanguageModel.export`."""
-
-
-SCORES = "Raise task.reward_timeout where scores came too late; what a reward prints is on standard error."
-"""Advice on completions that could not be scored."""
-FEW = "Easier or harder problems, or a larger group_size, would differ more."
-"""Advice on groups of which few are selected."""
 
 
 class Trainer:
@@ -79,7 +75,8 @@ class Trainer:
         self.pieces = pieces or InProcess.of(ready)
         self.learner: Learner = self.pieces.learner
         self.sampler: Sampler = self.pieces.sampler
-        self.collector = Collector(ready.rollouts(self.sampler), self.recipe, self.algorithm)
+        kind = Stream if self.recipe.cluster.staleness else Collector
+        self.collector: Collector | Stream = kind(ready.rollouts(self.sampler), self.recipe, self.algorithm)
         self.credit = CreditAssigner(self.algorithm, ready.tokenizer, self.recipe.rollouts.max_tokens)
         self.held_out = ready.task.held_out(self.recipe.training.eval_problems)
         self.beginning = copy.deepcopy(self.state())
@@ -96,16 +93,17 @@ class Trainer:
             UserError, RunError: the run cannot go on. If no weight has changed since the last step, that one is saved.
         """
         self.interrupt, started = interrupt, time.monotonic()
-        while True:
-            try:
-                before, after = self.take_steps(interrupt)
-                with self.explained("export", save=False):
-                    exported = self.run_directory.write_model(lambda path: self.learner.export(path, self.ready.tokenizer))
-                seconds = time.monotonic() - started
-                return Result(before=before, after=after, best=self.store.best, seconds=seconds, exported=exported)
-            except LearnerLost as lost:
-                with self.explained("starting the learner again", save=False):
-                    recover(self, lost)
+        with closing(self.collector):
+            while True:
+                try:
+                    before, after = self.take_steps(interrupt)
+                    with self.explained("export", save=False):
+                        exported = self.run_directory.write_model(lambda path: self.learner.export(path, self.ready.tokenizer))
+                    seconds = time.monotonic() - started
+                    return Result(before=before, after=after, best=self.store.best, seconds=seconds, exported=exported)
+                except LearnerLost as lost:
+                    with self.explained("starting the learner again", save=False):
+                        recover(self, lost)
 
     def take_steps(self, interrupt: Interrupt | None) -> tuple[Evaluation, Evaluation]:
         """Run the remaining steps. Returns the first evaluation and the last."""
@@ -148,14 +146,15 @@ class Trainer:
 
     def train_step(self) -> None:
         """One step, recorded. If it fails before a weight has changed it is taken back, and a checkpoint saved."""
-        position, memory = self.collector.state_dict(), self.credit.state_dict()
+        memory = self.credit.state_dict()
         self.learner.begin_step()
+        self.collector.begin_step()
 
         def take_back() -> bool:
             self.step = began
             if not self.learner.take_back():
                 return False
-            self.collector.load_state_dict(position)
+            self.collector.take_back()
             self.credit.load_state_dict(memory)
             return True
 
@@ -182,6 +181,7 @@ class Trainer:
                 name="nothing_to_learn",
                 advice="Raise rollouts.max_tokens, or turn algorithm.overlong_filter off.",
             )
+        self.collector.publish(self.step)
         seconds = time.perf_counter() - started
         metrics |= {
             "seconds/rollouts": collected.seconds,
@@ -192,7 +192,8 @@ class Trainer:
             **self.pieces.metrics(),
             "tokens_per_second": int(batch.lengths_B.sum()) / (collected.seconds + seconds),
         }
-        self.record(StepDone(step=self.step, metrics=metrics, groups=groups, batch=batch, tokens=tokens))
+        entry = Entry.of(self.step, collected)
+        self.record(StepDone(step=self.step, metrics=metrics, groups=groups, batch=batch, tokens=tokens, entry=entry))
         for event in self.watch.look(self.step, metrics):
             self.record(event)
 
@@ -223,7 +224,7 @@ class Trainer:
 
     def remember_dropped(self, collected: Collected) -> None:
         """Add groups that will never be trained on to the history of their prompts, for algorithms that keep one (DCPO)."""
-        never_trained = [*collected.dropped, *collected.expired]
+        never_trained = collected.never_trained
         if "history" in self.algorithm.needs and never_trained:
             rewards = reward_parts(never_trained, self.algorithm, self.recipe.rollouts.max_tokens)
             self.credit.remember(make_batch(never_trained, self.algorithm), never_trained, rewards)
@@ -241,16 +242,8 @@ class Trainer:
                 f"step {self.step + 1}: dynamic sampling found {collected.describe()}. "
                 "Easier or harder problems, or a larger group_size, would give it something to learn from."
             )
-        failed = [score for group in collected.seen for score in group.scores if score.failure is not None]
-        if failed:
-            total = sum(len(group.scores) for group in collected.seen)
-            causes = describe_failures(failed)
-            text = f"{len(failed)} of {total} completions could not be scored and are set aside: {causes}"
-            name = "nonfinite_reward" if all(score.failure == "not finite" for score in failed) else "failed_scores"
-            self.warn(text, self.step + 1, name=name, advice=SCORES)
-        if not collected.full:
-            text = f"dynamic sampling stopped at rollouts.max_rounds with {collected.describe()}"
-            self.warn(text, self.step + 1, name="few_groups", advice=FEW)
+        for name, text, advice in collected.remarks():
+            self.warn(text, self.step + 1, name=name, advice=advice)
         return collected
 
     # --- when
@@ -275,7 +268,7 @@ class Trainer:
     def evaluate(self) -> Evaluation:
         """Held-out results of the weights as they are, recorded."""
         self.ready.begin_step(self.step)
-        evaluation = evaluate(self.ready.rollouts(self.sampler), self.held_out, seed=derive(self.recipe.seed, "evaluation"))
+        evaluation = evaluate(self.collector.rollouts, self.held_out, seed=derive(self.recipe.seed, "evaluation"))
         self.record(Evaluated(step=self.step, evaluation=evaluation))
         return evaluation
 
@@ -290,6 +283,11 @@ class Trainer:
     # --- records and state
 
     def record(self, event: Event) -> None:
+        for text in self.pieces.notes():
+            self._tell(Warned(step=self.step, text=text, kind="note", name="process"))
+        self._tell(event)
+
+    def _tell(self, event: Event) -> None:
         for recorder in self.recorders:
             recorder.record(event)
 
@@ -335,6 +333,7 @@ class Trainer:
         state = self.state()
         metrics = self.run_directory.metrics
         metrics.sync()  # a checkpoint must not outlive the records of its steps
+        self.run_directory.ledger.sync()
         directory, recipe = self.run_directory.checkpoints, self.run_directory.recipe
         path = checkpoints.save(directory, self.step, self.learner, state, recipe=recipe, metrics=metrics.digest)
         self.saved = self.step

@@ -27,7 +27,7 @@ def rollout_metrics(collected: Collected, version: int) -> dict[str, float]:
     scores = [score for group in seen for score in group.scored]
     graded = any(score.correct is None for score in scores)
     outcomes = Counter(group.outcome for group in seen)
-    dropped = Counter(group.outcome for group in collected.dropped)
+    dropped = {reason: len(groups) for reason, groups in collected.dropped.items()}
     names: tuple[Outcome, ...] = ("equal", "mixed") if graded else ("all_correct", "all_wrong", "mixed")
     scored_groups = max(1, len(seen) - outcomes["failed"])
     shares = {name: outcomes[name] / scored_groups for name in names}
@@ -48,14 +48,13 @@ def rollout_metrics(collected: Collected, version: int) -> dict[str, float]:
         "rollouts/age": sum(ages) / len(ages),
         "groups/reused": float(collected.reused),
         "groups/too_old": float(len(collected.expired)),
-        "dropped/zero_variance": float(sum(dropped[name] for name in ZERO_VARIANCE)),
-        "dropped/failed": float(dropped["failed"]),
-        "dropped/unselected": float(collected.unselected),
-        "dropped/surplus": float(dropped["mixed"] - collected.unselected),
+        "dropped/zero_variance": float(sum(dropped.get(name, 0) for name in ZERO_VARIANCE)),
+        **{f"dropped/{name}": float(dropped.get(name, 0)) for name in ("failed", "unselected", "surplus")},
         "length/mean": sum(len(completion.tokens) for completion in completions) / len(completions),
         "length/finished": sum(finished) / len(finished) if finished else math.nan,
         "length/truncated": sum(completion.stop == "length" for completion in completions) / len(completions),
         **turn_metrics(completions),
+        **collected.metrics,
     }
 
 

@@ -32,6 +32,10 @@ class Pieces(Protocol):
         """
         ...
 
+    def notes(self) -> list[str]:
+        """What became of the processes since the last call, for people: faults, restarts."""
+        ...
+
     def metrics(self) -> Metrics:
         """Numbers about the processes since the last call, for the step that was just done; names begin with "cluster/"."""
         ...
@@ -58,6 +62,9 @@ class InProcess:
 
     def restart_learner(self) -> None:
         raise AssertionError("a learner in this process ends with it")
+
+    def notes(self) -> list[str]:
+        return []
 
     def metrics(self) -> Metrics:
         return {}

@@ -21,6 +21,7 @@ from groupwise.text import json_line
 from groupwise.training.checkpoints import RECIPE, Checkpoint, Store, listed
 from groupwise.training.events import Evaluated, Event, StepDone
 from groupwise.training.events_file import EventsFile
+from groupwise.training.ledger import LEDGER, Ledger
 from groupwise.training.metrics_file import METRICS, MetricsFile
 from groupwise.training.rollout_text import readable, samples
 from groupwise.training.segments import (
@@ -39,19 +40,23 @@ from groupwise.training.segments import (
 from groupwise.types import Completion, Group, TrainingBatch, pad_rows
 
 WRITTEN = {
-    RECIPE, SEGMENTS, METRICS, "events.jsonl", "rollouts", "tokens", "checkpoints", "trackers", "report.html", ".lock",
+    RECIPE, SEGMENTS, METRICS, LEDGER, "events.jsonl", "rollouts", "tokens", "checkpoints", "trackers", "report.html", ".lock",
 }  # fmt: skip
 """What may be in a run's directory before its first checkpoint."""
-LEFTOVERS = (files.PARTIAL, files.REPLACED, files.REMOVED, "metrics.damaged-", "recipe.damaged-", "segments.damaged-")
+LEFTOVERS = (
+    files.PARTIAL, files.REPLACED, files.REMOVED, "metrics.damaged-", "ledger.damaged-", "recipe.damaged-", "segments.damaged-",
+)  # fmt: skip
 
 
 class RunDirectory:
-    """A run's files: recipe.toml, segments.jsonl, metrics.jsonl, events.jsonl, rollouts/, tokens/, checkpoints/, model/."""
+    """A run's files: recipe.toml, segments.jsonl, metrics.jsonl, ledger.jsonl, events.jsonl, rollouts/, tokens/, checkpoints/,
+    model/."""
 
     def __init__(self, path: Path, tokenizer: Any) -> None:
         """`tokenizer`: to write tokens as text."""
         self.path, self.tokenizer = path, tokenizer
         self.metrics = MetricsFile(path / METRICS)
+        self.ledger = Ledger(path / LEDGER)
         self.events = EventsFile(path / "events.jsonl")
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
@@ -126,6 +131,7 @@ class RunDirectory:
             files.make_directory(self.path)
         if self.metrics.path.exists():
             files.write_atomically(self.metrics.path, b"")
+        self.ledger.clear()
         self._drop_after(0)
         first = Segment(segment=0, first_step=1, recipe=as_json(tree), files=inputs or {})
         self._write_settings([first])
@@ -152,7 +158,7 @@ class RunDirectory:
             metrics: what metrics.jsonl held at the checkpoint, by any who knows.
 
         Returns:
-            What is wrong with metrics.jsonl; None if nothing is.
+            What is wrong with metrics.jsonl or ledger.jsonl; None if nothing is.
         """
         problem = self.rewind(checkpoint.step, damaged, store, metrics)
         *before, last = segments
@@ -168,15 +174,15 @@ class RunDirectory:
             metrics: what metrics.jsonl held then, by any who knows.
 
         Returns:
-            What is wrong with metrics.jsonl; None if nothing is.
+            What is wrong with metrics.jsonl or ledger.jsonl; None if nothing is.
         """
         for directory in (self.path, self.path / "rollouts", self.path / "tokens", self.checkpoints):
             files.recover(directory)
         store.set_aside(damaged)
-        problem = self.metrics.rewind(step, metrics)
+        problems = self.metrics.rewind(step, metrics), self.ledger.rewind(step)
         self._drop_after(step)
         store.resume(step, self.metrics.evaluations)
-        return problem
+        return "; ".join(filter(None, problems)) or None
 
     def _drop_after(self, step: int) -> None:
         """Remove rollouts and tokens of steps that will be done again."""
@@ -203,6 +209,8 @@ class RunDirectory:
             self.write_rollouts(event.step, event.groups)
             if event.tokens and isinstance(event.batch, TrainingBatch):
                 self.write_tokens(event.step, event.groups, event.batch, event.tokens)
+            if event.entry is not None:
+                self.ledger.append(event.entry)
             self.metrics.append(event.step, event.metrics)  # last: who reads the line finds the step's other files complete
         elif isinstance(event, Evaluated):
             problems = float(len(event.evaluation.groups))

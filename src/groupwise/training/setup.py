@@ -24,11 +24,12 @@ from groupwise.rollouts.groups import Rollouts
 from groupwise.rollouts.samplers import find_sampler
 from groupwise.seeding import derive
 from groupwise.tasks.base import FollowsTraining, TakesEnvironments, Task
-from groupwise.training.algorithm import build_algorithm, check_together, try_parts
-from groupwise.training.collect import describe_failures, sampling_of
+from groupwise.training.algorithm import about_staleness, build_algorithm, check_together, try_parts, with_correction
+from groupwise.training.collect import sampling_of
 from groupwise.training.processes import check_processes, learns_elsewhere
 from groupwise.training.prompts import build_prompts, prompt_of
 from groupwise.training.sizes import check_block, check_cache, check_step, check_training
+from groupwise.training.supply import describe_failures
 from groupwise.training.trackers import Tracker, find_trackers
 from groupwise.types import Completion, Problem
 
@@ -134,14 +135,15 @@ class Ready:
         return self.recipe.model.lora is not None or is_adapter(self.recipe.model.path)
 
     def hints(self) -> list[str]:
-        """What is allowed and most likely not meant."""
-        rate = self.recipe.learner.learning_rate
+        """What is allowed and most likely not meant, and what was chosen in the recipe's place."""
+        rate, stale = self.recipe.learner.learning_rate, about_staleness(self.recipe, self.algorithm)
+        found = [] if stale is None else [stale]
         if self.has_adapters() and 0 < rate <= FULL_TRAINING_RATE:
-            return [
+            found.append(
                 f"learner.learning_rate = {rate:g} is typical of full training; LoRA adapters usually learn with about ten times "
                 f"as much, as {10 * rate:g}"
-            ]
-        return []
+            )
+        return found
 
 
 def prepare(recipe: Recipe, source: Source, *, everything: bool = False) -> Ready:
@@ -154,6 +156,7 @@ def prepare(recipe: Recipe, source: Source, *, everything: bool = False) -> Read
         UserError: naming the file, line and key at fault.
     """
     algorithm = build_algorithm(recipe.algorithm, source)
+    algorithm = build_algorithm(with_correction(recipe, algorithm), source)
     check_together(recipe, algorithm, source)
     check_processes(recipe, source)
     loads = everything or not learns_elsewhere(recipe)

@@ -17,6 +17,7 @@ from groupwise.errors import RunError, UserError
 from groupwise.models import LanguageModel
 from groupwise.rollouts.base import LocalSampler
 from groupwise.training.algorithm import build_algorithm
+from groupwise.training.processes import has_processes
 from groupwise.training.records import RunDirectory
 from groupwise.training.session import Launch
 from groupwise.training.setup import Ready, load_policy
@@ -41,6 +42,9 @@ class Sharded:
 
     def restart_learner(self) -> None:
         raise RunError("torchrun has started its processes, this one too, and ends all of them")
+
+    def notes(self) -> list[str]:
+        return []
 
     def metrics(self) -> Metrics:
         return {}
@@ -97,7 +101,7 @@ def _launched(ranks: "ManyRanks", ready: Ready, directory: RunDirectory) -> Iter
     from groupwise.learner.sharded import build
 
     recipe, source = ready.recipe, ready.source
-    if ready.model is None:
+    if ready.model is None or has_processes(recipe):
         raise UserError(
             "torchrun and [cluster] both start processes: leave out cluster.learners and cluster.samplers, or torchrun"
         )

@@ -1,0 +1,42 @@
+"""Which processes a recipe asks for, and the commands that start them."""
+
+from pathlib import Path
+
+from groupwise.cluster.learner_process import TOKEN
+from groupwise.cluster.piece import Piece
+from groupwise.config import Recipe
+from groupwise.training.processes import gpus_per_sampler, started_samplers, uses_gpus
+
+LEARNER = "learner"
+PYTHON = ["{python}", "-m"]
+AT = ["--host", "{host}", "--port", "{port}"]
+
+
+def sampler_name(index: int) -> str:
+    return f"sampler {index}"
+
+
+def sampler_pieces(recipe: Recipe, settings: Path) -> list[Piece]:
+    """The samplers that the run starts.
+
+    Args:
+        settings: the recipe, whole, in a file that they see.
+    """
+    count, gpus = started_samplers(recipe), gpus_per_sampler(recipe)
+    device = [] if gpus else ["--set", "model.device=cpu"]
+    command = [*PYTHON, "groupwise", "serve", str(settings), *AT, *device]
+    share = count + (max(1, recipe.cluster.learners) if recipe.cluster.staleness else 0)
+    return [Piece(name=sampler_name(index), command=command, gpus=gpus, processes=share) for index in range(count)]
+
+
+def learner_piece(recipe: Recipe, settings: Path, token: str) -> Piece:
+    """The learner that the run starts.
+
+    Args:
+        token: the secret that whoever calls it must know.
+    """
+    count = recipe.cluster.learners
+    share = count + (started_samplers(recipe) if recipe.cluster.staleness else 0)
+    command = [*PYTHON, "groupwise.cluster.learner_process", str(settings), *AT]
+    gpus = count if uses_gpus(recipe) else 0
+    return Piece(name=LEARNER, command=command, environment={TOKEN: token}, gpus=gpus, processes=share)
