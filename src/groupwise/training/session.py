@@ -19,6 +19,7 @@ from groupwise.training.inputs import input_hashes
 from groupwise.training.interrupts import Interrupt, ending, interruptible
 from groupwise.training.loop import Result, Trainer
 from groupwise.training.pieces import InProcess, Pieces
+from groupwise.training.processes import described
 from groupwise.training.records import RunDirectory
 from groupwise.training.recovery import take_up
 from groupwise.training.resume import Resumption, resumed_recipe, resumption
@@ -106,6 +107,8 @@ def run(session: Session, console: Terminal, *, ends: bool = False, launch: Laun
             lock = directory.claim()
             closing.callback(lock.close)
         trackers = make_trackers(ready.trackers, session.path, tree)
+        if line := described(session.recipe, directory.logs):
+            console.print(line, soft_wrap=True)
         trainer = Trainer(ready, directory, pieces=closing.enter_context(launch(ready, directory)))
         events = start(session, ready, trainer, tree)
         if lock.warning:
