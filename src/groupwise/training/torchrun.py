@@ -50,6 +50,9 @@ class Sharded:
         return {}
 
 
+ANNOUNCED = "the learner is sharded over the processes of torchrun; the first one samples, and the others wait meanwhile"
+
+
 @contextmanager
 def led() -> Iterator[Launch | None]:
     """Within: what launches a run over the processes of torchrun; None where it has not started this one.
