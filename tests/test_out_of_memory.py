@@ -120,7 +120,7 @@ def test_one_completion_that_does_not_fit_stops_the_run(tokenizer: Any, monkeypa
 def test_memory_that_is_gone_before_the_first_micro_batch_stops_the_run(tokenizer: Any) -> None:
     """Although an earlier batch was cut into micro-batches of many rows: halving would go on for ever."""
     budget, batch = Budget(4096), random_batch(tiny_model("llama", tokenizer))
-    assert budget.fit(lambda: [len(rows) for rows in budget.cut(batch, padded=True)], lambda: None)[0] > 1
+    assert budget.fit(lambda: [len(rows) for rows, _ in budget.cut(batch, padded=True)], lambda: None)[0] > 1
     tries: list[int] = []
 
     def work() -> None:

@@ -11,6 +11,7 @@ from groupwise.cli import (  # each adds its commands to the application
     evidence,
     export,
     init,
+    plan,
     serve,
     track,
     train,
@@ -18,7 +19,21 @@ from groupwise.cli import (  # each adds its commands to the application
 from groupwise.cli.common import app as app
 from groupwise.training.output import close_outputs
 
-__all__ = ["ablate", "algorithms", "app", "data", "evaluate", "evidence", "export", "init", "main", "serve", "track", "train"]
+__all__ = [
+    "ablate",
+    "algorithms",
+    "app",
+    "data",
+    "evaluate",
+    "evidence",
+    "export",
+    "init",
+    "main",
+    "plan",
+    "serve",
+    "track",
+    "train",
+]
 
 
 def main() -> None:

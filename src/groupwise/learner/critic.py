@@ -1,6 +1,6 @@
 """PPO's critic: values of states, trained on their returns."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,18 +56,18 @@ class Critic:
             checkpointing=learner.checkpointing,
         )
 
-    def update(self, parts: Iterable[tuple[TrainingBatch, bool]], tokens: int) -> dict[str, float]:
-        """One optimiser step on the parts of a minibatch that has `tokens` trained tokens, and whether each counts.
+    def update(self, parts: Iterator[TrainingBatch], tokens: int) -> dict[str, float]:
+        """One optimiser step on the parts of a minibatch that has `tokens` trained tokens.
 
         Raises:
             ValueError: a part has no old values or returns.
         """
         total = 0.0
-        for part, counts in parts:
+        for part in parts:
             if part.values_BT is None or part.returns_BT is None:
                 raise ValueError("a critic learns from values and returns, and this batch has none")
             losses_BT = value_losses(self.values(part), part.values_BT, part.returns_BT, self.settings.value_clip)
-            loss = torch.where(part.mask_BT, losses_BT, 0).sum() / tokens * counts
+            loss = torch.where(part.mask_BT, losses_BT, 0).sum() / tokens
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         total = sum(self.ranks.gather(total))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from groupwise.errors import LearnerLost, RunError, UserError, first_line, is_out_of_memory
+from groupwise.errors import LearnerLost, RunError, UserError, first_line, is_out_of_memory, text_of
 from groupwise.files import Digest
 from groupwise.learner.base import TokenRecord
 from groupwise.learner.processes import ManyRanks
@@ -67,15 +67,21 @@ def follow(learner: "ShardedLearner | None", ranks: ManyRanks) -> int:
             ranks.gather(Outcome(error, result if name == "save" else None))
     except Exception as error:  # out of memory, a lost connection, or a fault of ours: none can go on without the others
         if not _is_lost(error):
-            ranks.say_failed(f"{type(error).__name__}: {first_line(error)}")
-            traceback.print_exc()
+            known = isinstance(error, UserError | RunError)
+            ranks.say_failed(str(error) if known else f"{type(error).__name__}: {first_line(error)}")
+            if not known:
+                traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # without waiting for exchanges that will not end
 
 
+LOST = ("onnection", "ocket", "imed out", "Broken pipe", "NCCL")
+"""In what gloo and NCCL say of another process that has ended or does not answer."""
+
+
 def _is_lost(error: BaseException) -> bool:
-    """Whether an exchange failed since another process has ended."""
-    return type(error).__name__ in ("DistNetworkError", "DistBackendError") or "onnection" in first_line(error)
+    """Whether an exchange failed since another process has ended or does not answer."""
+    return isinstance(error, RuntimeError) and any(word in text_of(error) for word in LOST)
 
 
 def _forget(record: TokenRecord) -> None:
@@ -155,12 +161,13 @@ class Leader:
             outcomes = self._ranks.gather(Outcome(error, result if name == "save" else None))
         except BaseException as error:  # an interrupt too: the others are in the middle of it
             own_text = f"{type(error).__name__}: {first_line(error)}"
-            said = self._ranks.failure() if isinstance(error, Exception) else None
-            self.lost = said or own_text
-            self._ranks.leave()
-            if said is None and not _is_lost(error):
+            if not _is_lost(error):
+                self.lost = own_text
+                self._ranks.leave()
                 raise
-            raise LearnerLost(said or f"a process of the learner has ended ({own_text})") from error
+            self.lost = self._ranks.failure() or f"a process of the learner has ended or does not answer ({own_text})"
+            self._ranks.leave()
+            raise LearnerLost(self.lost) from error
         if error is not None:
             raise error
         for rank, outcome in enumerate(outcomes):

@@ -62,7 +62,7 @@ class LocalLearner:
         self._runs = {one: ranks.shard(one, one.module, settings.precision) for one in sharded}
         self.merge_adapters = merge_adapters
         self.algorithm, self.settings = algorithm, settings
-        self.budget = Budget(settings.micro_batch_tokens)
+        self.budget = Budget(settings.micro_batch_tokens, fixed=ranks.size > 1)
         self.temperature, self.max_tokens = temperature, max_tokens
         self.optimiser = Optimiser(
             model.parameters(),
@@ -261,7 +261,8 @@ class LocalLearner:
         return metrics, sums, records
 
     def _update_critic(self, critic: Critic, minibatch: TrainingBatch) -> dict[str, float]:
-        parts = ((part, counts) for _, part, counts in self._micro_batches(critic.model, minibatch))
+        found = self._micro_batches(critic.model, minibatch)
+        parts = (part if counts else replace(part, mask_BT=torch.zeros_like(part.mask_BT)) for _, part, counts in found)
         return critic.update(parts, int(minibatch.mask_BT.sum()))
 
     def _accumulate(

@@ -19,10 +19,10 @@ TAKE_LESS = "learner.checkpointing = true, learner.precision = 'bfloat16', [mode
 class Budget:
     """How many tokens go through the model at once: as many as the recipe says, half of it whenever memory did not suffice."""
 
-    def __init__(self, tokens: int, advice: str = TAKE_LESS) -> None:
-        """`advice`: which settings take less memory, for a message."""
+    def __init__(self, tokens: int, advice: str = TAKE_LESS, *, fixed: bool = False) -> None:
+        """`advice`: which settings take less memory, for a message. `fixed`: it cannot be halved."""
         self.asked = self.tokens = tokens
-        self.advice = advice
+        self.advice, self.fixed = advice, fixed
         self._rows = self._size = 0
         """Of the micro-batch that was cut last: rows, and tokens with all rows as long as the longest. 0: none was cut yet."""
 
@@ -48,7 +48,7 @@ class Budget:
 
         Raises:
             RunError: memory does not suffice for a single completion, or was gone before anything was cut, so that smaller
-                micro-batches would not help.
+                micro-batches would not help; or it does not suffice, and the budget is fixed.
         """
         while True:
             self._rows = self._size = 0
@@ -65,6 +65,9 @@ class Budget:
                         f"out of memory with a single completion of {self._size} tokens, its prompt included: "
                         f"{self.advice} take less"
                     ) from error
+                if self.fixed:  # by the time that one process of several is short of memory, the others wait for it
+                    text = f"out of memory with {self.tokens} tokens at once: a smaller learner.micro_batch_tokens"
+                    raise RunError(f"{text}, {self.advice} take less") from error
             # Here the exception is gone, and with it the frames that held tensors.
             clear()
             gc.collect()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 
 from groupwise.learner.ranks import Item, Run
 from groupwise.models import LanguageModel, sharding
@@ -18,14 +20,15 @@ LIMIT = timedelta(minutes=10)
 IDLE = timedelta(days=365)
 """The same while the others wait for process 0 to ask for something; they see at once when it ends."""
 FAILED = "groupwise/failed"
-"""Where in the store of torchrun a process that fails says why."""
+"""Where in the store a process that fails says why."""
 
 
 class ManyRanks:
     """This process and the others; see `Ranks`."""
 
-    def __init__(self, limit: timedelta = LIMIT) -> None:
-        """`limit`: for each exchange between processes that are at work."""
+    def __init__(self, store: Store, limit: timedelta = LIMIT) -> None:
+        """`store`: of texts, which all processes see. `limit`: for each exchange between processes that are at work."""
+        self._store = store
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
         # Objects go over the CPU, also where weights go from GPU to GPU.
         self._objects = distributed.new_group(backend="gloo", timeout=limit)
@@ -34,8 +37,9 @@ class ManyRanks:
     @classmethod
     def join(cls, limit: timedelta = LIMIT) -> "ManyRanks":
         """Meet the other processes, and take this one's GPU where there are any."""
-        distributed.init_process_group(_take_device(), timeout=limit)
-        return cls(limit)
+        store, rank, size = next(iter(rendezvous("env://", timeout=limit)))
+        distributed.init_process_group(_take_device(), store=store, rank=rank, world_size=size, timeout=limit)
+        return cls(store, limit)
 
     def mesh(self, device: torch.device) -> DeviceMesh:
         return init_device_mesh(device.type, (self.size,))
@@ -63,14 +67,14 @@ class ManyRanks:
 
     def say_failed(self, text: str) -> None:
         """Leave word of why this process ends."""
-        distributed.distributed_c10d._get_default_store().set(FAILED, f"process {self.rank} of the learner: {text}")
+        with suppress(RuntimeError):  # whoever keeps the store has ended
+            self._store.set(FAILED, f"process {self.rank} of the learner: {text}")
 
     def failure(self, patience: timedelta = timedelta(seconds=5)) -> str | None:
         """Why a process has ended, if one says so; `patience`: how long to wait for its word."""
-        store = distributed.distributed_c10d._get_default_store()
         try:
-            store.wait([FAILED], patience)
-            return str(store.get(FAILED), "utf-8")
+            self._store.wait([FAILED], patience)
+            return str(self._store.get(FAILED), "utf-8")
         except RuntimeError:  # none has said anything, or whoever keeps the store has ended too
             return None
 

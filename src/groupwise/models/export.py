@@ -48,8 +48,11 @@ def save_adapters(outer: Any, directory: Path) -> None:
     outer.save_pretrained(directory, save_embedding_layers=False)
 
 
-def save_model(module: Any, directory: Path, dtype: torch.dtype) -> None:
+def save_model(module: Any, directory: Path, dtype: torch.dtype, *, with_tied: bool = False) -> None:
     """Write a model, adapters merged into the tensors that are written, and not into those that it holds.
+
+    Args:
+        with_tied: write tied weights under each of their names, and not under one only.
 
     Raises:
         UserError: its adapters are of a kind that cannot be merged.
@@ -61,7 +64,8 @@ def save_model(module: Any, directory: Path, dtype: torch.dtype) -> None:
     try:
         if settings is not None:
             module.generation_config = GenerationConfig()  # save_pretrained refuses what many models on the hub have
-        module.save_pretrained(directory, state_dict=_merged_state(module, dtype))
+        state = _merged_state(module, dtype)
+        module.save_pretrained(directory, state_dict=_separate(state) if with_tied else state)
     finally:
         if settings is not None:
             module.generation_config = settings
@@ -105,6 +109,17 @@ def _merged_state(module: Any, dtype: torch.dtype) -> dict[str, Tensor]:
         else:
             state[name] = tensor
     return state
+
+
+def _separate(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, where those that are tied are copies of each other."""
+    seen: set[tuple[int, torch.Size]] = set()
+    separate: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        place = tensor.data_ptr(), tensor.shape
+        separate[name] = tensor.clone() if tensor.numel() and place in seen else tensor
+        seen.add(place)
+    return separate
 
 
 def _owners(name: str, layers: dict[str, Any]) -> list[str]:

@@ -26,7 +26,7 @@ from groupwise.models.gradients import gradients_in_place
 from groupwise.models.head import logits, token_logprobs
 from groupwise.models.hidden import checkpointing as checkpointed
 from groupwise.models.hidden import completion_hidden, inside_rows
-from groupwise.models.loading import causal_model, decoder_of, load_module, stored_dtype
+from groupwise.models.loading import causal_model, decoder_of, end_tokens, load_module, stored_dtype
 from groupwise.models.padded import NoCache, PaddedCache
 from groupwise.models.trials import described, tolerance_in
 from groupwise.types import Batch
@@ -129,9 +129,7 @@ class LanguageModel:
 
     def end_tokens(self, tokenizer: Any) -> set[int]:
         """Tokens that end a completion: the tokenizer's, and those of the generation settings; chat models may have several."""
-        configured = getattr(getattr(self.module, "generation_config", None), "eos_token_id", None)
-        more = configured if isinstance(configured, list) else [configured]
-        return {tokenizer.eos_token_id, *(token for token in more if token is not None)}
+        return end_tokens(getattr(self.module, "generation_config", None), tokenizer)
 
     @torch.no_grad()
     def check_logits(self) -> None:

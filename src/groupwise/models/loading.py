@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -178,9 +179,8 @@ def load_classifier(path: str) -> Any:
 
 def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
     """The transformers configuration of the model at `path`, without its weights."""
-    resolved = resolve(base_of(resolve(path)))
     with _explained(path):
-        return AutoConfig.from_pretrained(resolved, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(model_path(path), trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
@@ -189,21 +189,46 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
     Raises:
         UserError: there is none, or it has no end-of-sequence token.
     """
-    resolved = resolve(path)
-    if is_adapter(resolved) and not (Path(resolved) / "tokenizer_config.json").is_file():
-        resolved = resolve(base_of(resolved))
     with _explained(path):
-        tokenizer = AutoTokenizer.from_pretrained(resolved, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path(path), trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {path!r} has no end-of-sequence token, so no completion could end")
     return tokenizer
+
+
+def model_path(path: str) -> str:
+    """Where the configuration and the weights are: for adapters, those of the model under them."""
+    return resolve(base_of(resolve(path)))
+
+
+def tokenizer_path(path: str) -> str:
+    """Where the tokenizer is: adapters may have one of their own."""
+    resolved = resolve(path)
+    own = not is_adapter(resolved) or (Path(resolved) / "tokenizer_config.json").is_file()
+    return resolved if own else model_path(path)
+
+
+def stored_end_tokens(path: str, tokenizer: Any, *, trust_remote_code: bool = False) -> set[int]:
+    """What `LanguageModel.end_tokens` is of the model at `path`, which is not loaded."""
+    try:
+        settings = GenerationConfig.from_pretrained(model_path(path))
+    except OSError:  # it has none: transformers makes one of the model's configuration
+        settings = GenerationConfig.from_model_config(load_config(path, trust_remote_code=trust_remote_code))
+    return end_tokens(settings, tokenizer)
+
+
+def end_tokens(settings: GenerationConfig | None, tokenizer: Any) -> set[int]:
+    """Tokens that end a completion: the tokenizer's, and those of the generation settings; chat models may have several."""
+    configured = getattr(settings, "eos_token_id", None)
+    more = configured if isinstance(configured, list) else [configured]
+    return {tokenizer.eos_token_id, *(token for token in more if token is not None)}
 
 
 def stored_dtype(path: str, *, trust_remote_code: bool = False) -> torch.dtype | None:
     """The dtype of the weights in the directory at `path`: as its configuration says, else as its files are; None: unknown."""
     config = load_config(path, trust_remote_code=trust_remote_code)
     found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    files = sorted(Path(resolve(base_of(resolve(path)))).glob("*.safetensors"))
+    files = sorted(Path(model_path(path)).glob("*.safetensors"))
     if found is None and files:
         with _explained(path), safe_open(str(files[0]), "pt") as file:
             found = file.get_tensor(next(iter(file.keys()))).dtype

@@ -19,10 +19,14 @@ if TYPE_CHECKING:
 
 
 def publish(model: "LanguageModel", directory: Path) -> None:
-    """Write the model's weights, adapters merged, in their own dtype; see `Learner.publish`."""
+    """Write the model's weights, adapters merged, in their own dtype; see `Learner.publish`.
+
+    A head that is tied to the embeddings is written like any other tensor: vLLM 0.32 on a CPU keeps a packed copy of it, which a
+    reload renews only where the files name it.
+    """
     partial = directory.with_name(files.PARTIAL + directory.name)
     shutil.rmtree(partial, ignore_errors=True)
-    export.save_model(model.module, partial, model.dtype)
+    export.save_model(model.module, partial, model.dtype, with_tied=True)
     partial.rename(directory)
 
 
@@ -66,7 +70,8 @@ class Published:
                 raise UserError(f"{path}: cannot be read: {first_line(error)}") from error
         if not found:
             raise UserError(f"{self._directory}: no *.safetensors files in it")
-        return found
+        tied = self._module.state_dict().keys() - self._ours.keys()  # each is in the files under its other name too
+        return {name: path for name, path in found.items() if name not in tied}
 
     def _fits(self) -> bool:
         """
@@ -93,7 +98,7 @@ class Published:
             return
         for path in dict.fromkeys(self._files.values()):
             with safe_open(str(path), "pt") as file:
-                for name in file.keys():  # noqa: SIM118  # it is no mapping
+                for name in self._ours.keys() & set(file.keys()):
                     self._ours[name].copy_(file.get_tensor(name))
 
     def _load_converted(self) -> None:

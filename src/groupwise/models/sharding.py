@@ -83,7 +83,8 @@ def run(root: Root, function: Callable[Arguments, Result], *arguments: Arguments
 
 def full(tensor: Tensor) -> Tensor:
     """A tensor as a whole, which all processes must ask for."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    whole: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole
 
 
 @contextmanager
@@ -101,7 +102,7 @@ def gathered(network: nn.Module, *, keep: bool) -> Iterator[None]:
     whole: dict[int, nn.Parameter] = {}
     for _, _, parameter in shards:
         if id(parameter) not in whole:  # an embedding may be the output matrix too
-            tensor = parameter.detach().full_tensor()
+            tensor = full(parameter.detach())
             kept = tensor.cpu() if keep else torch.empty(0, dtype=tensor.dtype)
             whole[id(parameter)] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
     try:

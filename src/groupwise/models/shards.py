@@ -5,6 +5,7 @@ beside them by default is pickled, so that reading it could run code.
 """
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor import empty as empty_dtensor
@@ -60,7 +62,8 @@ class Stored:
         """
         whole = stem.with_name(f"{stem.name}.safetensors")
         self._files = sorted(stem.glob("*.safetensors")) if stem.is_dir() else [whole]
-        self._tensors: dict[str, TensorStorageMetadata] = _Reader(self._files).read_metadata().state_dict_metadata
+        found = _Reader(self._files).read_metadata().state_dict_metadata.items()
+        self._tensors = {name: tensor for name, tensor in found if isinstance(tensor, TensorStorageMetadata)}
 
     def metadata(self) -> dict[str, str]:
         with safe_open(str(self._files[0]), "pt") as file:
@@ -73,8 +76,9 @@ class Stored:
 
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
         """Fill tensors of the same names, shapes and dtypes; of a sharded one, the slice that this process holds."""
-        if tensors:
-            dcp.load(dict(tensors), storage_reader=_Reader(self._files), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is meant
+            load(dict(tensors), storage_reader=_Reader(self._files), no_dist=True)
 
     def read(self, mesh: DeviceMesh | None = None) -> dict[str, Tensor]:
         """All tensors; with a mesh, those that have dimensions as slices."""
@@ -82,7 +86,7 @@ class Stored:
         for name, tensor in self.alike().items():
             sharded = mesh is not None and tensor.dim() > 0
             settings: dict[str, Any] = {"device_mesh": mesh, "placements": [Shard(0)]} if sharded else {}
-            found[name] = (empty_dtensor if sharded else torch.empty)(*tensor.shape, dtype=tensor.dtype, **settings)
+            found[name] = (empty_dtensor if sharded else torch.empty)(tuple(tensor.shape), dtype=tensor.dtype, **settings)
         self.read_into(found)
         return found
 
@@ -98,7 +102,7 @@ class _Files(FileSystem):
         return self._files
 
 
-class _Reader(dcp.HuggingFaceStorageReader):
+class _Reader(HuggingFaceStorageReader):
     def __init__(self, files: list[Path]) -> None:
         super().__init__(str(files[0].parent))
         self.fs = _Files(files)

@@ -27,6 +27,11 @@ class Unavailable(Exception):
 class Refused(RunError):
     """The server found the request wrong, as any other server would."""
 
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
+        """Of the answer, such as 404."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
@@ -140,6 +145,14 @@ class Http:
         """
         return await self._ask("GET", path, None)
 
+    async def text(self, path: str) -> str:
+        """The answer as it is.
+
+        Raises:
+            Unavailable, Refused: there is no answer to use.
+        """
+        return (await self._send("GET", path, None)).text
+
     async def post(self, path: str, body: Any = None) -> Any:
         """
         Raises:
@@ -149,6 +162,13 @@ class Http:
 
     async def _ask(self, method: str, path: str, body: Any) -> Any:
         """The answer, read from JSON; None where it is empty."""
+        response = await self._send(method, path, body)
+        try:
+            return json.loads(response.content) if response.content else None
+        except ValueError as error:
+            raise Unavailable(f"the answer is not JSON: {response.text:.80}", answered=True) from error
+
+    async def _send(self, method: str, path: str, body: Any) -> httpx.Response:
         content = None if body is None else json.dumps(body).encode()
         headers = {} if body is None else {"content-type": "application/json"}
         try:
@@ -158,11 +178,8 @@ class Http:
         if response.status_code >= 500 or response.status_code == TOO_MANY:
             raise Unavailable(f"HTTP {response.status_code}: {response.text:.500}", answered=True)
         if response.status_code != 200:
-            raise Refused(f"{self.address}{path}: HTTP {response.status_code}: {response.text:.500}")
-        try:
-            return json.loads(response.content) if response.content else None
-        except ValueError as error:
-            raise Unavailable(f"the answer is not JSON: {response.text:.80}", answered=True) from error
+            raise Refused(f"{self.address}{path}: HTTP {response.status_code}: {response.text:.500}", response.status_code)
+        return response
 
     async def close(self) -> None:
         await self._client.aclose()

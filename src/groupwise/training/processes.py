@@ -13,6 +13,7 @@ from groupwise.config import ClusterSection, Recipe, Source
 from groupwise.errors import nearest
 from groupwise.plugins import is_reference
 from groupwise.rollouts.samplers import SAMPLERS
+from groupwise.rollouts.vllm import LEAST_TEMPERATURE
 
 SamplerKind = Literal["native", "vllm", "addresses", "own"]
 HERE = ("localhost", "127.0.0.1", "::1")
@@ -159,6 +160,9 @@ def _check_vllm(recipe: Recipe, source: Source) -> None:
         if getattr(rollouts, key) != default:
             text = "is the native sampler's; vLLM's are in cluster.vllm_arguments, as \"--dtype=bfloat16\""
             raise source.error(f"rollouts.{key}", text)
+    if rollouts.temperature < LEAST_TEMPERATURE:
+        text = f"vLLM samples at {LEAST_TEMPERATURE:g} instead, without a word: choose as much or more"
+        raise source.error("rollouts.temperature", text)
     limits: Sequence[tuple[str, bool]] = (
         ("top_p", rollouts.top_p < 1),
         ("top_k", rollouts.top_k > 0),

@@ -184,7 +184,7 @@ def train_step(model: LanguageModel, optimiser: Optimiser, batch: Batch, budget:
 
     def gradient() -> float:
         total = 0.0
-        for rows in budget.cut(batch, padded=True):
+        for rows, _ in budget.cut(batch, padded=True):
             part = batch.select(rows).to(model.device)
             logprobs_BT, _ = model.completion_logprobs(part, share_prompts=False)
             part_BT = weights_BT[rows, : logprobs_BT.shape[1]].to(logprobs_BT)

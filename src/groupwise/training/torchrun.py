@@ -103,7 +103,7 @@ def _launched(ranks: "ManyRanks", ready: Ready, directory: RunDirectory) -> Iter
     recipe, source = ready.recipe, ready.source
     if ready.model is None or has_processes(recipe):
         raise UserError(
-            "torchrun and [cluster] both start processes: leave one of them out"
+            "torchrun and [cluster] both start processes: leave out cluster.learners and cluster.samplers, or torchrun"
         )
     ranks.order((recipe, source))
     leader = build(recipe, ready.algorithm, partial(load_policy, recipe, source), ranks)

@@ -1,0 +1,244 @@
+"""What one process of a sharded learner does in tests/test_sharded.py, and the same in a single process."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from groupwise.algorithms import named
+from groupwise.config import CriticSection, LearnerSection, LoraSection
+from groupwise.learner.critic import Critic
+from groupwise.learner.local import LocalLearner
+from groupwise.learner.processes import ManyRanks
+from groupwise.learner.ranks import ONE_RANK, Ranks
+from groupwise.learner.sharded import ShardedLearner
+from groupwise.models import LanguageModel, character_tokenizer
+from groupwise.models.adapters import add_adapters
+from groupwise.models.sharding import full
+from groupwise.tasks.arithmetic import CHARACTERS
+from groupwise.types import Batch, TrainingBatch, upgrade
+from tests.conftest import owned, tiny_model
+from tests.test_learner import random_batch
+
+UPDATES = 3
+TOKENS = 40
+"""Of a micro-batch, so that each process has several."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A learner, and what it learns from."""
+
+    algorithm: str = "grpo"
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Of the algorithm."""
+    architecture: str = "qwen3"
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of [learner]."""
+    lora: bool = False
+    rows: str = "all"
+
+
+CASES: dict[str, Case] = {
+    "grpo": Case(),
+    "dapo": Case("dapo"),
+    "gspo": Case("gspo"),
+    "dcpo": Case("dcpo"),
+    "kl": Case(changes={"beta": 0.1}),
+    "ppo": Case("ppo"),
+    "entropy": Case(changes={"entropy_bonus": 0.01}),
+    "checkpointing": Case(settings={"checkpointing": True}, changes={"beta": 0.1}),
+    "prompts not shared": Case("dapo", settings={"share_prompts": False}),
+    "bfloat16": Case("dapo", settings={"precision": "bfloat16"}),
+    "sampler's log-probabilities": Case(changes={"beta": 0.1}, lora=True, settings={"old_logprobs": "sampler"}),
+    "lora": Case("dapo", lora=True),
+    "lora and kl": Case(changes={"beta": 0.1}, lora=True),
+    "lora and ppo": Case("ppo", lora=True),
+    "rows without advantage": Case(rows="half idle"),
+    "no advantage at all": Case(rows="idle"),
+    "one group": Case("dapo", rows="one group"),
+    "one row": Case("ppo", rows="one row"),
+    "llama": Case("dapo", architecture="llama"),
+    "gemma2": Case("dapo", architecture="gemma2"),
+    "mixture of experts": Case("gspo", architecture="qwen3_moe"),
+    "mixture, checkpointing": Case("grpo", architecture="qwen3_moe", settings={"checkpointing": True}),
+}
+CHECKPOINT = Case("ppo")
+"""Of what is saved and loaded."""
+
+
+def new_learner(case: Case, ranks: Ranks = ONE_RANK) -> LocalLearner:
+    tokenizer = character_tokenizer(CHARACTERS)
+
+    def base() -> Any:
+        module = tiny_model(case.architecture, tokenizer)
+        return add_adapters(module, LoraSection(rank=4, alpha=8.0), seed=3) if case.lora else module
+
+    algorithm = named(case.algorithm, **case.changes)
+    section = LearnerSection(**{"micro_batch_tokens": TOKENS, "learning_rate": 1e-2, **case.settings})
+    model = owned(base())
+    critic = None
+    if "critic" in algorithm.needs:
+        of_critic = model.with_shared_base() if case.lora else owned(base())
+        critic = Critic(of_critic, CriticSection(), section, updates=10, ranks=ranks)
+    arguments: dict[str, Any] = {
+        "updates": 10,
+        "temperature": 0.9,
+        "max_tokens": 16,
+        "reference": owned(base()).freeze() if algorithm.needs_reference and not case.lora else None,
+        "critic": critic,
+        "ranks": ranks,
+    }
+    kind = LocalLearner if ranks is ONE_RANK else ShardedLearner
+    return kind(model, algorithm, section, **arguments)
+
+
+def new_batch(case: Case, learner: LocalLearner) -> TrainingBatch:
+    batch = random_batch(learner.model.module)
+    idle_B = torch.zeros(len(batch), dtype=torch.bool)
+    if case.rows == "half idle":
+        idle_B = (batch.group_ids_B == 0) | (torch.arange(len(batch)) == 7)
+    elif case.rows == "idle":
+        idle_B = ~idle_B
+    elif case.rows == "one group":
+        batch = batch.select(torch.tensor([4, 6]))
+    elif case.rows == "one row":
+        batch = batch.select(torch.tensor([5]))
+    if len(idle_B) == len(batch):
+        batch = replace(batch, advantages_BT=torch.where(idle_B[:, None], 0, batch.advantages_BT))
+    return batch
+
+
+def learn(case: Case, ranks: Ranks = ONE_RANK) -> dict[str, Any]:
+    """Log-probabilities, three updates, and the gradients of the first."""
+    learner = new_learner(case, ranks)
+    found: dict[str, Any] = {}
+    minibatch = annotated(new_batch(case, learner), learner)
+    found["old"], found["reference"], found["values"] = (
+        minibatch.old_logprobs_BT,
+        minibatch.ref_logprobs_BT,
+        minibatch.values_BT,
+    )
+    records: list[Any] = []
+    with gradients(learner) as taken:
+        found["update"] = [learner.update(minibatch, records.append)]
+    found["gradient"] = taken
+    found["update"] += [learner.update(minibatch) for _ in range(UPDATES - 1)]
+    found["weights"] = weights(learner)
+    found["records"] = sorted(((int(row), name, part[name][i]) for part in records for i, row in enumerate(part["rows_B"])
+                              for name in ("logprob", "low", "high", "clipped", "entropy")), key=lambda item: item[:2])  # fmt: skip
+    return found
+
+
+def annotated(batch: TrainingBatch, learner: LocalLearner) -> TrainingBatch:
+    plain = Batch(**{item.name: getattr(batch, item.name) for item in fields(Batch)})
+    with_logprobs, _ = learner.compute_logprobs(plain)
+    moved_BT = with_logprobs.old_logprobs_BT + torch.where(batch.mask_BT, 0.1 * torch.sin(batch.tokens_BT.float()), 0)
+    more: dict[str, Any] = {"old_logprobs_BT": moved_BT, "advantages_BT": batch.advantages_BT}
+    if with_logprobs.values_BT is not None:
+        more["returns_BT"] = torch.where(batch.mask_BT, batch.tokens_BT.float() / 17, 0)
+    return upgrade(TrainingBatch, with_logprobs, **more)
+
+
+@contextmanager
+def gradients(learner: LocalLearner) -> Iterator[list[Tensor]]:
+    """Within: the gradients of each optimiser's next step, whole."""
+    taken: list[Tensor] = []
+    optimisers = learner._optimisers
+    for optimiser in optimisers:
+
+        def step(loss: float, optimiser: Any = optimiser, original: Any = optimiser.step) -> Any:
+            held = [full(parameter.grad) for parameter in optimiser.parameters if parameter.grad is not None]
+            taken.append(torch.cat([gradient.flatten() for gradient in held]) if held else torch.zeros(1))
+            return original(loss)
+
+        optimiser.step = step  # type: ignore[method-assign]
+    yield taken
+    for optimiser in optimisers:
+        del optimiser.step  # type: ignore[method-assign]
+
+
+@torch.no_grad()
+def weights(learner: LocalLearner) -> list[Tensor]:
+    """Everything that is trained, whole."""
+    return [full(parameter).clone() for optimiser in learner._optimisers for parameter in optimiser.parameters]
+
+
+@torch.no_grad()
+def moments(learner: LocalLearner) -> list[Tensor]:
+    found: list[Tensor] = []
+    for optimiser in learner._optimisers:
+        for parameter in optimiser.parameters:
+            state = optimiser.adam.state[parameter]
+            found += [full(state[name]).clone() for name in ("exp_avg", "exp_avg_sq", "step")]
+    return found
+
+
+def state_of(learner: LocalLearner) -> dict[str, Any]:
+    counts = [optimiser.position for optimiser in learner._optimisers]
+    return {"weights": weights(learner), "moments": moments(learner), "counts": [position[1:] for position in counts]}
+
+
+def after_updates(case: Case, ranks: Ranks = ONE_RANK, updates: int = UPDATES) -> LocalLearner:
+    learner = new_learner(case, ranks)
+    minibatch = annotated(new_batch(case, learner), learner)
+    for _ in range(updates):
+        learner.update(minibatch)
+    return learner
+
+
+def skipped(ranks: Ranks = ONE_RANK) -> dict[str, Any]:
+    """An update whose log-probabilities are not finite, on the rows of one process only, and one that is finite."""
+    learner = new_learner(Case("dapo", settings={"micro_batch_tokens": 20}), ranks)
+    minibatch = annotated(new_batch(Case(), learner), learner)
+    before = weights(learner)
+    bad = replace(minibatch, old_logprobs_BT=minibatch.old_logprobs_BT.clone())
+    original = LanguageModel.completion_logprobs
+
+    def infinite(model: LanguageModel, part: Batch, **settings: Any) -> tuple[Tensor, Tensor]:
+        logprobs_BT, entropy_BT = original(model, part, **settings)
+        return torch.where((part.rows_B == 0)[:, None], torch.inf * logprobs_BT, logprobs_BT), entropy_BT
+
+    LanguageModel.completion_logprobs = infinite  # type: ignore[method-assign]
+    try:
+        update = learner.update(bad)
+    finally:
+        LanguageModel.completion_logprobs = original  # type: ignore[method-assign]
+    same = all(torch.equal(a, b) for a, b in zip(before, weights(learner), strict=True))
+    after = learner.update(minibatch)
+    return {"skipped": update.latest["skipped_updates"], "same": same, "then": after.latest["skipped_updates"],
+            "version": learner.version}  # fmt: skip
+
+
+def main() -> None:
+    """All cases over the processes; process 0 writes what it found."""
+    directory, ranks = Path(sys.argv[1]), ManyRanks.join()
+    found: dict[str, Any] = {name: learn(case, ranks) for name, case in CASES.items()}
+    found["skipped"] = skipped(ranks)
+    for source in json.loads(sys.argv[2]):
+        learner = new_learner(CHECKPOINT, ranks)
+        learner.load(directory / source)
+        found[f"loaded {source}"] = state_of(learner)
+    learner = after_updates(CHECKPOINT, ranks)
+    saved = directory / f"saved by {ranks.size}"
+    if ranks.rank == 0:
+        saved.mkdir()
+    ranks.gather(None)
+    files = ranks.gather(dict(learner.save(saved)))
+    found["saved"] = {**state_of(learner), "files": {name: digest for part in files for name, digest in part.items()}}
+    learner.publish(directory / f"published by {ranks.size}")
+    tokens = torch.tensor([5, 6, 7, 8, 9])
+    found["probe"] = learner.probe(tokens)
+    if ranks.rank == 0:
+        torch.save(found, directory / f"found by {ranks.size}.pt")
+    ranks.end(0) if ranks.rank == 0 else ranks.order()
+
+
+if __name__ == "__main__":
+    main()
