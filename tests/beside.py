@@ -60,6 +60,9 @@ class Beside:
 
         self.thread.wait_for(load())
 
+    def restart_learner(self) -> None:
+        raise AssertionError("the learner is in this process")
+
     def notes(self) -> list[str]:
         return []
 
