@@ -4,8 +4,8 @@
         [--mode synchronous asynchronous] [--samplers 2] [--out DIR] [--set KEY=VALUE ...]
 
 Runs `groupwise train` with two native samplers and a learner in processes of their own, and strikes at a random moment of every
-other step or so: samplers are killed (SIGKILL) or frozen (SIGSTOP), the learner is killed, and the controller itself, whose run is
-then resumed. Reports what was struck, whether the run ended with all of its steps, whether its ledger shows each group used up
+other step or so: samplers are killed (SIGKILL) or frozen (SIGSTOP), the learner is killed, and the controller itself, whose run
+is then resumed. Reports what was struck, whether the run ended with all of its steps, whether its ledger shows each group used up
 exactly once, whether a synchronous run has the weights of an undisturbed run in one process, and whether any process is left.
 """
 
@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -42,6 +41,7 @@ SETTINGS = [
     "training.tokens_every=0",
 ]
 ASYNCHRONOUS = ["cluster.staleness=2"]
+KINDS = ("sampler killed", "sampler frozen", "learner killed", "controller killed")
 LIMIT = 3600.0
 """Seconds for a run."""
 ENDED = 10.0
@@ -53,7 +53,7 @@ class Found:
     """What became of a run."""
 
     mode: str
-    struck: Counter[str] = field(default_factory=Counter)
+    struck: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     seconds: float = 0.0
     steps: int = 0
     starts: dict[str, int] = field(default_factory=dict)
@@ -110,9 +110,8 @@ class Campaign:
     def carry_out(self) -> Found:
         began = time.monotonic()
         asked = self.arguments
-        counts = {"sampler killed": asked.kills, "sampler frozen": asked.freezes}
-        counts |= {"learner killed": asked.learners, "controller killed": asked.controllers}
-        strikes = [kind for kind, count in counts.items() for _ in range(count)]
+        counts = asked.kills, asked.freezes, asked.learners, asked.controllers
+        strikes = [kind for kind, count in zip(KINDS, counts, strict=True) for _ in range(count)]
         self.random.shuffle(strikes)
         for kind in strikes:
             if not self.wait_for_a_step(began):
@@ -165,7 +164,7 @@ class Campaign:
         entries = list(ledger.entries((self.run / ledger.LEDGER).read_bytes()))
         found.asked_again = sum(len(entry.attempts) for entry in entries)
         metrics = map(json.loads, (self.run / "metrics.jsonl").read_text().splitlines())
-        found.most_stale = max((line.get("rollouts/staleness/max", 0.0) for line in metrics), default=0.0)
+        found.most_stale = max((line.get("cluster/age_max", 0.0) for line in metrics), default=0.0)
         for log in sorted((self.run / "logs").glob("*.log")):
             found.starts[log.stem] = log.read_text(errors="replace").count("--- started")
         time.sleep(1)
@@ -199,6 +198,7 @@ def table_of(found: list[Found], arguments: argparse.Namespace) -> Table:
         "steps": [f"{item.steps} of {arguments.steps}" for item in found],
         "seconds": [f"{item.seconds:.0f}" for item in found],
         "starts of processes": [sum(item.starts.values()) for item in found],
+        "most stale groups, steps": [f"{item.most_stale:.0f}" for item in found],
         "groups asked for again": [item.asked_again for item in found],
         "contradictions in the ledger": [len(item.ledger) for item in found],
         "weights of an undisturbed run": [item.same_weights for item in found],
