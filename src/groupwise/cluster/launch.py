@@ -95,7 +95,7 @@ class Supervisor:
                 last = failure or f"{name} did not answer"
                 raise RunError(f"the run's processes were restarted {self.most} times (cluster.max_restarts); now {last}")
             self.restarted += 1
-        reason = failure.partition("; ")[0] if failure else f"{name} does not answer"
+        reason = short_of(failure) if failure else f"{name} does not answer"
         self.tell(f"{reason}, and is started again")
         return self.launcher.restart(name)
 
@@ -115,7 +115,13 @@ class Supervisor:
             raise Unavailable(str(error)) from error
 
     def ended(self, index: int) -> str | None:
-        return self.launcher.failure(sampler_name(index))
+        failure = self.launcher.failure(sampler_name(index))
+        return failure and short_of(failure)
+
+
+def short_of(failure: str) -> str:
+    """What became of a piece, without the end of its log."""
+    return failure.partition("; ")[0]
 
 
 class Launched(Distributed):
