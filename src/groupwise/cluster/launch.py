@@ -1,38 +1,53 @@
 """A run's learner and samplers as its recipe asks for them: started, joined, and ended with the run."""
 
 import asyncio
+import re
 import secrets
 import threading
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import httpx2 as httpx
 import torch
 
 from groupwise.cluster.layout import LEARNER, learner_piece, sampler_name, sampler_pieces
 from groupwise.cluster.local import LocalLauncher, visible_gpus
-from groupwise.cluster.piece import Launcher, Piece
+from groupwise.cluster.piece import EXITED, Launcher, Piece
 from groupwise.cluster.weights import weights_directory
 from groupwise.config import Recipe, dump
-from groupwise.errors import RunError
+from groupwise.errors import RunError, UserError
 from groupwise.learner.base import Learner
 from groupwise.learner.remote import RemoteLearner
+from groupwise.models.loading import stored_end_tokens
 from groupwise.rollouts.attending import Limits
+from groupwise.rollouts.detected import DetectedServer
 from groupwise.rollouts.fleet import Fleet
 from groupwise.rollouts.probe import tolerance_in
 from groupwise.rollouts.remote import NativeServer
 from groupwise.rollouts.servers import Dialect, Unavailable
+from groupwise.rollouts.vllm import VllmServer
 from groupwise.training import checkpoints
 from groupwise.training.distributed import Distributed
 from groupwise.training.pieces import Pieces
-from groupwise.training.processes import addresses, check_gpus, learns_elsewhere, uses_gpus
+from groupwise.training.processes import addresses, check_gpus, learns_elsewhere, sampler_kind, uses_gpus
 from groupwise.training.records import RunDirectory
 from groupwise.training.setup import Ready, resolved
 from groupwise.types import Metrics
 
-LOGS, RECIPE = "logs", "recipe.toml"
-"""In the run's directory, and beside the published weights: the settings, for the processes."""
+RECIPE = "recipe.toml"
+"""Beside the published weights: the settings, for the processes."""
+
+
+LOOKS = 0.2
+"""Seconds between two looks whether a server answers."""
+STARTS = 16
+"""Samplers that are started at a time."""
+MOST_EXITS = 3
+"""How often in a row a piece may end with an exit status of its own, which starting it again hardly changes."""
 
 
 class Supervisor:
@@ -42,12 +57,22 @@ class Supervisor:
         """`most`: restarts, of all pieces together."""
         self.launcher, self.most = launcher, most
         self.restarted = 0
+        self._exits: Counter[str] = Counter()
+        """Of pieces since new weights were last brought: how often each ended with an exit status of its own."""
+        self.begun = False
+        """Whether the samplers have sampled with weights that were brought to them."""
         self._notes: deque[str] = deque()
         self._lock = threading.Lock()
 
     def tell(self, text: str) -> None:
         """Keep a note; from any thread."""
         self._notes.append(text)
+
+    def begin(self) -> None:
+        """The pieces work: what they ended with before no longer counts."""
+        with self._lock:
+            self.begun = True
+            self._exits.clear()
 
     def notes(self) -> list[str]:
         """What there is to say since the last call."""
@@ -60,8 +85,12 @@ class Supervisor:
             RunError: it cannot be started, or the pieces were restarted too often.
         """
         with self._lock:
+            failure = self.launcher.failure(name)
+            self._exits[name] += failure is not None and EXITED in failure
+            if failure is not None and self._exits[name] == (MOST_EXITS if self.begun else 1):
+                raise RunError(failure)
             if self.restarted == self.most:
-                last = self.launcher.failure(name) or f"{name} did not answer"
+                last = failure or f"{name} did not answer"
                 raise RunError(f"the run's processes were restarted {self.most} times (cluster.max_restarts); now {last}")
             self.restarted += 1
         return self.launcher.restart(name)
@@ -88,6 +117,11 @@ class Launched(Distributed):
         super().__init__(learner, fleet, weights, prompt=prompt, max_tokens=most, tolerance=tolerance)
         self.supervisor = supervisor
         self._learner_restarts = 0
+
+    def bring_weights(self) -> None:
+        """See `Pieces.bring_weights`."""
+        super().bring_weights()
+        self.supervisor.begin()
 
     def restart_learner(self) -> None:
         """See `Pieces.restart_learner`."""
@@ -120,11 +154,14 @@ def launch(ready: Ready, directory: RunDirectory) -> Iterator[Pieces]:
         settings.write_text(dump(resolved(ready)))
         samplers = sampler_pieces(recipe, settings)
         learner = learner_piece(recipe, settings, token) if learns_elsewhere(recipe) else None
-        launcher = make_launcher(ready, [*([learner] if learner else []), *samplers], directory.path / LOGS)
+        launcher = make_launcher(ready, [*([learner] if learner else []), *samplers], directory.logs)
         closing.callback(launcher.stop)
         supervisor = Supervisor(launcher, recipe.cluster.max_restarts)
         learns = launcher.start(learner) if learner else None  # first, so that it gets the first GPUs
-        at = [launcher.start(piece) for piece in samplers] or addresses(recipe)
+        with ThreadPoolExecutor(STARTS) as starting:
+            at = list(starting.map(launcher.start, samplers)) or addresses(recipe)
+        for address in addresses(recipe):
+            await_answer(address, recipe.cluster.timeout)
         fleet = Fleet(
             at,
             connector(ready),
@@ -142,8 +179,42 @@ def launch(ready: Ready, directory: RunDirectory) -> Iterator[Pieces]:
             policy = RemoteLearner(learns, token, timeout=timeout, failure=lambda: launcher.failure(LEARNER))
         pieces = Launched(ready, policy, fleet, weights, tolerance=tolerance_of(recipe), supervisor=supervisor)
         if not checkpoints.listed(directory.checkpoints):  # from which the run would go on, and bring their weights
-            pieces.bring_weights()
+            with told_of(settings, ready):
+                pieces.bring_weights()
         yield pieces
+
+
+def await_answer(address: str, limit: float) -> None:
+    """Wait for a server that runs already.
+
+    Raises:
+        RunError: it has not answered within so many seconds.
+    """
+    deadline = time.monotonic() + limit
+    while True:
+        try:
+            httpx.get(f"{address}/health", timeout=limit, trust_env=False)
+            return
+        except httpx.TransportError as error:
+            if time.monotonic() > deadline:
+                raise RunError(f"no sampler has answered at {address} for {limit:g} s (cluster.timeout): {error}") from error
+            time.sleep(LOOKS)
+
+
+@contextmanager
+def told_of(settings: Path, ready: Ready) -> Iterator[None]:
+    """Within: what a process finds wrong with its copy of the settings is said of the recipe that the user wrote.
+
+    Raises:
+        UserError: that.
+    """
+    try:
+        yield
+    except UserError as error:
+        found = re.fullmatch(rf"{re.escape(str(settings))}, (?:line \d+, )?([\w.]+): (.*)", str(error), re.DOTALL)
+        if found is None:
+            raise
+        raise ready.source.error(found[1], found[2]) from error
 
 
 def make_launcher(ready: Ready, pieces: Sequence[Piece], logs: Path) -> Launcher:
@@ -164,7 +235,20 @@ def make_launcher(ready: Ready, pieces: Sequence[Piece], logs: Path) -> Launcher
 
 def connector(ready: Ready) -> Callable[[str], Dialect]:
     """Makes the client of a sampler at an address."""
-    return lambda address: NativeServer(address, ready.tokenizer)
+    path = ready.recipe.model.path
+    ends = stored_end_tokens(path, ready.tokenizer, trust_remote_code=ready.recipe.model.trust_remote_code)
+
+    def native(address: str) -> Dialect:
+        return NativeServer(address, ready.tokenizer)
+
+    def vllm(address: str) -> Dialect:
+        return VllmServer(address, ready.tokenizer, ends)
+
+    def detected(address: str) -> Dialect:
+        return DetectedServer(address, native=native, vllm=vllm)
+
+    kind = sampler_kind(ready.recipe)
+    return vllm if kind == "vllm" else detected if kind == "addresses" else native
 
 
 def tolerance_of(recipe: Recipe) -> float:

@@ -5,7 +5,8 @@ from pathlib import Path
 from groupwise.cluster.learner_process import TOKEN
 from groupwise.cluster.piece import Piece
 from groupwise.config import Recipe
-from groupwise.training.processes import gpus_per_sampler, started_samplers, uses_gpus
+from groupwise.rollouts import vllm
+from groupwise.training.processes import gpus_per_sampler, sampler_kind, started_samplers, uses_gpus
 
 LEARNER = "learner"
 PYTHON = ["{python}", "-m"]
@@ -23,10 +24,18 @@ def sampler_pieces(recipe: Recipe, settings: Path) -> list[Piece]:
         settings: the recipe, whole, in a file that they see.
     """
     count, gpus = started_samplers(recipe), gpus_per_sampler(recipe)
-    device = [] if gpus else ["--set", "model.device=cpu"]
-    command = [*PYTHON, "groupwise", "serve", str(settings), *AT, *device]
+    environment: dict[str, str] = {}
+    if sampler_kind(recipe) == "vllm":
+        command, environment = vllm.command(recipe, host="{host}", port="{port}", gpus=gpus)
+    else:
+        device = [] if gpus else ["--set", "model.device=cpu"]
+        command = [*PYTHON, "groupwise", "serve", str(settings), *AT, *device]
+    # Where learning and sampling take turns, each has all cores.
     share = count + (max(1, recipe.cluster.learners) if recipe.cluster.staleness else 0)
-    return [Piece(name=sampler_name(index), command=command, gpus=gpus, processes=share) for index in range(count)]
+    return [
+        Piece(name=sampler_name(index), command=command, environment=environment, gpus=gpus, processes=share)
+        for index in range(count)
+    ]
 
 
 def learner_piece(recipe: Recipe, settings: Path, token: str) -> Piece:
@@ -37,6 +46,7 @@ def learner_piece(recipe: Recipe, settings: Path, token: str) -> Piece:
     """
     count = recipe.cluster.learners
     share = count + (started_samplers(recipe) if recipe.cluster.staleness else 0)
-    command = [*PYTHON, "groupwise.cluster.learner_process", str(settings), *AT]
+    shards = ["torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m"] if count > 1 else []
+    command = [*PYTHON, *shards, "groupwise.cluster.learner_process", str(settings), *AT]
     gpus = count if uses_gpus(recipe) else 0
     return Piece(name=LEARNER, command=command, environment={TOKEN: token}, gpus=gpus, processes=share)

@@ -78,13 +78,14 @@ class LocalLauncher:
             gpus: those that pieces get, as CUDA_VISIBLE_DEVICES names them, the first to the first piece.
         """
         self.logs = logs
-        self._free = list(gpus)
+        self._free, self._lock = list(gpus), threading.Lock()
         self._pieces: dict[str, _Running] = {}
         self._stopped = False
 
     def start(self, piece: Piece) -> str:
         """See `Launcher.start`."""
-        taken, self._free = self._free[: piece.gpus], self._free[piece.gpus :]
+        with self._lock:
+            taken, self._free = self._free[: piece.gpus], self._free[piece.gpus :]
         if len(taken) < piece.gpus:
             raise RunError(f"{piece.name} needs {piece.gpus} GPUs, and {len(taken)} are left")
         self._pieces[piece.name] = _Running(piece, taken)

@@ -79,9 +79,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+EXITED = "exit status"
+"""In what `ended` says of a process that no signal has killed."""
+
+
 def ended(status: int) -> str:
     """How a process ended, from its exit status."""
-    return f"was killed by signal {-status}" if status < 0 else f"ended with exit status {status}"
+    return f"was killed by signal {-status}" if status < 0 else f"ended with {EXITED} {status}"
 
 
 def end_of(log: Path) -> str:

@@ -6,10 +6,12 @@ from typing import Any
 
 HARMLESS = (
     "training.keep_checkpoints", "training.checkpoint_every", "training.tokens_every", "training.eval_every", "trackers.",
+    "cluster.launcher", "cluster.ray_address", "cluster.weights", "cluster.timeout", "cluster.max_restarts",
 )  # fmt: skip
 """Settings that change no result."""
 ROUNDING = ("learner.micro_batch_tokens", "rollouts.max_rows", "learner.share_prompts", "learner.checkpointing", "model.backend",
-            "model.device", "model.compile")  # fmt: skip
+            "model.device", "model.compile", "cluster.samplers", "cluster.learners", "cluster.gpus_per_sampler", "cluster.vllm",
+            "cluster.vllm_arguments")  # fmt: skip
 """Settings that change results by rounding alone."""
 BY_ROUNDING = "changes results by rounding"
 

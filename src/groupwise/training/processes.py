@@ -74,6 +74,22 @@ def gpus_per_sampler(recipe: Recipe) -> int:
     return recipe.cluster.gpus_per_sampler if uses_gpus(recipe) else 0
 
 
+def described(recipe: Recipe, logs: Path) -> str:
+    """What of the run is where, in a line; empty: everything is in this process. `logs`: the directory of the processes' logs."""
+    if not has_processes(recipe):
+        return ""
+    count, learners, kind = started_samplers(recipe), recipe.cluster.learners, sampler_kind(recipe)
+    samplers = f"{count} {'native sampler' if kind == 'native' else 'vLLM server'}{'s' * (count > 1)}"
+    if kind == "addresses":
+        samplers = f"samples at {', '.join(addresses(recipe))}"
+    sharded = f", sharded over {learners} processes" if learners > 1 else ""
+    learner = f"a learner{sharded}" if learners else ""
+    started = " and ".join([learner] * bool(learner) + [samplers] * bool(count))
+    where = "by Ray" if recipe.cluster.launcher == "ray" else "on this machine"
+    parts = [samplers] * (kind == "addresses") + [f"starts {where}: {started}; their logs are in {logs}"] * bool(started)
+    return "; ".join(parts)
+
+
 def in_one_process(recipe: Recipe) -> Recipe:
     """The same recipe, with everything in this process."""
     sampler = recipe.rollouts.sampler if sampler_kind(recipe) == "own" else "native"
@@ -103,7 +119,7 @@ def _check_sampler(recipe: Recipe, source: Source) -> None:
         parts = urlsplit(address)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             known = nearest(address, ("vllm", *SAMPLERS))
-            text = f"there is no sampler {address!r}{known}; an address is written http://host:port"
+            text = f"there is no sampler {address!r}{known} (an address is written as http://host:port)"
             raise source.error("rollouts.sampler", text)
     if len(set(addresses(recipe))) < len(addresses(recipe)):
         raise source.error("rollouts.sampler", "names an address twice")

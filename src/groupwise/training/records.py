@@ -40,7 +40,8 @@ from groupwise.training.segments import (
 from groupwise.types import Completion, Group, TrainingBatch, pad_rows
 
 WRITTEN = {
-    RECIPE, SEGMENTS, METRICS, LEDGER, "events.jsonl", "rollouts", "tokens", "checkpoints", "trackers", "report.html", ".lock",
+    RECIPE, SEGMENTS, METRICS, LEDGER, "events.jsonl", "rollouts", "tokens", "checkpoints", "trackers", "report.html",
+    "logs", "weights", ".lock",
 }  # fmt: skip
 """What may be in a run's directory before its first checkpoint."""
 LEFTOVERS = (
@@ -60,6 +61,8 @@ class RunDirectory:
         self.events = EventsFile(path / "events.jsonl")
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
+        self.logs = path / "logs"
+        """Of other processes of the run."""
         self.recipe = ""
         """The run's settings, as TOML."""
 
