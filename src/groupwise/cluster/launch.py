@@ -93,6 +93,9 @@ class Supervisor:
                 last = failure or f"{name} did not answer"
                 raise RunError(f"the run's processes were restarted {self.most} times (cluster.max_restarts); now {last}")
             self.restarted += 1
+        self.tell(
+            f"{name} is started again" + (f": it {failure.partition('; ')[0].removeprefix(name).strip()}" if failure else "")
+        )
         return self.launcher.restart(name)
 
     # --- what the fleet asks (`Restarts`)

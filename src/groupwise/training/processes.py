@@ -148,9 +148,7 @@ def _check_launcher(recipe: Recipe, source: Source) -> None:
     cluster = recipe.cluster
     starts = started_samplers(recipe) or cluster.learners
     if cluster.launcher == "ray" and not starts:
-        raise source.error(
-            "cluster.launcher", "there is no process that Ray would start: set cluster.samplers or cluster.learners"
-        )
+        raise source.error("cluster.launcher", "starts nothing: set cluster.samplers or cluster.learners")
     if cluster.ray_address and cluster.launcher != "ray":
         raise source.error("cluster.ray_address", "is read only where cluster.launcher = 'ray'")
     if cluster.weights and not samples_elsewhere(recipe):
