@@ -259,19 +259,17 @@ class Strikes:
         pieces.learner._call = struck  # type: ignore[method-assign]
 
 
-def test_a_learner_killed_seven_times_ends_with_the_same_weights(undisturbed: Path, tmp_path: Path) -> None:
-    strikes = Strikes(
-        compute_logprobs=(1, True), update=(5, True), begin_step=(6, False), load=(1, False), save=(2, True), publish=(9, True),
-        export=(1, True),
-    )  # fmt: skip
+def test_a_learner_killed_five_times_ends_with_the_same_weights(undisturbed: Path, tmp_path: Path) -> None:
+    """Before the first checkpoint, between two steps, while it loads a checkpoint, saves one, exports the model."""
+    strikes = Strikes(update=(1, True), begin_step=(6, False), load=(1, False), save=(2, True), export=(1, True))
     train(tmp_path / "run", launcher(tmp_path / "pieces", strikes))
     assert sorted(strikes.done) == sorted(strikes.at)
     assert_same_run(tmp_path / "run", undisturbed)
     said = events(tmp_path / "run")
-    assert said.count("learner_lost") == 7 and said[-1] == "learner_restarted"
+    assert said.count("learner_lost") == 5 and said[-1] == "learner_restarted"
     assert not list((tmp_path / "run").rglob(".partial-*"))
     last = [row for row in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) if "loss" in row][-1]
-    assert last["cluster/learner_restarts"] == 6  # before the export
+    assert last["cluster/learner_restarts"] == 4  # before the export
 
 
 def test_a_learner_that_dies_too_often_ends_the_run(tmp_path: Path) -> None:

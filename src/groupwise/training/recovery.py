@@ -15,6 +15,23 @@ if TYPE_CHECKING:
     from groupwise.training.loop import Trainer
 
 
+IN_A_ROW = 10
+"""How often the learner may die before the run gets further: then something at that place kills it."""
+
+
+class Deaths:
+    """Of the learner, counted since the run last got further."""
+
+    def __init__(self) -> None:
+        self.count, self.furthest = 0, -1
+
+    def note(self, step: int) -> int:
+        """One more, in or after this step; returns how many there were in a row."""
+        self.count = 1 if step > self.furthest else self.count + 1
+        self.furthest = max(self.furthest, step)
+        return self.count
+
+
 def recover(trainer: "Trainer", lost: LearnerLost) -> None:
     """Start the learner again, and take the run up from its newest checkpoint that is whole; without one, from the beginning.
 
@@ -58,6 +75,8 @@ def restart(trainer: "Trainer", lost: LearnerLost) -> None:
     Raises:
         RunError: it cannot be started, or had to be too often.
     """
+    if trainer.deaths.note(trainer.step) > IN_A_ROW:
+        raise RunError(f"{lost}. The learner died {IN_A_ROW + 1} times in a row and the run did not get further")
     trainer.warn(str(lost), name="learner_lost", advice="The end of its own log, in RUN/logs, may say why.")
     try:
         trainer.pieces.restart_learner()
