@@ -134,9 +134,8 @@ class VllmServer:
         reset = await self._ask("POST", "/reset_prefix_cache?reset_running_requests=true")
         if not (reset or {}).get("success"):
             raise Unavailable("vLLM did not forget the keys and values of older weights", answered=True)
-        await self._ask(
-            "POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(published.directory)}}
-        )
+        path = {"weights_path": str(published.directory)}
+        await self._ask("POST", "/collective_rpc", {"method": self.reload, "kwargs": path})
         await self._ask("POST", "/update_weight_version", {"new_version": published.id})
         await self._ask("POST", "/resume")
 
