@@ -28,6 +28,7 @@ class Beside:
 
     def __init__(self, ready: Ready, *, delay: float = 0.0) -> None:
         """`delay`: seconds for each token of a group's longest completion."""
+        self.ready = ready
         self.learner, self.delay = LocalLearner.build(ready.recipe, ready.algorithm, ready.model), delay
         self.thread, self.native = LoopThread("sampler"), ready.make_sampler(load_policy(ready.recipe, ready.source))
         self.under_way = self.most = 0
@@ -59,6 +60,14 @@ class Beside:
             self.native.load(self.learner.weights(), self.learner.version)
 
         self.thread.wait_for(load())
+
+    def restart_learner(self) -> None:
+        ready = self.ready
+        fresh = LocalLearner.build(ready.recipe, ready.algorithm, load_policy(ready.recipe, ready.source))
+        self.learner.__dict__.update(fresh.__dict__)
+
+    def notes(self) -> list[str]:
+        return []
 
     def metrics(self) -> Metrics:
         return {}

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
@@ -14,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from groupwise.cluster.learner_process import TOKEN
+from groupwise.cluster.local import HostedProcess
+from groupwise.cluster.piece import free_port
 from groupwise.config import dump
 from groupwise.errors import LearnerLost, RunError
 from groupwise.learner.remote import RemoteLearner
@@ -24,16 +24,8 @@ from groupwise.training.pieces import Pieces
 from groupwise.training.records import RunDirectory
 from groupwise.training.setup import Ready, resolved
 from groupwise.types import Metrics
-from groupwise.workers.keeper import PR_SET_PDEATHSIG, prctl
 
 SECRET = "of this test"
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
 
 
 @dataclass
@@ -42,25 +34,21 @@ class LearnerProcess:
 
     recipe: Path
     timeout: float = 20.0
+    processes: int = 1
     starts: int = 0
-    process: subprocess.Popen[bytes] = field(init=False)
+    process: HostedProcess = field(init=False)
     learner: RemoteLearner = field(init=False)
 
     def __post_init__(self) -> None:
         self.learner = RemoteLearner(self.start(), SECRET, timeout=self.timeout, failure=self.failure)
 
     def start(self) -> str:
-        port = free_port()
-        command = [sys.executable, "-m", "groupwise.cluster.learner_process", str(self.recipe), "--port", str(port)]
+        port = free_port("127.0.0.1")
+        several = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes), "-m"]
+        command = [sys.executable, "-m", *(several if self.processes > 1 else [])]
+        command += ["groupwise.cluster.learner_process", str(self.recipe), "--port", str(port)]
         with self.recipe.with_suffix(".log").open("ab") as log:
-            self.process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, TOKEN: SECRET},
-                start_new_session=True,
-                preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
-            )
+            self.process = HostedProcess(command, {TOKEN: SECRET}, log)
         self.starts += 1
         return f"http://127.0.0.1:{port}"
 
@@ -69,12 +57,18 @@ class LearnerProcess:
         self.learner.connect(self.start())
 
     def failure(self) -> str | None:
-        status = self.process.poll()
+        status = self.process.status()
         return None if status is None else f"exit status {status}"
 
     def stop(self) -> None:
-        self.process.kill()
+        self.process.end()
         self.process.wait()
+
+    def send(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal to the one process that learns, or starts those that do."""
+        pid = self.process.keeper.pid
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            os.kill(int(child), number)
 
     def strike(self, doing: str, number: int = signal.SIGKILL) -> threading.Thread:
         """Send a signal as soon as the process is busy with a call of this name."""
@@ -83,7 +77,7 @@ class LearnerProcess:
             with suppress(LearnerLost):
                 while self.learner.health()["busy_with"] != doing:
                     time.sleep(0.001)
-            self.process.send_signal(number)
+            self.send(number)
 
         thread = threading.Thread(target=watch, daemon=True)
         thread.start()

@@ -1,6 +1,5 @@
 """Samplers in processes of their own (`groupwise serve`), for tests that kill them."""
 
-import os
 import signal
 import socket
 from contextlib import suppress
@@ -17,47 +16,49 @@ def free_port() -> int:
 
 
 class Servers:
-    """Servers of one model, forked from a process that has imported everything, so that each starts in a moment. They can be
-    restarted (`groupwise.rollouts.attending.Restarts`)."""
+    """Servers of one model, forked from a process that has imported everything. They can be restarted
+    (`groupwise.rollouts.attending.Restarts`)."""
 
-    def __init__(self, launcher: Launcher, model: Path, logs: Path) -> None:
+    def __init__(self, launcher: Launcher, model: str, logs: Path) -> None:
         self.launcher, self.model, self.logs = launcher, model, logs
-        self.running: list[Running] = []
+        self.running: dict[int, Running] = {}
+        self.addresses: dict[int, str] = {}
         self.reasons: list[tuple[int, str]] = []
+        """Of each restart: which server, and why."""
 
-    def start(self, count: int) -> list[str]:
-        """Their addresses."""
-        return [self._start(len(self.running)) for _ in range(count)]
+    def alive(self, count: int) -> list[str]:
+        """The addresses of so many, of which those that are dead, or not there yet, are started. They may not answer yet."""
+        self.reasons.clear()
+        for index in range(count):
+            if index not in self.running or self.running[index].code is not None:
+                self.start(index)
+        return [self.addresses[index] for index in range(count)]
 
-    def start_again(self, index: int, address: str) -> None:
-        """At the same address."""
-        self._end(index)
-        self._start(index, int(address.rpartition(":")[2]))
-
-    def _start(self, index: int, port: int | None = None) -> str:
+    def start(self, index: int, port: int | None = None) -> str:
+        """Start one; `port`: None takes a free one."""
         port = port or free_port()
-        arguments = ["serve", self.model, "--port", port]
-        running = self.launcher.start(arguments, self.logs / f"server{index}.log", before=os.environ.get("DEV", ""))
-        self.running[index:] = [running, *self.running[index + 1 :]]
-        return f"http://127.0.0.1:{port}"
+        self.running[index] = self.launcher.start(["serve", self.model, "--port", port], self.logs / f"server{index}.log")
+        self.addresses[index] = f"http://127.0.0.1:{port}"
+        return self.addresses[index]
 
     def send(self, index: int, number: int) -> None:
         self.running[index].send(number)
 
+    def kill(self, index: int) -> None:
+        """Also if it is frozen; returns when it has ended."""
+        with suppress(ProcessLookupError):
+            self.send(index, signal.SIGKILL)
+        self.running[index].ends(20)
+
     async def restart(self, index: int, reason: str) -> str:
         self.reasons.append((index, reason))
-        self._end(index)
-        return self._start(index)
+        self.kill(index)
+        return self.start(index)
 
     def ended(self, index: int) -> str | None:
         code = self.running[index].code
         return None if code is None else f"exit code {code}"
 
     def close(self) -> None:
-        for index in range(len(self.running)):
-            self._end(index)
-
-    def _end(self, index: int) -> None:
-        with suppress(ProcessLookupError):
-            self.send(index, signal.SIGKILL)
-        self.running[index].ends(20)
+        for index in self.running:
+            self.kill(index)

@@ -1,10 +1,16 @@
 """What one process of a sharded learner does in tests/test_sharded.py, and the same in a single process."""
 
-import json
+import itertools
+import multiprocessing
+import os
+import signal
+import socket
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +19,10 @@ from torch import Tensor
 
 from groupwise.algorithms import named
 from groupwise.config import CriticSection, LearnerSection, LoraSection
+from groupwise.errors import LearnerLost
+from groupwise.learner.base import Learner
 from groupwise.learner.critic import Critic
+from groupwise.learner.following import Leader, follow
 from groupwise.learner.local import LocalLearner
 from groupwise.learner.processes import ManyRanks
 from groupwise.learner.ranks import ONE_RANK, Ranks
@@ -42,6 +51,7 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     """Of [learner]."""
     lora: bool = False
+    backend: str = "auto"
     rows: str = "all"
 
 
@@ -55,6 +65,7 @@ CASES: dict[str, Case] = {
     "entropy": Case(changes={"entropy_bonus": 0.01}),
     "checkpointing": Case(settings={"checkpointing": True}, changes={"beta": 0.1}),
     "prompts not shared": Case("dapo", settings={"share_prompts": False}),
+    "padded batches": Case("dapo", changes={"beta": 0.1}, backend="transformers", settings={"checkpointing": True}),
     "bfloat16": Case("dapo", settings={"precision": "bfloat16"}),
     "sampler's log-probabilities": Case(changes={"beta": 0.1}, lora=True, settings={"old_logprobs": "sampler"}),
     "lora": Case("dapo", lora=True),
@@ -70,7 +81,10 @@ CASES: dict[str, Case] = {
     "mixture, checkpointing": Case("grpo", architecture="qwen3_moe", settings={"checkpointing": True}),
 }
 CHECKPOINT = Case("ppo")
+CHECKPOINTS = {"all": CHECKPOINT, "lora": Case("dapo", lora=True)}
 """Of what is saved and loaded."""
+TEXT = torch.tensor([5, 6, 7, 8, 9])
+"""That models are compared by."""
 
 
 def new_learner(case: Case, ranks: Ranks = ONE_RANK) -> LocalLearner:
@@ -82,7 +96,7 @@ def new_learner(case: Case, ranks: Ranks = ONE_RANK) -> LocalLearner:
 
     algorithm = named(case.algorithm, **case.changes)
     section = LearnerSection(**{"micro_batch_tokens": TOKENS, "learning_rate": 1e-2, **case.settings})
-    model = owned(base())
+    model = owned(base(), case.backend)
     critic = None
     if "critic" in algorithm.needs:
         of_critic = model.with_shared_base() if case.lora else owned(base())
@@ -131,12 +145,13 @@ def learn(case: Case, ranks: Ranks = ONE_RANK) -> dict[str, Any]:
     found["gradient"] = taken
     found["update"] += [learner.update(minibatch) for _ in range(UPDATES - 1)]
     found["weights"] = weights(learner)
-    found["records"] = sorted(((int(row), name, part[name][i]) for part in records for i, row in enumerate(part["rows_B"])
-                              for name in ("logprob", "low", "high", "clipped", "entropy")), key=lambda item: item[:2])  # fmt: skip
+    names = ("logprob", "low", "high", "clipped", "entropy")
+    rows = [(int(row), name, part[name][i]) for part in records for i, row in enumerate(part["rows_B"]) for name in names]
+    found["records"] = sorted(rows, key=lambda item: item[:2])
     return found
 
 
-def annotated(batch: TrainingBatch, learner: LocalLearner) -> TrainingBatch:
+def annotated(batch: TrainingBatch, learner: Learner) -> TrainingBatch:
     plain = Batch(**{item.name: getattr(batch, item.name) for item in fields(Batch)})
     with_logprobs, _ = learner.compute_logprobs(plain)
     moved_BT = with_logprobs.old_logprobs_BT + torch.where(batch.mask_BT, 0.1 * torch.sin(batch.tokens_BT.float()), 0)
@@ -216,29 +231,158 @@ def skipped(ranks: Ranks = ONE_RANK) -> dict[str, Any]:
             "version": learner.version}  # fmt: skip
 
 
-def main() -> None:
-    """All cases over the processes; process 0 writes what it found."""
-    directory, ranks = Path(sys.argv[1]), ManyRanks.join()
-    found: dict[str, Any] = {name: learn(case, ranks) for name, case in CASES.items()}
+def small(ranks: int) -> list[str]:
+    """The cases of so many processes: all of two, and of three those whose rows do not spread evenly."""
+    few = ("dapo", "ppo", "lora and kl", "one group", "one row", "rows without advantage", "mixture of experts")
+    return [name for name in CASES if ranks == 2 or name in few]
+
+
+# --- what processes do
+
+
+def everything(directory: Path, sources: list[str]) -> None:
+    """All cases over the processes, and checkpoints; process 0 writes what it found."""
+    ranks = ManyRanks.join()
+    found: dict[str, Any] = {name: learn(CASES[name], ranks) for name in small(ranks.size)}
     found["skipped"] = skipped(ranks)
-    for source in json.loads(sys.argv[2]):
-        learner = new_learner(CHECKPOINT, ranks)
-        learner.load(directory / source)
-        found[f"loaded {source}"] = state_of(learner)
-    learner = after_updates(CHECKPOINT, ranks)
-    saved = directory / f"saved by {ranks.size}"
+    for source in sources:
+        for name, case in CHECKPOINTS.items():
+            learner = new_learner(case, ranks)
+            learner.load(directory / source / name)
+            found[f"{name} of {source}"] = state_of(learner)
+    for name, case in CHECKPOINTS.items():
+        learner = after_updates(case, ranks)
+        saved = directory / f"{ranks.size}" / name
+        if ranks.rank == 0:
+            saved.mkdir(parents=True)
+        ranks.gather(None)
+        files = ranks.gather(dict(learner.save(saved)))
+        found[f"saved {name}"] = state_of(learner)
+        found[f"files {name}"] = {file: digest for part in files for file, digest in part.items()}
+        learner.publish(saved / "published")
+        found[f"probe {name}"] = learner.probe(TEXT)
     if ranks.rank == 0:
-        saved.mkdir()
-    ranks.gather(None)
-    files = ranks.gather(dict(learner.save(saved)))
-    found["saved"] = {**state_of(learner), "files": {name: digest for part in files for name, digest in part.items()}}
-    learner.publish(directory / f"published by {ranks.size}")
-    tokens = torch.tensor([5, 6, 7, 8, 9])
-    found["probe"] = learner.probe(tokens)
-    if ranks.rank == 0:
-        torch.save(found, directory / f"found by {ranks.size}.pt")
-    ranks.end(0) if ranks.rank == 0 else ranks.order()
+        torch.save(found, directory / f"{ranks.size}.pt")
+        ranks.end(0)
+    else:
+        raise SystemExit(ranks.order())
 
 
-if __name__ == "__main__":
-    main()
+def led(directory: Path) -> None:
+    """A leader's calls, in whose last one process 1 fails."""
+    ranks = ManyRanks.join()
+    learner = new_learner(CHECKPOINT, ranks)
+    if ranks.rank:
+        _at_the_fourth_update(learner, _fail)
+        raise SystemExit(follow(learner, ranks))  # type: ignore[arg-type]
+    leader = Leader(learner, ranks)  # type: ignore[arg-type]
+    leader.begin_step()
+    minibatch = annotated(new_batch(CHECKPOINT, learner), leader)
+    records: list[Any] = []
+    updates = [leader.update(minibatch, records.append), leader.update(minibatch)]
+    (directory / "led").mkdir()
+    files = leader.save(directory / "led")
+    leader.publish(directory / "led" / "published")
+    updates.append(leader.update(minibatch))
+    probes = [leader.probe(TEXT)]
+    (directory / "damaged").mkdir()
+    for _ in range(2):  # a failure that all processes see alike leaves them in step
+        try:
+            leader.load(directory / "damaged")
+        except FileNotFoundError:
+            probes.append(leader.probe(TEXT))
+    leader.load(directory / "led")
+    again = leader.update(minibatch)
+    taken_back, version = leader.take_back(), leader.version
+    try:
+        leader.update(minibatch)
+        lost = "not"
+    except LearnerLost as error:
+        lost = str(error)
+    try:
+        leader.probe(TEXT)
+    except LearnerLost as error:
+        lost += f"; then {error}"
+    found = {"updates": updates, "again": again, "probes": probes, "files": files, "records": len(records), "lost": lost}
+    torch.save({**found, "taken back": taken_back, "version": version}, directory / "led.pt")
+    leader.close()
+
+
+def lost(how: str, limit: float) -> None:
+    """Process 1 is killed, or stands still, while the others learn; or process 0 ends while they wait for it."""
+    ranks = ManyRanks.join(timedelta(seconds=limit))
+    learner = new_learner(Case("dapo"), ranks)
+    if ranks.rank:
+        if ranks.rank == 1 and how in ("killed", "stopped"):
+            number = signal.SIGKILL if how == "killed" else signal.SIGSTOP
+            _at_the_fourth_update(learner, lambda: os.kill(os.getpid(), number))
+        raise SystemExit(follow(learner, ranks))  # type: ignore[arg-type]
+    leader = Leader(learner, ranks)  # type: ignore[arg-type]
+    minibatch = annotated(new_batch(Case(), learner), leader)
+    for _ in range(3):
+        leader.update(minibatch)
+    if how == "without its leader":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "closed":
+        leader.close(3)
+        raise SystemExit(3)
+    try:
+        leader.update(minibatch)
+    except LearnerLost as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(5) from error
+
+
+def _at_the_fourth_update(learner: LocalLearner, do: Callable[[], Any]) -> None:
+    original, count = learner.update, itertools.count(1)
+
+    def update(*arguments: Any) -> Any:
+        if next(count) == 4 + (do is _fail):
+            do()
+        return original(*arguments)
+
+    learner.update = update  # type: ignore[method-assign]
+
+
+def _fail() -> None:
+    raise RuntimeError("this process has a fault")
+
+
+# --- starting them
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.sharded_cases"])  # which imports torch once for all
+
+
+def start(ranks: int, function: Callable[..., None], *arguments: Any, log: Path) -> list[Any]:
+    """So many processes that find each other as those of torchrun do; what they print goes to LOG.RANK."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = int(found.getsockname()[1])
+    processes = [CONTEXT.Process(target=_child, args=(function, arguments, rank, ranks, port, log)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _child(function: Callable[..., None], arguments: Any, rank: int, ranks: int, port: int, log: Path) -> None:
+    described = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in described.items()})
+    with log.with_suffix(f".{rank}").open("wb") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    function(*arguments)
+
+
+def end(processes: list[Any], seconds: float) -> list[int | None]:
+    """The exit codes of processes, which have so long; those that have not ended by then (None) are killed."""
+    limit = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.1, limit - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return codes

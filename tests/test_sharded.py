@@ -1,76 +1,59 @@
 """A learner over several processes computes what one process computes, keeps the same checkpoints, and ends as a whole."""
 
-import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from groupwise.files import Digest, sha256
-from groupwise.learner.micro_batches import cut_for_ranks, spread
+from groupwise.learner.micro_batches import Budget, spread
+from groupwise.learner.probing import probe
 from groupwise.models import LanguageModel
-from tests.sharded_cases import CASES, CHECKPOINT, after_updates, learn, new_learner, skipped, state_of
+from groupwise.types import Batch
+from tests.sharded_cases import (
+    CASES,
+    CHECKPOINT,
+    CHECKPOINTS,
+    TEXT,
+    after_updates,
+    annotated,
+    end,
+    everything,
+    learn,
+    led,
+    lost,
+    new_batch,
+    new_learner,
+    skipped,
+    small,
+    start,
+    state_of,
+)
+from tests.test_cli import run
 from tests.test_learner import random_batch
 
-ROOT = Path(__file__).parent.parent
 RANKS = (2, 3)
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def start(ranks: int, *arguments: str, cwd: Path = ROOT) -> list[subprocess.Popen[str]]:
-    """So many processes that find each other as those of torchrun do."""
-    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    common["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "src")])
-    return [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=cwd,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(ranks)
-    ]
-
-
-def end(processes: list[subprocess.Popen[str]], seconds: float) -> list[tuple[int, str]]:
-    """The exit code and standard error of each, which have so long."""
-    limit, found = time.monotonic() + seconds, []
-    try:
-        for process in processes:
-            _, error = process.communicate(timeout=max(0.1, limit - time.monotonic()))
-            found.append((process.returncode, error))
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return found
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds the checkpoint of a single process, and then those of the others."""
+    """Holds the checkpoints of a single process, and then those of several."""
     path = tmp_path_factory.mktemp("sharded")
-    learner = after_updates(CHECKPOINT)
-    (path / "saved by 1").mkdir()
-    learner.save(path / "saved by 1")
-    torch.save(state_of(learner), path / "found by 1.pt")
+    found = {}
+    for name, case in CHECKPOINTS.items():
+        learner = after_updates(case)
+        (path / "1" / name).mkdir(parents=True)
+        learner.save(path / "1" / name)
+        found[f"saved {name}"] = state_of(learner)
+    torch.save(found, path / "1.pt")
     return path
 
 
@@ -79,10 +62,10 @@ def sharded(directory: Path) -> dict[int, dict[str, Any]]:
     """What 2 and 3 processes have found; the 3 load what the 2 have saved."""
     found = {}
     for ranks in RANKS:
-        sources = [f"saved by {number}" for number in range(1, ranks)]
-        codes = end(start(ranks, "-m", "tests.sharded_cases", str(directory), json.dumps(sources)), 240)
-        assert [code for code, _ in codes] == [0] * ranks, codes
-        found[ranks] = torch.load(directory / f"found by {ranks}.pt", weights_only=False)
+        sources = [str(number) for number in range(1, ranks)]
+        codes = end(start(ranks, everything, directory, sources, log=directory / "log"), 300)
+        assert codes == [0] * ranks, [(directory / f"log.{rank}").read_text()[-3000:] for rank in range(ranks)]
+        found[ranks] = torch.load(directory / f"{ranks}.pt", weights_only=False)
     return found
 
 
@@ -95,8 +78,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks in RANKS for name in small(ranks)])
 def test_several_processes_learn_what_one_learns(
     name: str, ranks: int, sharded: dict[int, dict[str, Any]], local: dict[str, dict[str, Any]]
 ) -> None:
@@ -125,3 +107,152 @@ def test_several_processes_learn_what_one_learns(
     for (_, _, values), (_, _, expected) in zip(ours["records"], theirs["records"], strict=True):
         width = min(len(values), len(expected))  # parts are as wide as their longest row
         torch.testing.assert_close(values[:width].float(), expected[:width].float(), rtol=1e-4 * coarse, atol=1e-5 * coarse)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_an_update_that_is_not_finite_anywhere_is_skipped_everywhere(ranks: int, sharded: dict[int, dict[str, Any]]) -> None:
+    assert sharded[ranks]["skipped"] == skipped() == {"skipped": 1.0, "same": True, "then": 1.0, "version": 1}
+
+
+def same(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    """Whether two learners are the same to the bit."""
+    tensors = [pair for name in ("weights", "moments") for pair in zip(ours[name], theirs[name], strict=True)]
+    return ours["counts"] == theirs["counts"] and all(torch.equal(a, b) for a, b in tensors)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_checkpoints_are_read_by_another_number_of_processes(
+    name: str, directory: Path, sharded: dict[int, dict[str, Any]]
+) -> None:
+    one = torch.load(directory / "1.pt", weights_only=False)[f"saved {name}"]
+    assert same(sharded[2][f"{name} of 1"], one)
+    assert same(sharded[3][f"{name} of 1"], one)
+    assert same(sharded[3][f"{name} of 2"], sharded[2][f"saved {name}"])
+    for ranks in RANKS:
+        learner = new_learner(CHECKPOINTS[name])
+        learner.load(directory / str(ranks) / name)
+        assert same(state_of(learner), sharded[ranks][f"saved {name}"])
+        torch.testing.assert_close(learner.probe(TEXT), sharded[ranks][f"probe {name}"], rtol=0, atol=1e-5)
+        files: dict[str, Digest] = sharded[ranks][f"files {name}"]
+        assert len(files) == 2 * ranks + 1
+        assert all(sha256(directory / str(ranks) / name / file) == digest for file, digest in files.items())
+        sizes = [digest.bytes for file, digest in files.items() if file.startswith("model")]
+        assert max(sizes) < 0.9 * sum(sizes)  # each process writes its part
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("ranks", RANKS)
+def test_what_is_published_is_the_model(name: str, ranks: int, directory: Path, sharded: dict[int, dict[str, Any]]) -> None:
+    model = LanguageModel.load(str(directory / str(ranks) / name / "published"))
+    torch.testing.assert_close(probe(model, TEXT), sharded[ranks][f"probe {name}"], rtol=0, atol=1e-5)
+
+
+def test_a_leader_is_a_learner_until_a_process_fails(tmp_path: Path) -> None:
+    """Process 1 fails in the fifth update, the second after the checkpoint was read again."""
+    started = time.monotonic()
+    codes = end(start(2, led, tmp_path, log=tmp_path / "log"), 120)
+    assert codes == [0, 1], [(tmp_path / f"log.{rank}").read_text()[-3000:] for rank in range(2)]
+    found = torch.load(tmp_path / "led.pt", weights_only=False)
+    learner = new_learner(CHECKPOINT)
+    minibatch = annotated(new_batch(CHECKPOINT, learner), learner)
+    for update in found["updates"]:
+        assert update.step == pytest.approx(learner.update(minibatch).step, rel=1e-4)
+    assert found["again"].step == pytest.approx(found["updates"][-1].step, rel=1e-6)
+    assert found["records"] > 1 and found["version"] == 3 and not found["taken back"]
+    assert all(sha256(tmp_path / "led" / file) == digest for file, digest in found["files"].items())
+    assert len(found["probes"]) == 3 and all(torch.equal(found["probes"][0], other) for other in found["probes"])
+    cause = "process 1 of the learner: RuntimeError: this process has a fault"
+    assert found["lost"] == f"{cause}; then the learner's processes have ended: {cause}"
+    assert time.monotonic() - started < 100
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped", "without its leader", "closed"])
+def test_no_process_outlives_the_others(how: str, tmp_path: Path) -> None:
+    """Process 0 says so (5), or was killed (-9); the others see it (1), and none waits longer than the limit of 8 seconds."""
+    started = time.monotonic()
+    codes = end(start(3, lost, how, 8.0, log=tmp_path / "log"), 40 if how == "stopped" else 60)
+    expected = {"killed": [5, -9, 1], "stopped": [5, None, 1], "without its leader": [-9, 1, 1], "closed": [3, 3, 3]}
+    assert codes == expected[how], [(tmp_path / f"log.{rank}").read_text()[-3000:] for rank in range(3)]
+    if how in ("killed", "stopped"):
+        assert "a process of the learner has ended or does not answer" in (tmp_path / "log.0").read_text()
+    assert how == "stopped" or time.monotonic() - started < 55
+
+
+# --- the cut
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 40])
+@pytest.mark.parametrize("padded", [False, True])
+def test_rows_are_spread_once_and_micro_batches_are_equally_many(any_model: Any, ranks: int, padded: bool) -> None:
+    batch = random_batch(any_model)
+    rows = spread(batch, ranks)
+    assert len(rows) == ranks and sorted(torch.cat(rows).tolist()) == list(range(len(batch)))
+    budgets = [Budget(20) for _ in range(ranks)]
+    cuts = [list(one.cut(batch, padded=padded, rank=rank, ranks=ranks)) for rank, one in enumerate(budgets)]
+    assert len({len(cut) for cut in cuts}) == 1
+    counted = [row for cut in cuts for rows, counts in cut if counts for row in rows.tolist()]
+    assert sorted(counted) == list(range(len(batch)))
+
+
+def test_groups_stay_together_where_shares_stay_even() -> None:
+    def batch(*sizes: int) -> Batch:
+        total = sum(sizes)
+        nothing = torch.zeros(total, 10)
+        return Batch(
+            rows_B=torch.arange(total),
+            prompts=tuple(torch.ones(4, dtype=torch.long) for _ in sizes),
+            group_ids_B=torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)),
+            tokens_BT=nothing.long(),
+            lengths_B=torch.full((total,), 10),
+            mask_BT=nothing == 0,
+            rollout_logprobs_BT=nothing,
+        )
+
+    assert [rows.tolist() for rows in spread(batch(3, 3), 2)] == [[0, 1, 2], [3, 4, 5]]
+    assert [len(rows) for rows in spread(batch(4, 4, 4, 5), 2)] == [8, 9]
+    assert [len(rows) for rows in spread(batch(8), 2)] == [4, 4]  # one group: its prompt is run by both
+    assert [len(rows) for rows in spread(batch(1, 7), 2)] == [4, 4]
+    assert [len(rows) for rows in spread(batch(1), 3)].count(1) == 1
+
+
+# --- a run
+
+SETTINGS = [
+    "rollouts.prompts_per_step=4", "rollouts.group_size=4", "rollouts.max_tokens=12", "algorithm.name=grpo", "training.steps=3",
+    "training.eval_problems=6", "learner.minibatches=2", "training.tokens_every=1",
+]  # fmt: skip
+
+
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "groupwise", "train"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200"}
+    settings = [part for item in SETTINGS for part in ("--set", item)]
+    command += [*settings, *map(str, arguments)]
+    return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=170)
+
+
+def test_a_run_over_torchrun_is_the_run_of_one_process(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    settings = [part for item in SETTINGS for part in ("--set", item)]
+    assert run("train", *settings, "--out", one).exit_code == 0
+    done = torchrun("--out", two)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the learner is sharded over the processes of torchrun") == 1
+    assert done.stdout.count("step 3/3") == 1
+    for step in (1, 2, 3):
+        name = f"tokens/step-{step:06d}.parquet"
+        ours, theirs = (pyarrow.parquet.read_table(path / name).to_pydict() for path in (two, one))
+        for column in ("group", "row", "position", "token", "reward", "advantage"):
+            assert ours[column] == theirs[column]
+    weights, expected = (load_file(path / "model" / "model.safetensors") for path in (two, one))
+    assert all(distance(weights[name], expected[name]) <= 1e-5 for name in expected)
+    resumed = run("train", "--resume", two, "--set", "training.steps=4")  # in one process
+    assert resumed.exit_code == 0, resumed.output
+    assert "4/4" in resumed.output
+
+
+def test_what_is_wrong_is_said_once_and_ends_all_processes(tmp_path: Path) -> None:
+    done = torchrun("--out", tmp_path / "run", "--set", "model.compile=true")
+    assert done.returncode != 0
+    assert done.stderr.count("cannot be sharded: set model.compile = false") == 1
+    assert "Traceback" not in done.stderr.split("elastic")[0]

@@ -7,17 +7,22 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 import groupwise
+from groupwise.cluster import launch_of
 from groupwise.config import Recipe, load
-from groupwise.errors import RunError, UserError
+from groupwise.errors import LearnerLost, RunError, UserError
+from groupwise.evidence.figures import draw_all
+from groupwise.evidence.runs import open_run
 from groupwise.rollouts.base import Request
 from groupwise.state import read_state, write_state
 from groupwise.terminal import Terminal
@@ -31,6 +36,7 @@ from groupwise.training.setup import Ready, prepare
 from groupwise.training.stream import Stream
 from groupwise.types import Completion
 from tests.beside import Beside, beside, trainer_of
+from tests.test_cli import run as run_command
 
 SOURCES = Path(groupwise.__file__).parents[1], Path(__file__).parents[1]
 SETTINGS: dict[str, Any] = {
@@ -340,6 +346,67 @@ def test_a_killed_run_loses_and_doubles_nothing(tmp_path: Path) -> None:
     found = ledger(run)
     assert check(found) == [] and [entry.step for entry in found] == list(range(1, 11))
     assert max(record["cluster/age_max"] for record in metrics(run) if "reward/mean" in record) <= 3
+
+
+def test_a_learner_that_is_lost_costs_no_group(tmp_path: Path) -> None:
+    """It is started again, and the run goes back to its last checkpoint while groups are under way."""
+    more = {"training.steps": 8, "training.checkpoint_every": 3, "training.eval_every": 8, "algorithm.name": "dapo"}
+    trainer, pieces = trainer_of(stale(tmp_path, 2, 2, **more), tmp_path / "run", delay=0.01)
+    calls: list[int] = []
+
+    def losing() -> None:
+        update = pieces.learner.update
+
+        def update_or_die(*of: Any) -> Any:
+            calls.append(trainer.step)
+            if len(calls) in (5, 13, 16):
+                raise LearnerLost("the learner is gone")
+            return update(*of)
+
+        pieces.learner.update = update_or_die  # type: ignore[method-assign]
+
+    losing()
+    restart = pieces.restart_learner
+    pieces.restart_learner = lambda: (restart(), pieces.learner.__dict__.pop("update"), losing())[0]  # type: ignore[method-assign]
+    trainer.train()
+    found = ledger(tmp_path / "run")
+    assert check(found) == [] and [entry.step for entry in found] == list(range(1, 9))
+    assert len(calls) > 16 + 3, "updates were made again"
+    assert max(record["cluster/age_max"] for record in metrics(tmp_path / "run") if "reward/mean" in record) <= 3
+    said = run_command("ledger", tmp_path / "run")
+    assert said.exit_code == 0 and "8 steps, " in said.stdout and "used up exactly once" in said.stdout
+    with (tmp_path / "run" / LEDGER).open("ab") as file:
+        file.write(dataclasses.replace(found[-1], step=9).line)
+    said = run_command("ledger", tmp_path / "run")
+    assert said.exit_code == 1 and "was used up before, or never begun" in said.stderr.replace("\n", " ")
+    assert {"age", "queues", "idle"} <= {drawn.id for drawn in draw_all({"a run": [open_run(tmp_path / "run")]})}
+
+
+def test_samplers_that_die_cost_no_group(tmp_path: Path) -> None:
+    """Two processes of `groupwise serve`, one of which is killed with requests under way: the other makes them again."""
+    (tmp_path / "r.toml").write_text("")
+    changes = {**SETTINGS, "training.steps": 14, "training.eval_every": 14, "cluster.samplers": 2, "cluster.staleness": 1}
+    changes |= {"rollouts.max_tokens": 64, "rollouts.group_size": 16}
+    plan = session.plan(tmp_path / "r.toml", out=tmp_path / "run", changes=changes)
+
+    def kill() -> None:
+        while lines(tmp_path / "run") < 2:
+            time.sleep(0.01)
+        children = psutil.Process().children(recursive=True)
+        serving = [child for child in children if "serve" in child.cmdline() and "--port" in child.cmdline()]
+        max(serving, key=lambda child: child.pid).kill()
+
+    killing = threading.Thread(target=kill)
+    killing.start()
+    session.run(plan, Terminal(quiet=True), launch=launch_of(plan.recipe))
+    killing.join()
+    found = ledger(tmp_path / "run")
+    assert check(found) == [] and len(found) == 14
+    steps = [record for record in metrics(tmp_path / "run") if "reward/mean" in record]
+    assert any(entry.attempts for entry in found) or not any(record["cluster/reissued"] for record in steps)
+    assert any("cluster/idle/sampler_1" in record for record in steps)
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert events, "it is said that one died"
 
 
 # --- the ledger

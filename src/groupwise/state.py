@@ -8,6 +8,7 @@ integers, {"text": [code points]} for texts with halves of surrogate pairs.
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -204,8 +205,10 @@ def _decoded(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """A value as `write_state` takes it: what is no number, text, tensor or container of these, such as a date in a row of a
-    dataset, becomes its text."""
+    """A value as `write_state` takes it: dataclasses become mappings; what is no number, text, tensor or container of these, such
+    as a date in a row of a dataset, becomes its text. Tensors are not copied."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
     if value is None or isinstance(value, bool | str | Real | Tensor):
         return value
     if isinstance(value, Mapping):

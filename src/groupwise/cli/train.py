@@ -31,6 +31,8 @@ def train(
     from groupwise.training import session, torchrun
 
     with torchrun.led() as launch, exit_codes():
+        if launch is not None:
+            console.print(torchrun.ANNOUNCED, soft_wrap=True)
         plan = session.plan(recipe, overrides=overrides or [], out=out, resume=resume)
         try:
             result = session.run(plan, console, ends=True, launch=launch or launch_of(plan.recipe))

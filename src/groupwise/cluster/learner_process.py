@@ -1,12 +1,14 @@
-"""The process that learns: `python -m groupwise.cluster.learner_process RECIPE --host HOST --port PORT`.
+"""The process that learns: `python -m groupwise.cluster.learner_process RECIPE --host HOST --port PORT`, or several by torchrun.
 
-RECIPE is a run's settings, whole, as in its recipe.toml. The process serves at once, and loads the model meanwhile; what is wrong
-with that is the answer to the first call. Whoever calls must know the secret in the environment variable TOKEN.
+RECIPE is a run's settings, whole, as in its recipe.toml. Process 0 serves at once, and loads the model meanwhile; what is wrong
+with that is the answer to the first call. Whoever calls must know the secret in the environment variable TOKEN. The processes run
+until somebody kills them.
 """
 
 import argparse
 import os
 import signal
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,24 +33,33 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     arguments = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(
-            number, signal.SIG_IGN
-        )  # Ctrl-C is for the process that trains, which then needs this one for its checkpoint
-    Server(arguments.host, arguments.port, os.environ[TOKEN]).run(partial(make, arguments.recipe))
+        signal.signal(number, signal.SIG_IGN)  # Ctrl-C is for the process that trains, whose checkpoint needs this one
+    if int(os.environ.get("RANK", "0")) == 0:
+        Server(arguments.host, arguments.port, os.environ[TOKEN]).run(partial(make, arguments.recipe))
+    with suppress(SystemExit):
+        make(arguments.recipe)
+    while True:  # the end of one process would have torchrun end process 0, which has yet to say what is wrong
+        signal.pause()
 
 
 def make(path: Path) -> tuple[Learner, Any]:
-    """The learner of a recipe, and the tokenizer that is exported with its model.
+    """The learner of a recipe, and the tokenizer that is exported with its model. With several processes it does not return on
+    those after the first, which take part in what that one is asked for.
 
     Raises:
         UserError: it cannot be made of the recipe, or there is not enough memory.
     """
     recipe, source = load(path, Recipe)
-    algorithm = build_algorithm(recipe.algorithm, source)
-    model = load_policy(recipe, source)
-    check_training(recipe, algorithm, model, source)
-    tokenizer = load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
-    return LocalLearner.build(recipe, algorithm, model), tokenizer
+    algorithm, policy = build_algorithm(recipe.algorithm, source), partial(load_policy, recipe, source)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from groupwise.learner.sharded import build  # only where it is needed: importing torch.distributed takes time
+
+        learner: Learner = build(recipe, algorithm, policy)
+    else:
+        model = policy()
+        check_training(recipe, algorithm, model, source)
+        learner = LocalLearner.build(recipe, algorithm, model)
+    return learner, load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def loaded_ray(*, own: bool) -> Any:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if own:  # so that no other user of this machine can give it work; Ray reads them when it is imported, and no more
+    if own:  # so that no other user of this machine can give it work
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
@@ -226,6 +226,12 @@ def loaded_ray(*, own: bool) -> Any:
         import ray.util.scheduling_strategies
     except ImportError as error:
         raise UserError("cluster.launcher = 'ray' needs Ray: pip install 'groupwise[ray]'") from error
+    if own:
+        with suppress(ImportError, AttributeError):  # Ray reads both once, perhaps before; older ones do not know them
+            from ray._raylet import AuthenticationTokenLoader, Config
+
+            Config.initialize("")
+            AuthenticationTokenLoader.instance().reset_cache()
     return ray
 
 

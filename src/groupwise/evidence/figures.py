@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from groupwise.algorithms.diagnostics import LENGTH_EDGES, PROBABILITY_EDGES
 from groupwise.evidence.charts import HEIGHT, Figure, Groups, data, figure, legend, lines, short
+from groupwise.evidence.processes import ages, faults, idle, queues
 from groupwise.evidence.runs import Measure, measure
 
 SAMPLED_TOKENS = 1200
@@ -315,5 +316,5 @@ def _summed(lists: Sequence[list[float]]) -> list[float]:
 FIGURES: tuple[Callable[[Groups], Figure | None], ...] = (
     accuracy, accuracy_by_rollouts, accuracy_by_time, rewards, entropy, group_shares, utilisation, clipping, clipped_probability,
     clipping_by_probability, ratio_by_probability, log_ratios, log_ratios_by_length, lengths, turns, truncated, divergences, gradient, dropped,
-    times, memory, speed,
+    times, memory, speed, ages, queues, idle, faults,
 )  # fmt: skip

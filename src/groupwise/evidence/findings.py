@@ -291,7 +291,7 @@ def sampler_mismatch(run: Run) -> Finding | None:
     rollouts = run.recipe.get("rollouts", {})
     limited = rollouts.get("top_p", 1) < 1 or rollouts.get("top_k", 0) or rollouts.get("min_p", 0)
     not_recorded = limited and rollouts.get("sampler", "native") != "native"  # which tokens the limits left
-    by_design = not_recorded or rollouts.get("max_age", 0)
+    by_design = not_recorded or rollouts.get("max_age", 0) or run.recipe.get("cluster", {}).get("staleness", 0)
     gap = run.last("sampler_gap_mean", len(run.steps))
     if by_design or not gap > LARGEST_GAP:
         return None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from groupwise.errors import LearnerLost, RunError, UserError, first_line, is_out_of_memory, text_of
-from groupwise.files import Digest
+from groupwise.files import Digest, DiskError
 from groupwise.learner.base import TokenRecord
 from groupwise.learner.processes import ManyRanks
 from groupwise.learner.updates import Update
@@ -22,19 +22,40 @@ if TYPE_CHECKING:
     from groupwise.learner.sharded import ShardedLearner
 
 
+OF_FILES = ("save", "load", "publish", "export")
+"""Methods that write or read files, which may take long, and in which processes do not wait for each other meanwhile."""
+KINDS: Mapping[str, type[Exception]] = {kind.__name__: kind for kind in (DiskError, UserError)}
+LOST = ("onnection", "ocket", "imed out", "Broken pipe", "NCCL")
+"""In what gloo and NCCL say of another process that has ended or does not answer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a process reports of what it was asked for."""
 
-    error: BaseException | None = None
+    kind: str = ""
+    """Of the error that it met; empty: of none."""
+    text: str = ""
+    """What the error says."""
     files: Mapping[str, Digest] | None = None
     """What it wrote for a checkpoint."""
+
+    @classmethod
+    def of(cls, name: str, result: Any, error: BaseException | None) -> "Outcome":
+        """Of a call of the method `name`."""
+        if error is not None:
+            return cls(type(error).__name__, text_of(error))
+        return cls(files=result if name == "save" else None)
+
+    def raised(self, rank: int) -> Exception:
+        """The error, as one of this process."""
+        return KINDS.get(self.kind, RunError)(f"process {rank} of the learner: {self.text}")
 
 
 def attempt(learner: "ShardedLearner | None", name: str, arguments: tuple[Any, ...]) -> tuple[Any, BaseException | None]:
     """Call a method; returns its result, and what it raised if the processes are still in step after it.
 
-    They are where the method decides together (`RunError`, `UserError`), and where it needs no other process (files).
+    They are where the method decides together (`RunError`, `UserError`), and where it reads or writes files.
 
     Raises:
         Exception: anything else: the others may be waiting for this process in the middle of a forward pass.
@@ -45,8 +66,8 @@ def attempt(learner: "ShardedLearner | None", name: str, arguments: tuple[Any, .
         if error.__cause__ is not None and is_out_of_memory(error.__cause__):
             raise  # this process alone is short of memory
         return None, error
-    except Exception as error:  # reading damaged files may raise anything, on all processes alike
-        if name != "load":
+    except Exception as error:  # reading damaged files may raise anything
+        if name not in OF_FILES or _is_lost(error):
             raise
         return None, error
 
@@ -64,7 +85,7 @@ def follow(learner: "ShardedLearner | None", ranks: ManyRanks) -> int:
             if name == "update":
                 arguments = (arguments[0], _forget if arguments[1] else None)
             result, error = attempt(learner, name, arguments)
-            ranks.gather(Outcome(error, result if name == "save" else None))
+            ranks.gather(Outcome.of(name, result, error), patient=name in OF_FILES)
     except Exception as error:  # out of memory, a lost connection, or a fault of ours: none can go on without the others
         if not _is_lost(error):
             known = isinstance(error, UserError | RunError)
@@ -73,10 +94,6 @@ def follow(learner: "ShardedLearner | None", ranks: ManyRanks) -> int:
                 traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # without waiting for exchanges that will not end
-
-
-LOST = ("onnection", "ocket", "imed out", "Broken pipe", "NCCL")
-"""In what gloo and NCCL say of another process that has ended or does not answer."""
 
 
 def _is_lost(error: BaseException) -> bool:
@@ -158,21 +175,21 @@ class Leader:
         try:
             self._ranks.order((name, arguments))
             result, error = attempt(self._learner, name, arguments if own is None else own)
-            outcomes = self._ranks.gather(Outcome(error, result if name == "save" else None))
+            outcomes = self._ranks.gather(Outcome.of(name, result, error), patient=name in OF_FILES)
         except BaseException as error:  # an interrupt too: the others are in the middle of it
-            own_text = f"{type(error).__name__}: {first_line(error)}"
             if not _is_lost(error):
-                self.lost = own_text
+                self.lost = f"{type(error).__name__}: {first_line(error)}"
                 self._ranks.leave()
                 raise
-            self.lost = self._ranks.failure() or f"a process of the learner has ended or does not answer ({own_text})"
+            said = first_line(error).rpartition("] ")[2].split(". ")[0]  # without where in gloo's source it is, and its advice
+            self.lost = self._ranks.failure() or f"a process of the learner has ended or does not answer: {said}"
             self._ranks.leave()
             raise LearnerLost(self.lost) from error
         if error is not None:
             raise error
         for rank, outcome in enumerate(outcomes):
-            if outcome.error is not None:
-                raise type(outcome.error)(f"process {rank} of the learner: {outcome.error}") from outcome.error
+            if outcome.kind:
+                raise outcome.raised(rank)
         if name == "save":
             return {file: digest for outcome in outcomes for file, digest in (outcome.files or {}).items()}
         return result

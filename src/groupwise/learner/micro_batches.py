@@ -101,18 +101,18 @@ UNEVEN = 0.1
 
 
 def spread(batch: Batch, ranks: int) -> list[Tensor]:
-    """The rows (int64) of each process, which may be none: about equally many tokens, and groups kept together where that is
-    possible, so that their prompts are run once. All rows, each once, whatever the number of processes."""
+    """The rows (int64) of each process, which may be none: about equally many tokens, a prompt's once for its group, and groups
+    kept together where that is possible. All rows, each once, whatever the number of processes."""
     order = torch.argsort(batch.group_ids_B, stable=True)
-    groups = batch.group_ids_B[order]
-    ends = torch.cumsum(batch.lengths_B[order], 0)
-    share = float(ends[-1]) / ranks
-    last_of_group = torch.ones(len(order), dtype=torch.bool)
-    last_of_group[:-1] = groups[1:] != groups[:-1]
+    group_B, prompt_lengths_P = batch.group_ids_B[order], torch.tensor([len(prompt) for prompt in batch.prompts])
+    changes = group_B[1:] != group_B[:-1]
+    first_B, last_B = (torch.cat(pair) for pair in ((changes.new_ones(1), changes), (changes, changes.new_ones(1))))
+    ends_B = torch.cumsum(batch.lengths_B[order] + first_B * prompt_lengths_P[group_B], 0)
+    share = float(ends_B[-1]) / ranks
     cuts = [0]
     for i in range(1, ranks):
-        distance = (ends - i * share).abs()
-        whole = torch.where(last_of_group, distance, torch.inf)
+        distance = (ends_B - i * share).abs()
+        whole = torch.where(last_B, distance, torch.inf)
         nearest = int((whole if whole.min() <= UNEVEN * share else distance).argmin())
         cuts.append(max(cuts[-1], nearest + 1))
     return [order[start:end] for start, end in itertools.pairwise([*cuts, len(order)])]

@@ -1,6 +1,7 @@
 """The processes that torchrun has started, as a learner sees them."""
 
 import os
+import time
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -18,7 +19,7 @@ from groupwise.models import LanguageModel, sharding
 LIMIT = timedelta(minutes=10)
 """For each exchange between processes that are at work: the longest that one may let the others wait."""
 IDLE = timedelta(days=365)
-"""The same while the others wait for process 0 to ask for something; they see at once when it ends."""
+"""The same while the others wait for process 0 to ask for something, or for files; they see at once when it ends."""
 FAILED = "groupwise/failed"
 """Where in the store a process that fails says why."""
 
@@ -32,7 +33,7 @@ class ManyRanks:
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
         # Objects go over the CPU, also where weights go from GPU to GPU.
         self._objects = distributed.new_group(backend="gloo", timeout=limit)
-        self._orders = distributed.new_group(backend="gloo", timeout=IDLE)
+        self._patient = distributed.new_group(backend="gloo", timeout=IDLE)
 
     @classmethod
     def join(cls, limit: timedelta = LIMIT) -> "ManyRanks":
@@ -48,9 +49,10 @@ class ManyRanks:
         root = sharding.shard(model, network, self.mesh(model.device), precision)
         return partial(sharding.run, root)
 
-    def gather(self, item: Item) -> list[Item]:
+    def gather(self, item: Item, *, patient: bool = False) -> list[Item]:
+        """See `Ranks.gather`. `patient`: one of them may read or write large files meanwhile."""
         found: list[Any] = [None] * self.size
-        distributed.all_gather_object(found, item, group=self._objects)
+        distributed.all_gather_object(found, item, group=self._patient if patient else self._objects)
         return found
 
     def total(self, tensor: Tensor) -> Tensor:
@@ -62,7 +64,7 @@ class ManyRanks:
     def order(self, item: Any = None) -> Any:
         """What process 0 gives, for all. A number: they are to exit with it."""
         found = [item]
-        distributed.broadcast_object_list(found, src=0, group=self._orders)
+        distributed.broadcast_object_list(found, src=0, group=self._patient)
         return found[0]
 
     def say_failed(self, text: str) -> None:
@@ -70,13 +72,15 @@ class ManyRanks:
         with suppress(RuntimeError):  # whoever keeps the store has ended
             self._store.set(FAILED, f"process {self.rank} of the learner: {text}")
 
-    def failure(self, patience: timedelta = timedelta(seconds=5)) -> str | None:
-        """Why a process has ended, if one says so; `patience`: how long to wait for its word."""
-        try:
-            self._store.wait([FAILED], patience)
-            return str(self._store.get(FAILED), "utf-8")
-        except RuntimeError:  # none has said anything, or whoever keeps the store has ended too
-            return None
+    def failure(self, patience: float = 5.0) -> str | None:
+        """Why a process has ended, if one says so; `patience`: seconds to wait for its word."""
+        limit = time.monotonic() + patience
+        with suppress(RuntimeError):  # whoever keeps the store has ended
+            while time.monotonic() < limit:
+                if self._store.check([FAILED]):
+                    return str(self._store.get(FAILED), "utf-8")
+                time.sleep(0.05)
+        return None
 
     def end(self, code: int) -> None:
         """On process 0: have the others exit with a code."""

@@ -136,9 +136,9 @@ class RemoteLearner:
             except httpx.TransportError as error:
                 if (reason := self.failure()) is not None:
                     raise LearnerLost(f"the learner has ended before it began: {reason}") from error
+            if not self._answers:
                 if time.monotonic() > deadline:
-                    text = f"the learner does not answer at {self.address} {START_LIMIT:.0f} s after its start"
-                    raise LearnerLost(text) from error
+                    raise LearnerLost(f"the learner does not answer at {self.address} {START_LIMIT:.0f} s after its start")
                 time.sleep(LOOKS)
 
     def _request(self, method: str, path: str, **content: Any) -> httpx.Response:

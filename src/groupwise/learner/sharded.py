@@ -65,11 +65,12 @@ class ShardedLearner(LocalLearner):
 
     def export(self, directory: Path, tokenizer: Any) -> dict[str, float]:
         """See `Learner.export`."""
+        with torch.no_grad():  # before anything is written, which may fail on process 0
+            found = self._runs[self.model](export.gap, self.model) if self.merge_adapters else {}
         with gathered(self.model.module, keep=self.ranks.rank == 0):
             if self.ranks.rank == 0:
                 export.write(self.model, directory, tokenizer, merge=self.merge_adapters)
-        with torch.no_grad():
-            return self._runs[self.model](export.gap, self.model) if self.merge_adapters else {}
+        return found
 
     @torch.no_grad()
     def give_weights(self, to: LanguageModel | None = None) -> None:
@@ -96,15 +97,15 @@ def build(recipe: "Recipe", algorithm: Algorithm, load: "Callable[[], LanguageMo
         SystemExit: on the other processes, when the leader is closed (with the code that it gives) or lost.
     """
     ranks = ranks or ManyRanks.join()
-    learner, problem = None, None
+    learner, problem = None, ""
     try:
         learner = ShardedLearner.build(recipe, algorithm, load(), ranks)
     except UserError as error:
-        problem = error
-    problems = [found for found in ranks.gather(problem) if found is not None]
+        problem = str(error)
+    problems = [text for text in ranks.gather(problem, patient=True) if text]
     if problems and ranks.rank == 0:
         ranks.end(2)
-        raise problems[0]
+        raise UserError(problems[0])
     if ranks.rank or learner is None:
         raise SystemExit(follow(learner, ranks))
     return Leader(learner, ranks)

@@ -123,11 +123,10 @@ class Attendant:
                 await self._health(member)
                 break
             except Unavailable as error:
-                if self.restarts is not None:
-                    if (end := self.restarts.ended(member.index)) is not None:
-                        raise Unavailable(f"its process has ended: {end}") from error
-                    if time.monotonic() > deadline:
-                        raise Unavailable(f"it has not answered since it was started: {error}") from error
+                if self.restarts is not None and (end := self.restarts.ended(member.index)) is not None:
+                    raise Unavailable(f"its process has ended: {end}") from error
+                if time.monotonic() > deadline:
+                    raise Unavailable(f"it has not answered for {LONG * self.limits.timeout:g} s: {error}") from error
             await asyncio.sleep(self.limits.heartbeat / 4)
         self.dispatcher.drop(member)  # what it may still do is of older weights, perhaps
         member.answers, member.is_new, member.is_suspect = True, False, False

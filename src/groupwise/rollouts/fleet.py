@@ -17,7 +17,7 @@ from groupwise.rollouts.servers import Dialect, Published
 from groupwise.types import Completion, Metrics
 
 Result = TypeVar("Result")
-PATIENCE = 3 * LONG
+PATIENCE = 2 * LONG
 """How many times the time limit requests wait while no sampler answers."""
 
 
@@ -106,7 +106,7 @@ class Fleet:
         dispatcher, seen = self._dispatcher, time.monotonic()
         patience = PATIENCE * self._limits.timeout
         while True:
-            if not dispatcher.waiting or any(member.answers for member in dispatcher.members):
+            if not dispatcher.waiting or any(member.answers or member.is_new for member in dispatcher.members):
                 seen = time.monotonic()
             elif time.monotonic() - seen > patience:
                 raise RunError(f"no sampler has answered for {patience:g} s; the last: {self._attendant.last_fault}")

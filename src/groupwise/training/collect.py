@@ -5,11 +5,12 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from groupwise.algorithms import Algorithm
 from groupwise.config import Recipe, RolloutsSection
+from groupwise.errors import UserError
 from groupwise.rollouts.base import Sampling
 from groupwise.rollouts.groups import Rollouts
 from groupwise.seeding import derive
@@ -187,10 +188,19 @@ class Collector:
     # --- state
 
     def state_dict(self) -> dict[str, Any]:
-        surplus = [(born, plain(asdict(group))) for born, group in self.surplus]
+        surplus = [(born, plain(group)) for born, group in self.surplus]
         return {**self.supply.state_dict(), "begun": self.begun, "keep_rate": self.keep_rate, "surplus": surplus}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Raises:
+            UserError: the state is that of a `Stream`.
+        """
+        if "running" in state:
+            raise UserError(
+                "cluster.staleness: cannot become 0 in a run that was above it: groups under way belong to weights of earlier "
+                "steps. Leave it at 1 or more"
+            )
         self.supply.load_state_dict(state)
         self.begun, self.keep_rate = state["begun"], state["keep_rate"]
         self.surplus = [(born, Group.from_dict(group)) for born, group in state["surplus"]]

@@ -24,6 +24,10 @@ COLUMNS = {
     "length/mean": ("length", "{:.1f}"),
     "tools/calls": ("tool calls", "{:.2f}"),
     "clip_fraction": ("clipped", "{:.4f}"),
+    "cluster/age_max": ("age", "{:.0f}"),
+    "cluster/groups_under_way": ("under way", "{:.0f}"),
+    "cluster/idle/learner": ("learner idle", "{:.0%}"),
+    "cluster/idle": ("samplers idle", "{:.0%}"),
     "tokens_per_second": ("tokens/s", "{:,.0f}"),
 }
 """Metric -> (what it is called, how it is written)."""

@@ -5,7 +5,8 @@ up exactly once: trained on, or dropped for a reason. A step that is done again,
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,14 +143,43 @@ def entries(content: bytes) -> Iterator[Entry]:
     return (entry for line in content.splitlines() if (entry := Entry.read(line)) is not None)
 
 
+def read_entries(run: Path) -> list[Entry] | None:
+    """Those of a run, as far as they can be read; None if it has no ledger.
+
+    Raises:
+        UserError: the system refuses to read it.
+    """
+    content = read(run / LEDGER)
+    return None if content is None else list(entries(content))
+
+
+def describe(found: Sequence[Entry]) -> list[str]:
+    """For a person to read: how many groups were used up how, and how many are under way."""
+    if not found:
+        return ["no step is recorded"]
+    dropped: Counter[str] = Counter()
+    for entry in found:
+        dropped.update({reason: len(of) for reason, of in entry.dropped.items()})
+    again = [count for entry in found for count in entry.attempts.values()]
+    trained, last = sum(len(entry.trained) for entry in found), found[-1]
+    why = f" ({', '.join(f'{count:,} {reason}' for reason, count in sorted(dropped.items()))})" if dropped else ""
+    lines = [
+        f"{len(found):,} steps, {last.begun:,} groups begun: {trained:,} trained on, {dropped.total():,} dropped{why}",
+        f"under way when step {last.step} began: {len(last.running):,} being made, {len(last.finished):,} finished",
+    ]
+    if again:
+        lines.append(f"{len(again):,} groups were asked for more than once, one of them {max(again)} times")
+    return lines
+
+
 def check_run(run: Path) -> list[str]:
     """What is wrong with the ledger of a run; see `check`.
 
     Raises:
         UserError: the system refuses to read it.
     """
-    content = read(run / LEDGER)
-    return ["the run has no ledger"] if content is None else check(entries(content))
+    found = read_entries(run)
+    return ["the run has no ledger"] if found is None else check(found)
 
 
 def check(found: Iterable[Entry]) -> list[str]:

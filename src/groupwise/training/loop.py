@@ -31,7 +31,7 @@ from groupwise.training.ledger import Entry
 from groupwise.training.metrics import advantage_metrics, peak_mib, reward_metrics, rollout_metrics
 from groupwise.training.pieces import InProcess, Pieces
 from groupwise.training.records import RunDirectory
-from groupwise.training.recovery import recover
+from groupwise.training.recovery import Deaths, recover
 from groupwise.training.room import Room
 from groupwise.training.setup import Ready
 from groupwise.training.stream import Stream
@@ -79,6 +79,7 @@ class Trainer:
         self.collector: Collector | Stream = kind(ready.rollouts(self.sampler), self.recipe, self.algorithm)
         self.credit = CreditAssigner(self.algorithm, ready.tokenizer, self.recipe.rollouts.max_tokens)
         self.held_out = ready.task.held_out(self.recipe.training.eval_problems)
+        self.deaths = Deaths()
         self.beginning = copy.deepcopy(self.state())
         """What a run begins with, and begins again with where it has no checkpoint."""
 

@@ -21,7 +21,7 @@ from groupwise.training.loop import Result, Trainer
 from groupwise.training.pieces import InProcess, Pieces
 from groupwise.training.processes import described
 from groupwise.training.records import RunDirectory
-from groupwise.training.recovery import persistently
+from groupwise.training.recovery import take_up
 from groupwise.training.resume import Resumption, resumed_recipe, resumption
 from groupwise.training.segments import after, as_json, changes, keep_damaged, metrics_at
 from groupwise.training.setup import Ready, prepare, resolved
@@ -148,7 +148,7 @@ def start(session: Session, ready: Ready, trainer: Trainer, tree: Mapping[str, A
         keep_damaged(session.path, found.recorded)
         first = directory.create_again(tree, inputs)
         return found.events([*begun, replace(first, changed=changes(found.recorded.tree, tree))], None)
-    persistently(trainer.pieces, lambda: trainer.resume(found.checkpoint))
+    take_up(trainer, found.checkpoint)
     segments = after(found.recorded.segments, found.checkpoint, tree, inputs)
     keep_damaged(session.path, found.recorded)
     metrics = metrics_at(found.recorded.segments, found.checkpoint)

@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from groupwise.algorithms import Algorithm
@@ -117,11 +117,17 @@ class Stream:
 
     def state_dict(self) -> dict[str, Any]:
         state, finished = self.thread.wait_for(self._snapshot())
-        groups = [(item.done, item.dropped, plain(asdict(item.group))) for item in finished]
+        groups = [(item.done, item.dropped, plain(item.group)) for item in finished]
         return {**state, "finished": groups}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Abandon what is under way, and go on from a state. Groups that were running then are begun again."""
+        """Abandon what is under way, and go on from a state. Groups that were running then are begun again.
+
+        From a `Collector`'s state a run goes on asynchronously; groups that it had kept for later batches are dropped.
+        """
+        if "surplus" in state:
+            kept = [(born, "surplus", group) for born, group in state["surplus"]]
+            state = {**state, "chunks": state["begun"], "ahead": [], "running": [], "finished": kept}
         self.thread.wait_for(self._load(state))
 
     # --- in the loop's thread

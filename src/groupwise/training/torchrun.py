@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from groupwise.errors import UserError
+from groupwise.errors import RunError, UserError
 from groupwise.models import LanguageModel
 from groupwise.rollouts.base import LocalSampler
 from groupwise.training.algorithm import build_algorithm
@@ -41,13 +41,16 @@ class Sharded:
         self.sampler.load(self.copy, self.learner.version)
 
     def restart_learner(self) -> None:
-        raise AssertionError("a learner in this process ends with it")
+        raise RunError("torchrun has started its processes, this one too, and ends all of them")
 
     def notes(self) -> list[str]:
         return []
 
     def metrics(self) -> Metrics:
         return {}
+
+
+ANNOUNCED = "the learner is sharded over the processes of torchrun; the first one samples, and the others wait meanwhile"
 
 
 @contextmanager

@@ -163,9 +163,10 @@ def zero_variance(watch: Watch) -> Found | None:
 
 
 def sampler_gap(watch: Watch) -> Found | None:
-    """Sampler and learner drift apart. With max_age they differ by design."""
+    """Sampler and learner drift apart. With groups of earlier steps' weights they differ by design."""
     early, last = watch.first("sampler_gap_mean", EARLY), watch.last("sampler_gap_mean")
-    if watch.steps <= EARLY or watch.recipe.rollouts.max_age or not last > max(LARGEST_GAP, RISE * early):
+    stale = watch.recipe.rollouts.max_age or watch.recipe.cluster.staleness
+    if watch.steps <= EARLY or stale or not last > max(LARGEST_GAP, RISE * early):
         return None
     return (
         f"the sampler's log-probabilities are {last:.2g} nats from the learner's on average, at first {early:.2g}",

@@ -2,7 +2,7 @@
 
 Counted is what the code allocates: what autograd keeps for each layer, the output layer's blocks of logits, the optimiser's
 state, the KV cache of all rows at their longest. `benchmarks/plan_memory.py` compares it with measured peaks. Where theory ends
-there are constants: `SLACK` and `HEAP` were fitted to measurements, `CONTEXT` was not.
+there are constants: `CONTEXT` is assumed, the slacks were fitted to measurements.
 """
 
 import math
@@ -15,13 +15,15 @@ from groupwise.models.head import ELSEWHERE, LOGITS_AT_ONCE
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SLACK = 1.02
 """What PyTorch's allocator of a GPU needs, over the sum of the tensors; fitted to the four peaks in benchmarks/RESULTS.md."""
-HEAP = 104 * 2**20, 35 * 2**20
-"""On a CPU: what glibc's heap keeps of freed tensors in a learner and in a sampler, whatever the model. Fitted: peaks
-are lower by this with an mmap threshold of 64 KiB, with which freed tensors are given back."""
+SAMPLER_SLACK, LEARNER_HEAP = 1.13, 104 * 2**20
+"""On a CPU, what glibc's heap keeps of freed tensors: a share in a sampler, so many bytes in a learner. Fitted: peaks are lower
+by this with an mmap threshold of 64 KiB, with which freed tensors are given back."""
 CONTEXT = 1.0e9
 """Of a process on a GPU, outside PyTorch's allocator: CUDA's context and libraries. From public reports, not measured here."""
 HEAD_BLOCKS = 3
 """Blocks of logits that the output layer holds at once in its backward pass, in float32: z, probabilities, their gradient."""
+TRIAL = 6
+"""Gradients and copies of the embedding that `Decoder.packs` holds when it tries the model, before anything else is there."""
 ROW_TOKEN = 28
 """Bytes per token of a row that the native sampler keeps beside the cache: id, log-probability, two float64 random numbers."""
 BATCH_TOKEN = 48
@@ -36,8 +38,9 @@ class Memory:
     """What is there all the time, by name."""
     phases: dict[str, dict[str, float]] = field(default_factory=dict)
     """What each phase takes besides; only the largest counts."""
+    slack: float = SLACK
     heap: float = 0.0
-    """On a CPU: of `HEAP`."""
+    """What the peak is more than the parts: as a share, and in bytes."""
 
     @property
     def parts(self) -> dict[str, float]:
@@ -47,7 +50,7 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        return sum(self.parts.values()) * (SLACK if self.heap == 0 else 1.0) + self.heap
+        return sum(self.parts.values()) * self.slack + self.heap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +119,7 @@ def learner_memory(shape: ModelShape, recipe: Recipe, needs: Needs, load: Load, 
     phases = {"first": micro_batch(min(most, split)), "optimiser": gradients | batch}
     if split > most:
         phases["later"] = gradients | micro_batch(min(most, split - most))
-    return Memory(held=held, phases=phases, heap=0.0 if gpu else HEAP[0])
+    return Memory(held=held, phases=phases, slack=SLACK if gpu else 1.0, heap=0.0 if gpu else LEARNER_HEAP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,10 +184,13 @@ def sampler_memory(
     settings = recipe.rollouts
     of_weights = 2 if vllm else BYTES[settings.dtype or recipe.model.dtype]
     held = {"weights": shape.parameters * of_weights / shards}
+    phases = {"generation": generation(shape, recipe, load, rows=rows, prompts=prompts, gpu=gpu, vllm=vllm, shards=shards)}
+    if not vllm:
+        phases["trial"] = {"trial of the model": TRIAL * shape.head * of_weights}
     return Memory(
         held=held,
-        phases={"generation": generation(shape, recipe, load, rows=rows, prompts=prompts, gpu=gpu, vllm=vllm, shards=shards)},
-        heap=0.0 if gpu else HEAP[1],
+        phases=phases,
+        slack=SLACK if gpu else SAMPLER_SLACK,
     )
 
 

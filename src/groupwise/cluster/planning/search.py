@@ -225,7 +225,9 @@ def one_process(rates: Rates, lengths: Lengths) -> Option:
     memory, load = learner(rates, 1), rates.load
     held = sum(memory.held.values())
     each = row_bytes(rates.shape, rates.recipe, load)
-    rows = int(min(rates.recipe.rollouts.max_rows, load.prompts * load.group, (budget(rates) - 1.03 * held) / (1.1 * each)))
+    rows = int(
+        min(rates.recipe.rollouts.max_rows, load.prompts * load.group, (budget(rates) - memory.slack * held) / (1.1 * each))
+    )
     if memory.peak > budget(rates) or rows < load.group:
         raise UserError(too_large(rates, 1))
     prompts = math.ceil(rows / load.group)

@@ -258,11 +258,11 @@ class Simulation:
         self._trained_rows += len(batch) * self.setup.group
         self._learning = True
         seconds = self.setup.learn_seconds(tokens)
-        self._learner_busy += seconds
-        self._at(self.now + seconds + self.setup.publish_seconds, self._learnt)
+        self._at(self.now + seconds + self.setup.publish_seconds, lambda: self._learnt(seconds))
 
-    def _learnt(self) -> None:
+    def _learnt(self, seconds: float) -> None:
         self._learning = False
+        self._learner_busy += seconds
         self.done += 1
         self._ends.append(self.now)
         self.admission.publish()
