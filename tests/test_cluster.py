@@ -323,6 +323,11 @@ def test_published_weights_are_where_all_processes_see_them(tmp_path: Path) -> N
         ({"cluster.samplers": 1, "cluster.gpus_per_sampler": 2}, "cluster.gpus_per_sampler: the native sampler runs on one GPU"),
         ({"rollouts.sampler": "vllm", "rollouts.top_p": 0.9}, "rollouts.top_p: vLLM does not say which tokens it left out"),
         ({"rollouts.sampler": "vllm", "rollouts.cache_dtype": "float16"}, "rollouts.cache_dtype: is the native sampler's"),
+        (
+            {"rollouts.sampler": "vllm", "cluster.vllm_arguments": ["--max_num_seqs=4"]},
+            "cluster.vllm_arguments: '--max_num_seqs=4': rollouts.max_rows decides on this",
+        ),
+        ({"rollouts.sampler": "vllm", "rollouts.temperature": 0.001}, "rollouts.temperature: vLLM samples at 0.01 instead"),
     ],
 )
 def test_combinations_that_cannot_be_exact_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -33,7 +33,7 @@ from groupwise.rollouts.vllm import VllmServer
 from groupwise.training import checkpoints
 from groupwise.training.distributed import Distributed
 from groupwise.training.pieces import Pieces
-from groupwise.training.processes import addresses, check_gpus, learns_elsewhere, sampler_kind, uses_gpus
+from groupwise.training.processes import addresses, check_gpus, gpus_per_sampler, learns_elsewhere, sampler_kind, uses_gpus
 from groupwise.training.records import RunDirectory
 from groupwise.training.setup import Ready, resolved
 from groupwise.types import Metrics
@@ -252,19 +252,19 @@ def make_launcher(ready: Ready, pieces: Sequence[Piece], logs: Path) -> Launcher
 
 def connector(ready: Ready) -> Callable[[str], Dialect]:
     """Makes the client of a sampler at an address."""
-    path = ready.recipe.model.path
+    path, kind = ready.recipe.model.path, sampler_kind(ready.recipe)
+    packs = kind == "vllm" and gpus_per_sampler(ready.recipe) == 0
     ends = stored_end_tokens(path, ready.tokenizer, trust_remote_code=ready.recipe.model.trust_remote_code)
 
     def native(address: str) -> Dialect:
         return NativeServer(address, ready.tokenizer)
 
     def vllm(address: str) -> Dialect:
-        return VllmServer(address, ready.tokenizer, ends)
+        return VllmServer(address, ready.tokenizer, ends, packs=packs)
 
     def detected(address: str) -> Dialect:
         return DetectedServer(address, native=native, vllm=vllm)
 
-    kind = sampler_kind(ready.recipe)
     return vllm if kind == "vllm" else detected if kind == "addresses" else native
 
 
