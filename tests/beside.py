@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,12 @@ class Beside:
     """A learner, and a sampler that takes the longer the longer its completions are."""
 
     def __init__(self, ready: Ready, *, delay: float = 0.0) -> None:
-        """`delay`: seconds for each token of a group's longest completion."""
+        """`delay`: seconds for each token of a group's longest completion, after it."""
         self.ready = ready
         self.learner, self.delay = LocalLearner.build(ready.recipe, ready.algorithm, ready.model), delay
         self.thread, self.native = LoopThread("sampler"), ready.make_sampler(load_policy(ready.recipe, ready.source))
+        self.learns = False
+        """Whether the learner has groups whose weights are not out."""
         self.under_way = self.most = 0
         """Requests now, and at most."""
         self.loops: set[Any] = set()
@@ -52,6 +55,19 @@ class Beside:
         finally:
             self.under_way -= 1
 
+    def hold(self, steps: int) -> None:
+        """While the learner computes, make so many decoding steps and no more, so that new weights come in the middle."""
+        advance, left = self.native._advance, [steps]  # type: ignore[attr-defined]
+
+        def advance_or_wait() -> None:
+            if self.learns and left[0] == 0:
+                time.sleep(0.002)
+            else:
+                left[0] = left[0] - 1 if self.learns else steps
+                advance()
+
+        self.native._advance = advance_or_wait  # type: ignore[attr-defined]
+
     def health(self) -> dict[str, float]:
         return self.native.health()
 
@@ -60,6 +76,7 @@ class Beside:
             self.native.load(self.learner.weights(), self.learner.version)
 
         self.thread.wait_for(load())
+        self.learns = False
 
     def restart_learner(self) -> None:
         ready = self.ready

@@ -189,6 +189,41 @@ def test_the_bound_is_never_exceeded_with_ragged_lengths(tmp_path: Path, stalene
         assert [entry.trained for entry in found] == [[4 * step + i for i in range(4)] for step in range(8)]
 
 
+def test_completions_go_on_under_new_weights_and_say_which_made_which_tokens(tmp_path: Path) -> None:
+    """Each token's log-probability is that of the version that is named, and so is what the ratio is taken against."""
+    ready = stale(tmp_path, 2, **{"training.steps": 3, "training.eval_every": 3, "learner.learning_rate": 1e-3})
+    trainer, pieces = trainer_of(ready, tmp_path / "run")
+    pieces.hold(3)
+    published, batches, groups = {0: weights(trainer)}, list[Any](), list[Any]()
+    bring, compute, learn = pieces.bring_weights, trainer.learner.compute_logprobs, trainer.learn
+
+    def learning(batch: Any, collected: Any, *more: Any) -> Any:
+        pieces.learns = True
+        batches.append(batch)
+        groups.append(collected.groups)
+        time.sleep(0.1)
+        return learn(batch, collected, *more)
+
+    def bring_and_keep() -> None:
+        bring()
+        published[trainer.learner.version] = weights(trainer)
+
+    trainer.learn, pieces.bring_weights = learning, bring_and_keep  # type: ignore[method-assign]
+    trainer.train()
+    mixed = [c for of_step in groups for group in of_step for c in group.completions if len(c.versions) > 1]
+    assert mixed, "weights came while completions were under way"
+    for batch, of_step in zip(batches, groups, strict=True):
+        completions = [completion for group in of_step for completion in group.completions]
+        for version in {span.version for completion in completions for span in completion.versions}:
+            trainer.learner.weights().module.load_state_dict(published[version])  # type: ignore[attr-defined]
+            found_BT = compute(batch)[0].old_logprobs_BT
+            for row, completion in enumerate(completions):
+                for span in completion.versions:
+                    if span.version == version:
+                        ours, theirs = (of[row, span.start : span.end] for of in (batch.rollout_logprobs_BT, found_BT))
+                        assert torch.allclose(ours, theirs, atol=1e-4)
+
+
 def test_the_lengths_that_are_trained_on_do_not_depend_on_the_bound(tmp_path: Path) -> None:
     """With a learning rate of 0 the weights stay, so that groups are the same whenever they are made: not one is left out because
     it came late, though the longest come last by far."""
@@ -446,7 +481,8 @@ def test_a_ledger_is_cut_where_a_run_goes_on(tmp_path: Path) -> None:
     path.write_bytes(content.replace(b'"step":2', b'"step":"x"'))
     said = trainer.run_directory.ledger.rewind(3)
     assert said == f"{LEDGER} is damaged; it is kept as ledger.damaged-1.jsonl; 1 of steps 1 to 3 are lost"
-    assert check_run(tmp_path / "run") == ["step 3 comes after step 1"]
+    lost = "2 steps are recorded in metrics.jsonl alone, the first of them step 2"
+    assert check_run(tmp_path / "run") == ["step 3 comes after step 1", lost]
 
 
 # --- importance sampling

@@ -12,7 +12,7 @@ from groupwise.errors import RunError, UserError
 @app.command()
 def ledger(run: Annotated[Path, typer.Argument(help="A run's directory.")]) -> None:
     """Say what became of a run's groups, and verify that each was used up exactly once."""
-    from groupwise.training.ledger import LEDGER, check, describe, read_entries
+    from groupwise.training.ledger import LEDGER, check_run, describe, read_entries
 
     with exit_codes():
         found = read_entries(run)
@@ -20,6 +20,6 @@ def ledger(run: Annotated[Path, typer.Argument(help="A run's directory.")]) -> N
             raise UserError(f"{run}: no {LEDGER} in it, so not a run, or one of an earlier version")
         for line in describe(found):
             console.print(line, soft_wrap=True)
-        if problems := check(found):
+        if problems := check_run(run):
             raise RunError(f"{run / LEDGER}: " + "\n  ".join(["the records contradict each other:", *problems]))
         console.print("each group was used up exactly once, or is under way", style="green")

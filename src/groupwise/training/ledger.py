@@ -13,7 +13,7 @@ from typing import Any
 
 from groupwise import files
 from groupwise.training.collect import Collected, in_order, positions
-from groupwise.training.metrics_file import append_line, parse, read, set_aside
+from groupwise.training.metrics_file import METRICS, TRAINED, append_line, parse, read, set_aside
 
 LEDGER = "ledger.jsonl"
 MOST_PROBLEMS = 20
@@ -173,13 +173,20 @@ def describe(found: Sequence[Entry]) -> list[str]:
 
 
 def check_run(run: Path) -> list[str]:
-    """What is wrong with the ledger of a run; see `check`.
+    """What is wrong with the ledger of a run, as `check` says, or with its steps beside those of metrics.jsonl.
 
     Raises:
-        UserError: the system refuses to read it.
+        UserError: the system refuses to read them.
     """
     found = read_entries(run)
-    return ["the run has no ledger"] if found is None else check(found)
+    if found is None:
+        return ["the run has no ledger"]
+    known = {entry.step for entry in found}
+    records = [parse(line) for line in (read(run / METRICS) or b"").splitlines()]
+    alone = [record["step"] for record in records if record and TRAINED in record and record["step"] not in known]
+    return check(found) + (
+        [f"{len(alone)} steps are recorded in {METRICS} alone, the first of them step {alone[0]}"] if alone else []
+    )
 
 
 def check(found: Iterable[Entry]) -> list[str]:
