@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from groupwise.algorithms import named
 from groupwise.config import CriticSection, LearnerSection, LoraSection
-from groupwise.errors import LearnerLost
+from groupwise.errors import LearnerLost, RunError
+from groupwise.files import DiskError
 from groupwise.learner.base import Learner
 from groupwise.learner.critic import Critic
 from groupwise.learner.following import Leader, follow
@@ -27,12 +28,13 @@ from groupwise.learner.local import LocalLearner
 from groupwise.learner.processes import ManyRanks
 from groupwise.learner.ranks import ONE_RANK, Ranks
 from groupwise.learner.sharded import ShardedLearner
-from groupwise.models import LanguageModel, character_tokenizer
+from groupwise.models import LanguageModel, character_tokenizer, sharding
 from groupwise.models.adapters import add_adapters
 from groupwise.models.sharding import full
 from groupwise.tasks.arithmetic import CHARACTERS
 from groupwise.types import Batch, TrainingBatch, upgrade
-from tests.conftest import owned, tiny_model
+from tests import zoo
+from tests.conftest import ARCHITECTURES, owned, tiny_model
 from tests.test_learner import random_batch
 
 UPDATES = 3
@@ -52,6 +54,8 @@ class Case:
     """Of [learner]."""
     lora: bool = False
     backend: str = "auto"
+    mixed: bool = False
+    """Whether several processes gather weights in bfloat16, as on GPUs."""
     rows: str = "all"
 
 
@@ -67,6 +71,7 @@ CASES: dict[str, Case] = {
     "prompts not shared": Case("dapo", settings={"share_prompts": False}),
     "padded batches": Case("dapo", changes={"beta": 0.1}, backend="transformers", settings={"checkpointing": True}),
     "bfloat16": Case("dapo", settings={"precision": "bfloat16"}),
+    "gathered in bfloat16": Case(changes={"beta": 0.1}, backend="torch", settings={"precision": "bfloat16"}, mixed=True),
     "sampler's log-probabilities": Case(changes={"beta": 0.1}, lora=True, settings={"old_logprobs": "sampler"}),
     "lora": Case("dapo", lora=True),
     "lora and kl": Case(changes={"beta": 0.1}, lora=True),
@@ -78,10 +83,13 @@ CASES: dict[str, Case] = {
     "llama": Case("dapo", architecture="llama"),
     "gemma2": Case("dapo", architecture="gemma2"),
     "mixture of experts": Case("gspo", architecture="qwen3_moe"),
+    "latent attention": Case(architecture="deepseek_v3"),
+    "recurrent layers": Case(architecture="qwen3_next", settings={"checkpointing": True}),
+    "layers with weights in common": Case(architecture="zamba"),
     "mixture, checkpointing": Case("grpo", architecture="qwen3_moe", settings={"checkpointing": True}),
 }
 CHECKPOINT = Case("ppo")
-CHECKPOINTS = {"all": CHECKPOINT, "lora": Case("dapo", lora=True)}
+CHECKPOINTS = {"all": CHECKPOINT, "lora": Case("dapo", lora=True), "mixture": Case("dapo", architecture="qwen3_moe")}
 """Of what is saved and loaded."""
 TEXT = torch.tensor([5, 6, 7, 8, 9])
 """That models are compared by."""
@@ -91,7 +99,8 @@ def new_learner(case: Case, ranks: Ranks = ONE_RANK) -> LocalLearner:
     tokenizer = character_tokenizer(CHARACTERS)
 
     def base() -> Any:
-        module = tiny_model(case.architecture, tokenizer)
+        known = case.architecture in ARCHITECTURES
+        module = tiny_model(case.architecture, tokenizer) if known else zoo.build(case.architecture)
         return add_adapters(module, LoraSection(rank=4, alpha=8.0), seed=3) if case.lora else module
 
     algorithm = named(case.algorithm, **case.changes)
@@ -131,7 +140,8 @@ def new_batch(case: Case, learner: LocalLearner) -> TrainingBatch:
 
 def learn(case: Case, ranks: Ranks = ONE_RANK) -> dict[str, Any]:
     """Log-probabilities, three updates, and the gradients of the first."""
-    learner = new_learner(case, ranks)
+    with gathering_in_bfloat16() if case.mixed and ranks is not ONE_RANK else nullcontext():
+        learner = new_learner(case, ranks)
     found: dict[str, Any] = {}
     minibatch = annotated(new_batch(case, learner), learner)
     found["old"], found["reference"], found["values"] = (
@@ -149,6 +159,21 @@ def learn(case: Case, ranks: Ranks = ONE_RANK) -> dict[str, Any]:
     rows = [(int(row), name, part[name][i]) for part in records for i, row in enumerate(part["rows_B"]) for name in names]
     found["records"] = sorted(rows, key=lambda item: item[:2])
     return found
+
+
+@contextmanager
+def gathering_in_bfloat16() -> Iterator[None]:
+    """Within: models are sharded as on GPUs."""
+    original = sharding.fully_shard
+
+    def shard(module: Any, **settings: Any) -> Any:
+        return original(module, **{**settings, "mp_policy": sharding._mixed_precision()})
+
+    sharding.fully_shard = shard  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sharding.fully_shard = original
 
 
 def annotated(batch: TrainingBatch, learner: Learner) -> TrainingBatch:
@@ -169,8 +194,8 @@ def gradients(learner: LocalLearner) -> Iterator[list[Tensor]]:
     for optimiser in optimisers:
 
         def step(loss: float, optimiser: Any = optimiser, original: Any = optimiser.step) -> Any:
-            held = [full(parameter.grad) for parameter in optimiser.parameters if parameter.grad is not None]
-            taken.append(torch.cat([gradient.flatten() for gradient in held]) if held else torch.zeros(1))
+            zero = [parameter.detach() * 0 if parameter.grad is None else parameter.grad for parameter in optimiser.parameters]
+            taken.append(torch.cat([full(gradient).flatten() for gradient in zero]))
             return original(loss)
 
         optimiser.step = step  # type: ignore[method-assign]
@@ -291,14 +316,18 @@ def led(directory: Path) -> None:
             leader.load(directory / "damaged")
         except FileNotFoundError:
             probes.append(leader.probe(TEXT))
+    try:
+        leader.save(directory / "missing")
+    except DiskError:
+        probes.append(leader.probe(TEXT))
     leader.load(directory / "led")
     again = leader.update(minibatch)
     taken_back, version = leader.take_back(), leader.version
     try:
         leader.update(minibatch)
         lost = "not"
-    except LearnerLost as error:
-        lost = str(error)
+    except RunError as error:
+        lost = f"{type(error).__name__}: {error}"
     try:
         leader.probe(TEXT)
     except LearnerLost as error:
@@ -309,7 +338,8 @@ def led(directory: Path) -> None:
 
 
 def lost(how: str, limit: float) -> None:
-    """Process 1 is killed, or stands still, while the others learn; or process 0 ends while they wait for it."""
+    """Process 1 is killed, or stands still, while the others learn; or process 0 ends while they wait for it. Process 0 prints
+    what it makes of that, and how many seconds it took."""
     ranks = ManyRanks.join(timedelta(seconds=limit))
     learner = new_learner(Case("dapo"), ranks)
     if ranks.rank:
@@ -326,11 +356,12 @@ def lost(how: str, limit: float) -> None:
     if how == "closed":
         leader.close(3)
         raise SystemExit(3)
+    started = time.monotonic()
     try:
         leader.update(minibatch)
     except LearnerLost as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(5) from error
+        print(f"{error}\n{time.monotonic() - started:.1f}", file=sys.stderr)
+        raise SystemExit(5) from None
 
 
 def _at_the_fourth_update(learner: LocalLearner, do: Callable[[], Any]) -> None:

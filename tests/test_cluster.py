@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from groupwise.cluster import launch_of, weights
 from groupwise.cluster.launch import launch
 from groupwise.cluster.local import LocalLauncher
 from groupwise.cluster.piece import Piece
-from groupwise.config import Recipe, Source
+from groupwise.config import Recipe, Source, find_recipe, load
+from groupwise.config.effects import effect
 from groupwise.config.trees import flat
 from groupwise.errors import RunError, UserError
 from groupwise.evidence.runs import open_run
@@ -321,6 +323,11 @@ def test_published_weights_are_where_all_processes_see_them(tmp_path: Path) -> N
         ({"cluster.samplers": 1, "cluster.gpus_per_sampler": 2}, "cluster.gpus_per_sampler: the native sampler runs on one GPU"),
         ({"rollouts.sampler": "vllm", "rollouts.top_p": 0.9}, "rollouts.top_p: vLLM does not say which tokens it left out"),
         ({"rollouts.sampler": "vllm", "rollouts.cache_dtype": "float16"}, "rollouts.cache_dtype: is the native sampler's"),
+        (
+            {"rollouts.sampler": "vllm", "cluster.vllm_arguments": ["--max_num_seqs=4"]},
+            "cluster.vllm_arguments: '--max_num_seqs=4': rollouts.max_rows decides on this",
+        ),
+        ({"rollouts.sampler": "vllm", "rollouts.temperature": 0.001}, "rollouts.temperature: vLLM samples at 0.01 instead"),
     ],
 )
 def test_combinations_that_cannot_be_exact_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -344,3 +351,82 @@ def test_too_few_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_in_one_process_starts_nothing() -> None:
     assert launch_of(Recipe()) is session.in_process
     assert launch_of(Recipe.model_validate({"rollouts": {"sampler": "vllm"}})) is launch
+
+
+# --- examples
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples" / "cluster"
+
+
+def test_the_slurm_script_is_bash() -> None:
+    subprocess.run(["bash", "-n", EXAMPLES / "slurm.sh"], check=True)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_the_slurm_script_starts_what_it_says(tmp_path: Path, there: bool) -> None:
+    """With stand-ins for Slurm's commands, which run at once what they are given."""
+    tools, run = tmp_path / "bin", tmp_path / "run"
+    scripts = {
+        "scontrol": 'printf "a\\nb\\nc\\n"',
+        "srun": f'echo "$@" >> {tmp_path}/srun; while [ "${{1#--}}" != "$1" ]; do shift; done; exec "$@"',
+        "groupwise": f'echo "$@" >> {tmp_path}/groupwise; if [ "$1" = serve ]; then exec sleep 61.5; fi; sleep 1',
+    }
+    tools.mkdir()
+    for name, text in scripts.items():
+        (tools / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    if there:
+        run.mkdir()
+        (run / "recipe.toml").touch()
+    environment = {
+        **os.environ,
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "SLURM_JOB_NODELIST": "a,b,c",
+        "SLURM_GPUS_ON_NODE": "2",
+    }
+    subprocess.run(["bash", EXAMPLES / "slurm.sh", "my.toml", run], env=environment, check=True, timeout=60)
+    lines = (tmp_path / "groupwise").read_text().splitlines()
+    served, trained = (sorted(line for line in lines if line.startswith(word)) for word in ("serve", "train"))
+    assert served == [f"serve my.toml --host 0.0.0.0 --port {port}" for port in (8100, 8101)]
+    beginning = f"train --resume {run}" if there else f"train my.toml --out {run}"
+    named = [f'"http://{node}:{port}"' for node in "bc" for port in (8100, 8101)]
+    asked = f"--set rollouts.sampler=[{','.join(named)}] --set cluster.learners=2 --set cluster.timeout=300"
+    assert trained == [f"{beginning} {asked}"]
+    ours = [
+        process for process in psutil.process_iter(["cmdline"]) if str(tools / "groupwise") in (process.info["cmdline"] or [])
+    ]
+    wait_until(lambda: not any(process.is_running() for process in ours))
+
+
+def test_the_kubernetes_manifest_has_the_form_of_a_ray_job() -> None:
+    yaml = pytest.importorskip("yaml")
+    job = yaml.safe_load((EXAMPLES / "kuberay.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    known = {"entrypoint", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "backoffLimit", "rayClusterSpec"}
+    assert set(job["spec"]) == known
+    cluster = job["spec"]["rayClusterSpec"]
+    (workers,) = cluster["workerGroupSpecs"]
+    assert {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"} == set(workers)
+    for group in (cluster["headGroupSpec"], workers):
+        pod = group["template"]["spec"]
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        (container,) = pod["containers"]
+        assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+    gpus = workers["replicas"] * int(workers["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
+    shell = shlex.split(job["spec"]["entrypoint"])
+    assert shell[:2] == ["sh", "-c"] and len(shell) == 3
+    subprocess.run(["sh", "-n", "-c", shell[2]], check=True)
+    said = subprocess.run(["sh", "-c", shell[2].replace("exec groupwise", "echo")], capture_output=True, text=True, check=True)
+    words = said.stdout.split()
+    overrides = [words[index + 1] for index, word in enumerate(words) if word == "--set"]
+    recipe, _ = load(find_recipe(None), Recipe, overrides)
+    assert words[:4] == ["train", "/shared/recipe.toml", "--out", "/shared/run"]
+    assert recipe.cluster.launcher == "ray" and recipe.cluster.learners + recipe.cluster.samplers == gpus
+
+
+def test_what_changed_settings_of_the_cluster_change() -> None:
+    assert effect("cluster.max_restarts", {}) == ""
+    assert effect("cluster.samplers", {}) == effect("cluster.learners", {}) == "changes results by rounding"
+    assert effect("cluster.staleness", {}) == effect("cluster.window", {}) == "changes results"

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ def sharded(directory: Path) -> dict[int, dict[str, Any]]:
     found = {}
     for ranks in RANKS:
         sources = [str(number) for number in range(1, ranks)]
-        codes = end(start(ranks, everything, directory, sources, log=directory / "log"), 300)
+        codes = end(start(ranks, everything, directory, sources, log=directory / "log"), 500)
         assert codes == [0] * ranks, [(directory / f"log.{rank}").read_text()[-3000:] for rank in range(ranks)]
         found[ranks] = torch.load(directory / f"{ranks}.pt", weights_only=False)
     return found
@@ -85,7 +84,8 @@ def test_several_processes_learn_what_one_learns(
     if name not in local:
         local[name] = learn(CASES[name])
     ours, theirs = sharded[ranks][name], local[name]
-    coarse = 1e3 if name == "bfloat16" else 1.0  # what rounds to another bfloat16 number
+    # Where a last bit of float32 may round to another bfloat16 number; where all weights and what layers exchange are bfloat16.
+    coarse = {"bfloat16": 1e3, "gathered in bfloat16": 3e3}.get(name, 1.0)
     for mine, one in zip(ours["gradient"], theirs["gradient"], strict=True):
         assert distance(mine, one) <= 1e-5 * coarse
         assert CASES[name].rows == "idle" or one.norm() > 1e-3
@@ -100,7 +100,7 @@ def test_several_processes_learn_what_one_learns(
     for kind in ("means", "largest", "step", "latest"):
         assert getattr(mine, kind) == pytest.approx(getattr(one, kind), rel=1e-4 * coarse, abs=1e-6 * coarse, nan_ok=True)
     assert mine.sums.keys() == one.sums.keys()
-    if name != "bfloat16":
+    if coarse == 1:
         for key, values in one.sums.items():
             assert mine.sums[key] == pytest.approx(values, rel=1e-4, abs=1e-5)
     assert [item[:2] for item in ours["records"]] == [item[:2] for item in theirs["records"]]
@@ -149,8 +149,7 @@ def test_what_is_published_is_the_model(name: str, ranks: int, directory: Path, 
 
 def test_a_leader_is_a_learner_until_a_process_fails(tmp_path: Path) -> None:
     """Process 1 fails in the fifth update, the second after the checkpoint was read again."""
-    started = time.monotonic()
-    codes = end(start(2, led, tmp_path, log=tmp_path / "log"), 120)
+    codes = end(start(2, led, tmp_path, log=tmp_path / "log"), 200)
     assert codes == [0, 1], [(tmp_path / f"log.{rank}").read_text()[-3000:] for rank in range(2)]
     found = torch.load(tmp_path / "led.pt", weights_only=False)
     learner = new_learner(CHECKPOINT)
@@ -160,22 +159,27 @@ def test_a_leader_is_a_learner_until_a_process_fails(tmp_path: Path) -> None:
     assert found["again"].step == pytest.approx(found["updates"][-1].step, rel=1e-6)
     assert found["records"] > 1 and found["version"] == 3 and not found["taken back"]
     assert all(sha256(tmp_path / "led" / file) == digest for file, digest in found["files"].items())
-    assert len(found["probes"]) == 3 and all(torch.equal(found["probes"][0], other) for other in found["probes"])
+    assert len(found["probes"]) == 4 and all(torch.equal(found["probes"][0], other) for other in found["probes"])
     cause = "process 1 of the learner: RuntimeError: this process has a fault"
-    assert found["lost"] == f"{cause}; then the learner's processes have ended: {cause}"
-    assert time.monotonic() - started < 100
+    assert found["lost"] == f"RunError: {cause}; then the learner's processes have ended: {cause}"
+
+
+LIMIT = 20.0
+"""Seconds for which processes wait for one that does not answer."""
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped", "without its leader", "closed"])
 def test_no_process_outlives_the_others(how: str, tmp_path: Path) -> None:
-    """Process 0 says so (5), or was killed (-9); the others see it (1), and none waits longer than the limit of 8 seconds."""
-    started = time.monotonic()
-    codes = end(start(3, lost, how, 8.0, log=tmp_path / "log"), 40 if how == "stopped" else 60)
-    expected = {"killed": [5, -9, 1], "stopped": [5, None, 1], "without its leader": [-9, 1, 1], "closed": [3, 3, 3]}
+    """Process 0 says so (5), or was killed itself (-9); the others see it (1), but for one that stands still (None)."""
+    processes = start(3, lost, how, LIMIT, log=tmp_path / "log")
+    others = [process for i, process in enumerate(processes) if (how, i) != ("stopped", 1)]
+    codes = end(others, 150) if how != "stopped" else [*end(others, 150), *end(processes[1:2], 0)]
+    expected = {"killed": [5, -9, 1], "stopped": [5, 1, None], "without its leader": [-9, 1, 1], "closed": [3, 3, 3]}
     assert codes == expected[how], [(tmp_path / f"log.{rank}").read_text()[-3000:] for rank in range(3)]
     if how in ("killed", "stopped"):
-        assert "a process of the learner has ended or does not answer" in (tmp_path / "log.0").read_text()
-    assert how == "stopped" or time.monotonic() - started < 55
+        *_, said, seconds = (tmp_path / "log.0").read_text().splitlines()
+        assert "a process of the learner has ended or does not answer" in said
+        assert float(seconds) < (LIMIT if how == "killed" else 2 * LIMIT)
 
 
 # --- the cut
@@ -228,7 +232,7 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200"}
     settings = [part for item in SETTINGS for part in ("--set", item)]
     command += [*settings, *map(str, arguments)]
-    return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=170)
+    return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
 
 
 def test_a_run_over_torchrun_is_the_run_of_one_process(tmp_path: Path) -> None:

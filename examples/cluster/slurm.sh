@@ -35,21 +35,33 @@ for node in "${samplers[@]}"; do
 done
 list="[$(IFS=,; echo "${addresses[*]}")]"
 
-# One task a node, which keeps a sampler running on each of its GPUs. Only this cluster's network may reach these ports.
-export recipe gpus first_port
-# shellcheck disable=SC2016 # the variables are those of the node
-srun --nodes=${#samplers[@]} --ntasks=${#samplers[@]} --nodelist="$(IFS=,; echo "${samplers[*]}")" --overlap bash -c '
-    trap "kill 0" TERM
-    for ((gpu = 0; gpu < gpus; gpu++)); do
-        while true; do
-            CUDA_VISIBLE_DEVICES=$gpu groupwise serve "$recipe" --host 0.0.0.0 --port $((first_port + gpu)) || true
-            sleep 2
-        done &
+# A sampler on a GPU of this node, which is started again whenever it ends. Only this cluster's network may reach its port.
+keep_serving() {
+    trap 'kill "$server"; exit' TERM
+    while true; do
+        CUDA_VISIBLE_DEVICES=$1 groupwise serve "$recipe" --host 0.0.0.0 --port $((first_port + $1)) &
+        server=$!
+        wait "$server" || true
+        sleep 2
     done
+}
+
+# Samplers on all GPUs of this node.
+serve_on_all() {
+    for ((gpu = 0; gpu < gpus; gpu++)); do
+        keep_serving "$gpu" &
+    done
+    trap 'kill $(jobs -p)' TERM
     wait
-' &
+    wait # for what was just told to end
+}
+
+export recipe gpus first_port
+export -f keep_serving serve_on_all
+srun --nodes=${#samplers[@]} --ntasks=${#samplers[@]} --nodelist="$(IFS=,; echo "${samplers[*]}")" --overlap \
+    bash -c serve_on_all &
 serving=$!
-trap 'kill "$serving" 2>/dev/null || true' EXIT
+trap 'kill "$serving" 2>/dev/null || true; wait "$serving" || true' EXIT
 
 settings=(--set "rollouts.sampler=$list" --set "cluster.learners=$gpus" --set cluster.timeout=300)
 if [ -f "$run/recipe.toml" ]; then

@@ -33,7 +33,7 @@ from groupwise.rollouts.vllm import VllmServer
 from groupwise.training import checkpoints
 from groupwise.training.distributed import Distributed
 from groupwise.training.pieces import Pieces
-from groupwise.training.processes import addresses, check_gpus, learns_elsewhere, sampler_kind, uses_gpus
+from groupwise.training.processes import addresses, check_gpus, gpus_per_sampler, learns_elsewhere, sampler_kind, uses_gpus
 from groupwise.training.records import RunDirectory
 from groupwise.training.setup import Ready, resolved
 from groupwise.types import Metrics
@@ -46,6 +46,8 @@ LOOKS = 0.2
 """Seconds between two looks whether a server answers."""
 STARTS = 16
 """Samplers that are started at a time."""
+DYING = 1.0
+"""Seconds within which the end of a process is known."""
 MOST_EXITS = 3
 """How often in a row a piece may end with an exit status of its own, which starting it again hardly changes."""
 
@@ -85,7 +87,7 @@ class Supervisor:
             RunError: it cannot be started, or the pieces were restarted too often.
         """
         with self._lock:
-            failure = self.launcher.failure(name)
+            failure = self._failure(name)
             self._exits[name] += failure is not None and EXITED in failure
             if failure is not None and self._exits[name] == (MOST_EXITS if self.begun else 1):
                 raise RunError(failure)
@@ -93,7 +95,16 @@ class Supervisor:
                 last = failure or f"{name} did not answer"
                 raise RunError(f"the run's processes were restarted {self.most} times (cluster.max_restarts); now {last}")
             self.restarted += 1
+        reason = short_of(failure) if failure else f"{name} does not answer"
+        self.tell(f"{reason}, and is started again")
         return self.launcher.restart(name)
+
+    def _failure(self, name: str) -> str | None:
+        """What a piece ended with, which is known a moment after its connections broke; None: it still runs."""
+        deadline = time.monotonic() + DYING
+        while (failure := self.launcher.failure(name)) is None and time.monotonic() < deadline:
+            time.sleep(DYING / 20)
+        return failure
 
     # --- what the fleet asks (`Restarts`)
 
@@ -104,7 +115,13 @@ class Supervisor:
             raise Unavailable(str(error)) from error
 
     def ended(self, index: int) -> str | None:
-        return self.launcher.failure(sampler_name(index))
+        failure = self.launcher.failure(sampler_name(index))
+        return failure and short_of(failure)
+
+
+def short_of(failure: str) -> str:
+    """What became of a piece, without the end of its log."""
+    return failure.partition("; ")[0]
 
 
 class Launched(Distributed):
@@ -235,19 +252,19 @@ def make_launcher(ready: Ready, pieces: Sequence[Piece], logs: Path) -> Launcher
 
 def connector(ready: Ready) -> Callable[[str], Dialect]:
     """Makes the client of a sampler at an address."""
-    path = ready.recipe.model.path
+    path, kind = ready.recipe.model.path, sampler_kind(ready.recipe)
+    packs = kind == "vllm" and gpus_per_sampler(ready.recipe) == 0
     ends = stored_end_tokens(path, ready.tokenizer, trust_remote_code=ready.recipe.model.trust_remote_code)
 
     def native(address: str) -> Dialect:
         return NativeServer(address, ready.tokenizer)
 
     def vllm(address: str) -> Dialect:
-        return VllmServer(address, ready.tokenizer, ends)
+        return VllmServer(address, ready.tokenizer, ends, packs=packs)
 
     def detected(address: str) -> Dialect:
         return DetectedServer(address, native=native, vllm=vllm)
 
-    kind = sampler_kind(ready.recipe)
     return vllm if kind == "vllm" else detected if kind == "addresses" else native
 
 

@@ -1,5 +1,6 @@
 """Pieces of a run as processes on the nodes of a Ray cluster, each started and watched by an actor on its node."""
 
+import importlib
 import os
 import secrets
 import shutil
@@ -228,10 +229,9 @@ def loaded_ray(*, own: bool) -> Any:
         raise UserError("cluster.launcher = 'ray' needs Ray: pip install 'groupwise[ray]'") from error
     if own:
         with suppress(ImportError, AttributeError):  # Ray reads both once, perhaps before; older ones do not know them
-            from ray._raylet import AuthenticationTokenLoader, Config
-
-            Config.initialize("")
-            AuthenticationTokenLoader.instance().reset_cache()
+            internals = importlib.import_module("ray._raylet")
+            internals.Config.initialize("")
+            internals.AuthenticationTokenLoader.instance().reset_cache()
     return ray
 
 

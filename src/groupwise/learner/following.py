@@ -181,10 +181,12 @@ class Leader:
                 self.lost = f"{type(error).__name__}: {first_line(error)}"
                 self._ranks.leave()
                 raise
+            failed = self._ranks.failure()
             said = first_line(error).rpartition("] ")[2].split(". ")[0]  # without where in gloo's source it is, and its advice
-            self.lost = self._ranks.failure() or f"a process of the learner has ended or does not answer: {said}"
+            self.lost = failed or f"a process of the learner has ended or does not answer: {said}"
             self._ranks.leave()
-            raise LearnerLost(self.lost) from error
+            # What a process says of itself would happen again; one that has ended without a word can be replaced.
+            raise (RunError if failed else LearnerLost)(self.lost) from error
         if error is not None:
             raise error
         for rank, outcome in enumerate(outcomes):

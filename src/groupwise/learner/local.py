@@ -83,7 +83,7 @@ class LocalLearner:
         where the algorithm needs them. With adapters all of them share one base, and the critic has adapters of its own; over
         several processes, the critic has a sharded copy of the base."""
         updates = recipe.training.steps * recipe.rollouts.epochs * recipe.learner.minibatches
-        settings = recipe.model
+        settings, precision = recipe.model, recipe.learner.precision
 
         def base() -> LanguageModel:
             return LanguageModel.load(
@@ -94,9 +94,14 @@ class LocalLearner:
                 trust_remote_code=settings.trust_remote_code,
             )
 
-        def of_critic() -> LanguageModel:
-            return model.with_shared_base() if model.adapted else base()
-
+        # Each model is sharded before the next one is loaded, but for those that have a base in common.
+        of_critic = model.with_shared_base() if model.adapted and "critic" in algorithm.needs else None
+        ranks.shard(model, model.module, precision)
+        critic = reference = None
+        if "critic" in algorithm.needs:
+            critic = Critic(of_critic or base(), recipe.critic, recipe.learner, updates=updates, ranks=ranks)
+        if algorithm.needs_reference and not model.adapted:
+            reference = base().freeze()
         return cls(
             model,
             algorithm,
@@ -104,10 +109,8 @@ class LocalLearner:
             updates=updates,
             temperature=recipe.rollouts.temperature,
             max_tokens=recipe.rollouts.max_tokens,
-            reference=base().freeze() if algorithm.needs_reference and not model.adapted else None,
-            critic=Critic(of_critic(), recipe.critic, recipe.learner, updates=updates, ranks=ranks)
-            if "critic" in algorithm.needs
-            else None,
+            reference=reference,
+            critic=critic,
             merge_adapters=settings.lora is None or settings.lora.export == "merged",
             ranks=ranks,
         )

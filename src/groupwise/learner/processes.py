@@ -14,7 +14,7 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from groupwise.learner.ranks import Item, Run
-from groupwise.models import LanguageModel, sharding
+from groupwise.models import LanguageModel, checkpoint, sharding
 
 LIMIT = timedelta(minutes=10)
 """For each exchange between processes that are at work: the longest that one may let the others wait."""
@@ -30,6 +30,8 @@ class ManyRanks:
     def __init__(self, store: Store, limit: timedelta = LIMIT) -> None:
         """`store`: of texts, which all processes see. `limit`: for each exchange between processes that are at work."""
         self._store = store
+        self._runs: dict[Any, Run] = {}
+        self._identities: dict[LanguageModel, dict[str, str]] = {}
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
         # Objects go over the CPU, also where weights go from GPU to GPU.
         self._objects = distributed.new_group(backend="gloo", timeout=limit)
@@ -46,8 +48,16 @@ class ManyRanks:
         return init_device_mesh(device.type, (self.size,))
 
     def shard(self, model: LanguageModel, network: Any, precision: str) -> Run:
-        root = sharding.shard(model, network, self.mesh(model.device), precision)
-        return partial(sharding.run, root)
+        if network not in self._runs:
+            if network is model.module:
+                self._identities[model] = checkpoint.identity(network)
+            root = sharding.shard(model, network, self.mesh(model.device), precision)
+            self._runs[network] = partial(sharding.run, root)
+        return self._runs[network]
+
+    def identity(self, model: LanguageModel) -> dict[str, str]:
+        """See `checkpoint.identity`: of a model's whole weights, before they were sharded."""
+        return self._identities[model]
 
     def gather(self, item: Item, *, patient: bool = False) -> list[Item]:
         """See `Ranks.gather`. `patient`: one of them may read or write large files meanwhile."""

@@ -29,7 +29,7 @@ class Ranks(Protocol):
     """How many there are."""
 
     def shard(self, model: LanguageModel, network: Any, precision: str) -> Run:
-        """Slice the network of a model over the processes, and return what has to run whatever calls it.
+        """Slice the network of a model over the processes, unless it is already, and return what has to run whatever calls it.
 
         Raises:
             UserError: the model cannot be sharded.

@@ -31,18 +31,14 @@ class ShardedLearner(LocalLearner):
 
     ranks: ManyRanks
 
-    def __init__(self, model: LanguageModel, *arguments: Any, **keywords: Any) -> None:
-        """As `LocalLearner`, with `ranks`."""
-        self._identity = checkpoint.identity(model.module)  # of whole weights
-        super().__init__(model, *arguments, **keywords)
-
     # --- checkpoints
 
     def save(self, directory: Path) -> dict[str, Digest]:
         """Write this process's slices; returns what its own files hold."""
         text, tensors = encode(self.state_dict())
         rank = self.ranks.rank
-        found = write_shards(directory / "model", checkpoint.stored(self.model.module), self._identity, rank=rank)
+        identity, weights = self.ranks.identity(self.model), checkpoint.stored(self.model.module)
+        found = write_shards(directory / "model", weights, identity, rank=rank)
         found |= write_shards(directory / "learner", tensors, rank=rank)
         for stem in ("model", "learner"):
             sync(directory / stem)
@@ -52,7 +48,7 @@ class ShardedLearner(LocalLearner):
         """Continue from what `save` wrote, be it with another number of processes, or that of a `LocalLearner`."""
         mesh = self.ranks.mesh(self.model.device)
         state: dict[str, Any] = read_state(directory / "learner", Stored(directory / "learner").read(mesh))
-        checkpoint.load_weights(self.model.module, directory / "model", self._identity)
+        checkpoint.load_weights(self.model.module, directory / "model", self.ranks.identity(self.model))
         self.load_state_dict(state)
 
     # --- whole weights

@@ -77,14 +77,13 @@ class PaddedCache:
         self.described += ", transformers' attention and cache"
         """In words."""
         self._batches: list[_Batch] = []
-        self.capacity = 0, 0, 0, 0
-        """Of fixed buffers, which it has none of."""
 
     def reserve(self, prompts: int, prompt_length: int, rows: int, tokens: int) -> None:
         """Nothing: transformers' cache grows by itself."""
 
-    def refresh(self) -> None:
-        """Nothing: the module is called as it is."""
+    def clear(self) -> None:
+        """Forget all rows."""
+        self._batches = []
 
     def prefill(self, prompts: list[Tensor], counts: list[int]) -> Tensor:
         """Run prompts, each for `counts` rows; returns the last hidden state of each prompt [p, H]."""
@@ -198,14 +197,13 @@ class NoCache:
     def __init__(self, decoder: Any) -> None:
         self._decoder = decoder
         self._rows: list[Tensor] = []
-        self.capacity = 0, 0, 0, 0
-        """Of fixed buffers, which it has none of."""
 
     def reserve(self, prompts: int, prompt_length: int, rows: int, tokens: int) -> None:
         """Nothing: there are no buffers."""
 
-    def refresh(self) -> None:
-        """Nothing: the module is called as it is."""
+    def clear(self) -> None:
+        """Forget all rows."""
+        self._rows = []
 
     def prefill(self, prompts: list[Tensor], counts: list[int]) -> Tensor:
         """Run prompts, each for `counts` rows; returns the last hidden state of each prompt [p, H]."""

@@ -1,5 +1,6 @@
 """FSDP2: each process holds a slice of every weight, gradient and moment; a layer's weights are gathered while it runs."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
@@ -48,13 +49,11 @@ def shard(model: LanguageModel, network: nn.Module, mesh: DeviceMesh, precision:
     if decoder.compiled:
         raise UserError("a model that runs through torch.compile cannot be sharded: set model.compile = false")
     decoder.kept_dtype = decoder.dtype
-    settings: dict[str, Any] = {"mesh": mesh}
-    if precision == "bfloat16" and not decoder.on_cpu:
-        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    mixed = _mixed_precision() if precision == "bfloat16" and not decoder.on_cpu else MixedPrecisionPolicy()
     try:
         for layer in _layers(decoder.module):
-            fully_shard(layer, **settings)
-        fully_shard(root, reshard_after_forward=False, **settings)
+            fully_shard(layer, mesh=mesh, mp_policy=mixed)
+        fully_shard(root, mesh=mesh, mp_policy=mixed, reshard_after_forward=False)
     except (ValueError, NotImplementedError) as error:  # such as weights without a dimension
         raise UserError(f"{model.name} cannot be sharded: {error}") from error
     for module in root.modules():
@@ -66,11 +65,19 @@ def shard(model: LanguageModel, network: nn.Module, mesh: DeviceMesh, precision:
     return root
 
 
+def _mixed_precision() -> MixedPrecisionPolicy:
+    """What is gathered and reduced on GPUs. On a CPU the bfloat16 kernels round float32 weights themselves."""
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
 def _layers(module: nn.Module) -> list[nn.Module]:
-    """The outermost layers of a decoder."""
+    """The outermost layers of a decoder, but for those that have weights in common (Zamba): these stay with the root, gathered
+    throughout."""
     layers = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
     inside = {inner for layer in layers for inner in layer.modules() if inner is not layer}
-    return [layer for layer in layers if layer not in inside]
+    outermost = [layer for layer in layers if layer not in inside]
+    users = Counter(parameter for layer in outermost for parameter in layer.parameters())
+    return [layer for layer in outermost if all(users[parameter] == 1 for parameter in layer.parameters())]
 
 
 def run(root: Root, function: Callable[Arguments, Result], *arguments: Arguments.args, **keywords: Arguments.kwargs) -> Result:

@@ -95,7 +95,7 @@ class Attendant:
                 await self._reach(member)
                 await _together(self._watch(member), self._renew(member))
             except Unavailable as error:
-                fault = str(error)
+                fault = (self.restarts and self.restarts.ended(member.index)) or str(error)
                 member.answers, member.is_new, member.weights = False, False, None
                 member.faults += 1
                 self.last_fault = f"sampler {member.index}: {fault}"
@@ -123,8 +123,8 @@ class Attendant:
                 await self._health(member)
                 break
             except Unavailable as error:
-                if self.restarts is not None and (end := self.restarts.ended(member.index)) is not None:
-                    raise Unavailable(f"its process has ended: {end}") from error
+                if self.restarts is not None and self.restarts.ended(member.index) is not None:
+                    raise
                 if time.monotonic() > deadline:
                     raise Unavailable(f"it has not answered for {LONG * self.limits.timeout:g} s: {error}") from error
             await asyncio.sleep(self.limits.heartbeat / 4)

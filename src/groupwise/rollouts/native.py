@@ -314,12 +314,10 @@ class NativeSampler:
     def _recompute(self) -> None:
         """Compute the keys and values of all rows under way anew, from their prompts and what they have written so far."""
         self._stale = False
+        self._cache.clear()
         if not len(self._slots_R):
-            self._cache.refresh()
             return
         jobs = list(dict.fromkeys(self._running[slot] for slot in self._slots_R.tolist()))
-        capacity, self._cache = self._cache.capacity, None  # its memory is given back before more is taken
-        self._cache = self.model.decoding_cache(*capacity, dtype=self._cache_dtype)
         parts, order = [], []
         for together in at_once(jobs, self._table, self._cache.joins):
             slots = [[slot for slot in job.slots if slot in self._running] for job in together]

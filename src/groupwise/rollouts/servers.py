@@ -131,12 +131,11 @@ class Http:
             raise UserError(f"{address!r} is no URL: {error}") from error
         if url.scheme not in ("http", "https") or not url.host:
             raise UserError(f"{address!r} is no address of a server: expected http://host:port")
-        self._client = httpx.AsyncClient(
-            base_url=self.address,
-            timeout=httpx.Timeout(None, connect=connect),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-            trust_env=False,  # samplers are on this network; a proxy is for what is outside it
-        )
+        self._connect, self._verify = connect, httpx.create_ssl_context() if url.scheme == "https" else False
+        self._clients: list[httpx.AsyncClient] = []
+        self._free: list[httpx.AsyncClient] = []
+        """Clients without a request. Each has one connection: a client looks through all of its connections at each request,
+        which at 256 of them takes 2 ms, and among clients there is nothing to look for."""
 
     async def get(self, path: str) -> Any:
         """
@@ -171,15 +170,29 @@ class Http:
     async def _send(self, method: str, path: str, body: Any) -> httpx.Response:
         content = None if body is None else json.dumps(body).encode()
         headers = {} if body is None else {"content-type": "application/json"}
+        client = self._free.pop() if self._free else self._new_client()
         try:
-            response = await self._client.request(method, path, content=content, headers=headers)
+            response = await client.request(method, path, content=content, headers=headers)
         except (httpx.HTTPError, httpx.StreamError) as error:
             raise Unavailable(f"{type(error).__name__}: {error}".removesuffix(": ")) from error
+        finally:
+            self._free.append(client)
         if response.status_code >= 500 or response.status_code == TOO_MANY:
             raise Unavailable(f"HTTP {response.status_code}: {response.text:.500}", answered=True)
         if response.status_code != 200:
             raise Refused(f"{self.address}{path}: HTTP {response.status_code}: {response.text:.500}", response.status_code)
         return response
 
+    def _new_client(self) -> httpx.AsyncClient:
+        made = httpx.AsyncClient(
+            base_url=self.address,
+            timeout=httpx.Timeout(None, connect=self._connect),
+            verify=self._verify,
+            trust_env=False,  # samplers are on this network; a proxy is for what is outside it
+        )
+        self._clients.append(made)
+        return made
+
     async def close(self) -> None:
-        await self._client.aclose()
+        for client in self._clients:
+            await client.aclose()

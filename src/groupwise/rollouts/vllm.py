@@ -26,6 +26,19 @@ from groupwise.types import Completion
 
 EXTENSION = Path(__file__).with_name("vllm_worker")
 """A directory of its own, so that no other module of ours can be imported in vLLM's environment."""
+SET_BY = {
+    "model": "model.path",
+    "tokenizer": "model.path",
+    "host": "the run",
+    "port": "the run",
+    "dtype": "rollouts.dtype",
+    "seed": "seed",
+    "max-num-seqs": "rollouts.max_rows",
+    "tensor-parallel-size": "cluster.gpus_per_sampler",
+    "logprobs-mode": "the run",
+    "generation-config": "the run",
+}
+"""Arguments that `command` gives, and what decides on them."""
 OLDEST = "0.32"
 LEAST_TEMPERATURE = 0.01
 """Below it vLLM samples at this one, and does not say so."""
@@ -52,7 +65,7 @@ def command(recipe: Recipe, *, host: str, port: int | str, gpus: int) -> tuple[l
         "tokenizer": tokenizer_path(recipe.model.path),
         "host": host,
         "port": port,
-        "dtype": recipe.model.dtype,
+        "dtype": recipe.rollouts.dtype or recipe.model.dtype,
         "seed": recipe.seed,
         "max-num-seqs": recipe.rollouts.max_rows,
         "logprobs-mode": "processed_logprobs",  # at the temperature of the request, as the learner computes them
@@ -134,9 +147,8 @@ class VllmServer:
         reset = await self._ask("POST", "/reset_prefix_cache?reset_running_requests=true")
         if not (reset or {}).get("success"):
             raise Unavailable("vLLM did not forget the keys and values of older weights", answered=True)
-        await self._ask(
-            "POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(published.directory)}}
-        )
+        path = {"weights_path": str(published.directory)}
+        await self._ask("POST", "/collective_rpc", {"method": self.reload, "kwargs": path})
         await self._ask("POST", "/update_weight_version", {"new_version": published.id})
         await self._ask("POST", "/resume")
 

@@ -13,7 +13,7 @@ from groupwise.config import ClusterSection, Recipe, Source
 from groupwise.errors import nearest
 from groupwise.plugins import is_reference
 from groupwise.rollouts.samplers import SAMPLERS
-from groupwise.rollouts.vllm import LEAST_TEMPERATURE
+from groupwise.rollouts.vllm import LEAST_TEMPERATURE, SET_BY
 
 SamplerKind = Literal["native", "vllm", "addresses", "own"]
 HERE = ("localhost", "127.0.0.1", "::1")
@@ -148,9 +148,7 @@ def _check_launcher(recipe: Recipe, source: Source) -> None:
     cluster = recipe.cluster
     starts = started_samplers(recipe) or cluster.learners
     if cluster.launcher == "ray" and not starts:
-        raise source.error(
-            "cluster.launcher", "there is no process that Ray would start: set cluster.samplers or cluster.learners"
-        )
+        raise source.error("cluster.launcher", "starts nothing: set cluster.samplers or cluster.learners")
     if cluster.ray_address and cluster.launcher != "ray":
         raise source.error("cluster.ray_address", "is read only where cluster.launcher = 'ray'")
     if cluster.weights and not samples_elsewhere(recipe):
@@ -172,10 +170,14 @@ def _check_devices(recipe: Recipe, source: Source) -> None:
 
 def _check_vllm(recipe: Recipe, source: Source) -> None:
     rollouts = recipe.rollouts
-    for key, default in (("dtype", None), ("cache_dtype", None)):
-        if getattr(rollouts, key) != default:
-            text = "is the native sampler's; vLLM's are in cluster.vllm_arguments, as \"--dtype=bfloat16\""
-            raise source.error(f"rollouts.{key}", text)
+    if rollouts.cache_dtype is not None:
+        text = "is the native sampler's; vLLM has --kv-cache-dtype, for cluster.vllm_arguments"
+        raise source.error("rollouts.cache_dtype", text)
+    for argument in recipe.cluster.vllm_arguments:
+        name = argument.partition("=")[0].removeprefix("--").replace("_", "-")
+        if name in SET_BY:
+            text = f"{argument!r}: {SET_BY[name]} decides on this"
+            raise source.error("cluster.vllm_arguments", text)
     if rollouts.temperature < LEAST_TEMPERATURE:
         text = f"vLLM samples at {LEAST_TEMPERATURE:g} instead, without a word: choose as much or more"
         raise source.error("rollouts.temperature", text)

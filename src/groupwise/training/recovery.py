@@ -77,7 +77,7 @@ def restart(trainer: "Trainer", lost: LearnerLost) -> None:
     """
     if trainer.deaths.note(trainer.step) > IN_A_ROW:
         raise RunError(f"{lost}. The learner died {IN_A_ROW + 1} times in a row and the run did not get further")
-    trainer.warn(str(lost), name="learner_lost", advice="The end of its own log, in RUN/logs, may say why.")
+    trainer.warn(str(lost), name="learner_lost")
     try:
         trainer.pieces.restart_learner()
     except RunError as error:

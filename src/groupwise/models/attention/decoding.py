@@ -89,25 +89,12 @@ class DecodingCache:
         self.continues = not decoder.recurrent
         """Whether keys and values of a row can be copied out (`prefix`) and continued (`extend`)."""
         self._plans = plans
-        self._states: dict[Any, States] = {}
-        """The states of the rows, by recurrent layer."""
         self.capacity = prompts, prompt_length, rows, tokens
         """Prompts, tokens of a prompt, rows, tokens of a row."""
         self.stacks = self._allocate()
-        self.refresh()
-        device = decoder.device
-        self.lengths_P = torch.zeros(0, dtype=torch.long, device=device)
-        """Tokens of each prompt."""
-        self.prompt_R = torch.zeros(0, dtype=torch.long, device=device)
-        """The prompt of each row."""
-        self.written_R = torch.zeros(0, dtype=torch.long, device=device)
-        """Tokens of each row whose keys are in the cache, the current one included."""
-        self._longest = 0
-        """Tokens of the longest row, as `written_R` counts them."""
         self._width = 0
         """The most rows that a prompt has ever had."""
-        self._unshared = 0
-        """Prompts beyond those that the caller knows of, since `restore` gave each row one of its own."""
+        self.clear()
 
     def _kernel_of(self, shape: HeadShape) -> Callable[..., None] | None:
         return decode_kernel(shape.size, self._decoder.dtype, self._dtype) if self._in_kernel else None
@@ -153,8 +140,21 @@ class DecodingCache:
         if self._one_call is not None:
             self._one_call.resize(wanted[1] + wanted[3], wanted[2])
 
-    def refresh(self) -> None:
-        """Take the decoder's weights as they are now; keys and values stay those of the weights that made them."""
+    def clear(self) -> None:
+        """Forget all prompts and rows, and take the decoder's weights as they are now. Buffers stay."""
+        device = self._decoder.device
+        self.lengths_P = torch.zeros(0, dtype=torch.long, device=device)
+        """Tokens of each prompt."""
+        self.prompt_R = torch.zeros(0, dtype=torch.long, device=device)
+        """The prompt of each row."""
+        self.written_R = torch.zeros(0, dtype=torch.long, device=device)
+        """Tokens of each row whose keys are in the cache, the current one included."""
+        self._longest = 0
+        """Tokens of the longest row, as `written_R` counts them."""
+        self._states: dict[Any, States] = {}
+        """The states of the rows, by recurrent layer."""
+        self._unshared = 0
+        """Prompts beyond those that the caller knows of, since `restore` gave each row one of its own."""
         plan = self._plans.find(self._dtype) if self._in_kernel else None
         _, prompt_length, rows, tokens = self.capacity
         size, bf16 = (prompt_length + tokens, rows), self._decoder.bf16_step

@@ -13,6 +13,6 @@ class Packing:
     def reload_and_pack(self, weights_path: str) -> None:
         for module in self.model_runner.get_model().modules():
             method = getattr(module, "quant_method", None)
-            if hasattr(method, "moe_kernel"):
+            if method is not None and hasattr(method, "moe_kernel"):
                 method.moe_kernel = None  # weights are packed where there is no kernel yet
         self.reload_weights(weights_path=weights_path)
