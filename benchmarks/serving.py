@@ -1,11 +1,11 @@
 """What HTTP costs: completions of one `groupwise serve` against those of the same engine in this process, in turn.
 
-    python benchmarks/serving.py [WORK ...] [--vllm .bench/vllm/bin/python]
+    python benchmarks/serving.py [WORK ...]
 
 Works are those of workloads.py; "arithmetic" is the embedded task: 32 prompts with 16 completions each of arithmetic-base. Each
 side has one thread, and the client that asks the server has the process of this script. Prints useful tokens per second, the
-fastest of all turns and the median, and whether all tokens are the same. With --vllm, the same of vLLM's server and of vLLM in a
-process of its own; they draw other tokens, so that only their speed is compared.
+fastest of all turns and the median, whether all tokens are the same, and the CPU time of one process against that of both, which
+says more on a machine that others use too.
 """
 
 import argparse
@@ -18,26 +18,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from workloads import WORKS, make
 
-from groupwise.cluster.piece import free_port
 from groupwise.config import Recipe
 from groupwise.models import LanguageModel, encode_prompt, load_tokenizer
-from groupwise.models.loading import model_path, stored_end_tokens
 from groupwise.rollouts.base import Request, Sampler, Sampling, requests
 from groupwise.rollouts.driver import gather
 from groupwise.rollouts.native import NativeSampler
 from groupwise.rollouts.remote import NativeServer
-from groupwise.rollouts.servers import Published, Unavailable
-from groupwise.rollouts.vllm import VllmServer, command
+from groupwise.rollouts.servers import Published
 from groupwise.tasks.arithmetic import ArithmeticTask
 
 
@@ -65,140 +63,76 @@ def of_work(name: str, directory: Path) -> Case:
 
 
 @asynccontextmanager
-async def served(model: str, tokenizer: Any) -> AsyncIterator[NativeServer]:
+async def served(model: str, tokenizer: Any) -> AsyncIterator[tuple[NativeServer, psutil.Process]]:
     command = [sys.executable, "-m", "groupwise", "serve", model, "--port", "0"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "999"}
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "999"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         assert process.stdout is not None
         client = NativeServer(process.stdout.readline().rpartition(" ")[2].strip(), tokenizer)
         client.given.add(Published(directory=Path(), id="0", version=0))
-        yield client
+        yield client, psutil.Process(process.pid)
         await client.close()
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(30)
 
 
-@asynccontextmanager
-async def vllm_served(case: Case, tokenizer: Any, python: str) -> AsyncIterator[VllmServer]:
-    started = f"{python} -m vllm.entrypoints.launchers.api_server.entry"
-    cluster = {"vllm": started, "vllm_arguments": ["--max-model-len=512"]}
-    recipe, port = Recipe.model_validate({"model": {"path": case.model}, "cluster": cluster}), free_port()
-    words, settings = command(recipe, host="127.0.0.1", port=port, gpus=0)
-    environment = {**os.environ, **settings, "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    process = subprocess.Popen(words, env=environment, start_new_session=True)
-    client = VllmServer(f"http://127.0.0.1:{port}", tokenizer, stored_end_tokens(case.model, tokenizer), packs=True)
-    client.given.add(Published(directory=Path(), id="default", version=0))
-    try:
-        while process.poll() is None:
-            try:
-                await client.health()
-                break
-            except Unavailable:
-                await asyncio.sleep(0.5)
-        yield client
-        await client.close()
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+@dataclass(frozen=True)
+class Turn:
+    """One rollout batch."""
+
+    tokens: list[list[int]]
+    seconds: float
+    cpu_seconds: float
+    """Of the processes that took part."""
+
+    @property
+    def rate(self) -> float:
+        return sum(map(len, self.tokens)) / self.seconds
 
 
-@contextmanager
-def vllm_here(case: Case, python: str) -> Iterator[Callable[[], float]]:
-    """What gives tokens per second of vLLM in a process of its own, each time anew."""
-    job = {
-        "prompts": [request.prompt.tolist() for request in case.asked],
-        "n": case.asked[0].n,
-        "max_tokens": case.asked[0].sampling.max_tokens,
-        "seeds": [1000 * i for i in range(len(case.asked))],
-    }
-    script = Path(__file__).with_name("worker_vllm_prompts.py")
-    words = [python, str(script), model_path(case.model)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    with subprocess.Popen(words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
-        assert worker.stdin is not None and worker.stdout is not None
-        lines, ask = iter(worker.stdout), worker.stdin
+async def turn(sampler: Sampler | NativeServer, asked: list[Request], processes: list[psutil.Process]) -> Turn:
+    def spent() -> float:
+        return float(sum(sum(process.cpu_times()[:2]) for process in processes))
 
-        def rate() -> float:
-            ask.write(json.dumps(job) + "\n")
-            ask.flush()
-            report = json.loads(next(line for line in lines if line.startswith("REPORT ")).removeprefix("REPORT "))
-            return float(report["tokens"] / report["seconds"])
-
-        next(line for line in lines if line.startswith("READY"))
-        yield rate
-        ask.close()
-
-
-async def compare_vllm(case: Case, turns: int, python: str) -> dict[str, Any]:
-    """As `compare`."""
-    rates: dict[str, list[float]] = {"here": [], "served": []}
-    with vllm_here(case, python) as here:
-        async with vllm_served(case, load_tokenizer(case.model), python) as there:
-            for number in range(turns + 1):
-                rate_here, (rate_there, _) = here(), await turn(there, case.asked)
-                if number:
-                    rates["here"].append(rate_here)
-                    rates["served"].append(rate_there)
-    return summary(rates)
-
-
-def summary(rates: dict[str, list[float]]) -> dict[str, Any]:
-    pairs = zip(rates["here"], rates["served"], strict=True)
-    return {
-        "here": max(rates["here"]),
-        "served": max(rates["served"]),
-        "share": max(rates["served"]) / max(rates["here"]),
-        "median share": statistics.median(there / here for here, there in pairs),
-    }
-
-
-async def turn(sampler: Sampler | NativeServer | VllmServer, asked: list[Request]) -> tuple[float, list[list[int]]]:
-    """Tokens per second, and the tokens."""
-    began = time.perf_counter()
+    cpu, began = spent(), time.perf_counter()
     found = await gather(*(sampler.generate(request) for request in asked))
-    seconds = time.perf_counter() - began
-    tokens = [completion.tokens.tolist() for group in found for completion in group]
-    return sum(map(len, tokens)) / seconds, tokens
+    seconds, cpu = time.perf_counter() - began, spent() - cpu
+    return Turn([completion.tokens.tolist() for group in found for completion in group], seconds, cpu)
 
 
-async def compare(case: Case, turns: int) -> dict[str, Any]:
+async def compare(case: Case, turns: int) -> str:
     tokenizer = load_tokenizer(case.model)
     here = NativeSampler(LanguageModel.load(case.model), tokenizer)
-    rates: dict[str, list[float]] = {"here": [], "served": []}
-    async with served(case.model, tokenizer) as there:
-        for number in range(turns + 1):  # the first warms up
-            (rate_here, ours), (rate_there, theirs) = await turn(here, case.asked), await turn(there, case.asked)
-            if number:
-                rates["here"].append(rate_here)
-                rates["served"].append(rate_there)
-    return {**summary(rates), "same tokens": ours == theirs}
+    found: list[tuple[Turn, Turn]] = []
+    async with served(case.model, tokenizer) as (there, process):
+        this = psutil.Process()
+        for number in range(turns + 1):
+            pair = await turn(here, case.asked, [this]), await turn(there, case.asked, [this, process])
+            if number:  # the first warms up
+                found.append(pair)
+    best_here, best_there = (max(pair[i].rate for pair in found) for i in range(2))
+    median = statistics.median(there.rate / here.rate for here, there in found)
+    cpu_here, cpu_there = (sum(pair[i].cpu_seconds for pair in found) for i in range(2))
+    same = all(here.tokens == there.tokens for here, there in found)
+    return (
+        f"{best_here:,.0f} tokens/s in this process, {best_there:,.0f} served: {best_there / best_here:.2f} "
+        f"(median {median:.2f}); CPU time {cpu_here / cpu_there:.2f}; {'the same' if same else 'OTHER'} tokens"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("works", nargs="*", metavar="WORK", help=f"of arithmetic, {', '.join(WORKS)}; by default the first three")
     parser.add_argument("--turns", type=int, default=10)
-    parser.add_argument("--vllm", metavar="PYTHON", help="the interpreter of vLLM's environment: compare its server as well")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     console = Console()
     for name in arguments.works or ("arithmetic", "reasoning", "short"):
         with tempfile.TemporaryDirectory() as directory:
             case = embedded() if name == "arithmetic" else of_work(name, Path(directory))
-            found = asyncio.run(compare(case, arguments.turns))
-            vllm = asyncio.run(compare_vllm(case, arguments.turns, arguments.vllm)) if arguments.vllm else None
-        console.print(
-            f"{name}: {found['here']:,.0f} tokens/s in this process, {found['served']:,.0f} served: {found['share']:.2f} "
-            f"(median {found['median share']:.2f}), {'the same' if found['same tokens'] else 'OTHER'} tokens"
-        )
-        if vllm is not None:
-            console.print(
-                f"{name}: vLLM: {vllm['here']:,.0f} tokens/s in its process, {vllm['served']:,.0f} served: {vllm['share']:.2f} "
-                f"(median {vllm['median share']:.2f})"
-            )
+            console.print(f"{name}: {asyncio.run(compare(case, arguments.turns))}", soft_wrap=True)
 
 
 if __name__ == "__main__":

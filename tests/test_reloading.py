@@ -18,7 +18,7 @@ from tests import zoo
 def logprobs(module: Any, prompt: Tensor, tokens: Tensor) -> Tensor:
     """Of each token, by one forward pass over the whole sequence."""
     with torch.no_grad():
-        logits = module(input_ids=torch.cat([prompt, tokens])[None], use_cache=False).logits[0].float()
+        logits = module(input_ids=torch.cat([prompt, tokens])[None].to(module.device), use_cache=False).logits[0].float().cpu()
     return torch.log_softmax(logits, -1)[len(prompt) - 1 : -1].gather(1, tokens[:, None])[:, 0]
 
 
@@ -57,10 +57,11 @@ def reload_twice(sampler: NativeSampler, module: Any) -> tuple[list[tuple[Comple
     return wait_for(run()), states
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("backend", ["auto", "transformers"])
 @pytest.mark.parametrize("name", ["qwen3", "gemma2", "deepseek_v3", "qwen3_next", "lfm2", "mamba2", "gpt2"])
-def test_tokens_after_a_load_are_those_of_the_new_weights_alone(name: str, backend: str) -> None:
-    module = zoo.build(name)
+def test_tokens_after_a_load_are_those_of_the_new_weights_alone(name: str, backend: str, device: str) -> None:
+    module = zoo.build(name).to(device)
     sampler = NativeSampler(LanguageModel(module, backend), zoo.tokenizer(), max_rows=6)
     found, states = reload_twice(sampler, module)
     spans = 0

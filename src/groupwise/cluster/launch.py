@@ -46,6 +46,8 @@ LOOKS = 0.2
 """Seconds between two looks whether a server answers."""
 STARTS = 16
 """Samplers that are started at a time."""
+DYING = 1.0
+"""Seconds within which the end of a process is known."""
 MOST_EXITS = 3
 """How often in a row a piece may end with an exit status of its own, which starting it again hardly changes."""
 
@@ -85,7 +87,7 @@ class Supervisor:
             RunError: it cannot be started, or the pieces were restarted too often.
         """
         with self._lock:
-            failure = self.launcher.failure(name)
+            failure = self._failure(name)
             self._exits[name] += failure is not None and EXITED in failure
             if failure is not None and self._exits[name] == (MOST_EXITS if self.begun else 1):
                 raise RunError(failure)
@@ -93,10 +95,16 @@ class Supervisor:
                 last = failure or f"{name} did not answer"
                 raise RunError(f"the run's processes were restarted {self.most} times (cluster.max_restarts); now {last}")
             self.restarted += 1
-        self.tell(
-            f"{name} is started again" + (f": it {failure.partition('; ')[0].removeprefix(name).strip()}" if failure else "")
-        )
+        reason = short_of(failure) if failure else f"{name} does not answer"
+        self.tell(f"{reason}, and is started again")
         return self.launcher.restart(name)
+
+    def _failure(self, name: str) -> str | None:
+        """What a piece ended with, which is known a moment after its connections broke; None: it still runs."""
+        deadline = time.monotonic() + DYING
+        while (failure := self.launcher.failure(name)) is None and time.monotonic() < deadline:
+            time.sleep(DYING / 20)
+        return failure
 
     # --- what the fleet asks (`Restarts`)
 
@@ -107,7 +115,13 @@ class Supervisor:
             raise Unavailable(str(error)) from error
 
     def ended(self, index: int) -> str | None:
-        return self.launcher.failure(sampler_name(index))
+        failure = self.launcher.failure(sampler_name(index))
+        return failure and short_of(failure)
+
+
+def short_of(failure: str) -> str:
+    """What became of a piece, without the end of its log."""
+    return failure.partition("; ")[0]
 
 
 class Launched(Distributed):

@@ -48,7 +48,9 @@ class RemoteLearner:
     def connect(self, address: str) -> None:
         """Speak to the process at this address from now on: the one before is gone."""
         self.address, self._version, self._answers = address, None, False
-        self._client = httpx.Client(base_url=address, headers={"Authorization": f"Bearer {self.token}"}, timeout=self.timeout)
+        headers = {"Authorization": f"Bearer {self.token}"}
+        # No proxy of the environment: that is for the world outside.
+        self._client = httpx.Client(base_url=address, headers=headers, timeout=self.timeout, trust_env=False)
 
     # --- the methods of a Learner
 
