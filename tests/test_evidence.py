@@ -126,7 +126,7 @@ def test_figures_as_png(healthy: list[Path], tmp_path: Path) -> None:
 UNHEALTHY: dict[str, tuple[list[str], str]] = {
     "learning rate 30x": (["learner.learning_rate=1e-2", "learner.max_bad_updates=1000"], "The updates are too large"),
     "clip tiny": (["algorithm.clip_low=1e-4", "algorithm.clip_high=1e-4"], "Many tokens are clipped"),
-    "limit too short": (["rollouts.max_tokens=3", "algorithm.overlong_cache=0.0"], "Many completions are truncated"),
+    "limit too short": (["rollouts.max_tokens=2", "algorithm.overlong_cache=0.0"], "Many completions are truncated"),
 }
 
 

@@ -417,6 +417,28 @@ def test_a_learner_that_is_lost_costs_no_group(tmp_path: Path) -> None:
     assert {"age", "queues", "idle"} <= {drawn.id for drawn in draw_all({"a run": [open_run(tmp_path / "run")]})}
 
 
+def test_a_synchronous_run_goes_on_asynchronously_and_not_back(tmp_path: Path) -> None:
+    path, more = tmp_path / "run", {"algorithm.name": "dapo", "rollouts.max_age": 3, "task.grades": [1, 2]}
+    first = in_process(ready_of(tmp_path, **more, **{"training.steps": 2}), path, stream=False)
+    first.train()
+    kept = [group.position for _, group in first.collector.surplus]  # type: ignore[union-attr]
+    more["rollouts.max_age"] = 0
+    ready = stale(tmp_path, 1, **more)
+    checkpoint, _ = checkpoints.newest(path / "checkpoints")
+    assert checkpoint is not None
+    second = Trainer(ready, RunDirectory(path, None), pieces=Beside(ready))
+    second.resume(checkpoint)
+    second.train()
+    found = ledger(path)
+    assert check(found) == [] and [entry.step for entry in found] == [1, 2, 3, 4]
+    assert found[2].dropped.get("surplus", []) == kept != []
+    checkpoint, _ = checkpoints.newest(path / "checkpoints")
+    assert checkpoint is not None
+    third = in_process(ready_of(tmp_path, **more), tmp_path / "third", stream=False)
+    with pytest.raises(UserError, match=r"cluster.staleness: cannot become 0 in a run that was above it"):
+        third.resume(checkpoint)
+
+
 def test_samplers_that_die_cost_no_group(tmp_path: Path) -> None:
     """Two processes of `groupwise serve`, one of which is killed with requests under way: the other makes them again."""
     (tmp_path / "r.toml").write_text("")

@@ -110,6 +110,7 @@ def run(session: Session, console: Terminal, *, ends: bool = False, launch: Laun
         if line := described(session.recipe, directory.logs):
             console.print(line, soft_wrap=True)
         trainer = Trainer(ready, directory, pieces=closing.enter_context(launch(ready, directory)))
+        closing.callback(trainer.collector.close)
         events = start(session, ready, trainer, tree)
         if lock.warning:
             events.append(Warned(step=trainer.step, name="no_lock", text=lock.warning))

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from groupwise.algorithms import Algorithm
 from groupwise.config import Recipe
 from groupwise.rollouts.admission import Admission
@@ -117,7 +119,7 @@ class Stream:
 
     def state_dict(self) -> dict[str, Any]:
         state, finished = self.thread.wait_for(self._snapshot())
-        groups = [(item.done, item.dropped, plain(item.group)) for item in finished]
+        groups = [(item.done, item.dropped, packed(item.group)) for item in finished]
         return {**state, "finished": groups}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -284,9 +286,31 @@ class Stream:
             self._running[position] = Running(Drawn(index, self.supply.problem(index), n), 0)
         self._unbegun = list(self._running)
         for done, dropped, tree in state["finished"]:
-            group = Group.from_dict(tree)
+            group = unpacked(tree)
             assert group.position is not None
             self._finished[group.position] = Finished(group=group, done=done, dropped=dropped)
         self._refused = sum(item.dropped is not None for item in self._finished.values())
         kept = [position for position, item in self._finished.items() if item.dropped is None]
         self.admission.load_state_dict({"begun": state["begun"], "running": self._unbegun, "finished": kept, "taken": 0})
+
+
+PACKED = ("tokens", "logprobs", "mask")
+"""Tensors of a completion that a state holds once for all completions of a group: thousands of groups may be under way."""
+
+
+def packed(group: Group) -> dict[str, Any]:
+    """A group as a state holds it."""
+    tree: dict[str, Any] = plain(group)
+    completions = tree["completions"]
+    tree["lengths"] = [len(completion["tokens"]) for completion in completions]
+    return {**tree, **{name: torch.cat([completion.pop(name) for completion in completions]) for name in PACKED}}
+
+
+def unpacked(tree: Mapping[str, Any]) -> Group:
+    """The group that `packed` made a tree of; also one that is not packed."""
+    if "lengths" not in tree:
+        return Group.from_dict(tree)
+    parts = zip(*(tree[name].split(tree["lengths"]) for name in PACKED), strict=True)
+    pairs = zip(tree["completions"], parts, strict=True)
+    whole = [{**completion, **dict(zip(PACKED, tensors, strict=True))} for completion, tensors in pairs]
+    return Group.from_dict({**tree, "completions": whole})
