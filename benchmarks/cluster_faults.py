@@ -147,7 +147,7 @@ class Campaign:
             self.controller = self.start("--resume", str(self.run))
             return True
         name = "groupwise.cluster.learner_process" if kind.startswith("learner") else "serve"
-        while not (running := [one for one in pieces_of(self.run, name) if one.status() != psutil.STATUS_STOPPED]):
+        while not (running := [one for one in pieces_of(self.run, name) if one.info["status"] != psutil.STATUS_STOPPED]):
             if self.controller.poll() is not None:
                 return False
             time.sleep(0.1)  # all of them are being started again
