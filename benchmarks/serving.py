@@ -4,7 +4,8 @@
 
 Works are those of workloads.py; "arithmetic" is the embedded task: 32 prompts with 16 completions each of arithmetic-base. Each
 side has one thread, and the client that asks the server has the process of this script. Prints useful tokens per second, the
-fastest of all turns and the median, and whether all tokens are the same.
+fastest of all turns and the median, whether all tokens are the same, and the CPU time of one process against that of both, which
+says more on a machine that others use too.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from workloads import WORKS, make
@@ -61,49 +63,63 @@ def of_work(name: str, directory: Path) -> Case:
 
 
 @asynccontextmanager
-async def served(model: str, tokenizer: Any) -> AsyncIterator[NativeServer]:
+async def served(model: str, tokenizer: Any) -> AsyncIterator[tuple[NativeServer, psutil.Process]]:
     command = [sys.executable, "-m", "groupwise", "serve", model, "--port", "0"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "999"}
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "999"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         assert process.stdout is not None
         client = NativeServer(process.stdout.readline().rpartition(" ")[2].strip(), tokenizer)
         client.given.add(Published(directory=Path(), id="0", version=0))
-        yield client
+        yield client, psutil.Process(process.pid)
         await client.close()
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(30)
 
 
-async def turn(sampler: Sampler | NativeServer, asked: list[Request]) -> tuple[float, list[list[int]]]:
-    """Tokens per second, and the tokens."""
-    began = time.perf_counter()
+@dataclass(frozen=True)
+class Turn:
+    """One rollout batch."""
+
+    tokens: list[list[int]]
+    seconds: float
+    cpu_seconds: float
+    """Of the processes that took part."""
+
+    @property
+    def rate(self) -> float:
+        return sum(map(len, self.tokens)) / self.seconds
+
+
+async def turn(sampler: Sampler | NativeServer, asked: list[Request], processes: list[psutil.Process]) -> Turn:
+    def spent() -> float:
+        return float(sum(sum(process.cpu_times()[:2]) for process in processes))
+
+    cpu, began = spent(), time.perf_counter()
     found = await gather(*(sampler.generate(request) for request in asked))
-    seconds = time.perf_counter() - began
-    tokens = [completion.tokens.tolist() for group in found for completion in group]
-    return sum(map(len, tokens)) / seconds, tokens
+    seconds, cpu = time.perf_counter() - began, spent() - cpu
+    return Turn([completion.tokens.tolist() for group in found for completion in group], seconds, cpu)
 
 
-async def compare(case: Case, turns: int) -> dict[str, Any]:
+async def compare(case: Case, turns: int) -> str:
     tokenizer = load_tokenizer(case.model)
     here = NativeSampler(LanguageModel.load(case.model), tokenizer)
-    rates: dict[str, list[float]] = {"here": [], "served": []}
-    async with served(case.model, tokenizer) as there:
-        for number in range(turns + 1):  # the first warms up
-            (rate_here, ours), (rate_there, theirs) = await turn(here, case.asked), await turn(there, case.asked)
-            if number:
-                rates["here"].append(rate_here)
-                rates["served"].append(rate_there)
-    pairs = zip(rates["here"], rates["served"], strict=True)
-    return {
-        "here": max(rates["here"]),
-        "served": max(rates["served"]),
-        "share": max(rates["served"]) / max(rates["here"]),
-        "median share": statistics.median(there / here for here, there in pairs),
-        "same tokens": ours == theirs,
-    }
+    found: list[tuple[Turn, Turn]] = []
+    async with served(case.model, tokenizer) as (there, process):
+        this = psutil.Process()
+        for number in range(turns + 1):
+            pair = await turn(here, case.asked, [this]), await turn(there, case.asked, [this, process])
+            if number:  # the first warms up
+                found.append(pair)
+    best_here, best_there = (max(pair[i].rate for pair in found) for i in range(2))
+    median = statistics.median(there.rate / here.rate for here, there in found)
+    cpu_here, cpu_there = (sum(pair[i].cpu_seconds for pair in found) for i in range(2))
+    same = all(here.tokens == there.tokens for here, there in found)
+    return (
+        f"{best_here:,.0f} tokens/s in this process, {best_there:,.0f} served: {best_there / best_here:.2f} "
+        f"(median {median:.2f}); CPU time {cpu_here / cpu_there:.2f}; {'the same' if same else 'OTHER'} tokens"
+    )
 
 
 def main() -> None:
@@ -116,11 +132,7 @@ def main() -> None:
     for name in arguments.works or ("arithmetic", "reasoning", "short"):
         with tempfile.TemporaryDirectory() as directory:
             case = embedded() if name == "arithmetic" else of_work(name, Path(directory))
-            found = asyncio.run(compare(case, arguments.turns))
-        console.print(
-            f"{name}: {found['here']:,.0f} tokens/s in this process, {found['served']:,.0f} served: {found['share']:.2f} "
-            f"(median {found['median share']:.2f}), {'the same' if found['same tokens'] else 'OTHER'} tokens"
-        )
+            console.print(f"{name}: {asyncio.run(compare(case, arguments.turns))}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Runs of several processes: the same run as in one process, whatever ends on the way, and nothing left afterwards."""
 
 import importlib
+import importlib.util
 import os
 import shlex
 import signal
@@ -267,6 +268,31 @@ def test_an_address_where_nothing_answers_ends_the_run(tmp_path: Path) -> None:
 def test_what_the_learners_process_finds_wrong_is_said_of_the_users_recipe(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^model.lora.targets, given from Python: 'nothing' names no linear layer"):
         train(tmp_path / "wrong", model={"lora": {"targets": ["nothing"]}}, cluster={"samplers": 1, "learners": 1})
+
+
+def test_ray_replaces_an_actor_that_is_lost(tmp_path: Path) -> None:
+    ray = importlib.import_module("groupwise.cluster.ray")
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("Ray is not installed")
+    handler = signal.getsignal(signal.SIGTERM)
+    launcher = ray.RayLauncher(tmp_path, [sleeper("sampler 0")])
+    try:
+        port = launcher.start(sleeper("sampler 0")).rpartition(":")[2]
+        log = tmp_path / "sampler-0.log"
+        wait_until(lambda: log.exists() and port in log.read_text())
+        found = [process for process in psutil.process_iter(["cmdline"]) if port in str(process.info["cmdline"])]
+        (process,) = (one for one in found if not any("keeper.py" in word for word in one.info["cmdline"]))
+        process.parent().parent().kill()
+        wait_until(lambda: launcher.failure("sampler 0"))
+        assert "is lost with its Ray actor" in launcher.failure("sampler 0")
+        wait_until(lambda: not process.is_running())
+        port = launcher.restart("sampler 0").rpartition(":")[2]
+        wait_until(lambda: port in log.read_text())
+        assert launcher.failure("sampler 0") is None
+    finally:
+        launcher.stop()
+    assert not [process for process in psutil.process_iter(["cmdline"]) if port in str(process.info["cmdline"])]
+    assert signal.getsignal(signal.SIGTERM) is handler  # Ray sets its own
 
 
 def test_ray_is_asked_for_by_the_name_of_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

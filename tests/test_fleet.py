@@ -15,7 +15,10 @@ import httpx2 as httpx
 import pytest
 import torch
 
+import groupwise as gw
+from groupwise.config import Recipe
 from groupwise.errors import RunError
+from groupwise.learner.local import LocalLearner
 from groupwise.learner.probing import probe
 from groupwise.models import LanguageModel, load_tokenizer
 from groupwise.models.published import publish
@@ -27,6 +30,7 @@ from groupwise.rollouts.native import NativeSampler
 from groupwise.rollouts.probe import Probe
 from groupwise.rollouts.remote import NativeServer
 from groupwise.rollouts.servers import Published
+from groupwise.training.distributed import Distributed
 from groupwise.types import Completion
 from tests.launcher import Launcher
 from tests.served import Servers, free_port
@@ -127,6 +131,18 @@ def meanwhile(fleet: Fleet, *works: Callable[[], object]) -> Iterator[None]:
         done = thread.submit(run)
         yield
         done.result()
+
+
+def hold(address: str) -> None:
+    """Stop a server where it is, with completions begun."""
+    httpx.post(f"{address}/pause", params={"mode": "keep"}).raise_for_status()
+    while not httpx.get(f"{address}/health").json()["rows"]:
+        release(address)
+        httpx.post(f"{address}/pause", params={"mode": "keep"}).raise_for_status()
+
+
+def release(address: str) -> None:
+    httpx.post(f"{address}/resume").raise_for_status()
 
 
 def wait_until(is_true: Callable[[], bool], seconds: float = 60.0) -> None:
@@ -270,10 +286,10 @@ def test_weights_that_were_not_renewed_are_noticed(weights: Weights) -> None:
 
 def test_versions_of_tokens(weights: Weights, servers: Servers) -> None:
     """New weights arrive while completions are under way: these go on, and say which weights made which tokens."""
-    wanted = weights.long
-    with weights.fleet(servers.alive(2), most_rows=32) as fleet:
+    wanted, (address,) = weights.long, servers.alive(1)
+    with weights.fleet([address], most_rows=32, timeout=30.0) as fleet:
         fleet.load(weights.published(0), weights.probe(0))
-        with meanwhile(fleet, lambda: fleet.load(weights.published(1), weights.probe(1))):
+        with meanwhile(fleet, partial(hold, address), lambda: fleet.load(weights.published(1)), partial(release, address)):
             groups = generate_all(fleet, wanted)
         check_same(generate_all(fleet, wanted), weights.in_process(wanted, 1))
     spans = [completion.versions for group in groups for completion in group]
@@ -286,10 +302,10 @@ def test_versions_of_tokens(weights: Weights, servers: Servers) -> None:
 
 
 def test_completions_under_way_are_finished_first(weights: Weights, servers: Servers) -> None:
-    wanted = weights.long
-    with weights.fleet(servers.alive(2), partial=False, most_rows=32) as fleet:
+    wanted, (address,) = weights.long, servers.alive(1)
+    with weights.fleet([address], partial=False, most_rows=32, timeout=30.0) as fleet:
         fleet.load(weights.published(0), weights.probe(0))
-        with meanwhile(fleet, lambda: fleet.load(weights.published(1), weights.probe(1))):
+        with meanwhile(fleet, partial(hold, address), lambda: fleet.load(weights.published(1)), partial(release, address)):
             groups = generate_all(fleet, wanted)
     expected = [weights.in_process(wanted, version) for version in (0, 1)]
     made_by = [group[0].versions[0].version for group in groups]
@@ -365,3 +381,23 @@ def test_conversations_stay_where_their_keys_are(weights: Weights, servers: Serv
         again = going_on(generate_all(fleet, first))
         servers.kill(0)
         check_same(generate_all(fleet, again), weights.in_process(again))
+
+
+def test_weights_on_their_way(weights: Weights, servers: Servers, tmp_path: Path) -> None:
+    """Published, loaded, probed; the newest two stay on the disk."""
+    recipe = Recipe()
+    learner = LocalLearner.build(recipe, gw.named("dapo"), LanguageModel.load("arithmetic-base"))
+    wanted = weights.wanted(2)
+    with weights.fleet(servers.alive(2)) as fleet:
+        pieces = Distributed(learner, fleet, tmp_path, prompt=wanted[0].prompt, max_tokens=64, tolerance=1e-3)
+        ids: list[str] = []
+        for _ in range(4):
+            pieces.bring_weights()
+            ids.append(max(path.name for path in tmp_path.iterdir()))
+            check_same(generate_all(fleet, wanted), generate_all(NativeSampler(learner.weights(), weights.tokenizer), wanted))
+            with torch.no_grad():
+                for parameter in learner.weights().parameters():
+                    parameter += 0.01 * parameter.std() * torch.randn_like(parameter)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ids[-2:] and len(set(ids)) == 4
+        assert all(id.startswith(f"00000{number}-v0-") for number, id in enumerate(ids, 1))
+        assert pieces.metrics()["cluster/samplers"] == 2

@@ -24,6 +24,7 @@ from tests.sharded_cases import (
     TEXT,
     after_updates,
     annotated,
+    command,
     end,
     everything,
     learn,
@@ -228,11 +229,11 @@ SETTINGS = [
 
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "groupwise", "train"]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "groupwise", "train"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200"}
     settings = [part for item in SETTINGS for part in ("--set", item)]
-    command += [*settings, *map(str, arguments)]
-    return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
+    words += [*settings, *map(str, arguments)]
+    return subprocess.run(words, env=environment, text=True, capture_output=True, timeout=300)
 
 
 def test_a_run_over_torchrun_is_the_run_of_one_process(tmp_path: Path) -> None:
@@ -256,7 +257,9 @@ def test_a_run_over_torchrun_is_the_run_of_one_process(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_is_said_once_and_ends_all_processes(tmp_path: Path) -> None:
-    done = torchrun("--out", tmp_path / "run", "--set", "model.compile=true")
-    assert done.returncode != 0
-    assert done.stderr.count("cannot be sharded: set model.compile = false") == 1
-    assert "Traceback" not in done.stderr.split("elastic")[0]
+    wrong = ("--set", "model.compile=true")
+    codes = end(start(2, command, "train", "--out", str(tmp_path / "run"), *wrong, log=tmp_path / "log"), 200)
+    first, second = ((tmp_path / f"log.{rank}").read_text() for rank in range(2))
+    assert codes == [2, 2], first + second
+    assert first.count("cannot be sharded: set model.compile = false") == 1
+    assert "cannot be sharded" not in second and "Traceback" not in first + second

@@ -182,6 +182,17 @@ def test_seeds_repeat(server: Server, of_base: Published) -> None:
     assert tokens(replace(request, offset=64)) != first
 
 
+def test_more_prompts_than_a_step_of_the_engine_takes(server: Server, of_base: Published) -> None:
+    """Its engine for CPUs would end with an error if it cut a prompt in two."""
+    prompts = [torch.arange(200) * (i + 1) % 15 + 2 for i in range(12)]
+    asked = [Request(prompt=prompt, sampling=Sampling(max_tokens=2), seed=0, n=8) for prompt in prompts]
+
+    async def together(vllm: VllmServer) -> list[tuple[Completion, ...]]:
+        return list(await asyncio.gather(*(vllm.generate(request) for request in asked)))
+
+    assert [len(found) for found in server.ask(together)] == [8] * 12
+
+
 @pytest.mark.parametrize(
     "sampling",
     [

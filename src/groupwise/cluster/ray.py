@@ -51,8 +51,8 @@ class Host:
         self.stop()
         self.starts += 1
         port = free_port(self.node)
-        threads = {"OMP_NUM_THREADS": str(threads_of(self.piece.processes))} if self.piece.gpus == 0 else {}
-        environment = {**threads, "PYTHONUNBUFFERED": "1", **self.piece.environment}
+        on_cpu = {"OMP_NUM_THREADS": str(threads_of(self.piece.processes)), "CUDA_VISIBLE_DEVICES": ""}
+        environment = {**({} if self.piece.gpus else on_cpu), "PYTHONUNBUFFERED": "1", **self.piece.environment}
         with open_log(self.log, self.starts) as log:
             self.process = HostedProcess(self.piece.served_at(self.node, port), environment, log)
         return f"http://{self.node}:{port}"

@@ -104,20 +104,20 @@ def completions(job: Job, table: RowTable, tokenizer: Any) -> tuple[Completion, 
     lengths, stopped = table.lengths_B[index].tolist(), table.stopped_B[index].tolist()
     with torch.inference_mode(False):  # tensors of inference mode could not be trained on
         tokens_nT, logprobs_nT = table.tokens_BT[index].cpu().clone(), table.logprobs_BT[index].cpu().clone()
-    written = [tokens_nT[i, :length] for i, length in enumerate(lengths)]
-    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+    rows = zip(tokens_nT.tolist(), lengths, strict=True)
+    texts = tokenizer.batch_decode([row[:length] for row, length in rows], skip_special_tokens=True)  # lists: tensors take longer
     return tuple(
         Completion(
             text=text,
-            tokens=tokens,
-            logprobs=logprobs_nT[i, : len(tokens)],
-            mask=torch.ones(len(tokens), dtype=torch.bool),
+            tokens=tokens_nT[i, :length],
+            logprobs=logprobs_nT[i, :length],
+            mask=torch.ones(length, dtype=torch.bool),
             stop="stop" if stopped[i] else "length",
-            versions=spans(job.versions, i, len(tokens)),
+            versions=spans(job.versions, i, length),
             kept=table.kept.of(job.slots[i]),
             handle=job.handles.get(job.slots[i]),
         )
-        for i, (tokens, text) in enumerate(zip(written, texts, strict=True))
+        for i, (length, text) in enumerate(zip(lengths, texts, strict=True))
     )
 
 

@@ -75,7 +75,8 @@ def command(recipe: Recipe, *, host: str, port: int | str, gpus: int) -> tuple[l
     if gpus:
         arguments["tensor-parallel-size"] = gpus
     else:
-        flags += ["--enforce-eager", "--worker-extension-cls=groupwise_vllm.Packing"]
+        # Its engine for CPUs ends with an error where the prompt of a request with a seed is run in two parts.
+        flags += ["--enforce-eager", "--no-enable-chunked-prefill", "--worker-extension-cls=groupwise_vllm.Packing"]
     if recipe.model.trust_remote_code:
         flags.append("--trust-remote-code")
     options = [f"--{name}={value}" for name, value in arguments.items()]
@@ -83,6 +84,7 @@ def command(recipe: Recipe, *, host: str, port: int | str, gpus: int) -> tuple[l
     fixed = {"VLLM_SERVER_DEV_MODE": "1"}
     if not gpus:
         defaults |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        fixed["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process less between a request and its tokens
         fixed["PYTHONPATH"] = os.pathsep.join(filter(None, [str(EXTENSION), os.environ.get("PYTHONPATH")]))
     settings = {name: value for name, value in defaults.items() if name not in os.environ}
     return [*words, *serve, *options, *flags, *recipe.cluster.vllm_arguments], settings | fixed
