@@ -147,9 +147,10 @@ class Campaign:
             self.controller = self.start("--resume", str(self.run))
             return True
         name = "groupwise.cluster.learner_process" if kind.startswith("learner") else "serve"
-        running = [process for process in pieces_of(self.run, name) if process.status() != psutil.STATUS_STOPPED]
-        if not running or self.controller.poll() is not None:
-            return False
+        while not (running := [one for one in pieces_of(self.run, name) if one.info["status"] != psutil.STATUS_STOPPED]):
+            if self.controller.poll() is not None:
+                return False
+            time.sleep(0.1)  # all of them are being started again
         number = signal.SIGSTOP if kind.endswith("frozen") else signal.SIGKILL
         try:
             self.random.choice(running).send_signal(number)

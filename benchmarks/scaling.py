@@ -1,10 +1,10 @@
 """How well GPUs are used from 8 to 1,024 of them, synchronously and asynchronously: the simulation behind docs/scaling.md.
 
-    python benchmarks/scaling.py --out DIRECTORY
+    python benchmarks/scaling.py --out DIRECTORY [--batch fixed]
 
-Writes scaling.json and scaling.svg. Each sampler has 64 rows, and a batch as many completions as all samplers have rows, so that
-the batch grows with the cluster. For each number of GPUs and each way of running, the share of learners that gives the most
-tokens per second is taken from `SHARES`.
+Writes scaling-grows.json or scaling-fixed.json, and scaling.svg and scaling.png of those that are there. Each sampler has 64
+rows. A batch has as many completions as all samplers have rows, so that it grows with the cluster, or 2,048 completions whatever
+its size. For each number of GPUs and each way of running, the share of learners with the most tokens per second is taken.
 """
 
 import argparse
@@ -29,7 +29,8 @@ GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8)
 CHOSEN_UP_TO = 64
 """GPUs up to which shares are tried; beyond, that of so many is taken."""
-GROUP, ROWS = 16, 64
+GROUP, ROWS, FIXED = 16, 64, 128
+"""Completions of a group, rows of a sampler, groups of a batch that does not grow."""
 MEAN, VARIATION, MOST = 3000.0, 1.0, 16_384
 PROMPT = 300
 MODES: dict[str, dict[str, Any]] = {
@@ -58,9 +59,9 @@ def rates_for(prompts: int) -> Rates:
     return Rates(shape=shape, recipe=recipe, needs=Needs(), load=load, gpu=find_gpu("h200"))
 
 
-def simulated(gpus: int, learners: int, mode: dict[str, Any], steps: int) -> Outcome:
+def simulated(gpus: int, learners: int, mode: dict[str, Any], steps: int, batch: str) -> Outcome:
     samplers = gpus - learners
-    prompts = max(1, samplers * ROWS // GROUP)
+    prompts = max(1, samplers * ROWS // GROUP) if batch == "grows" else FIXED
     rates = rates_for(prompts)
     setup = Setup(
         samplers=samplers,
@@ -78,10 +79,10 @@ def simulated(gpus: int, learners: int, mode: dict[str, Any], steps: int) -> Out
     return Simulation(setup, lognormal(MEAN, VARIATION, MOST)).run(steps)
 
 
-def best(gpus: int, mode: dict[str, Any], steps: int, shares: tuple[float, ...]) -> dict[str, Any]:
+def best(gpus: int, mode: dict[str, Any], steps: int, shares: tuple[float, ...], batch: str) -> dict[str, Any]:
     found = []
     for learners in sorted({max(1, min(gpus - 1, round(share * gpus))) for share in shares}):
-        outcome = simulated(gpus, learners, mode, steps + mode["staleness"])
+        outcome = simulated(gpus, learners, mode, steps + mode["staleness"], batch)
         used = (outcome.sampler_fill * (gpus - learners) + outcome.learner_busy * learners) / gpus
         per_gpu = outcome.tokens / outcome.steps / outcome.seconds / gpus
         found.append(
@@ -100,26 +101,28 @@ def best(gpus: int, mode: dict[str, Any], steps: int, shares: tuple[float, ...])
     return max(found, key=lambda row: row["tokens/s/gpu"])
 
 
-def draw(rows: list[dict[str, Any]], out: Path) -> None:
-    labels = {"samplers": "samplers", "learner": "learners", "all": "all GPUs"}
+TITLES = {"grows": "a batch of 64 completions per sampler", "fixed": "a batch of 2,048 completions"}
+
+
+def draw(out: Path) -> None:
     values = [
-        {"GPUs": row["gpus"], "of": label, "share": row[key], "rollouts": row["mode"]}
-        for row in rows
-        for key, label in labels.items()
+        {"GPUs": row["gpus"], "share": row["all"], "rollouts": row["mode"], "batch": title}
+        for batch, title in TITLES.items()
+        if (out / f"scaling-{batch}.json").is_file()
+        for row in json.loads((out / f"scaling-{batch}.json").read_text())
     ]
     colours = alt.Scale(domain=list(MODES), range=["#7f7f7f", "#d98c21", "#4c9bd6", "#1f5fa8"])
+    legend = alt.Legend(orient="bottom", columns=2, title=None, labelLimit=300)
     lines = (
         alt.Chart(alt.Data(values=values))
         .mark_line(point=True)
         .encode(
             x=alt.X("GPUs:Q", scale=alt.Scale(type="log", base=2), axis=alt.Axis(values=list(GPUS), format="d", grid=False)),
-            y=alt.Y("share:Q", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%", title="in use")),
-            color=alt.Color(
-                "rollouts:N", scale=colours, legend=alt.Legend(orient="bottom", columns=2, title=None, labelLimit=300)
-            ),
+            y=alt.Y("share:Q", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%", title="of all GPUs in use")),
+            color=alt.Color("rollouts:N", scale=colours, legend=legend),
         )
-        .properties(width=230, height=220)
-        .facet(column=alt.Column("of:N", title=None, sort=list(labels.values())))
+        .properties(width=320, height=240)
+        .facet(column=alt.Column("batch:N", title=None, sort=list(TITLES.values())))
         .configure(background="white")
     )
     lines.save(out / "scaling.svg")
@@ -131,19 +134,20 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, nargs="+", default=list(GPUS))
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--draw", action="store_true", help="Only draw what is in scaling.json.")
+    parser.add_argument("--batch", choices=list(TITLES), default="grows")
+    parser.add_argument("--draw", action="store_true", help="Only draw what is there.")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    console, file = Console(highlight=False), arguments.out / "scaling.json"
+    console, file = Console(highlight=False), arguments.out / f"scaling-{arguments.batch}.json"
     if arguments.draw:
-        draw(json.loads(file.read_text()), arguments.out)
+        draw(arguments.out)
         return
     rows: list[dict[str, Any]] = []
     shares = dict.fromkeys(MODES, SHARES)
     for gpus in arguments.gpus:
         for name, mode in MODES.items():
             started = time.perf_counter()
-            row = best(gpus, mode, arguments.steps, shares[name])
+            row = best(gpus, mode, arguments.steps, shares[name], arguments.batch)
             if gpus >= CHOSEN_UP_TO:
                 shares[name] = (row["learners"] / gpus,)
             rows.append({"mode": name, **row, "simulated in": time.perf_counter() - started})
@@ -153,7 +157,7 @@ def main() -> None:
     for row in rows:
         table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
     console.print(table)
-    draw(rows, arguments.out)
+    draw(arguments.out)
 
 
 if __name__ == "__main__":

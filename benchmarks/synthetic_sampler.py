@@ -154,7 +154,7 @@ def main() -> None:
         Route(wire.LOAD, sampler.load, methods=["POST"]),
         Route(wire.HEALTH, sampler.health),
     ]
-    uvicorn.run(Starlette(routes=routes), host=arguments.host, port=arguments.port, log_level="warning")
+    uvicorn.run(Starlette(routes=routes), host=arguments.host, port=arguments.port, log_level="critical")
 
 
 if __name__ == "__main__":

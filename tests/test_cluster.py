@@ -456,3 +456,15 @@ def test_what_changed_settings_of_the_cluster_change() -> None:
     assert effect("cluster.max_restarts", {}) == ""
     assert effect("cluster.samplers", {}) == effect("cluster.learners", {}) == "changes results by rounding"
     assert effect("cluster.staleness", {}) == effect("cluster.window", {}) == "changes results"
+
+
+def test_a_piece_that_is_given_time_ends_by_itself_at_the_end_of_a_run(tmp_path: Path) -> None:
+    script = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(print('ended') or 0)); print('up'); time.sleep(60)"
+    launcher, log = LocalLauncher(tmp_path), tmp_path / "sampler-0.log"
+    launcher.start(Piece(name="sampler 0", command=["{python}", "-c", script], grace=10.0))
+    wait_until(lambda: log.read_text().count("up") == 1)
+    launcher.restart("sampler 0")
+    wait_until(lambda: log.read_text().count("up") == 2)
+    assert "ended" not in log.read_text()
+    launcher.stop()
+    assert log.read_text().endswith("up\nended\n")

@@ -133,6 +133,18 @@ def meanwhile(fleet: Fleet, *works: Callable[[], object]) -> Iterator[None]:
         done.result()
 
 
+def hold(address: str) -> None:
+    """Stop a server where it is, with completions begun."""
+    httpx.post(f"{address}/pause", params={"mode": "keep"}).raise_for_status()
+    while not httpx.get(f"{address}/health").json()["rows"]:
+        release(address)
+        httpx.post(f"{address}/pause", params={"mode": "keep"}).raise_for_status()
+
+
+def release(address: str) -> None:
+    httpx.post(f"{address}/resume").raise_for_status()
+
+
 def wait_until(is_true: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not is_true():
@@ -274,23 +286,10 @@ def test_weights_that_were_not_renewed_are_noticed(weights: Weights) -> None:
 
 def test_versions_of_tokens(weights: Weights, servers: Servers) -> None:
     """New weights arrive while completions are under way: these go on, and say which weights made which tokens."""
-    wanted, addresses = weights.long, servers.alive(2)
-
-    def hold() -> None:
-        """Stop both where they are, with completions begun."""
-        for address in addresses:
-            httpx.post(f"{address}/pause", params={"mode": "keep"}).raise_for_status()
-            while not httpx.get(f"{address}/health").json()["rows"]:
-                httpx.post(f"{address}/resume").raise_for_status()
-                httpx.post(f"{address}/pause", params={"mode": "keep"}).raise_for_status()
-
-    def release() -> None:
-        for address in addresses:
-            httpx.post(f"{address}/resume").raise_for_status()
-
-    with weights.fleet(addresses, most_rows=32, timeout=30.0) as fleet:
+    wanted, (address,) = weights.long, servers.alive(1)
+    with weights.fleet([address], most_rows=32, timeout=30.0) as fleet:
         fleet.load(weights.published(0), weights.probe(0))
-        with meanwhile(fleet, hold, lambda: fleet.load(weights.published(1)), release):
+        with meanwhile(fleet, partial(hold, address), lambda: fleet.load(weights.published(1)), partial(release, address)):
             groups = generate_all(fleet, wanted)
         check_same(generate_all(fleet, wanted), weights.in_process(wanted, 1))
     spans = [completion.versions for group in groups for completion in group]
@@ -303,10 +302,10 @@ def test_versions_of_tokens(weights: Weights, servers: Servers) -> None:
 
 
 def test_completions_under_way_are_finished_first(weights: Weights, servers: Servers) -> None:
-    wanted = weights.long
-    with weights.fleet(servers.alive(2), partial=False, most_rows=32) as fleet:
+    wanted, (address,) = weights.long, servers.alive(1)
+    with weights.fleet([address], partial=False, most_rows=32, timeout=30.0) as fleet:
         fleet.load(weights.published(0), weights.probe(0))
-        with meanwhile(fleet, lambda: fleet.load(weights.published(1), weights.probe(1))):
+        with meanwhile(fleet, partial(hold, address), lambda: fleet.load(weights.published(1)), partial(release, address)):
             groups = generate_all(fleet, wanted)
     expected = [weights.in_process(wanted, version) for version in (0, 1)]
     made_by = [group[0].versions[0].version for group in groups]

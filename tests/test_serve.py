@@ -316,6 +316,7 @@ def test_a_pause_can_wait_for_requests_or_end_them(tiny: Server) -> None:
         async with tiny.client() as client, httpx.AsyncClient(base_url=tiny.address, timeout=60) as http:
             task = asyncio.ensure_future(client.generate(LONG))
             await tiny.until(lambda found: found["rows"] > 0)
+            await http.post("/pause?mode=keep")
             await http.post("/pause?mode=wait")
             assert tiny.health()["rows"] == 0
             assert len(await task) == LONG.n

@@ -30,6 +30,7 @@ from groupwise.training import checkpoints
 from groupwise.training.export import best_of, find
 from groupwise.training.loop import Trainer
 from groupwise.training.metrics_file import MetricsFile
+from groupwise.training.pieces import InProcess
 from groupwise.training.records import RunDirectory
 from groupwise.training.resume import resumption
 from groupwise.training.session import start
@@ -149,6 +150,7 @@ class Run(Trainer):
         empty: Any = SimpleNamespace(state_dict=dict, load_state_dict=lambda _: None, load=lambda *_: None)
         self.learner.version = 0  # type: ignore[misc]
         self.collector = self.credit = self.sampler = empty
+        self.pieces = InProcess(self.learner, self.sampler)  # type: ignore[arg-type]
         self.watch: Any = SimpleNamespace(catch_up=lambda _: None)
         self.recorders = [self.run_directory]
 

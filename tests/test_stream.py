@@ -191,7 +191,7 @@ def test_the_bound_is_never_exceeded_with_ragged_lengths(tmp_path: Path, stalene
 
 def test_completions_go_on_under_new_weights_and_say_which_made_which_tokens(tmp_path: Path) -> None:
     """Each token's log-probability is that of the version that is named, and so is what the ratio is taken against."""
-    ready = stale(tmp_path, 2, **{"training.steps": 3, "training.eval_every": 3, "learner.learning_rate": 1e-3})
+    ready = stale(tmp_path, 2, **{"training.steps": 6, "training.eval_every": 6, "learner.learning_rate": 1e-3})
     trainer, pieces = trainer_of(ready, tmp_path / "run")
     pieces.hold(3)
     published, batches, groups = {0: weights(trainer)}, list[Any](), list[Any]()

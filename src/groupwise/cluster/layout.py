@@ -9,6 +9,8 @@ from groupwise.rollouts import vllm
 from groupwise.training.processes import gpus_per_sampler, sampler_kind, started_samplers, uses_gpus
 
 LEARNER = "learner"
+GRACE = 5.0
+"""Seconds that vLLM has to end by itself."""
 PYTHON = ["{python}", "-m"]
 AT = ["--host", "{host}", "--port", "{port}"]
 
@@ -24,16 +26,17 @@ def sampler_pieces(recipe: Recipe, settings: Path) -> list[Piece]:
         settings: the recipe, whole, in a file that they see.
     """
     count, gpus = started_samplers(recipe), gpus_per_sampler(recipe)
-    environment: dict[str, str] = {}
+    environment, grace = dict[str, str](), 0.0
     if sampler_kind(recipe) == "vllm":
         command, environment = vllm.command(recipe, host="{host}", port="{port}", gpus=gpus)
+        grace = GRACE
     else:
         device = [] if gpus else ["--set", "model.device=cpu"]
         command = [*PYTHON, "groupwise", "serve", str(settings), *AT, *device]
     # Where learning and sampling take turns, each has all cores.
     share = count + (max(1, recipe.cluster.learners) if recipe.cluster.staleness else 0)
     return [
-        Piece(name=sampler_name(index), command=command, environment=environment, gpus=gpus, processes=share)
+        Piece(name=sampler_name(index), command=command, environment=environment, gpus=gpus, processes=share, grace=grace)
         for index in range(count)
     ]
 

@@ -25,12 +25,15 @@ END_LIMIT = 10.0
 class HostedProcess:
     """One piece's process, bound to the life of this one by a keeper of its own."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: IO[bytes]) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: IO[bytes], grace: float = 0.0) -> None:
         """
+        Args:
+            grace: see `Piece.grace`.
+
         Raises:
             OSError: no process can be started.
         """
-        arguments = [sys.executable, "-P", str(KEEPER), COMMAND, str(os.getpid()), *command]
+        arguments = [sys.executable, "-P", str(KEEPER), COMMAND, str(os.getpid()), str(grace), *command]
         self.keeper = subprocess.Popen(
             arguments,
             stdin=subprocess.DEVNULL,
@@ -44,10 +47,10 @@ class HostedProcess:
         """What it exited with, below 0 the signal; None while it runs."""
         return self.keeper.poll()
 
-    def end(self) -> None:
-        """Ask for the end of the process and of all that it started."""
+    def end(self, *, at_once: bool) -> None:
+        """Ask for the end of the process and of all that it started. `at_once`: it has no time to end by itself."""
         with suppress(ProcessLookupError):
-            self.keeper.send_signal(signal.SIGTERM)
+            self.keeper.send_signal(signal.SIGQUIT if at_once else signal.SIGTERM)
 
     def wait(self, limit: float = END_LIMIT) -> None:
         """Wait until all of it has ended. A keeper that takes longer is killed."""
@@ -97,12 +100,13 @@ class LocalLauncher:
         with running.lock:
             if self._stopped:
                 raise RunError(f"{name} is not started: the run has ended")
-            self._end(running)
+            self._end(running, at_once=True)
             host, port = HOST, free_port(HOST)
             running.starts += 1
             try:
                 with open_log(self.logs / running.piece.log_name, running.starts) as log:
-                    running.process = HostedProcess(running.piece.served_at(host, port), self._environment(running), log)
+                    command, environment = running.piece.served_at(host, port), self._environment(running)
+                    running.process = HostedProcess(command, environment, log, running.piece.grace)
             except OSError as error:
                 raise RunError(f"{name} cannot be started: {error}") from error
             return f"http://{host}:{port}"
@@ -118,14 +122,14 @@ class LocalLauncher:
         self._stopped = True
         for running in self._pieces.values():
             if running.process is not None:
-                running.process.end()
+                running.process.end(at_once=False)
         for running in self._pieces.values():
             with running.lock:
-                self._end(running)
+                self._end(running, at_once=False)
 
-    def _end(self, running: _Running) -> None:
+    def _end(self, running: _Running, *, at_once: bool) -> None:
         if running.process is not None:
-            running.process.end()
+            running.process.end(at_once=at_once)
             running.process.wait()
             running.process = None
 

@@ -28,6 +28,9 @@ class Piece:
     processes: int = 1
     """Among how many processes that compute at the same time, itself included, the cores of its machine are divided."""
 
+    grace: float = 0.0
+    """Seconds that it has to end by itself at the end of a run: where it would leave shared memory behind."""
+
     @property
     def log_name(self) -> str:
         return f"{self.name.replace(' ', '-')}.log"

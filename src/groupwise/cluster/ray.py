@@ -48,13 +48,13 @@ class Host:
 
     def start(self) -> str:
         """See `Launcher.restart`."""
-        self.stop()
+        self.stop(at_once=True)
         self.starts += 1
         port = free_port(self.node)
         on_cpu = {"OMP_NUM_THREADS": str(threads_of(self.piece.processes)), "CUDA_VISIBLE_DEVICES": ""}
         environment = {**({} if self.piece.gpus else on_cpu), "PYTHONUNBUFFERED": "1", **self.piece.environment}
         with open_log(self.log, self.starts) as log:
-            self.process = HostedProcess(self.piece.served_at(self.node, port), environment, log)
+            self.process = HostedProcess(self.piece.served_at(self.node, port), environment, log, self.piece.grace)
         return f"http://{self.node}:{port}"
 
     def look(self, offset: int) -> tuple[int | None, bytes]:
@@ -66,9 +66,9 @@ class Host:
             file.seek(offset)
             return status, file.read(2**20)
 
-    def stop(self) -> None:
+    def stop(self, at_once: bool = False) -> None:
         if self.process is not None:
-            self.process.end()
+            self.process.end(at_once=at_once)
             self.process.wait()
             self.process = None
 
@@ -260,7 +260,7 @@ class OwnCluster:
             self.process = HostedProcess(command, {}, file)
 
     def stop(self) -> None:
-        self.process.end()
+        self.process.end(at_once=True)
         self.process.wait()
         shutil.rmtree(self.directory, ignore_errors=True)
 

@@ -95,7 +95,7 @@ class Attendant:
                 await self._reach(member)
                 await _together(self._watch(member), self._renew(member))
             except Unavailable as error:
-                fault = (self.restarts and self.restarts.ended(member.index)) or str(error)
+                fault = str(error)
                 member.answers, member.is_new, member.weights = False, False, None
                 member.faults += 1
                 self.last_fault = f"sampler {member.index}: {fault}"

@@ -178,9 +178,9 @@ class Http:
         finally:
             self._free.append(client)
         if response.status_code >= 500 or response.status_code == TOO_MANY:
-            raise Unavailable(f"HTTP {response.status_code}: {response.text:.500}", answered=True)
+            raise Unavailable(f"HTTP {response.status_code}: {_message(response)}", answered=True)
         if response.status_code != 200:
-            raise Refused(f"{self.address}{path}: HTTP {response.status_code}: {response.text:.500}", response.status_code)
+            raise Refused(f"{self.address}{path}: HTTP {response.status_code}: {_message(response)}", response.status_code)
         return response
 
     def _new_client(self) -> httpx.AsyncClient:
@@ -196,3 +196,11 @@ class Http:
     async def close(self) -> None:
         for client in self._clients:
             await client.aclose()
+
+
+def _message(response: httpx.Response) -> str:
+    """What a server says of an error: vLLM's and ours put it into {"error": {"message"}}."""
+    try:
+        return f"{json.loads(response.content)['error']['message']:.500}"
+    except (ValueError, KeyError, TypeError):
+        return f"{response.text:.500}"

@@ -54,6 +54,8 @@ class Served:
         self.sampler, self.name = sampler, name
         self.chat = ChatCompletions(chat, default, self.generate, self.id_of)
         self.paused = False
+        self._draining = False
+        """Whether a pause waits for the requests under way."""
         self._ids = [FIRST]
         """Of the weights that were loaded, in order: the sampler's version is an index."""
         self._damage: str | None = None
@@ -162,7 +164,7 @@ class Served:
                 self._ids.append(name)
                 self.sampler.load(self.sampler.model, len(self._ids) - 1)
             finally:
-                if not self.paused:
+                if not self.paused or self._draining:
                     self.sampler.resume()
 
     async def pause(self, mode: str) -> None:
@@ -172,7 +174,10 @@ class Served:
         if mode == "abort":
             self.abort()
         elif mode == "wait" and self._under_way:
+            self._draining = True
+            self._go_on()  # an earlier pause may have kept them
             await asyncio.wait(self._under_way)
+            self._draining = False
         if self.paused:  # no /resume came while it waited
             self.sampler.pause()
 
@@ -186,6 +191,10 @@ class Served:
         """Go on."""
         self.paused = False
         self._open.set()
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Let decoding steps run; while weights change, `load` does."""
         if not self._at_weights.locked():
             self.sampler.resume()
 

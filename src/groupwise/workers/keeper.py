@@ -11,15 +11,18 @@ With COMMAND for a program, the worker is any command: a sampler or a learner of
 
 import contextlib
 import ctypes
+import math
 import os
 import runpy
 import signal
 import sys
+import time
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-WAITED_FOR = {signal.SIGTERM, signal.SIGCHLD}
+WAITED_FOR = {signal.SIGTERM, signal.SIGQUIT, signal.SIGCHLD}
 COMMAND = "--command"
-"""In place of a Python program: the arguments after the parent's process id are a command."""
+"""In place of a Python program: the arguments after the parent's process id are the seconds that a command has to end by itself
+once it is told to (SIGTERM; SIGQUIT gives it none), and the command."""
 LOOKS = 0.5
 """Seconds between two looks whether the parent is still there. The kernel's own signal would come as soon as the thread that
 started the keeper ends, and a command may have been started by any thread."""
@@ -31,14 +34,23 @@ def prctl(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, value)
 
 
-def keep(worker: int, parent: int) -> int:
-    """Wait for the worker, to be told to end, or for the parent's end; then end everything. Returns the worker's wait status."""
-    status = None
-    while status is None and os.getppid() == parent:
+def keep(worker: int, parent: int, grace: float = 0.0) -> int:
+    """Wait for the worker, to be told to end, or for the parent's end; then end everything. Returns the worker's wait status.
+
+    Args:
+        grace: seconds that the worker has to end by itself.
+    """
+    status, deadline = None, math.inf
+    while status is None and time.monotonic() < deadline:
         number = heard()
-        if number == signal.SIGTERM:
+        if number == signal.SIGCHLD:
+            status = reap(worker)
+        elif number == signal.SIGQUIT:
             break
-        status = reap(worker) if number == signal.SIGCHLD else None
+        elif deadline == math.inf and (number == signal.SIGTERM or os.getppid() != parent):
+            deadline = time.monotonic() + grace
+            if grace:
+                os.kill(worker, signal.SIGTERM)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(worker, signal.SIGKILL)
     while True:
@@ -117,6 +129,7 @@ def run(program: str) -> None:
 def main() -> None:
     program, parent = sys.argv[1], int(sys.argv[2])
     del sys.argv[1:3]
+    grace = float(sys.argv.pop(1)) if program == COMMAND else 0.0
     signal.pthread_sigmask(signal.SIG_BLOCK, WAITED_FOR)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     if program != COMMAND:
@@ -136,7 +149,7 @@ def main() -> None:
     for descriptor in (0, 1, 2):
         os.dup2(nothing, descriptor)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    end_like(keep(worker, parent))
+    end_like(keep(worker, parent, grace))
 
 
 if __name__ == "__main__":
