@@ -179,7 +179,8 @@ class VllmServer:
         seed = derive(request.seed, "vllm", request.offset)
         ends = sorted({*self.ends, *sampling.stop_tokens})
         # vLLM would end completions at its own tokenizer's end-of-sequence token too, and at no other of the model's.
-        parameters = wire.sampling_params(sampling, seed, request.n) | {"stop_token_ids": ends, "ignore_eos": True, "logprobs": 0}
+        own = {"stop_token_ids": ends, "ignore_eos": True, "logprobs": 0, "detokenize": bool(sampling.stop)}
+        parameters = wire.sampling_params(sampling, seed, request.n) | own
         return {"token_ids": request.prompt.tolist(), "sampling_params": parameters}
 
     def _texts(self, tokens: list[list[int]]) -> list[str]:
