@@ -17,6 +17,7 @@ from groupwise.config import Recipe, load
 from groupwise.learner.base import Learner
 from groupwise.learner.local import LocalLearner
 from groupwise.learner.serving import Server
+from groupwise.learner.sharded import build
 from groupwise.models import load_tokenizer
 from groupwise.training.algorithm import build_algorithm
 from groupwise.training.setup import load_policy
@@ -34,6 +35,8 @@ def main() -> None:
     arguments = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # Ctrl-C is for the process that trains, whose checkpoint needs this one
+    if "LOCAL_RANK" in os.environ:  # when one process ends, torchrun sends it to the others, and process 0 has yet to say why
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if int(os.environ.get("RANK", "0")) == 0:
         Server(arguments.host, arguments.port, os.environ[TOKEN]).run(partial(make, arguments.recipe))
     with suppress(SystemExit):
@@ -52,8 +55,6 @@ def make(path: Path) -> tuple[Learner, Any]:
     recipe, source = load(path, Recipe)
     algorithm, policy = build_algorithm(recipe.algorithm, source), partial(load_policy, recipe, source)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from groupwise.learner.sharded import build  # only where it is needed: importing torch.distributed takes time
-
         learner: Learner = build(recipe, algorithm, policy)
     else:
         model = policy()

@@ -40,6 +40,10 @@ class Ranks(Protocol):
         """What each process gives, in their order."""
         ...
 
+    def collect(self, item: Item) -> list[Item]:
+        """The same on process 0; nothing on the others."""
+        ...
+
     def total(self, tensor: Tensor) -> Tensor:
         """The sum over the processes of a tensor on the CPU."""
         ...
@@ -54,6 +58,9 @@ class OneRank:
         return call
 
     def gather(self, item: Item) -> list[Item]:
+        return [item]
+
+    def collect(self, item: Item) -> list[Item]:
         return [item]
 
     def total(self, tensor: Tensor) -> Tensor:
