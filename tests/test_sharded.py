@@ -1,8 +1,10 @@
 """A learner over several processes computes what one process computes, keeps the same checkpoints, and ends as a whole."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import groupwise
+from groupwise.errors import UserError
 from groupwise.files import Digest, sha256
 from groupwise.learner.micro_batches import Budget, spread
 from groupwise.learner.probing import probe
@@ -238,11 +242,16 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+def torchrun_of(*arguments: object) -> tuple[list[str], dict[str, str]]:
+    """A command with its environment."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "groupwise", "train"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200"}
     settings = [part for item in SETTINGS for part in ("--set", item)]
-    words += [*settings, *map(str, arguments)]
+    return [*words, *settings, *map(str, arguments)], environment
+
+
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    words, environment = torchrun_of(*arguments)
     return subprocess.run(words, env=environment, text=True, capture_output=True, timeout=300)
 
 
@@ -266,10 +275,48 @@ def test_a_run_over_torchrun_is_the_run_of_one_process(tmp_path: Path) -> None:
     assert "4/4" in resumed.output
 
 
-def test_what_is_wrong_is_said_once_and_ends_all_processes(tmp_path: Path) -> None:
-    wrong = ("--set", "model.compile=true")
-    codes = end(start(2, command, "train", "--out", str(tmp_path / "run"), *wrong, log=tmp_path / "log"), 200)
+def test_a_signal_to_torchrun_finishes_the_step_and_saves_it(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with (tmp_path / "log").open("w") as log:
+        words, environment = torchrun_of("--set", "training.steps=1000", "--out", out)
+        process = subprocess.Popen(words, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            limit = time.monotonic() + 200
+            while not (out / "tokens" / "step-000001.parquet").exists() and time.monotonic() < limit:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            process.wait(100)
+        finally:
+            process.kill()
+    said = (tmp_path / "log").read_text()
+    assert "SIGTERM: finishing the step and saving it" in said and "groupwise train --resume" in said
+    assert len(list((out / "checkpoints").glob("step-*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("model.compile=true", "cannot be sharded: set model.compile = false"),
+        ("model.device='cpu:0'", "model.device: 'cpu:0': processes of a run are given devices one by one"),
+    ],
+)
+def test_what_is_wrong_is_said_once_and_ends_all_processes(wrong: str, said: str, tmp_path: Path) -> None:
+    codes = end(start(2, command, "train", "--out", str(tmp_path / "run"), "--set", wrong, log=tmp_path / "log"), 200)
     first, second = ((tmp_path / f"log.{rank}").read_text() for rank in range(2))
     assert codes == [2, 2], first + second
-    assert first.count("cannot be sharded: set model.compile = false") == 1
-    assert "cannot be sharded" not in second and "Traceback" not in first + second
+    assert first.count(said) == 1
+    assert not second and "Traceback" not in first
+
+
+def test_other_commands_are_refused_under_torchrun(tmp_path: Path) -> None:
+    for arguments in (("sft", "arithmetic-base"), ("eval", "anything")):
+        codes = end(start(2, command, *arguments, log=tmp_path / "log"), 100)
+        first, second = ((tmp_path / f"log.{rank}").read_text() for rank in range(2))
+        assert codes == [2, 2] and first.count("torchrun has started 2 copies of this program") == 1 and not second
+
+
+def test_a_script_under_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UserError, match=r"and groupwise\.train\(\) would run in each of them"):
+        groupwise.train(out=tmp_path / "run")

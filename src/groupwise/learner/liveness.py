@@ -11,6 +11,8 @@ from torch.distributed.distributed_c10d import Store
 
 LOOKS = 2.0
 """Seconds between two looks at the others, at most."""
+GRACE = 10.0
+"""Seconds in which a process ends by itself after the one that keeps the store."""
 ALIVE = "groupwise/alive"
 """Where in the store each process counts its looks."""
 
@@ -29,7 +31,7 @@ def _watch(store: Store, rank: int, size: int, limit: float, ended: threading.Ev
     looks = min(LOOKS, limit / 10)
     # Looks are counted, and not seconds: while this process stands still itself, the others are not silent.
     seen, silent = dict[int, int](), Counter[int]()
-    with suppress(RuntimeError):  # whoever keeps the store has ended
+    with suppress(RuntimeError):  # whoever keeps the store has ended, unseen by one that waits for a process that stands still
         while not ended.wait(looks):
             store.add(f"{ALIVE}/{rank}", 1)
             for other in {*range(size)} - {rank}:
@@ -40,3 +42,5 @@ def _watch(store: Store, rank: int, size: int, limit: float, ended: threading.Ev
                     text = f"process {other} of the learner stands still: it has not answered process {rank} for {limit:g} s"
                     print(text, file=sys.stderr, flush=True)
                     os._exit(1)
+    if not ended.wait(GRACE):
+        os._exit(1)

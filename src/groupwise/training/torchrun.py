@@ -12,6 +12,7 @@ from functools import partial
 
 import typer
 
+from groupwise.copies import copies
 from groupwise.errors import RunError, UserError
 from groupwise.learner.following import Leader
 from groupwise.learner.processes import ManyRanks
@@ -19,10 +20,10 @@ from groupwise.learner.sharded import build
 from groupwise.models import LanguageModel
 from groupwise.rollouts.base import LocalSampler
 from groupwise.training.algorithm import build_algorithm
-from groupwise.training.processes import has_processes
+from groupwise.training.processes import check_devices, has_processes
 from groupwise.training.records import RunDirectory
 from groupwise.training.session import Launch
-from groupwise.training.setup import Ready, load_policy
+from groupwise.training.setup import Ready, load_for_training
 from groupwise.types import Metrics
 
 
@@ -57,7 +58,7 @@ def led() -> Iterator[Launch | None]:
 
     Processes but the first do not get there: they take part in the run of the first, and exit with its code.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "LOCAL_RANK" not in os.environ:
+    if copies() == 1:
         yield None
         return
     ranks = ManyRanks.join()
@@ -89,7 +90,8 @@ def _follow(ranks: ManyRanks) -> None:
     if isinstance(order, int):
         raise SystemExit(order)
     recipe, source = order
-    build(recipe, build_algorithm(recipe.algorithm, source), partial(load_policy, recipe, source), ranks)
+    algorithm = build_algorithm(recipe.algorithm, source)
+    build(recipe, algorithm, partial(load_for_training, recipe, source, algorithm, ranks.size), ranks)
 
 
 @contextmanager
@@ -103,6 +105,7 @@ def _launched(ranks: ManyRanks, ready: Ready, directory: RunDirectory) -> Iterat
         raise UserError(
             "torchrun and [cluster] both start processes: leave out cluster.learners and cluster.samplers, or torchrun"
         )
+    check_devices(recipe, source)
     ranks.order((recipe, source))
-    leader = build(recipe, ready.algorithm, partial(load_policy, recipe, source), ranks)
+    leader = build(recipe, ready.algorithm, partial(load_for_training, recipe, source, ready.algorithm, ranks.size), ranks)
     yield Sharded(leader, ready.make_sampler(ready.model), ready.model)
