@@ -57,6 +57,8 @@ class Case:
     mixed: bool = False
     """Whether several processes gather weights in bfloat16, as on GPUs."""
     rows: str = "all"
+    unused: bool = False
+    """Whether a layer has a weight that no token uses, as a mixture's expert may."""
 
 
 CASES: dict[str, Case] = {
@@ -84,6 +86,7 @@ CASES: dict[str, Case] = {
     "gemma2": Case("dapo", architecture="gemma2"),
     "mixture of experts": Case("gspo", architecture="qwen3_moe"),
     "recurrent layers": Case(architecture="qwen3_next", settings={"checkpointing": True}),
+    "a weight without use": Case("ppo", unused=True, settings={"weight_decay": 1.0}),
     "layers with weights in common": Case(architecture="zamba"),
     "mixture, checkpointing": Case("grpo", architecture="qwen3_moe", settings={"checkpointing": True}),
 }
@@ -105,6 +108,9 @@ def new_learner(case: Case, ranks: Ranks = ONE_RANK) -> LocalLearner:
     def base() -> Any:
         known = case.architecture in ARCHITECTURES
         module = tiny_model(case.architecture, tokenizer) if known else zoo.build(case.architecture)
+        if case.unused:
+            layer = module.get_decoder().layers[0]
+            layer.register_parameter("unused", torch.nn.Parameter(torch.ones(6, 4)))
         return add_adapters(module, LoraSection(rank=4, alpha=8.0), seed=3) if case.lora else module
 
     algorithm = named(case.algorithm, **case.changes)

@@ -222,6 +222,7 @@ class LocalLearner:
         if record is not None:
             for item in records:
                 record(item)
+        self.ranks.settle(self.model.module)
         step = self.optimiser.step(found.loss)
         of_critic = {}
         if self.critic is not None:

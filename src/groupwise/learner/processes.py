@@ -33,7 +33,7 @@ class ManyRanks:
     def __init__(self, store: Store, silence: float = SILENCE) -> None:
         """`store`: of texts, which all processes see. `silence`: seconds for which a process may stand still."""
         self._store = store
-        self._runs: dict[Any, Run] = {}
+        self._roots: dict[Any, sharding.Root] = {}
         self._identities: dict[LanguageModel, dict[str, str]] = {}
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
         # Objects go over the CPU, also where weights go from GPU to GPU.
@@ -52,12 +52,14 @@ class ManyRanks:
         return init_device_mesh(device.type, (self.size,))
 
     def shard(self, model: LanguageModel, network: Any, precision: str) -> Run:
-        if network not in self._runs:
+        if network not in self._roots:
             if network is model.module:
                 self._identities[model] = checkpoint.identity(network)
-            root = sharding.shard(model, network, self.mesh(model.device), precision)
-            self._runs[network] = partial(sharding.run, root)
-        return self._runs[network]
+            self._roots[network] = sharding.shard(model, network, self.mesh(model.device), precision)
+        return partial(sharding.run, self._roots[network])
+
+    def settle(self, network: Any) -> None:
+        self._roots[network].settle(self.total)
 
     def identity(self, model: LanguageModel) -> dict[str, str]:
         """See `checkpoint.identity`: of a model's whole weights, before they were sharded."""

@@ -36,6 +36,10 @@ class Ranks(Protocol):
         """
         ...
 
+    def settle(self, network: Any) -> None:
+        """After the last backward pass before an update: make the gradients those that a single process would have."""
+        ...
+
     def gather(self, item: Item) -> list[Item]:
         """What each process gives, in their order."""
         ...
@@ -56,6 +60,9 @@ class OneRank:
 
     def shard(self, model: LanguageModel, network: Any, precision: str) -> Run:
         return call
+
+    def settle(self, network: Any) -> None:
+        pass
 
     def gather(self, item: Item) -> list[Item]:
         return [item]
