@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +57,8 @@ class Case:
     mixed: bool = False
     """Whether several processes gather weights in bfloat16, as on GPUs."""
     rows: str = "all"
+    unused: bool = False
+    """Whether a layer has a weight that no token uses, as a mixture's expert may."""
 
 
 CASES: dict[str, Case] = {
@@ -85,11 +86,17 @@ CASES: dict[str, Case] = {
     "gemma2": Case("dapo", architecture="gemma2"),
     "mixture of experts": Case("gspo", architecture="qwen3_moe"),
     "recurrent layers": Case(architecture="qwen3_next", settings={"checkpointing": True}),
+    "a weight without use": Case("ppo", unused=True, settings={"weight_decay": 1.0}),
     "layers with weights in common": Case(architecture="zamba"),
     "mixture, checkpointing": Case("grpo", architecture="qwen3_moe", settings={"checkpointing": True}),
 }
 CHECKPOINT = Case("ppo")
-CHECKPOINTS = {"all": CHECKPOINT, "lora": Case("dapo", lora=True), "mixture": Case("dapo", architecture="qwen3_moe")}
+CHECKPOINTS = {
+    "all": CHECKPOINT,
+    "lora": Case("dapo", lora=True),
+    "mixture": Case("dapo", architecture="qwen3_moe"),
+    "critic with buffers": Case("ppo", architecture="deepseek_v3"),
+}
 """Of what is saved and loaded."""
 TEXT = torch.tensor([5, 6, 7, 8, 9])
 """That models are compared by."""
@@ -101,6 +108,9 @@ def new_learner(case: Case, ranks: Ranks = ONE_RANK) -> LocalLearner:
     def base() -> Any:
         known = case.architecture in ARCHITECTURES
         module = tiny_model(case.architecture, tokenizer) if known else zoo.build(case.architecture)
+        if case.unused:
+            layer = module.get_decoder().layers[0]
+            layer.register_parameter("unused", torch.nn.Parameter(torch.ones(6, 4)))
         return add_adapters(module, LoraSection(rank=4, alpha=8.0), seed=3) if case.lora else module
 
     algorithm = named(case.algorithm, **case.changes)
@@ -338,14 +348,15 @@ def led(directory: Path) -> None:
 
 
 def lost(how: str, limit: float) -> None:
-    """Process 1 is killed, or stands still, while the others learn; or process 0 ends while they wait for it. Process 0 prints
-    what it makes of that, and how many seconds it took."""
-    ranks = ManyRanks.join(timedelta(seconds=limit))
+    """Process 1 is killed, stands still or fails while the others learn; or process 0 ends while they wait for it. Process 0
+    prints what it makes of that, and how many seconds it took."""
+    ranks = ManyRanks.join(limit)
     learner = new_learner(Case("dapo"), ranks)
     if ranks.rank:
-        if ranks.rank == 1 and how in ("killed", "stopped"):
-            number = signal.SIGKILL if how == "killed" else signal.SIGSTOP
-            _at_the_fourth_update(learner, lambda: os.kill(os.getpid(), number))
+        if ranks.rank == 1 and how in ENDS:
+            _at_the_fourth_update(learner, ENDS[how])
+        if ranks.rank == 1 and how == "stopped while it saves":
+            learner.save = ENDS["stopped"]  # type: ignore[method-assign]
         raise SystemExit(follow(learner, ranks))  # type: ignore[arg-type]
     leader = Leader(learner, ranks)  # type: ignore[arg-type]
     minibatch = annotated(new_batch(Case(), learner), leader)
@@ -358,10 +369,13 @@ def lost(how: str, limit: float) -> None:
         raise SystemExit(3)
     started = time.monotonic()
     try:
-        leader.update(minibatch)
-    except LearnerLost as error:
+        if how == "stopped while it saves":
+            leader.save(Path("missing"))
+        else:
+            leader.update(minibatch)
+    except RunError as error:
         print(f"{error}\n{time.monotonic() - started:.1f}", file=sys.stderr)
-        raise SystemExit(5) from None
+        raise SystemExit(5 if isinstance(error, LearnerLost) else 6) from None
 
 
 def command(*arguments: str) -> None:
@@ -383,6 +397,18 @@ def _at_the_fourth_update(learner: LocalLearner, do: Callable[[], Any]) -> None:
 
 def _fail() -> None:
     raise RuntimeError("this process has a fault")
+
+
+def _refuse() -> None:
+    raise RunError("your surrogate fails on these rows")
+
+
+ENDS: dict[str, Callable[..., Any]] = {
+    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stopped": lambda *_: os.kill(os.getpid(), signal.SIGSTOP),
+    "its rows are refused": _refuse,
+}
+"""What may happen to one process while the others learn."""
 
 
 # --- starting them

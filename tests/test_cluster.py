@@ -366,6 +366,12 @@ def test_combinations_that_cannot_be_exact_are_refused(changes: dict[str, Any], 
     assert str(refused.value).startswith(f"recipe.toml, {message}"), refused.value
 
 
+def test_samplers_elsewhere_keep_a_tied_output_layer(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"model": {"lora": {"targets": ["q_proj", "lm_head"]}}, "cluster": {"samplers": 1}}
+    with pytest.raises(UserError, match=r"^model.lora.targets, given from Python: 'lm_head' is tied to the embeddings"):
+        train(tmp_path / "run", **changes)
+
+
 def test_too_few_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     recipe = Recipe.model_validate({"cluster": {"samplers": 7, "learners": 2}})

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +16,9 @@ from groupwise.errors import RunError
 from groupwise.learner.local import LocalLearner
 from groupwise.learner.micro_batches import cut_rows
 from groupwise.learner.optimiser import Step
-from groupwise.models import LanguageModel, new_module
+from groupwise.models import LanguageModel, checkpoint, new_module
 from groupwise.types import Batch, TrainingBatch, pad_rows
-from tests.conftest import owned
+from tests.conftest import owned, tiny_model
 
 PROMPT_LENGTHS, GROUP_SIZE = (3, 7, 5), 4
 
@@ -135,7 +136,6 @@ def test_cut_rows_covers_every_row_once_within_the_budget() -> None:
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_several_stop_the_run(tokenizer: Any) -> None:
-    from tests.conftest import tiny_model
 
     model = tiny_model("qwen3", tokenizer)
     learner = LocalLearner(
@@ -171,7 +171,6 @@ def test_check_logits_knows_every_architecture(any_model: Any) -> None:
 
 
 def test_rows_that_teach_nothing_are_not_run_and_change_nothing(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.conftest import tiny_model
 
     model = tiny_model("qwen3", tokenizer)
     batch = random_batch(model)
@@ -269,7 +268,6 @@ def test_bfloat16_products_leave_weights_and_gradients_in_float32(any_model: Any
 def test_gradients_in_place_are_autograds_own(tokenizer: Any, tied: bool, padding: int | None) -> None:
     """Of embedding and output layer, over two backward passes; the padding token's embedding is not taught."""
     from groupwise.models.gradients import gradients_in_place
-    from tests.conftest import tiny_model
 
     model = tiny_model("qwen3", tokenizer)
     if tied:
@@ -315,3 +313,18 @@ def test_the_embeddings_gradient_adds_in_the_same_order_every_time() -> None:
 
     first = gradient()
     assert all(torch.equal(first, gradient()) for _ in range(10))
+
+
+def test_weights_that_are_not_contiguous_are_loaded(tokenizer: Any, tmp_path: Path) -> None:
+    module = tiny_model("llama", tokenizer)
+    weights = [parameter for parameter in module.parameters() if parameter.dim() == 2]
+    for parameter in weights:
+        parameter.data = parameter.data.t().contiguous().t()
+    before = [parameter.detach().clone() for parameter in weights]
+    checkpoint.save_weights(module, tmp_path / "model.safetensors")
+    with torch.no_grad():
+        for parameter in weights:
+            parameter.zero_()
+    checkpoint.load_weights(module, tmp_path / "model")
+    assert not any(parameter.is_contiguous() for parameter in weights)
+    assert all(torch.equal(parameter, expected) for parameter, expected in zip(weights, before, strict=True))

@@ -8,12 +8,13 @@ import torch
 from typer.testing import CliRunner
 
 from groupwise import memory
+from groupwise.algorithms import named
 from groupwise.cli import app
 from groupwise.config import Recipe, Source
 from groupwise.errors import UserError
 from groupwise.models import LanguageModel, load_config
 from groupwise.tasks.arithmetic import ArithmeticTask
-from groupwise.training.sizes import check_cache
+from groupwise.training.sizes import check_cache, check_training
 
 SIZES = {
     "rollouts.group_size=10000000": "160,000,000 completions a step (16 prompts, 10,000,000 of each) would take at least 320 GB",
@@ -65,6 +66,17 @@ def test_training_that_does_not_fit_is_refused_where_the_model_does(monkeypatch:
             sets = [f"--set=algorithm.name={name}", "--set=rollouts.group_size=2", "--set=rollouts.prompts_per_step=4"]
             output = groupwise("check", "quick", *sets, code=code)
             assert code == 0 or "gradients and optimiser state" in output
+
+
+def test_processes_share_what_training_takes_but_load_the_weights_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LanguageModel.load("arithmetic-base")
+    weights, source = 4 * model.num_parameters(), Source(Path("r.toml"), "")
+    for processes, needed in ((2, 2 * weights), (8, weights)):
+        monkeypatch.setattr("groupwise.memory.total_memory", lambda *_, there=needed: there)
+        check_training(Recipe(), named("grpo"), model, source, processes)
+        monkeypatch.setattr("groupwise.memory.total_memory", lambda *_, there=needed - 1: there)
+        with pytest.raises(UserError, match=f"in each of {processes} processes, its share of the model's weights"):
+            check_training(Recipe(), named("grpo"), model, source, processes)
 
 
 def test_a_cache_is_compared_with_the_memory_that_it_lies_in(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from groupwise.algorithms import PARTS, OwnPart
 from groupwise.config.trees import flat
+from groupwise.copies import refuse_copies
 from groupwise.evidence.runs import Run, open_run
 from groupwise.plugins import UserFunction
 
@@ -32,7 +33,7 @@ def train(
             rewards functions or other callable objects.
 
     Raises:
-        UserError: the recipe is wrong; the message names the place.
+        UserError: the recipe is wrong; the message names the place. Or torchrun has started several copies of the program.
         RunError: the run failed on its way; what was reached is saved.
         KeyboardInterrupt: Ctrl-C or SIGTERM came, and what was reached is saved; at the second one at once.
     """
@@ -40,6 +41,7 @@ def train(
     from groupwise.training import session
     from groupwise.training.output import make_console
 
+    refuse_copies("groupwise.train()")
     changes = flat(recipe) if isinstance(recipe, Mapping) else {}
     changes |= flat(overrides)
     plan = session.plan(

@@ -13,6 +13,10 @@ class RunError(Exception):
     """A run failed on its way, for a reason that is not the user's input: exit code 1."""
 
 
+class Diverged(RunError):
+    """Numbers are not finite. All processes of a learner see it alike, and none waits for another."""
+
+
 class LearnerLost(RunError):
     """The learner's process has ended or no longer answers; what it had in memory is gone."""
 

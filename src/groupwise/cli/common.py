@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from groupwise.copies import copies, refuse_copies
 from groupwise.errors import RunError, UserError, first_line
 from groupwise.training.failures import place
 from groupwise.training.output import make_console
@@ -33,6 +34,7 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version_asked: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -41,6 +43,11 @@ def _options(
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a file's name need not be Unicode, and is printed all the same
             stream.reconfigure(errors="backslashreplace")
+    if copies() > 1 and context.invoked_subcommand != "train":
+        if os.environ.get("RANK", "0") != "0":
+            raise typer.Exit(2)  # the first one says it
+        with exit_codes():
+            refuse_copies(f"groupwise {context.invoked_subcommand}")
 
 
 Overrides = Annotated[

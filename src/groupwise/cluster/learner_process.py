@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from groupwise.config import Recipe, load
+from groupwise.copies import copies
 from groupwise.learner.base import Learner
 from groupwise.learner.local import LocalLearner
 from groupwise.learner.serving import Server
+from groupwise.learner.sharded import build
 from groupwise.models import load_tokenizer
 from groupwise.training.algorithm import build_algorithm
-from groupwise.training.setup import load_policy
-from groupwise.training.sizes import check_training
+from groupwise.training.setup import load_for_training
 
 TOKEN = "GROUPWISE_LEARNER_TOKEN"
 """The environment variable with the secret."""
@@ -34,6 +35,8 @@ def main() -> None:
     arguments = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # Ctrl-C is for the process that trains, whose checkpoint needs this one
+    if copies() > 1:  # when one process ends, torchrun sends it to the others, and process 0 has yet to say why
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if int(os.environ.get("RANK", "0")) == 0:
         Server(arguments.host, arguments.port, os.environ[TOKEN]).run(partial(make, arguments.recipe))
     with suppress(SystemExit):
@@ -50,15 +53,9 @@ def make(path: Path) -> tuple[Learner, Any]:
         UserError: it cannot be made of the recipe, or there is not enough memory.
     """
     recipe, source = load(path, Recipe)
-    algorithm, policy = build_algorithm(recipe.algorithm, source), partial(load_policy, recipe, source)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from groupwise.learner.sharded import build  # only where it is needed: importing torch.distributed takes time
-
-        learner: Learner = build(recipe, algorithm, policy)
-    else:
-        model = policy()
-        check_training(recipe, algorithm, model, source)
-        learner = LocalLearner.build(recipe, algorithm, model)
+    algorithm = build_algorithm(recipe.algorithm, source)
+    policy = partial(load_for_training, recipe, source, algorithm, copies())
+    learner: Learner = build(recipe, algorithm, policy) if copies() > 1 else LocalLearner.build(recipe, algorithm, policy())
     return learner, load_tokenizer(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
 
 

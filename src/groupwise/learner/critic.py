@@ -71,6 +71,7 @@ class Critic:
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         total = sum(self.ranks.gather(total))
+        self.ranks.settle(self.values_of.network)
         step = self.optimiser.step(total)
         return {"critic/loss": total, "critic/grad_norm": step.grad_norm}
 

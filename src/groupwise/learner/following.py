@@ -3,14 +3,15 @@
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 
-from groupwise.errors import LearnerLost, RunError, UserError, first_line, is_out_of_memory, text_of
+from groupwise.errors import Diverged, LearnerLost, RunError, UserError, first_line, text_of
 from groupwise.files import Digest, DiskError
 from groupwise.learner.base import TokenRecord
 from groupwise.learner.processes import ManyRanks
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 OF_FILES = ("save", "load", "publish", "export")
-"""Methods that write or read files, which may take long, and in which processes do not wait for each other meanwhile."""
+"""Methods that write or read files, which may take long."""
 KINDS: Mapping[str, type[Exception]] = {kind.__name__: kind for kind in (DiskError, UserError)}
 LOST = ("onnection", "ocket", "imed out", "Broken pipe", "NCCL")
 """In what gloo and NCCL say of another process that has ended or does not answer."""
@@ -55,21 +56,34 @@ class Outcome:
 def attempt(learner: "ShardedLearner | None", name: str, arguments: tuple[Any, ...]) -> tuple[Any, BaseException | None]:
     """Call a method; returns its result, and what it raised if the processes are still in step after it.
 
-    They are where the method decides together (`RunError`, `UserError`), and where it reads or writes files.
+    They are where all of them see the same (`Diverged`), and where each works `by_itself`.
 
     Raises:
         Exception: anything else: the others may be waiting for this process in the middle of a forward pass.
     """
     try:
         return getattr(learner, name)(*arguments), None
-    except (UserError, RunError) as error:
-        if error.__cause__ is not None and is_out_of_memory(error.__cause__):
-            raise  # this process alone is short of memory
+    except Diverged as error:
         return None, error
+    except Alone as error:
+        return None, error.__cause__
+
+
+class Alone(Exception):
+    """What went wrong while no process waited for another; its cause says it."""
+
+
+@contextmanager
+def by_itself() -> Iterator[None]:
+    """Within: a process reads or writes files, and exchanges nothing with the others.
+
+    Raises:
+        Alone: anything went wrong.
+    """
+    try:
+        yield
     except Exception as error:  # reading damaged files may raise anything
-        if name not in OF_FILES or _is_lost(error):
-            raise
-        return None, error
+        raise Alone from error
 
 
 def follow(learner: "ShardedLearner | None", ranks: ManyRanks) -> int:
@@ -87,16 +101,29 @@ def follow(learner: "ShardedLearner | None", ranks: ManyRanks) -> int:
             result, error = attempt(learner, name, arguments)
             ranks.gather(Outcome.of(name, result, error), patient=name in OF_FILES)
     except Exception as error:  # out of memory, a lost connection, or a fault of ours: none can go on without the others
-        if not _is_lost(error):
-            known = isinstance(error, UserError | RunError)
-            ranks.say_failed(str(error) if known else f"{type(error).__name__}: {first_line(error)}")
-            if not known:
-                traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)  # without waiting for exchanges that will not end
+        give_up(ranks, error)
 
 
-def _is_lost(error: BaseException) -> bool:
+def give_up(ranks: ManyRanks, error: Exception) -> NoReturn:
+    """End this process, which is not the first, after leaving word of why."""
+    if not is_lost(error):
+        known = isinstance(error, UserError | RunError)
+        ranks.say_failed(str(error) if known else f"{type(error).__name__}: {first_line(error)}")
+        if not known:
+            traceback.print_exception(error)
+    sys.stderr.flush()
+    os._exit(1)  # without waiting for exchanges that will not end
+
+
+def explained(ranks: ManyRanks, error: BaseException) -> RunError:
+    """Why another process has ended, given what an exchange with it failed with."""
+    if failed := ranks.failure():
+        return RunError(failed)  # what a process says of itself would happen again
+    said = first_line(error).rpartition("] ")[2].split(". ")[0]  # without where in gloo's source it is, and its advice
+    return LearnerLost(f"a process of the learner has ended or does not answer: {said}")  # and can be replaced
+
+
+def is_lost(error: BaseException) -> bool:
     """Whether an exchange failed since another process has ended or does not answer."""
     return isinstance(error, RuntimeError) and any(word in text_of(error) for word in LOST)
 
@@ -177,16 +204,14 @@ class Leader:
             result, error = attempt(self._learner, name, arguments if own is None else own)
             outcomes = self._ranks.gather(Outcome.of(name, result, error), patient=name in OF_FILES)
         except BaseException as error:  # an interrupt too: the others are in the middle of it
-            if not _is_lost(error):
+            if not is_lost(error):
                 self.lost = f"{type(error).__name__}: {first_line(error)}"
                 self._ranks.leave()
                 raise
-            failed = self._ranks.failure()
-            said = first_line(error).rpartition("] ")[2].split(". ")[0]  # without where in gloo's source it is, and its advice
-            self.lost = failed or f"a process of the learner has ended or does not answer: {said}"
+            reason = explained(self._ranks, error)
+            self.lost = str(reason)
             self._ranks.leave()
-            # What a process says of itself would happen again; one that has ended without a word can be replaced.
-            raise (RunError if failed else LearnerLost)(self.lost) from error
+            raise reason from error
         if error is not None:
             raise error
         for rank, outcome in enumerate(outcomes):

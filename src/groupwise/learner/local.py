@@ -12,7 +12,7 @@ from torch import Tensor
 
 from groupwise.algorithms import Algorithm, Terms, policy_loss
 from groupwise.algorithms.diagnostics import diagnose
-from groupwise.errors import DIVERGED, RunError
+from groupwise.errors import DIVERGED, Diverged
 from groupwise.files import Digest
 from groupwise.learner.base import TokenRecord
 from groupwise.learner.critic import Critic
@@ -158,7 +158,7 @@ class LocalLearner:
             values_BT = self.budget.fit(partial(self._values, self.critic, batch), self.critic.optimiser.clear)
         for name, found in (("the policy", old_BT), ("the reference", ref_BT), ("the critic", values_BT)):
             if found is not None and not torch.isfinite(found).all():
-                raise RunError(f"{name} gives numbers that are not finite; {DIVERGED}")
+                raise Diverged(f"{name} gives numbers that are not finite; {DIVERGED}")
         return upgrade(LogprobBatch, batch, old_logprobs_BT=old_BT, ref_logprobs_BT=ref_BT, values_BT=values_BT), metrics
 
     def _reference_logprobs(self, reference: LanguageModel, batch: Batch) -> Tensor:
@@ -222,6 +222,7 @@ class LocalLearner:
         if record is not None:
             for item in records:
                 record(item)
+        self.ranks.settle(self.model.module)
         step = self.optimiser.step(found.loss)
         of_critic = {}
         if self.critic is not None:
@@ -248,20 +249,20 @@ class LocalLearner:
                     else:
                         self._add_nothing(self._forward(self.model, part)[0])
         sums = {name: value.cpu() for name, value in sums.items()}
-        return self._merged(self.ranks.gather((found, sums, records)))
+        merged, total = self._merged(self.ranks.gather((found, sums)))
+        return merged, total, [record for part in self.ranks.collect(records) for record in part]
 
     @staticmethod
     def _merged(
-        found: list[tuple[TokenMetrics, dict[str, Tensor], list[TokenRecord]]],
-    ) -> tuple[TokenMetrics, dict[str, Tensor], list[TokenRecord]]:
+        found: list[tuple[TokenMetrics, dict[str, Tensor]]],
+    ) -> tuple[TokenMetrics, dict[str, Tensor]]:
         """What all processes have found, as if one had."""
-        metrics, sums, records = found[0]
-        for other, more, further in found[1:]:
+        metrics, sums = found[0]
+        for other, more in found[1:]:
             metrics.merge(other)
             for name, value in more.items():
                 sums[name] = sums[name] + value if name in sums else value
-            records += further
-        return metrics, sums, records
+        return metrics, sums
 
     def _update_critic(self, critic: Critic, minibatch: TrainingBatch) -> dict[str, float]:
         found = self._micro_batches(critic.model, minibatch)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler
 
-from groupwise.errors import RunError, is_out_of_memory
+from groupwise.errors import Diverged, RunError, is_out_of_memory
 from groupwise.models.sharding import full
 
 
@@ -73,7 +73,8 @@ class Optimiser:
         """Clip the gradient and apply it; skip it when it or `loss` is not finite. Clears the gradient either way.
 
         Raises:
-            RunError: too many updates in a row were not finite, or memory does not suffice.
+            Diverged: too many updates in a row were not finite.
+            RunError: memory does not suffice.
         """
         try:
             return self._step(loss)
@@ -100,7 +101,7 @@ class Optimiser:
             self._bad_in_a_row += 1
             self.skipped += 1
             if self._bad_in_a_row >= self.max_bad_updates:
-                raise RunError(
+                raise Diverged(
                     f"{self._bad_in_a_row} updates in a row had a loss or a gradient that is not finite "
                     f"(the last: loss {loss}, gradient norm {grad_norm}); the weights are as before them. "
                     f"A lower learning rate than {learning_rate:g} or more warm-up may help."

@@ -36,8 +36,16 @@ class Ranks(Protocol):
         """
         ...
 
+    def settle(self, network: Any) -> None:
+        """After the last backward pass before an update: make the gradients those that a single process would have."""
+        ...
+
     def gather(self, item: Item) -> list[Item]:
         """What each process gives, in their order."""
+        ...
+
+    def collect(self, item: Item) -> list[Item]:
+        """The same on process 0; nothing on the others."""
         ...
 
     def total(self, tensor: Tensor) -> Tensor:
@@ -53,7 +61,13 @@ class OneRank:
     def shard(self, model: LanguageModel, network: Any, precision: str) -> Run:
         return call
 
+    def settle(self, network: Any) -> None:
+        pass
+
     def gather(self, item: Item) -> list[Item]:
+        return [item]
+
+    def collect(self, item: Item) -> list[Item]:
         return [item]
 
     def total(self, tensor: Tensor) -> Tensor:

@@ -43,10 +43,12 @@ class RemoteLearner:
         """
         self.token, self.timeout, self.failure = token, timeout, failure
         self._version: int | None = None
+        self._client = httpx.Client()
         self.connect(address)
 
     def connect(self, address: str) -> None:
         """Speak to the process at this address from now on: the one before is gone."""
+        self._client.close()
         self.address, self._version, self._answers = address, None, False
         headers = {"Authorization": f"Bearer {self.token}"}
         # No proxy of the environment: that is for the world outside.

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from groupwise.algorithms import Algorithm
 from groupwise.errors import UserError
 from groupwise.files import Digest, sync
-from groupwise.learner.following import Leader, follow
+from groupwise.learner.following import Leader, by_itself, explained, follow, give_up, is_lost
 from groupwise.learner.local import LocalLearner
 from groupwise.learner.processes import ManyRanks
 from groupwise.models import LanguageModel, checkpoint, export, published
@@ -35,21 +36,36 @@ class ShardedLearner(LocalLearner):
 
     def save(self, directory: Path) -> dict[str, Digest]:
         """Write this process's slices; returns what its own files hold."""
-        text, tensors = encode(self.state_dict())
         rank = self.ranks.rank
-        identity, weights = self.ranks.identity(self.model), checkpoint.stored(self.model.module)
-        found = write_shards(directory / "model", weights, identity, rank=rank)
-        found |= write_shards(directory / "learner", tensors, rank=rank)
-        for stem in ("model", "learner"):
-            sync(directory / stem)
-        return found | (write_text(directory / "learner.json", text) if rank == 0 else {})
+        with by_itself():
+            text, tensors = encode(self.state_dict())
+            identity, weights = self.ranks.identity(self.model), checkpoint.stored(self.model.module)
+            found = write_shards(directory / "model", weights, identity, rank=rank)
+            found |= write_shards(directory / "learner", tensors, rank=rank)
+            for stem in ("model", "learner"):
+                sync(directory / stem)
+            if rank == 0:
+                found |= write_text(directory / "learner.json", text)
+        return found
 
     def load(self, directory: Path) -> None:
         """Continue from what `save` wrote, be it with another number of processes, or that of a `LocalLearner`."""
         mesh = self.ranks.mesh(self.model.device)
-        state: dict[str, Any] = read_state(directory / "learner", Stored(directory / "learner").read(mesh))
-        checkpoint.load_weights(self.model.module, directory / "model", self.ranks.identity(self.model))
-        self.load_state_dict(state)
+        with by_itself():
+            stored = Stored(directory / "learner")
+            state: dict[str, Any] = read_state(directory / "learner", stored.read(mesh, self._whole_in(directory, stored)))
+            checkpoint.load_weights(self.model.module, directory / "model", self.ranks.identity(self.model))
+            self.load_state_dict(state)
+
+    def _whole_in(self, directory: Path, stored: Stored) -> list[str]:
+        """The stored tensors that each process holds whole: the critic's buffers."""
+        if self.critic is None:
+            return []
+        alike = stored.alike()
+        theirs = read_state(directory / "learner", alike)["critic"]["network"]
+        ours = self.critic.values_of.state_dict().items()
+        buffers = [theirs.get(name) for name, tensor in ours if not isinstance(tensor, DTensor)]
+        return [name for name, tensor in alike.items() if any(tensor is buffer for buffer in buffers)]
 
     # --- whole weights
 
@@ -57,7 +73,8 @@ class ShardedLearner(LocalLearner):
         """See `Learner.publish`. Process 0 writes what all of them have gathered, one weight after the other."""
         with gathered(self.model.module, keep=self.ranks.rank == 0):
             if self.ranks.rank == 0:
-                published.publish(self.model, directory)
+                with by_itself():
+                    published.publish(self.model, directory)
 
     def export(self, directory: Path, tokenizer: Any) -> dict[str, float]:
         """See `Learner.export`."""
@@ -65,7 +82,8 @@ class ShardedLearner(LocalLearner):
             found = self._runs[self.model](export.gap, self.model) if self.merge_adapters else {}
         with gathered(self.model.module, keep=self.ranks.rank == 0):
             if self.ranks.rank == 0:
-                export.write(self.model, directory, tokenizer, merge=self.merge_adapters)
+                with by_itself():
+                    export.write(self.model, directory, tokenizer, merge=self.merge_adapters)
         return found
 
     @torch.no_grad()
@@ -90,15 +108,23 @@ def build(recipe: "Recipe", algorithm: Algorithm, load: "Callable[[], LanguageMo
 
     Raises:
         UserError: the model cannot be loaded, or not be sharded. The others exit with code 2.
+        RunError: another process has ended meanwhile.
         SystemExit: on the other processes, when the leader is closed (with the code that it gives) or lost.
     """
-    ranks = ranks or ManyRanks.join()
+    ranks = ranks or ManyRanks.join(recipe.cluster.timeout)
     learner, problem = None, ""
     try:
-        learner = ShardedLearner.build(recipe, algorithm, load(), ranks)
-    except UserError as error:
-        problem = str(error)
-    problems = [text for text in ranks.gather(problem, patient=True) if text]
+        try:
+            learner = ShardedLearner.build(recipe, algorithm, load(), ranks)
+        except UserError as error:
+            problem = str(error)
+        problems = [text for text in ranks.gather(problem, patient=True) if text]
+    except Exception as error:  # out of memory, or a process has ended: none can go on without the others
+        if ranks.rank:
+            give_up(ranks, error)
+        if not is_lost(error):
+            raise
+        raise explained(ranks, error) from error
     if problems and ranks.rank == 0:
         ranks.end(2)
         raise UserError(problems[0])

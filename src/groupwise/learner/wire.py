@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
-from groupwise.errors import LearnerLost, RunError, UserError, first_line, is_out_of_memory, text_of
+from groupwise.errors import Diverged, LearnerLost, RunError, UserError, first_line, is_out_of_memory, text_of
 from groupwise.files import Digest, DiskError
 from groupwise.kept import KeptTokens
 from groupwise.learner.updates import Update
@@ -13,7 +13,7 @@ from groupwise.types import Batch
 
 Rows = TypeVar("Rows", bound=Batch)
 
-OURS = (UserError, RunError, DiskError, LearnerLost)
+OURS = (UserError, RunError, Diverged, DiskError, LearnerLost)
 """Errors whose text says all that there is to know, unless they have a cause."""
 ERRORS: Mapping[str, type[Exception]] = {kind.__name__: kind for kind in (*OURS, ValueError, MemoryError)}
 """Those that are raised as themselves on the other side."""

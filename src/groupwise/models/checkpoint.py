@@ -37,13 +37,17 @@ def load_weights(module: Any, stem: Path, ours: Mapping[str, str] | None = None)
         ValueError: the weights are of another model.
         Exception: whatever safetensors says of a file that is damaged.
     """
-    found, wanted = Stored(stem), stored(module)
+    found, tensors, wanted = Stored(stem), _tensors(module), stored(module)
     written = found.metadata()
     for what, expected in (identity(module) if ours is None else ours).items():
         if written.get(what) != expected:
             raise UserError(f"{stem}: {DIFFERS[what].format(written.get(what), expected)}")
     check_alike(found.alike(), wanted)
     found.read_into(wanted)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if not tensor.is_contiguous():  # then what was filled is a copy
+                tensor.copy_(wanted[name])
 
 
 def check_alike(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
@@ -67,17 +71,22 @@ DIFFERS = {
 
 
 def trained_parameters(module: Any) -> dict[str, Tensor]:
-    return {name: parameter.detach().contiguous() for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def stored(module: Any) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, which share their memory with the module's."""
+    """The tensors of a checkpoint, contiguous; those of the module, or copies where its own are not."""
+    return {name: tensor.contiguous() for name, tensor in _tensors(module).items()}
+
+
+def _tensors(module: Any) -> dict[str, Tensor]:
+    """The module's tensors that are in a checkpoint; of those that share memory, the first."""
     if adapter_layers(module):
         return trained_parameters(module)
     unique: dict[tuple[int, torch.Size], tuple[str, Tensor]] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         place = 0 if isinstance(tensor, DTensor) else tensor.data_ptr()
-        unique.setdefault((place or id(tensor), tensor.shape), (name, tensor.detach().contiguous()))
+        unique.setdefault((place or id(tensor), tensor.shape), (name, tensor.detach()))
     return dict(unique.values())
 
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -28,9 +29,38 @@ class Root(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+        self._used: set[nn.Parameter] = set()
+        """Weights that this process has a gradient of."""
+        self._noted: set[Any] = set()
+        """FSDP's descriptions of weights that are added to them."""
 
     def forward(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
         return function(*arguments, **keywords)
+
+    def note_use(self) -> None:
+        """Between a forward and its backward pass: have that note of which weights it has a gradient. FSDP does not tell those
+        from weights without, which it sums as zeros."""
+        modules = [module for module in self.modules() if isinstance(module, FSDPModule)]
+        for group in (group for module in modules for group in module._get_fsdp_state()._fsdp_param_groups):
+            for weight in group.fsdp_params:
+                if weight not in self._noted and weight.sharded_param.requires_grad and hasattr(weight, "_unsharded_param"):
+                    self._noted.add(weight)
+                    use = partial(_add, self._used, weight.sharded_param)
+                    weight._unsharded_param.register_post_accumulate_grad_hook(use)
+
+    def settle(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Leave weights that no process has used without a gradient, as a single process does: a gradient of zeros would have
+        them decay. `total`: the sum over the processes."""
+        weights = [weight for weight in self.parameters() if weight.requires_grad]
+        users = total(torch.tensor([float(weight in self._used) for weight in weights]))
+        for weight, count in zip(weights, users.tolist(), strict=True):
+            if count == 0:
+                weight.grad = None
+        self._used.clear()
+
+
+def _add(used: set[nn.Parameter], weight: nn.Parameter, _: Tensor) -> None:
+    used.add(weight)
 
 
 def shard(model: LanguageModel, network: nn.Module, mesh: DeviceMesh, precision: str) -> Root:
@@ -83,7 +113,9 @@ def _layers(module: nn.Module) -> list[nn.Module]:
 def run(root: Root, function: Callable[Arguments, Result], *arguments: Arguments.args, **keywords: Arguments.kwargs) -> Result:
     """The result of a function that runs the network. All processes of the mesh must do this, and then the backward pass."""
     result: Result = root(function, *arguments, **keywords)
-    if not torch.is_grad_enabled():  # else the backward pass does it
+    if torch.is_grad_enabled():
+        root.note_use()
+    else:  # the backward pass would do it
         root.reshard()  # type: ignore[operator]
     return result
 

@@ -6,7 +6,7 @@ beside them by default is pickled, so that reading it could run code.
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,11 @@ class Stored:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is meant
             load(dict(tensors), storage_reader=_Reader(self._files), no_dist=True)
 
-    def read(self, mesh: DeviceMesh | None = None) -> dict[str, Tensor]:
-        """All tensors; with a mesh, those that have dimensions as slices."""
+    def read(self, mesh: DeviceMesh | None = None, whole: Collection[str] = ()) -> dict[str, Tensor]:
+        """All tensors; with a mesh, those that have dimensions as slices, but for those called `whole`."""
         found: dict[str, Tensor] = {}
         for name, tensor in self.alike().items():
-            sharded = mesh is not None and tensor.dim() > 0
+            sharded = mesh is not None and tensor.dim() > 0 and name not in whole
             settings: dict[str, Any] = {"device_mesh": mesh, "placements": [Shard(0)]} if sharded else {}
             found[name] = (empty_dtensor if sharded else torch.empty)(tuple(tensor.shape), dtype=tensor.dtype, **settings)
         self.read_into(found)

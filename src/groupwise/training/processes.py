@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import torch
@@ -106,7 +106,8 @@ def check_processes(recipe: Recipe, source: Source) -> None:
     _check_sampler(recipe, source)
     _check_asynchronous(recipe.cluster, samples_elsewhere(recipe), source)
     _check_launcher(recipe, source)
-    _check_devices(recipe, source)
+    if has_processes(recipe):
+        check_devices(recipe, source)
     if sampler_kind(recipe) == "vllm":
         _check_vllm(recipe, source)
     if learns_elsewhere(recipe):
@@ -159,13 +160,39 @@ def _check_launcher(recipe: Recipe, source: Source) -> None:
         raise source.error("cluster.weights", f"{cluster.weights} cannot be written")
 
 
-def _check_devices(recipe: Recipe, source: Source) -> None:
+def check_devices(recipe: Recipe, source: Source) -> None:
+    """Refuse a device that all processes of a run would share.
+
+    Raises:
+        UserError: naming the key.
+    """
     device, cluster = recipe.model.device, recipe.cluster
-    if has_processes(recipe) and device not in ("auto", "cpu", "cuda"):
+    if device not in ("auto", "cpu", "cuda"):
         text = f"{device!r}: processes of a run are given devices one by one: 'auto', 'cpu' or 'cuda'"
         raise source.error("model.device", text)
     if sampler_kind(recipe) == "native" and cluster.samplers and cluster.gpus_per_sampler > 1:
         raise source.error("cluster.gpus_per_sampler", "the native sampler runs on one GPU; vLLM splits the model over several")
+
+
+def check_head(recipe: Recipe, config: Any, source: Source) -> None:
+    """Refuse an adapter that unties the output layer from the embeddings where samplers of other processes keep it tied.
+
+    Args:
+        config: the model's.
+
+    Raises:
+        UserError: naming the key.
+    """
+    lora = recipe.model.lora
+    if lora is None or not samples_elsewhere(recipe) or not getattr(config, "tie_word_embeddings", False):
+        return
+    for target in lora.targets:
+        if target.rpartition(".")[2] == "lm_head":
+            text = (
+                f"{target!r} is tied to the embeddings in this model, and an adapter would untie it, which samplers in other "
+                "processes cannot load: leave it out, or sample in this process"
+            )
+            raise source.error("model.lora.targets", text)
 
 
 def _check_vllm(recipe: Recipe, source: Source) -> None:

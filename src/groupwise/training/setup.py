@@ -26,7 +26,7 @@ from groupwise.seeding import derive
 from groupwise.tasks.base import FollowsTraining, TakesEnvironments, Task
 from groupwise.training.algorithm import about_staleness, build_algorithm, check_together, try_parts, with_correction
 from groupwise.training.collect import sampling_of
-from groupwise.training.processes import check_processes, learns_elsewhere
+from groupwise.training.processes import check_head, check_processes, learns_elsewhere
 from groupwise.training.prompts import build_prompts, prompt_of
 from groupwise.training.sizes import check_block, check_cache, check_step, check_training
 from groupwise.training.supply import describe_failures
@@ -169,6 +169,7 @@ def prepare(recipe: Recipe, source: Source, *, everything: bool = False) -> Read
         config = load_config(recipe.model.path, trust_remote_code=recipe.model.trust_remote_code)
     except UserError as error:
         raise source.error("model.path", str(error)) from error
+    check_head(recipe, config, source)
     problem = task.problem(0, recipe.seed)
     longest = check_lengths(recipe, config, chat, episodes, task, source)
     check_cache(recipe, config, longest, device_of(recipe.model.device, source) if loads else None, source)
@@ -229,6 +230,17 @@ def checked_policy(recipe: Recipe, source: Source, longest: int) -> LanguageMode
     cache_dtype = getattr(torch, recipe.rollouts.cache_dtype or str(model.dtype).removeprefix("torch."))
     if cache_dtype != model.dtype and (reason := model.why_not_decoding(cache_dtype)):
         raise source.error("rollouts.cache_dtype", f"the model generates on a cache of its own, in its own dtype: {reason}")
+    return model
+
+
+def load_for_training(recipe: Recipe, source: Source, algorithm: Algorithm, processes: int) -> LanguageModel:
+    """The model of a recipe, for a learner over so many processes.
+
+    Raises:
+        UserError: it cannot be loaded, or there is not enough memory to train it.
+    """
+    model = load_policy(recipe, source)
+    check_training(recipe, algorithm, model, source, processes)
     return model
 
 

@@ -71,8 +71,11 @@ def check_block(task: dict[str, Any], source: Source) -> None:
         _need(block * PROBLEM_BYTES, f"{block:,} problems read ahead", source, "task.shuffle_block")
 
 
-def check_training(recipe: Recipe, algorithm: Algorithm, model: LanguageModel, source: Source) -> None:
+def check_training(recipe: Recipe, algorithm: Algorithm, model: LanguageModel, source: Source, processes: int = 1) -> None:
     """
+    Args:
+        processes: how many share the weights, each of which loads them whole first.
+
     Raises:
         UserError: the model fits, and its training could not.
     """
@@ -82,8 +85,11 @@ def check_training(recipe: Recipe, algorithm: Algorithm, model: LanguageModel, s
     copies = int("critic" in algorithm.needs)
     count = weights + ADAM * trained + (0 if model.adapted else copies * (1 + ADAM) * weights)
     text = "the model's weights, gradients and optimiser state" + (", and the critic's," if copies else "")
+    needed = float(count)
+    if processes > 1:
+        needed, text = max(weights, count / processes), f"in each of {processes} processes, its share of {text}"
     try:
-        need(count, text, model.device)
+        need(needed, text, model.device)
     except UserError as error:
         raise source.error("model", f"{error}; LoRA adapters (model.lora) take less") from error
 

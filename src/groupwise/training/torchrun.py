@@ -9,30 +9,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import typer
 
+from groupwise.copies import copies
 from groupwise.errors import RunError, UserError
+from groupwise.learner.following import Leader
+from groupwise.learner.processes import ManyRanks
+from groupwise.learner.sharded import build
 from groupwise.models import LanguageModel
 from groupwise.rollouts.base import LocalSampler
 from groupwise.training.algorithm import build_algorithm
-from groupwise.training.processes import has_processes
+from groupwise.training.processes import check_devices, has_processes
 from groupwise.training.records import RunDirectory
 from groupwise.training.session import Launch
-from groupwise.training.setup import Ready, load_policy
+from groupwise.training.setup import Ready, load_for_training
 from groupwise.types import Metrics
-
-if TYPE_CHECKING:
-    from groupwise.learner.following import Leader
-    from groupwise.learner.processes import ManyRanks
 
 
 @dataclass(frozen=True, slots=True)
 class Sharded:
     """The leader of a sharded learner, and a sampler in this process with a whole copy of the policy."""
 
-    learner: "Leader"
+    learner: Leader
     sampler: LocalSampler
     copy: LanguageModel
 
@@ -59,11 +58,9 @@ def led() -> Iterator[Launch | None]:
 
     Processes but the first do not get there: they take part in the run of the first, and exit with its code.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "LOCAL_RANK" not in os.environ:
+    if copies() == 1:
         yield None
         return
-    from groupwise.learner.processes import ManyRanks  # only where it is needed: importing torch.distributed takes time
-
     ranks = ManyRanks.join()
     if ranks.rank:
         _follow(ranks)
@@ -78,36 +75,37 @@ def led() -> Iterator[Launch | None]:
         ranks.end(code)
 
 
-def _follow(ranks: "ManyRanks") -> None:
+def _follow(ranks: ManyRanks) -> None:
     """Take part in the run of process 0.
 
     Raises:
         SystemExit: when that ends.
     """
-    from groupwise.learner.sharded import build
-
-    for number in (signal.SIGINT, signal.SIGHUP):  # which reach all processes of a terminal: it is for process 0 to end the run
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):  # which reach all: it is for process 0 to end the run
         signal.signal(number, signal.SIG_IGN)
-    order = ranks.order()
+    try:
+        order = ranks.order()
+    except RuntimeError:  # process 0 has ended
+        os._exit(1)
     if isinstance(order, int):
         raise SystemExit(order)
     recipe, source = order
-    build(recipe, build_algorithm(recipe.algorithm, source), partial(load_policy, recipe, source), ranks)
+    algorithm = build_algorithm(recipe.algorithm, source)
+    build(recipe, algorithm, partial(load_for_training, recipe, source, algorithm, ranks.size), ranks)
 
 
 @contextmanager
-def _launched(ranks: "ManyRanks", ready: Ready, directory: RunDirectory) -> Iterator[Sharded]:
+def _launched(ranks: ManyRanks, ready: Ready, directory: RunDirectory) -> Iterator[Sharded]:
     """
     Raises:
         UserError: the recipe asks for processes of its own, or the model cannot be sharded.
     """
-    from groupwise.learner.sharded import build
-
     recipe, source = ready.recipe, ready.source
     if ready.model is None or has_processes(recipe):
         raise UserError(
             "torchrun and [cluster] both start processes: leave out cluster.learners and cluster.samplers, or torchrun"
         )
+    check_devices(recipe, source)
     ranks.order((recipe, source))
-    leader = build(recipe, ready.algorithm, partial(load_policy, recipe, source), ranks)
+    leader = build(recipe, ready.algorithm, partial(load_for_training, recipe, source, ready.algorithm, ranks.size), ranks)
     yield Sharded(leader, ready.make_sampler(ready.model), ready.model)
