@@ -26,6 +26,12 @@ def total_memory(device: torch.device | None = None) -> int:
     return min([memory + swap, *_of_container(swap), *limits])
 
 
+def give_unused_back() -> None:
+    """Give memory that PyTorch holds and does not use back to the GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def _host() -> tuple[int, int]:
     """Bytes of memory and of swap."""
     if not _MEMINFO.is_file():

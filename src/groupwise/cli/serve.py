@@ -48,7 +48,7 @@ def serve_command(
         def ready(address: str) -> None:
             console.print(f"{settings.model.path}: serving at {address}", soft_wrap=True)
 
-        number = asyncio.run(run(make_app(served), served, host, port, STOPS, ready))
+        number = asyncio.run(run(make_app(served, host), served, host, port, STOPS, ready))
     raise typer.Exit(exit_code(number))
 
 

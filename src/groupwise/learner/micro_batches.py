@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from groupwise.errors import RunError, first_line, is_out_of_memory
+from groupwise.memory import give_unused_back
 from groupwise.types import Batch
 
 Result = TypeVar("Result")
@@ -71,8 +72,7 @@ class Budget:
             # Here the exception is gone, and with it the frames that held tensors.
             clear()
             gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            give_unused_back()
             self.tokens = max(1, min(self.tokens, self._size) // 2)
 
     def state_dict(self) -> dict[str, int]:

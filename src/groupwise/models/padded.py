@@ -110,9 +110,12 @@ class PaddedCache:
         return torch.stack([hidden[i] for i in range(len(prompts))])
 
     def restore(self, prompts: list[Tensor], rows: list[list[Tensor]]) -> Tensor:
-        """Run prompts, and for each the rows (at least one token each) that continue it; returns the last hidden state [r, H] of
-        each row."""
-        return self.prefill(*apart(prompts, rows))
+        """Run prompts, and for each the rows (at least one token each) that continue it, beside the rows that are there; returns
+        the last hidden state [r, H] of each new row."""
+        before, count = self._batches, sum(len(batch.rows) for batch in self._batches)
+        hidden_RH = self.prefill(*apart(prompts, rows))
+        self._batches = before + [replace(batch, rows=batch.rows + count) for batch in self._batches]
+        return hidden_RH
 
     def step(self, tokens_R: Tensor) -> Tensor:
         """Run one more token of each row; returns hidden states [R, H]."""

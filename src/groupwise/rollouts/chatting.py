@@ -22,7 +22,7 @@ from torch import Tensor
 from groupwise.errors import UserError
 from groupwise.models import Chat, Conversations
 from groupwise.rollouts.base import Request, Sampling
-from groupwise.rollouts.wire import Body, Count, NotNegative, Token, Zero, encode_versions
+from groupwise.rollouts.wire import Body, Count, Seed, Stop, Token, TopK, Zero, encode_versions
 from groupwise.types import Completion, Message
 
 CHAT = "/v1/chat/completions"
@@ -31,6 +31,10 @@ MOST = 4096
 MOST_TOOLS = 64
 """Sets of tools whose way to be called is remembered."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
+ALWAYS = ("role", "content", "name")
+"""Fields of every message. Whether a name is written is up to the chat template."""
+OF_ROLE = {"assistant": ("tool_calls", "reasoning_content"), "tool": ("tool_call_id",)}
+"""Further ones; reasoning comes back with turns that were sampled here, whose tokens hold it."""
 
 
 class ChatBody(Body):
@@ -40,22 +44,22 @@ class ChatBody(Body):
     model: str | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["auto", "none"] | None = None
-    n: Count = 1
+    n: Count | None = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: TopK | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: NotNegative | None = None
-    stop: str | list[str] | None = None
+    seed: Seed | None = None
+    stop: Stop | list[Stop] | None = None
     stop_token_ids: list[Token] | None = None
     logprobs: bool | None = None
     top_logprobs: Literal[0] | None = None
     return_token_ids: bool | None = None
     """As of vLLM: `prompt_token_ids` in the response, `token_ids` in choices."""
-    presence_penalty: Zero = 0
-    frequency_penalty: Zero = 0
+    presence_penalty: Zero | None = None
+    frequency_penalty: Zero | None = None
     stream: Literal[False] | None = None
     user: str | None = None
     """Without effect."""
@@ -111,13 +115,14 @@ class ChatCompletions:
             UserError: the messages or tools cannot be read, or the chat template refuses them.
         """
         tools = (body.tools or []) if body.tool_choice != "none" else []
+        _check_tools(tools)
         conversation, messages = self._conversation(tools), [_read(i, message) for i, message in enumerate(body.messages)]
         prompt, handle = self._prompt(conversation, messages, tools)
         request = Request(
             prompt=prompt,
             sampling=body.sampling(self._default, conversation.stop_tokens),
             seed=secrets.randbits(56) if body.seed is None else body.seed,
-            n=body.n,
+            n=body.n or 1,
             keep=True,
             continues=handle,
         )
@@ -146,8 +151,9 @@ class ChatCompletions:
         key = json.dumps(tools, sort_keys=True)
         if key not in self._conversations:
             self._conversations[key] = Conversations(self._chat, tools)
-            if len(self._conversations) > MOST_TOOLS:
-                self._conversations.popitem(last=False)
+        self._conversations.move_to_end(key)
+        if len(self._conversations) > MOST_TOOLS:
+            self._conversations.popitem(last=False)
         return self._conversations[key]
 
     def _prompt(
@@ -166,7 +172,9 @@ class ChatCompletions:
         return conversation.prompt([_for_template(message, conversation) for message in messages]), None
 
     def _remember(self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]], what: Remembered) -> None:
-        self._remembered[_key(messages, tools)] = what
+        key = _key(messages, tools)
+        self._remembered[key] = what
+        self._remembered.move_to_end(key)
         if len(self._remembered) > MOST:
             self._remembered.popitem(last=False)
 
@@ -195,11 +203,28 @@ class ChatCompletions:
         ]
 
 
-# --- messages
+# --- messages and tools
+
+
+def _check_tools(tools: Sequence[dict[str, Any]]) -> None:
+    """
+    Raises:
+        UserError: a part of a schema that is read here, or by every chat template, is no JSON object.
+    """
+    for i, tool in enumerate(tools):
+        function = tool.get("function", tool)
+        parameters = function.get("parameters", {}) if isinstance(function, dict) else {}
+        properties = parameters.get("properties", {}) if isinstance(parameters, dict) else {}
+        of_each = properties.items() if isinstance(properties, dict) else ()
+        parts = {"": function, ".parameters": parameters, ".parameters.properties": properties}
+        parts |= {f".parameters.properties.{name}": schema for name, schema in of_each}
+        for place, part in parts.items():
+            if not isinstance(part, dict):
+                raise UserError(f"tools.{i}{'.function' if 'function' in tool else ''}{place}: must be an object")
 
 
 def _read(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message with what counts in it, written in one way: clients send further fields, and arguments as text or not.
+    """A message with what counts in it, written in one way: clients send arguments as text or not, and fields that are empty.
 
     Raises:
         UserError: it is none that can be read.
@@ -207,19 +232,32 @@ def _read(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
     role = message.get("role")
     if role not in ROLES:
         raise UserError(f"messages.{i}.role: {role!r} is not one of {', '.join(ROLES)}")
-    content = message.get("content")
+    for key, value in message.items():
+        if key not in (*ALWAYS, *OF_ROLE.get(role, ())) and value:
+            raise UserError(f"messages.{i}.{key}: is unknown or unsupported in a message of the role {role!r}")
+    for key in ("name", "tool_call_id"):
+        if not isinstance(message.get(key), str | None):
+            raise UserError(f"messages.{i}.{key}: must be a text")
+    content, calls = message.get("content"), message.get("tool_calls") or []
     if isinstance(content, list):
-        if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-            raise UserError(f"messages.{i}.content: only parts of the type 'text' are supported")
-        content = "".join(str(part.get("text", "")) for part in content)
+        if not all(_is_text(part) for part in content):
+            raise UserError(
+                f"messages.{i}.content: only parts of the type 'text' are supported, with a field 'text' and no other"
+            )
+        content = "".join(part["text"] for part in content)
     if not isinstance(content, str | None):
         raise UserError(f"messages.{i}.content: must be a text, or parts of the type 'text'")
+    if not isinstance(calls, list):
+        raise UserError(f"messages.{i}.tool_calls: must be a list")
     read: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": content or ""}
-    if role == "tool":
-        read |= {key: str(message[key]) for key in ("name", "tool_call_id") if message.get(key)}
-    if isinstance(message.get("tool_calls"), list) and message["tool_calls"]:
-        read["tool_calls"] = [_read_call(f"messages.{i}.tool_calls.{j}", call) for j, call in enumerate(message["tool_calls"])]
+    read |= {key: message[key] for key in ("name", "tool_call_id") if message.get(key)}
+    if calls:
+        read["tool_calls"] = [_read_call(f"messages.{i}.tool_calls.{j}", call) for j, call in enumerate(calls)]
     return read
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text" and isinstance(part["text"], str)
 
 
 def _read_call(place: str, call: Any) -> dict[str, Any]:
@@ -227,8 +265,10 @@ def _read_call(place: str, call: Any) -> dict[str, Any]:
         function = call["function"]
         arguments = function["arguments"]
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        if not isinstance(arguments, dict):
+            raise TypeError("arguments have names")
         read = {"name": str(function["name"]), "arguments": arguments}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{place}: is no call of a function with arguments in JSON") from error
     return {"type": "function", "id": str(call.get("id", "")), "function": read}
 

@@ -3,20 +3,23 @@
 import asyncio
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from groupwise.memory import total_memory
 from groupwise.rollouts.base import Request
 from groupwise.rollouts.drawing import Drawing
 from groupwise.rollouts.rows import RowTable
 from groupwise.types import Completion, VersionSpan
 
 TOKENS_AT_ONCE = 65536
-"""About as many tokens go through the model at once when keys and values of rows under way are computed anew."""
+"""At most so many tokens go through the model at once when keys and values of rows under way are computed anew."""
+KEPT_SHARE = 4
+"""Keys and values of finished completions take at most this part of all memory."""
 
 
 @dataclass(slots=True, eq=False)
@@ -51,9 +54,10 @@ class Kept:
 
 
 class KeptCompletions:
-    """What is kept of finished completions, by handle; of too many the oldest is dropped."""
+    """What is kept of finished completions, by handle; of too many the oldest are dropped."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._most_bytes, self._bytes = total_memory(device) // KEPT_SHARE, 0
         self._kept: OrderedDict[int, Kept] = OrderedDict()
         self._handles = itertools.count(1)
 
@@ -64,9 +68,15 @@ class KeptCompletions:
         """Keep one more, and at most so many; returns its handle."""
         handle = next(self._handles)
         self._kept[handle] = kept
-        if len(self._kept) > most:
-            self._kept.popitem(last=False)
+        self._bytes += kept.prefix.nbytes
+        while self._kept and (len(self._kept) > most or self._bytes > self._most_bytes):
+            self._pop(next(iter(self._kept)))
         return handle
+
+    def _pop(self, handle: int) -> Kept:
+        kept = self._kept.pop(handle)
+        self._bytes -= kept.prefix.nbytes
+        return kept
 
     def take(self, request: Request) -> Kept | None:
         """What was kept under the handle that the request continues, if its prompt really begins with it."""
@@ -75,26 +85,34 @@ class KeptCompletions:
         if kept is None or len(tokens) <= len(kept.tokens) or tokens[: len(kept.tokens)] != kept.tokens:
             return None
         assert request.continues is not None
-        return self._kept.pop(request.continues)
+        return self._pop(request.continues)
 
     def drop(self, handles: Iterable[int]) -> None:
-        for handle in handles:
-            self._kept.pop(handle, None)
+        for handle in self._kept.keys() & set(handles):
+            self._pop(handle)
 
     def clear(self) -> None:
         self._kept.clear()
+        self._bytes = 0
 
 
-def at_once(jobs: list[Job], table: RowTable, joins: bool) -> list[list[Job]]:
-    """Jobs under way in parts of about `TOKENS_AT_ONCE` tokens; in one part where the cache does not let others join."""
-    parts: list[list[Job]] = []
-    tokens = TOKENS_AT_ONCE
+def at_once(jobs: list[Job], running: Container[int], table: RowTable, most: int) -> list[list[tuple[Job, list[int]]]]:
+    """Jobs under way, each with its rows that are running, in parts of at most so many tokens, or of one row. A job may be cut:
+    then its prompt is in each of the parts."""
+    parts: list[list[tuple[Job, list[int]]]] = []
+    left = 0
     for job in jobs:
-        if tokens >= TOKENS_AT_ONCE and (joins or not parts):
-            parts.append([])
-            tokens = 0
-        parts[-1].append(job)
-        tokens += len(job.request.prompt) + int(table.lengths_B[job.slots].sum())
+        for slot in (slot for slot in job.slots if slot in running):
+            row, prompt = int(table.lengths_B[slot]), len(job.request.prompt)
+            begun = bool(parts) and parts[-1][-1][0] is job
+            if not parts or row + (0 if begun else prompt) > left:
+                parts.append([])
+                left, begun = most, False
+            if not begun:
+                parts[-1].append((job, []))
+                left -= prompt
+            parts[-1][-1][1].append(slot)
+            left -= row
     return parts
 
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from groupwise.errors import RunError, UserError, is_out_of_memory
+from groupwise.memory import give_unused_back
 from groupwise.models import LanguageModel
 from groupwise.models.blocked_weights import BlockedWeights
 from groupwise.rollouts.base import Request, Sampling
 from groupwise.rollouts.drawing import Drawing
-from groupwise.rollouts.jobs import Job, Kept, KeptCompletions, at_once, completions
+from groupwise.rollouts.jobs import TOKENS_AT_ONCE, Job, Kept, KeptCompletions, at_once, completions
 from groupwise.rollouts.rows import RandomNumbers, RowTable
 from groupwise.types import Completion
 
@@ -58,7 +59,7 @@ class NativeSampler:
         self._active: set[Job] = set()
         """The jobs of these rows."""
         self._engine: asyncio.Task[None] | None = None
-        self._kept = KeptCompletions()
+        self._kept = KeptCompletions(self.model.device)
         self._open = asyncio.Event()
         """Set while decoding steps may run."""
         self._open.set()
@@ -164,6 +165,8 @@ class NativeSampler:
         self._cache = self._blocked = None
         self._stale = False
         """Whether keys and values of rows under way are of earlier weights."""
+        self._repeated = 0
+        """Prompts that the cache has more than there are jobs, since a job's rows were cut into parts."""
         self._affordable_rows = 0.0
         self._load = 0, 0
         """Rows and requests that were admitted last, with those under way."""
@@ -185,8 +188,10 @@ class NativeSampler:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            for job in self._active:
+                self._kept.drop(job.handles.values())  # made again with the rows
             rows, jobs = self._load
-            if jobs <= 1:
+            if jobs <= 1 and not len(self._kept):
                 raise RunError(
                     f"out of memory with one prompt and its {rows} completions: a smaller rollouts.group_size or "
                     "rollouts.max_tokens, or rollouts.cache_dtype = 'bfloat16', take less"
@@ -204,15 +209,17 @@ class NativeSampler:
             self.max_rows = rows["rows"]
 
     def _begin_again(self) -> None:
-        """Forget all rows, and generate with half as many at once from now on. A request's random numbers are its own, so that
-        its completions do not change."""
+        """Forget all rows, and begin again: without what was kept of finished completions, or, if there was nothing, with half as
+        many rows at once from now on. A request's random numbers are its own, so that its completions do not change."""
         jobs = sorted({*self._waiting, *self._active}, key=lambda job: job.arrived)
         (rows, _), drawings = self._load, self._drawings
-        self.max_rows = max(1, min(self.max_rows, rows) // 2)
+        if len(self._kept):
+            self._kept.clear()
+        else:
+            self.max_rows = max(1, min(self.max_rows, rows) // 2)
         self._reset()
         self._drawings = drawings
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_unused_back()
         for job in jobs:
             job.slots, job.left, job.versions, job.handles = [], 0, [], {}
         self._waiting = [job for job in jobs if not job.future.done()]
@@ -287,13 +294,13 @@ class NativeSampler:
         rows, prompts = max(rows, min(all_rows, most_rows)), max(prompts, min(len(everyone), most_prompts))
         if self._cache is None:
             self._cache = self.model.decoding_cache(prompts, longest, rows, tokens, dtype=self._cache_dtype)
-        self._cache.reserve(prompts, longest, rows, tokens)
+        self._cache.reserve(prompts + self._repeated, longest, rows, tokens)
         self._table.reserve(sum(job.request.n for job in admitted), tokens)
 
     def _prefill(self, admitted: list[Job]) -> None:
         """Prefill new requests; of those that continue a kept completion, only the tokens after its cached prefix."""
         device = self.model.device
-        kept = {job: found for job in admitted if (found := self._find_kept(job.request)) is not None}
+        kept = {job: found for job in admitted if self._cache.continues and (found := self._kept.take(job.request)) is not None}
         fresh, continued = [job for job in admitted if job not in kept], list(kept)
         parts = [self._hidden_RH] if len(self._hidden_RH) else []
         for jobs in (fresh, continued):
@@ -312,19 +319,31 @@ class NativeSampler:
         self._hidden_RH = torch.cat(parts)
 
     def _recompute(self) -> None:
-        """Compute the keys and values of all rows under way anew, from their prompts and what they have written so far."""
+        """Compute the keys and values of all rows under way anew, from their prompts and what they have written so far: with half
+        as many tokens at once where memory does not suffice."""
+        jobs, most = list(dict.fromkeys(self._running[slot] for slot in self._slots_R.tolist())), TOKENS_AT_ONCE
+        while not self._restored(at_once(jobs, self._running, self._table, most)):
+            most //= 2
+            give_unused_back()
         self._stale = False
+
+    def _restored(self, parts: list[list[tuple[Job, list[int]]]]) -> bool:
+        """Compute parts one after the other; False if memory does not suffice, and parts can be smaller."""
         self._cache.clear()
-        if not len(self._slots_R):
-            return
-        jobs = list(dict.fromkeys(self._running[slot] for slot in self._slots_R.tolist()))
-        parts, order = [], []
-        for together in at_once(jobs, self._table, self._cache.joins):
-            slots = [[slot for slot in job.slots if slot in self._running] for job in together]
-            prompts = [job.request.prompt.to(self.model.device) for job in together]
-            parts.append(self._cache.restore(prompts, [[self._table.tokens(slot) for slot in of_job] for of_job in slots]))
-            order += [slot for of_job in slots for slot in of_job]
-        self._hidden_RH, self._slots_R = torch.cat(parts), torch.tensor(order, device=self._slots_R.device)
+        pieces, hidden = [piece for part in parts for piece in part], [self._hidden_RH[:0]]
+        try:
+            self._repeated = len(pieces) - len({job for job, _ in pieces})
+            self._cache.reserve(len(pieces), 0, 0, 0)
+            for part in parts:
+                prompts = [job.request.prompt.to(self.model.device) for job, _ in part]
+                hidden.append(self._cache.restore(prompts, [[self._table.tokens(slot) for slot in slots] for _, slots in part]))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or len(parts) == len(self._slots_R):
+                raise
+            return False
+        order = [slot for _, slots in pieces for slot in slots]
+        self._hidden_RH, self._slots_R = torch.cat(hidden), self._slots_R.new_tensor(order)
+        return True
 
     def _take_slots(self, job: Job) -> None:
         n = job.request.n
@@ -379,7 +398,3 @@ class NativeSampler:
         """Copy a row's keys and values, and return their handle. The newest token has not been run yet, so it has none."""
         written = self._table.tokens(slot).tolist()[:-1]
         return self._kept.add(Kept([*job.request.prompt.tolist(), *written], self._cache.prefix(row)), self.max_rows)
-
-    def _find_kept(self, request: Request) -> Kept | None:
-        """What the request continues, if it has been kept."""
-        return self._kept.take(request) if self._cache.continues else None

@@ -1,16 +1,15 @@
 """The native engine behind vLLM's routes: what `groupwise serve` runs. See `groupwise.rollouts.wire` for the bodies."""
 
 import asyncio
-import json
 import signal
 import socket
-import sys
 import time
-import traceback
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -27,19 +26,16 @@ from groupwise.models.published import Published
 from groupwise.rollouts import wire
 from groupwise.rollouts.base import Request, Sampling
 from groupwise.rollouts.chatting import CHAT, ChatBody, ChatCompletions
+from groupwise.rollouts.handling import Unavailable, explained, is_loopback, read_json, unless_gone
 from groupwise.rollouts.native import NativeSampler
 from groupwise.types import Batch, Completion
 
-Result = TypeVar("Result")
-Handler = Callable[[HttpRequest], Awaitable[Response]]
 KEPT_OPEN, FAREWELL = 600, 2
 """Seconds for which a connection that says nothing is kept open, and for which requests are answered after a signal."""
+MOST_SCORED = 32768
+"""Tokens of a prompt whose log-probabilities may be asked for."""
 FIRST = "0"
 """The id of the weights that a server starts with."""
-
-
-class Unavailable(RunError):
-    """There is nothing to sample with until other weights are loaded."""
 
 
 class Served:
@@ -54,14 +50,15 @@ class Served:
         self.sampler, self.name = sampler, name
         self.chat = ChatCompletions(chat, default, self.generate, self.id_of)
         self.paused = False
-        self._draining = False
-        """Whether a pause waits for the requests under way."""
+        self._drain: asyncio.Task[Any] | None = None
+        """While a pause waits for the requests under way: that they end."""
         self._ids = [FIRST]
         """Of the weights that were loaded, in order: the sampler's version is an index."""
         self._damage: str | None = None
         """Why the weights are no model's: reading them failed on the way."""
         self._at_weights = asyncio.Lock()
         """Held while weights change, and while log-probabilities are computed outside of the sampler."""
+        self._scoring = ThreadPoolExecutor(1)  # one thread: PyTorch's own threads are made anew for each that calls it
         self._open = asyncio.Event()
         """Set while requests are taken up."""
         self._open.set()
@@ -85,7 +82,7 @@ class Served:
             Aborted: `pause` ended it.
             RunError: sampling failed.
         """
-        self._check(request)
+        self.check(request)
         self._held += 1
         try:
             await self._open.wait()
@@ -98,6 +95,7 @@ class Served:
             return await task
         except asyncio.CancelledError:
             if task in self._aborted:
+                self._check_weights()
                 raise wire.Aborted("the request was ended by /pause?mode=abort") from None
             raise
         finally:
@@ -105,12 +103,18 @@ class Served:
             self._under_way.discard(task)
             self._aborted.discard(task)
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """
+        Raises:
+            UserError: the model cannot be given such a request.
+        """
         config = self.sampler.model.config
         vocabulary, limit = config.vocab_size, getattr(config, "max_position_embeddings", None)
         for where, tokens in (("token_ids", request.prompt.tolist()), ("stop_token_ids", request.sampling.stop_tokens)):
             if tokens and (largest := max(tokens)) >= vocabulary:
                 raise UserError(f"{where}: {largest} is no token: the vocabulary has {vocabulary}")
+        if request.n > (rows := self.sampler.asked_rows):
+            raise UserError(f"n: {request.n} completions are more than the rows generated at once, rollouts.max_rows = {rows}")
         length, most = len(request.prompt), request.sampling.max_tokens
         if limit is not None and length + most > limit:
             raise UserError(f"max_tokens: a prompt of {length} tokens and {most} more exceed the model's {limit} positions")
@@ -121,9 +125,21 @@ class Served:
             raise Unavailable(f"no weights: {self._damage}")
 
     async def prompt_logprobs(self, tokens: Tensor) -> Tensor:
-        """float32 [L - 1]: the log-probability of each of these tokens but the first, int64 [L], at the temperature 1."""
+        """float32 [L - 1]: the log-probability of each of these tokens but the first, int64 [L], at the temperature 1.
+
+        Raises:
+            UserError: there are too many.
+        """
+        if len(tokens) > MOST_SCORED:
+            raise UserError(f"prompt_logprobs: at most {MOST_SCORED} tokens are scored at once, not {len(tokens)}")
         if len(tokens) < 2:
             return torch.zeros(0)
+        async with self._still():
+            self._check_weights()
+            return await asyncio.get_running_loop().run_in_executor(self._scoring, self._score, tokens)
+
+    @torch.no_grad()
+    def _score(self, tokens: Tensor) -> Tensor:
         rest, one = tokens[1:], torch.zeros(1, dtype=torch.long)
         batch = Batch(
             prompts=(tokens[:1],),
@@ -134,10 +150,7 @@ class Served:
             mask_BT=torch.ones(1, len(rest), dtype=torch.bool),
             rollout_logprobs_BT=torch.zeros(1, len(rest)),
         )
-        async with self._at_weights:
-            self._check_weights()
-            with torch.no_grad():
-                logprobs_BT, _ = self.sampler.model.completion_logprobs(batch.to(self.sampler.model.device))
+        logprobs_BT, _ = self.sampler.model.completion_logprobs(batch.to(self.sampler.model.device))
         return logprobs_BT[0].cpu()
 
     # --- weights and pauses
@@ -149,37 +162,57 @@ class Served:
             UserError: they are another model's. Nothing has changed.
             RunError: they could not be read. There is nothing to sample with until others are loaded.
         """
+        async with self._still():
+            published = await asyncio.to_thread(Published, self.sampler.model, directory)
+            try:
+                await asyncio.to_thread(published.load)
+            except UserError:
+                raise
+            except Exception as error:  # a disk, or a damaged file
+                self._damage = f"{directory} could not be read: {first_line(error)}"
+                self.abort()  # nothing may be sampled from weights of which some are new and some are not
+                raise Unavailable(self._damage) from error
+            self._damage = None
+            self._ids.append(name)
+            self.sampler.load(self.sampler.model, len(self._ids) - 1)
+
+    @asynccontextmanager
+    async def _still(self) -> AsyncIterator[None]:
+        """Within: no decoding step runs, and weights change by nobody else."""
         async with self._at_weights:
             self.sampler.pause()
             try:
-                published = await asyncio.to_thread(Published, self.sampler.model, directory)
-                try:
-                    await asyncio.to_thread(published.load)
-                except UserError:
-                    raise
-                except Exception as error:  # a disk, or a damaged file
-                    self._damage = f"{directory} could not be read: {first_line(error)}"
-                    raise Unavailable(self._damage) from error
-                self._damage = None
-                self._ids.append(name)
-                self.sampler.load(self.sampler.model, len(self._ids) - 1)
+                yield
             finally:
-                if not self.paused or self._draining:
+                if not self.paused or self._drain is not None:
                     self.sampler.resume()
 
     async def pause(self, mode: str) -> None:
-        """Run no decoding step from now on ("keep"), once all requests are done ("wait"), or end them all ("abort")."""
+        """Run no decoding step from now on ("keep"), once all requests are done ("wait"), or end them all ("abort").
+
+        A "wait" ends when another mode or `resume` takes its place.
+        """
         self.paused = True
         self._open.clear()
+        if mode == "wait" and self._under_way:
+            drain = self._drain = self._drain or asyncio.ensure_future(asyncio.wait(self._under_way))
+            self._go_on()  # an earlier pause may have kept them
+            try:
+                await asyncio.wait({drain})
+            finally:
+                if self._drain is drain:
+                    self._drain = None
+        else:
+            self._end_drain()
         if mode == "abort":
             self.abort()
-        elif mode == "wait" and self._under_way:
-            self._draining = True
-            self._go_on()  # an earlier pause may have kept them
-            await asyncio.wait(self._under_way)
-            self._draining = False
-        if self.paused:  # no /resume came while it waited
+        if self.paused and self._drain is None:  # no /resume, nor another wait, came while it waited
             self.sampler.pause()
+
+    def _end_drain(self) -> None:
+        if self._drain is not None:
+            self._drain.cancel()
+            self._drain = None
 
     def abort(self) -> None:
         """End all requests under way."""
@@ -190,6 +223,7 @@ class Served:
     def resume(self) -> None:
         """Go on."""
         self.paused = False
+        self._end_drain()
         self._open.set()
         self._go_on()
 
@@ -217,13 +251,14 @@ class Served:
 # --- routes
 
 
-def make_app(served: Served) -> Starlette:
-    """The routes."""
+def make_app(served: Served, host: str) -> Starlette:
+    """The routes; `host`: the address that is listened at."""
 
     async def generate(http: HttpRequest) -> Response:
         body = wire.parsed(wire.GenerateBody, await read_json(http))
         _check_name(served, body.model)
         request = body.request()
+        served.check(request)
         scored = body.sampling_params.prompt_logprobs is not None
         prompt_logprobs = await served.prompt_logprobs(request.prompt) if scored else None
         try:
@@ -261,12 +296,13 @@ def make_app(served: Served) -> Starlette:
         model = {"id": served.name, "object": "model", "owned_by": "groupwise", "weight_version": served.health()["id"]}
         return JSONResponse({"object": "list", "data": [model]})
 
+    handled = partial(explained, local=is_loopback(host))
     routes = {wire.GENERATE: generate, CHAT: chat, wire.LOAD: load, wire.PAUSE: pause, wire.RESUME: resume}
     return Starlette(
         routes=[
-            *(Route(path, explained(handler), methods=["POST"]) for path, handler in routes.items()),
-            Route(wire.HEALTH, explained(health)),
-            Route("/v1/models", explained(models)),
+            *(Route(path, handled(handler), methods=["POST"]) for path, handler in routes.items()),
+            Route(wire.HEALTH, handled(health)),
+            Route("/v1/models", handled(models)),
         ]
     )
 
@@ -274,63 +310,6 @@ def make_app(served: Served) -> Starlette:
 def _check_name(served: Served, name: str | None) -> None:
     if name is not None and name != served.name:
         raise UserError(f"model: {name!r} is not served here; {served.name!r} is")
-
-
-async def read_json(http: HttpRequest) -> Any:
-    """The body of a request.
-
-    Raises:
-        UserError: it is no JSON.
-    """
-    if not http.headers.get("content-type", "").startswith("application/json"):  # else any web page could send it
-        raise UserError("the header Content-Type must be application/json")
-    try:
-        return json.loads(await http.body())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"the body is no JSON: {first_line(error)}") from error
-
-
-async def unless_gone(http: HttpRequest, work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of some work, which is cancelled when the client closes the connection."""
-
-    async def gone() -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
-
-    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ConnectionResetError("the client has gone")
-        return task.result()
-    finally:
-        task.cancel()
-        watch.cancel()
-
-
-def explained(handler: Handler) -> Handler:
-    """A handler whose errors become JSON, as {"error": {"message", "type", "code"}}."""
-
-    async def handle(http: HttpRequest) -> Response:
-        try:
-            return await handler(http)
-        except UserError as error:
-            return _error(400, "invalid_request", str(error))
-        except ConnectionResetError as error:
-            return _error(499, "client_closed_request", str(error))
-        except (wire.Aborted, Unavailable) as error:
-            return _error(503, "unavailable", str(error))
-        except RunError as error:
-            return _error(500, "failed", str(error))
-        except Exception as error:  # a bug must not end the server, and its traceback is no business of the client's
-            traceback.print_exception(error, file=sys.stderr)
-            return _error(500, "failed", f"{type(error).__name__}: {first_line(error)}")
-
-    return handle
-
-
-def _error(code: int, kind: str, message: str) -> Response:
-    return JSONResponse({"error": {"message": message, "type": kind, "code": code}}, status_code=code)
 
 
 # --- the process

@@ -32,11 +32,14 @@ HEALTH = "/health"
 """Response: {"id": of the weights, "model": the path it was started with, "waiting": requests, "rows": being generated, "kept":
 completions that can be continued, "steps": decoding steps so far, "paused": whether, "seconds": since the start}. While rows are
 being generated and `steps` stands still, the engine hangs."""
-Count = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+NotNegative = Annotated[int, Field(ge=0, lt=2**63)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+Stop = Annotated[str, Field(min_length=1)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 One = Annotated[float, Field(ge=1, le=1)]
-Token = NotNegative
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+TopK = Annotated[int, Field(ge=-1, lt=2**31)]
 
 
 class Aborted(RunError):
@@ -58,12 +61,12 @@ class SamplingParameters(Body):
     temperature: Annotated[float, Field(ge=0)] = 1.0
     """0: take the likeliest token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=-1)] = 0
+    top_k: TopK = 0
     """0 and -1: no limit."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    seed: NotNegative | None = None
+    seed: Seed | None = None
     """None: another one for each request."""
-    stop: str | list[str] | None = None
+    stop: Stop | list[Stop] | None = None
     stop_token_ids: list[Token] | None = None
     logprobs: Literal[0] | None = None
     """0: the log-probability of each sampled token."""
@@ -93,7 +96,8 @@ class SamplingParameters(Body):
 class NativeFields(Body):
     """What only the native engine does; see `Request`."""
 
-    offset: NotNegative = 0
+    offset: Annotated[int, Field(ge=0, le=2**32)] = 0
+    """Limited, since random numbers are passed over one by one while nothing else runs."""
     keep: bool = False
     continues: NotNegative | None = None
 

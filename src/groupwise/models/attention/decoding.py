@@ -35,6 +35,11 @@ class Prefix:
     def __len__(self) -> int:
         return self.keys[0].shape[2]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
 
 @dataclass(slots=True)
 class Stack:
@@ -127,8 +132,13 @@ class DecodingCache:
                 wanted[dimension] = max(wanted[dimension], 2 * had[dimension])
         P, R, T = len(self.lengths_P), len(self.prompt_R), self._longest
         L = int(self.lengths_P.max()) if P else 0
+        before, unit = self.stacks, self._unit
         self.capacity = wanted[0], wanted[1], wanted[2], wanted[3]
-        before, self.stacks = self.stacks, self._allocate()
+        try:
+            self.stacks = self._allocate()
+        except (RuntimeError, MemoryError):  # the buffers are the old ones
+            self.capacity, self._unit = had, unit
+            raise
         for old, new in zip(before, self.stacks, strict=True):
             new.prompt_keys[:, :P, :, :L], new.prompt_values[:, :P, :, :L] = (
                 old.prompt_keys[:, :P, :, :L],
