@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 import groupwise as gw
 from groupwise.cluster import launch_of, weights
 from groupwise.cluster.launch import launch
+from groupwise.cluster.layout import learner_piece, sampler_pieces
 from groupwise.cluster.local import LocalLauncher
-from groupwise.cluster.piece import Piece
+from groupwise.cluster.piece import Piece, free_port
 from groupwise.config import Recipe, Source, find_recipe, load
 from groupwise.config.effects import effect
 from groupwise.config.trees import flat
@@ -256,8 +257,12 @@ def test_what_a_piece_starts_ends_with_it(tmp_path: Path) -> None:
 
 
 def test_a_sampler_that_cannot_start_ends_the_run_with_its_log(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"(?s)sampler 0 ended with exit status 127; the end of .*no-vllm: No such file"):
-        train(tmp_path / "failing", rollouts={"sampler": "vllm"}, cluster={"vllm": "no-vllm"})
+    (tmp_path / "broken").write_text("#!/nowhere/python\n")
+    (tmp_path / "broken").chmod(0o755)
+    with pytest.raises(RunError, match=r"(?s)sampler 0 ended with exit status 127; the end of .*broken: No such file"):
+        train(tmp_path / "failing", rollouts={"sampler": "vllm"}, cluster={"vllm": str(tmp_path / "broken")})
+    with pytest.raises(UserError, match=r"^cluster.vllm, given from Python: there is no program 'no-vllm'"):
+        train(tmp_path / "absent", rollouts={"sampler": "vllm"}, cluster={"vllm": "no-vllm serve"})
 
 
 def test_an_address_where_nothing_answers_ends_the_run(tmp_path: Path) -> None:
@@ -333,6 +338,16 @@ def test_published_weights_are_where_all_processes_see_them(tmp_path: Path) -> N
     ("changes", "message"),
     [
         ({"rollouts.sampler": "nativ"}, "rollouts.sampler: there is no sampler 'nativ'; did you mean 'native'?"),
+        ({"rollouts.sampler": ["native"]}, "rollouts.sampler: a list holds addresses: write 'native' without one"),
+        ({"rollouts.sampler": "http://[::1"}, "rollouts.sampler: there is no sampler 'http://[::1'"),
+        ({"rollouts.sampler": "http://a:abc"}, "rollouts.sampler: there is no sampler 'http://a:abc'"),
+        ({"rollouts.sampler": ["http://a:99999"]}, "rollouts.sampler: there is no sampler 'http://a:99999'"),
+        ({"cluster.timeout": 5.0}, "cluster.timeout: is read only where the run has other processes"),
+        ({"cluster.max_restarts": 1}, "cluster.max_restarts: is read only where the run starts"),
+        ({"rollouts.sampler": "http://a:1", "cluster.max_restarts": 1}, "cluster.max_restarts: is read only where"),
+        ({"cluster.gpus_per_sampler": 2}, "cluster.gpus_per_sampler: is read only where cluster.samplers"),
+        ({"cluster.samplers": 1, "cluster.vllm": "x"}, "cluster.vllm: is read only where rollouts.sampler = 'vllm'"),
+        ({"cluster.samplers": 1, "cluster.vllm_arguments": ["-x"]}, "cluster.vllm_arguments: is read only where"),
         ({"rollouts.sampler": ["http://a:1", "http://a:1/"]}, "rollouts.sampler: names an address twice"),
         ({"rollouts.sampler": "own.py:Own", "cluster.samplers": 1}, "cluster.samplers: a sampler of your own"),
         ({"rollouts.sampler": "own.py:Own", "cluster.learners": 1}, "cluster.learners: a sampler of your own"),
@@ -455,7 +470,17 @@ def test_the_kubernetes_manifest_has_the_form_of_a_ray_job() -> None:
     overrides = [words[index + 1] for index, word in enumerate(words) if word == "--set"]
     recipe, _ = load(find_recipe(None), Recipe, overrides)
     assert words[:4] == ["train", "/shared/recipe.toml", "--out", "/shared/run"]
-    assert recipe.cluster.launcher == "ray" and recipe.cluster.learners + recipe.cluster.samplers == gpus
+    pieces = [learner_piece(recipe, Path("recipe.toml"), ""), *sampler_pieces(recipe, Path("recipe.toml"))]
+    assert recipe.cluster.launcher == "ray" and sum(piece.gpus for piece in pieces) == gpus
+
+
+def test_a_ray_cluster_where_nobody_listens_is_said_at_once() -> None:
+    ray = importlib.import_module("groupwise.cluster.ray")
+    port = free_port("127.0.0.1")
+    for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", "127.0.0.1:abc"):
+        with pytest.raises(UserError, match=rf"^cluster.ray_address: Ray at {address} cannot be reached"):
+            ray.check_listens(address)
+    ray.check_listens("auto")
 
 
 def test_what_changed_settings_of_the_cluster_change() -> None:

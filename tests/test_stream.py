@@ -439,6 +439,65 @@ def test_a_synchronous_run_goes_on_asynchronously_and_not_back(tmp_path: Path) -
         third.resume(checkpoint)
 
 
+def test_a_state_whose_groups_would_be_too_old_under_new_settings_is_refused(tmp_path: Path) -> None:
+    """A lower bound, or smaller batches. With the same settings, or a higher bound, the run goes on."""
+    more = {"training.steps": 6, "training.eval_every": 6}
+    trainer, _ = trainer_of(stale(tmp_path, 4, **more), tmp_path / "one", delay=0.002)
+    trainer.train_step()
+    state = trainer.collector.state_dict()
+    trainer.collector.close()
+    assert len(state["running"]) + len(state["finished"]) == 20
+    for changes, fits in (({}, True), ({"cluster.staleness": 5}, True), ({"cluster.staleness": 1}, False)):
+        other, _ = trainer_of(stale(tmp_path, 4, **{**more, **changes}), tmp_path / str(changes))
+        if fits:
+            other.collector.load_state_dict(state)
+        else:
+            with pytest.raises(UserError, match=r"^cluster.staleness: 20 groups under way .* more than 1 steps"):
+                other.collector.load_state_dict(state)
+        other.collector.close()
+    other, _ = trainer_of(stale(tmp_path, 4, **more, **{"rollouts.prompts_per_step": 2}), tmp_path / "two")
+    with pytest.raises(UserError, match=r"leave cluster.staleness, cluster.window and rollouts.prompts_per_step as they were"):
+        other.collector.load_state_dict(state)
+    other.collector.close()
+
+
+def test_a_run_that_finds_no_group_can_go_on_with_other_problems(tmp_path: Path) -> None:
+    """What was refused before does not count against the limit again, and is used up by the next batch."""
+    easy = {"algorithm.name": "dapo", "rollouts.max_rounds": 2, "rollouts.max_failed_groups": 99, "training.steps": 2}
+    (tmp_path / "data.jsonl").write_text("".join(f'{{"prompt": "{i}+1=", "answer": "{i + 1}"}}\n' for i in range(30)))
+    (tmp_path / "mine.py").write_text("def same(completions, **_):\n    return [1.0] * len(completions)\n")
+    task = {"name": "dataset", "path": str(tmp_path / "data.jsonl"), "reward": f"{tmp_path}/mine.py:same"}
+    trainer, pieces = trainer_of(stale(tmp_path, 1, **easy, task=task), tmp_path / "run")
+    with pytest.raises(RunError, match=r"step 1: dynamic sampling found 0 groups to train on"):
+        trainer.train()
+    code = "def same(completions, **_):\n    return [float(i) for i in range(len(completions))]\n"
+    (tmp_path / "mine.py").write_text(code)
+    ready = stale(tmp_path, 1, **easy, task=task)
+    again = Trainer(ready, RunDirectory(tmp_path / "run", None), pieces=pieces)
+    checkpoint, _ = checkpoints.newest(tmp_path / "run" / "checkpoints")
+    assert checkpoint is not None and checkpoint.step == 0
+    again.resume(checkpoint)
+    again.train()
+    found = ledger(tmp_path / "run")
+    assert check(found) == [] and [entry.step for entry in found] == [1, 2]
+    assert sum(map(len, found[0].dropped.values())) >= 8
+
+
+def test_a_synchronous_run_that_goes_on_asynchronously_corrects_what_is_stale(tmp_path: Path) -> None:
+    """Its settings hold the synchronous default, which nobody chose."""
+    (tmp_path / "r.toml").write_text("")
+    changes = {**SETTINGS, "training.steps": 1, "training.eval_every": 1, "cluster.samplers": 1}
+    session.run(session.plan(tmp_path / "r.toml", out=tmp_path / "run", changes=changes), Terminal(quiet=True), launch=beside)
+    for asked, correction in (({}, "tis"), ({"algorithm.correction": "none"}, "none")):
+        given = {"cluster.staleness": 1, "training.steps": 2, **asked}
+        plan = session.plan(resume=tmp_path / "run", changes=given)
+        assert plan.resumption is not None
+        plan.resumption.lock.close()
+        ready = prepare(plan.recipe, plan.source)
+        assert ready.algorithm.choice("correction") == correction
+        assert any("algorithm.correction" in hint for hint in ready.hints()), "it is said"
+
+
 def test_samplers_that_die_cost_no_group(tmp_path: Path) -> None:
     """Two processes of `groupwise serve`, one of which is killed with requests under way: the other makes them again."""
     (tmp_path / "r.toml").write_text("")

@@ -3,6 +3,8 @@
 import asyncio
 import re
 import secrets
+import shlex
+import shutil
 import threading
 import time
 from collections import Counter, deque
@@ -238,13 +240,20 @@ def make_launcher(ready: Ready, pieces: Sequence[Piece], logs: Path) -> Launcher
     """What starts these pieces.
 
     Raises:
-        UserError: there are too few GPUs for them, or Ray is not there.
+        UserError: there are too few GPUs for them, or Ray or vLLM is not there.
     """
     recipe = ready.recipe
     if recipe.cluster.launcher == "ray":
         from groupwise.cluster.ray import RayLauncher
 
-        return RayLauncher(logs, pieces, recipe.cluster.ray_address)
+        launcher = RayLauncher(logs, pieces, recipe.cluster.ray_address)
+        if recipe.cluster.ray_address and recipe.model.device == "auto" and not uses_gpus(recipe) and (there := launcher.gpus()):
+            launcher.stop()
+            text = f"'auto' finds no GPU on this machine, and the Ray cluster has {there:g}: set it to 'cuda', or to 'cpu'"
+            raise ready.source.error("model.device", text)
+        return launcher
+    if sampler_kind(recipe) == "vllm" and shutil.which(program := shlex.split(recipe.cluster.vllm)[0]) is None:
+        raise ready.source.error("cluster.vllm", f"there is no program {program!r} that can be run")
     gpus = visible_gpus() if uses_gpus(recipe) else []
     check_gpus(recipe, ready.source, len(gpus))
     return LocalLauncher(logs, gpus if learns_elsewhere(recipe) else gpus[1:])  # the first one is this process's

@@ -5,6 +5,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -14,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from groupwise.cluster.local import HostedProcess, open_log, threads_of
 from groupwise.cluster.piece import Piece, end_of, ended, free_port
@@ -30,6 +32,8 @@ START_LIMIT, ANSWER_LIMIT = 300.0, 20.0
 """Seconds in which an actor must be there, and in which it must answer."""
 CONNECT_LIMIT = 120.0
 """Seconds in which a Ray of our own must be there."""
+LISTEN_LIMIT = 5.0
+"""Seconds in which a connection to an existing cluster must be there."""
 LOOKS = 0.5
 """Seconds between two looks at an actor."""
 
@@ -42,7 +46,8 @@ class Host:
 
         self.piece = piece
         self.node = ray.util.get_node_ip_address()
-        self.log = Path(tempfile.mkdtemp(prefix="groupwise-")) / piece.log_name
+        self.directory = tempfile.TemporaryDirectory(prefix="groupwise-")
+        self.log = Path(self.directory.name) / piece.log_name
         self.process: HostedProcess | None = None
         self.starts = 0
 
@@ -71,6 +76,10 @@ class Host:
             self.process.end(at_once=at_once)
             self.process.wait()
             self.process = None
+
+    def leave(self) -> None:
+        """Remove what is on the node, after the process has ended."""
+        self.directory.cleanup()
 
 
 @dataclass(slots=True)
@@ -136,6 +145,10 @@ class RayLauncher:
             except ray.exceptions.RayError as error:
                 raise RunError(f"Ray cannot start {name}: {first_line(error)}") from error
 
+    def gpus(self) -> float:
+        """Of the whole cluster."""
+        return float(self._ray.cluster_resources().get("GPU", 0))
+
     def failure(self, name: str) -> str | None:
         """See `Launcher.failure`."""
         placed = self._pieces[name]
@@ -151,6 +164,8 @@ class RayLauncher:
         for placed in self._pieces.values():
             if placed.actor is not None:
                 self._look(placed)
+        with suppress(ray.exceptions.RayError):
+            ray.get([actor.leave.remote() for actor in actors], timeout=ANSWER_LIMIT)
         with suppress(ray.exceptions.RayError):
             for actor in actors:
                 ray.kill(actor)
@@ -271,6 +286,8 @@ def connect(ray: Any, address: str, cluster: OwnCluster | None) -> None:
     Raises:
         UserError: it does not answer.
     """
+    if cluster is None:
+        check_listens(address)
     deadline = time.monotonic() + (CONNECT_LIMIT if cluster is not None else 0)
     while True:
         try:
@@ -280,9 +297,24 @@ def connect(ray: Any, address: str, cluster: OwnCluster | None) -> None:
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             ended_early = cluster is not None and cluster.process.status() is not None
             if ended_early or time.monotonic() > deadline:
-                where = "on this machine" if cluster is not None else f"at {address}"
-                raise UserError(f"Ray {where} cannot be reached: {first_line(error)}") from error
+                where = "Ray on this machine" if cluster is not None else f"cluster.ray_address: Ray at {address}"
+                raise UserError(f"{where} cannot be reached: {first_line(error)}") from error
             time.sleep(LOOKS)
+
+
+def check_listens(address: str) -> None:
+    """Find out quickly whether anything listens at "host:port" or "ray://host:port". Ray itself takes minutes.
+
+    Raises:
+        UserError: nothing does.
+    """
+    try:
+        parts = urlsplit(address if "://" in address else f"//{address}")
+        host, port = parts.hostname, parts.port
+        if host and port:
+            socket.create_connection((host, port), LISTEN_LIMIT).close()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cluster.ray_address: Ray at {address} cannot be reached: {error}") from error
 
 
 @contextmanager

@@ -104,6 +104,7 @@ def check_processes(recipe: Recipe, source: Source) -> None:
         UserError: naming the key.
     """
     _check_sampler(recipe, source)
+    _check_read(recipe, source)
     _check_asynchronous(recipe.cluster, samples_elsewhere(recipe), source)
     _check_launcher(recipe, source)
     if has_processes(recipe):
@@ -117,8 +118,9 @@ def check_processes(recipe: Recipe, source: Source) -> None:
 def _check_sampler(recipe: Recipe, source: Source) -> None:
     kind, cluster, sampler = sampler_kind(recipe), recipe.cluster, recipe.rollouts.sampler
     for address in addresses(recipe):
-        parts = urlsplit(address)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if address in ("vllm", *SAMPLERS):
+            raise source.error("rollouts.sampler", f"a list holds addresses: write {address!r} without one")
+        if not is_address(address):
             known = nearest(address, ("vllm", *SAMPLERS))
             text = f"there is no sampler {address!r}{known} (an address is written as http://host:port)"
             raise source.error("rollouts.sampler", text)
@@ -135,14 +137,39 @@ def _check_sampler(recipe: Recipe, source: Source) -> None:
         raise source.error("cluster.samplers", text)
 
 
+def is_address(text: str) -> bool:
+    """Whether it is written as http://host:port."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a bracket without its other one, or a port that is no number up to 65535
+        return False
+
+
+def _check_read(recipe: Recipe, source: Source) -> None:
+    """Refuse settings of [cluster] that this run would not read."""
+    cluster, kind, stale = recipe.cluster, sampler_kind(recipe), recipe.cluster.staleness > 0
+    samples, starts = started_samplers(recipe), bool(started_samplers(recipe) or recipe.cluster.learners)
+    asynchronous, servers = "cluster.staleness is above 0", "rollouts.sampler = 'vllm'"
+    where = {
+        "window": (stale, asynchronous),
+        "partial": (stale, asynchronous),
+        "ray_address": (cluster.launcher == "ray", "cluster.launcher = 'ray'"),
+        "gpus_per_sampler": (samples > 0, "cluster.samplers is above 0"),
+        "vllm": (kind == "vllm", servers),
+        "vllm_arguments": (kind == "vllm", servers),
+        "timeout": (has_processes(recipe), "the run has other processes"),
+        "max_restarts": (starts, "the run starts other processes"),
+    }
+    for key, (is_read, text) in where.items():
+        if not is_read and getattr(cluster, key) != ClusterSection.model_fields[key].get_default():
+            raise source.error(f"cluster.{key}", f"is read only where {text}")
+
+
 def _check_asynchronous(cluster: ClusterSection, elsewhere: bool, source: Source) -> None:
     if cluster.staleness and not elsewhere:
         text = "this process cannot sample while it learns: set cluster.samplers to 1 or more, or staleness to 0"
         raise source.error("cluster.staleness", text)
-    if not cluster.staleness:
-        for key, default in (("window", 1), ("partial", True)):
-            if getattr(cluster, key) != default:
-                raise source.error(f"cluster.{key}", "is read only where cluster.staleness is above 0")
 
 
 def _check_launcher(recipe: Recipe, source: Source) -> None:
@@ -150,8 +177,6 @@ def _check_launcher(recipe: Recipe, source: Source) -> None:
     starts = started_samplers(recipe) or cluster.learners
     if cluster.launcher == "ray" and not starts:
         raise source.error("cluster.launcher", "starts nothing: set cluster.samplers or cluster.learners")
-    if cluster.ray_address and cluster.launcher != "ray":
-        raise source.error("cluster.ray_address", "is read only where cluster.launcher = 'ray'")
     if cluster.weights and not samples_elsewhere(recipe):
         raise source.error("cluster.weights", "no other process samples, so that no weights are published")
     if cluster.weights and not Path(cluster.weights).is_dir():

@@ -115,6 +115,11 @@ def resumed_recipe(
         key = next(key for key in (ours or theirs) if ours.get(key, math.nan) != theirs.get(key, math.nan))
         raise source.error(f"model.lora.{key}", "[model.lora] cannot change in a run, whose adapters have its form")
     _check_base(settings.model.path, before.model.path, found, source)
+    kept = "correction" in source.changed("algorithm") or settings.algorithm.get("correction") != "none"
+    if settings.cluster.staleness and not before.cluster.staleness and not kept:
+        # The run's file holds what the synchronous run chose by default; `with_correction` chooses for an asynchronous one.
+        algorithm = {key: value for key, value in settings.algorithm.items() if key != "correction"}
+        settings = settings.model_copy(update={"algorithm": algorithm})
     return settings, source
 
 

@@ -15,6 +15,7 @@ import torch
 
 from groupwise.algorithms import Algorithm
 from groupwise.config import Recipe
+from groupwise.errors import UserError
 from groupwise.rollouts.admission import Admission
 from groupwise.rollouts.driver import CLOSE_LIMIT, LoopThread
 from groupwise.rollouts.groups import Rollouts
@@ -78,6 +79,8 @@ class Stream:
         self._finished: dict[int, Finished] = {}
         self._refused = 0
         """How many of them are dropped."""
+        self._refused_before = 0
+        """How many of those were in the state that was loaded, until the next batch."""
         self._used: dict[int, Finished] = {}
         """What the step under way has used up."""
         self._history = self.supply.history
@@ -154,16 +157,16 @@ class Stream:
 
     @property
     def _is_exhausted(self) -> bool:
-        """Whether so many groups were dropped since the last batch that the next one is to be what there is."""
+        """Whether so many groups were dropped, since the last batch or a resume, that the next one is to be what there is."""
         limit = self.recipe.rollouts.max_rounds * self._prompts
-        return self.algorithm.dynamic_sampling and self._refused >= limit
+        return self.algorithm.dynamic_sampling and self._refused - self._refused_before >= limit
 
     def _use(self, chosen: list[int], step: int, started: float) -> Collected:
         """The batch of these groups; with it go the dropped groups before the last of them, or all where it is not full."""
         full = len(chosen) == self._prompts
         used = sorted(position for position in self._finished if not full or position <= chosen[-1])
         self.admission.take(chosen)
-        self._filled = step + 1
+        self._filled, self._refused_before = step + 1, 0
         self._used = {position: self._finished.pop(position) for position in used}
         batch, dropped = [self._used[position] for position in chosen], dict[str, list[Group]]()
         for item in self._used.values():
@@ -205,7 +208,7 @@ class Stream:
         self.admission.put_back(position for position, item in self._used.items() if item.dropped is None)
         self._refused += sum(item.dropped is not None for item in self._used.values())
         self._finished |= self._used
-        self._used, self.supply.history = {}, self._history
+        self._used, self.supply.history, self._filled = {}, self._history, self._done
 
     # --- groups
 
@@ -243,7 +246,8 @@ class Stream:
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # the user's parts may raise anything, which is the main thread's to hear of
-            self._fail(error)
+            if running is self._running:
+                self._fail(error)
 
     def _finish(self, position: int, group: Group, generated: float) -> None:
         dropped = self.supply.why_dropped(group)
@@ -265,6 +269,7 @@ class Stream:
     async def _snapshot(self) -> tuple[dict[str, Any], list[Finished]]:
         state = {
             **self.supply.state_dict(),
+            "step": self._filled,
             "begun": self.admission.begun,
             "chunks": self._chunks,
             "ahead": [(drawn.index, drawn.n) for drawn in self._ahead],
@@ -280,6 +285,7 @@ class Stream:
             await asyncio.wait(tasks, timeout=CLOSE_LIMIT)
         self.supply.load_state_dict(state)
         self._clear()
+        self._done = self._filled = state.get("step", 0)  # a `Collector` does not say, and leaves no groups to be trained on
         self._chunks = state["chunks"]
         self._ahead.extend(Drawn(index, self.supply.problem(index), n) for index, n in state["ahead"])
         for position, index, n in state["running"]:
@@ -289,9 +295,29 @@ class Stream:
             group = unpacked(tree)
             assert group.position is not None
             self._finished[group.position] = Finished(group=group, done=done, dropped=dropped)
-        self._refused = sum(item.dropped is not None for item in self._finished.values())
+        self._refused = self._refused_before = sum(item.dropped is not None for item in self._finished.values())
         kept = [position for position, item in self._finished.items() if item.dropped is None]
+        self._check_ages(kept)
         self.admission.load_state_dict({"begun": state["begun"], "running": self._unbegun, "finished": kept, "taken": 0})
+
+    def _check_ages(self, kept: list[int]) -> None:
+        """Whether groups that are under way fit these settings, which may have changed since they were begun.
+
+        Args:
+            kept: positions of those that are finished and not dropped.
+
+        Raises:
+            UserError: some would be too old when they are trained on.
+        """
+        most, under_way = self.admission.largest_age, sorted([*kept, *self._unbegun])
+        ages = {position: self._done + place // self._prompts - self._finished[position].done
+                for place, position in enumerate(under_way) if position in self._finished}  # fmt: skip
+        if len(under_way) > self.admission.free or max(ages.values(), default=0) > most:
+            raise UserError(
+                f"cluster.staleness: {len(under_way)} groups under way were begun with other settings, and some would be trained "
+                f"on more than {most} steps after their beginning, the most with these: leave cluster.staleness, cluster.window "
+                "and rollouts.prompts_per_step as they were"
+            )
 
 
 PACKED = ("tokens", "logprobs", "mask")

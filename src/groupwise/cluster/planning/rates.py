@@ -65,7 +65,7 @@ def find_gpu(name: str) -> Gpu:
         UserError: there is none of this name.
     """
     if (found := GPUS.get(name.lower())) is None:
-        raise UserError(f"--gpu: no data of {name!r}{nearest(name.lower(), GPUS)}; known: {', '.join(GPUS)}")
+        raise UserError(f"--gpu: no data of {name!r}{nearest(name.lower(), GPUS)}")
     return found
 
 
