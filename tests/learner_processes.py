@@ -61,7 +61,7 @@ class LearnerProcess:
         return None if status is None else f"exit status {status}"
 
     def stop(self) -> None:
-        self.process.end()
+        self.process.end(at_once=True)
         self.process.wait()
 
     def send(self, number: int = signal.SIGKILL) -> None:

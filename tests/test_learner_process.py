@@ -198,6 +198,31 @@ def test_two_processes_learn_as_one(host: LearnerProcess, tmp_path: Path) -> Non
         two.stop()
 
 
+def test_a_part_that_fails_in_one_of_two_processes_is_named(tmp_path: Path) -> None:
+    """And the learner is not started again, which would not help."""
+    recipe, part = tmp_path / "recipe.toml", tmp_path / "own.py"
+    part.write_text(FAILS)
+    recipe.write_text(RECIPE.replace("beta = 0.1", f'surrogate = "{part}:fails_on_one"'))
+    two = LearnerProcess(recipe, processes=2)
+    try:
+        batch = random_batch(make(recipe)[0].model)  # type: ignore[attr-defined]
+        with pytest.raises(RunError, match=r"process 1 of the learner: .*not with these rows") as failed:
+            two.learner.update(batch)
+        assert not isinstance(failed.value, LearnerLost)
+    finally:
+        two.stop()
+
+
+FAILS = """
+import os
+
+def fails_on_one(terms):
+    if os.environ.get("RANK") == "1":
+        raise ValueError("not with these rows")
+    return -terms.advantages_BT * terms.logprobs_BT, terms.logprobs_BT > 0
+"""
+
+
 # --- runs
 
 
