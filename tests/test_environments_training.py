@@ -18,6 +18,7 @@ from groupwise.models import Chat, LanguageModel, load_module, load_tokenizer
 from groupwise.rollouts.base import Sampling
 from groupwise.rollouts.episodes import Episodes
 from groupwise.rollouts.groups import Rollouts
+from groupwise.rollouts.jobs import KeptCompletions
 from groupwise.rollouts.native import NativeSampler
 from groupwise.tasks.tools import SearchTask
 from groupwise.training.batching import make_batch
@@ -71,15 +72,15 @@ def test_learner_and_sampler_agree_on_rows_of_several_turns(base: LanguageModel,
 
 def test_continued_turns_run_only_their_own_tokens(base: LanguageModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[tuple[int, int]] = []
-    find = NativeSampler._find_kept
+    take = KeptCompletions.take
 
-    def spy(self: NativeSampler, request: Any) -> Any:
-        kept = find(self, request)
+    def spy(self: KeptCompletions, request: Any) -> Any:
+        kept = take(self, request)
         if request.continues is not None:
             found.append((len(request.prompt), len(kept.prefix) if kept is not None else 0))
         return kept
 
-    monkeypatch.setattr(NativeSampler, "_find_kept", spy)
+    monkeypatch.setattr(KeptCompletions, "take", spy)
     task, chat = SearchTask(), Chat.build(tokenizer)
     environments = find_environments(EnvironmentSection(), task, Source(Path("recipe.toml"), ""))
     assert environments is not None

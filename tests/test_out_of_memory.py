@@ -17,7 +17,7 @@ from groupwise.learner.local import LocalLearner
 from groupwise.learner.micro_batches import Budget
 from groupwise.learner.optimiser import Optimiser
 from groupwise.models import LanguageModel
-from groupwise.rollouts.base import Sampling, requests
+from groupwise.rollouts.base import Request, Sampling, requests
 from groupwise.rollouts.driver import generate_all
 from groupwise.rollouts.native import NativeSampler
 from groupwise.training import sft
@@ -208,6 +208,45 @@ def test_generation_goes_on_with_fewer_rows(tokenizer: Any, monkeypatch: pytest.
     most = 2
     with pytest.raises(RunError, match=r"out of memory with one prompt and its 3 completions: .*rollouts\.group_size"):
         generate_all(sampler, asked)
+
+
+def test_what_was_kept_of_completions_is_given_up_first(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory runs out while anything is kept, and again with rows that are kept as they finish."""
+    model = owned(tiny_model("llama", tokenizer))
+    sampler = NativeSampler(model, tokenizer)
+    prompt = torch.tensor(tokenizer("1+1=").input_ids)
+    asked = [Request(prompt=prompt, sampling=Sampling(max_tokens=12), seed=seed, n=3, keep=True) for seed in range(2)]
+    expected = [generate_all(sampler, [request])[0] for request in asked]
+    assert len(sampler._kept) == 6
+    advance, failed = NativeSampler._advance, []
+
+    def limited(self: NativeSampler) -> None:
+        if len(self._kept) > 3:
+            failed.append(len(self._kept))
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes")
+        advance(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NativeSampler, "_advance", limited)
+        again = [generate_all(sampler, [request])[0] for request in asked]
+    assert failed and sampler.max_rows == 1024
+    for ours, theirs in zip(again, expected, strict=True):
+        assert [one.tokens.tolist() for one in ours] == [one.tokens.tolist() for one in theirs]
+
+
+def test_what_is_kept_is_bounded_in_memory(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = NativeSampler(owned(tiny_model("llama", tokenizer)), tokenizer)
+    asked = Request(prompt=torch.tensor([3, 4, 5]), sampling=Sampling(max_tokens=12), seed=0, n=8, keep=True)
+    generate_all(sampler, [asked])
+    kept = sampler._kept
+    sizes = [one.prefix.nbytes for one in kept._kept.values()]
+    assert len(sizes) == 8 and kept._bytes == sum(sizes)
+    kept._most_bytes = sum(sizes[-3:]) + 1
+    kept.drop([next(iter(kept._kept))])
+    generate_all(sampler, [replace(asked, n=1, seed=1)])
+    assert len(kept) <= 4 and kept._bytes == sum(one.prefix.nbytes for one in kept._kept.values()) <= kept._most_bytes
+    kept.clear()
+    assert kept._bytes == 0
 
 
 @pytest.fixture(scope="module")

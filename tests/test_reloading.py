@@ -89,3 +89,40 @@ def continues_on_new_weights(sampler: NativeSampler, module: Any, found: list[tu
     said = wait_for(sampler.generate(request))[0]
     assert sampler.health()["kept"] == kept - 1, "it was continued"
     torch.testing.assert_close(said.logprobs, logprobs(module, prompt, said.tokens), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"), [("qwen3", "auto"), ("qwen3", "transformers"), ("gpt2", "transformers"), ("qwen3_next", "auto")]
+)
+def test_the_tokens_that_are_computed_anew_at_once_are_few(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of one request are cut too; where memory does not suffice, more so, and as many rows are generated as before."""
+    module = zoo.build(name)
+    sampler = NativeSampler(LanguageModel(module, backend), zoo.tokenizer(), max_rows=6)
+    monkeypatch.setattr("groupwise.rollouts.native.TOKENS_AT_ONCE", 100)
+    seen: list[int] = []
+    make = sampler.model.decoding_cache
+
+    def limited(*arguments: Any, **options: Any) -> Any:
+        cache = make(*arguments, **options)
+        restore = cache.restore
+
+        def of_few(prompts: list[Tensor], rows: list[list[Tensor]]) -> Tensor:
+            tokens = sum(map(len, prompts)) + sum(len(row) for of_prompt in rows for row in of_prompt)
+            if tokens > 14 and sum(map(len, rows)) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            seen.append(tokens)
+            found: Tensor = restore(prompts, rows)
+            return found
+
+        cache.restore = of_few
+        return cache
+
+    monkeypatch.setattr(sampler.model, "decoding_cache", limited)
+    found, states = reload_twice(sampler, module)
+    assert len(seen) > 4 and sampler.max_rows == 6
+    for request, group in zip(REQUESTS[::3], found[::3], strict=True):
+        for completion in group:
+            for span in completion.versions:
+                module.load_state_dict(states[span.version])
+                expected = logprobs(module, request.prompt, completion.tokens)[span.start : span.end]
+                torch.testing.assert_close(completion.logprobs[span.start : span.end], expected, rtol=0, atol=1e-4)
