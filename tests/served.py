@@ -1,9 +1,15 @@
 """Samplers in processes of their own (`groupwise serve`), for tests that kill them."""
 
+import json
 import signal
 import socket
-from contextlib import suppress
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from tests.launcher import Launcher, Running
 
@@ -13,6 +19,48 @@ def free_port() -> int:
         found.bind(("127.0.0.1", 0))
         port: int = found.getsockname()[1]
         return port
+
+
+class Quiet(ThreadingHTTPServer):
+    daemon_threads, block_on_close = True, False
+
+    def handle_error(self, *_: object) -> None:
+        """The client has gone."""
+
+
+@contextmanager
+def answering(answers: Mapping[str, tuple[int, Any]]) -> Iterator[tuple[str, Counter[str]]]:
+    """A server that answers each path with this status and JSON, others with 404, and the status 0 by closing the connection;
+    gives its address, and how often each path was asked for."""
+    asked: Counter[str] = Counter()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("content-length", 0)))
+            asked[self.path] += 1
+            status, value = answers.get(self.path, (404, None))
+            if status == 0:
+                self.close_connection = True
+                return
+            body = json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with Quiet(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+        thread.join()
 
 
 class Servers:

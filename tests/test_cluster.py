@@ -35,6 +35,7 @@ from groupwise.training.pieces import Pieces
 from groupwise.training.processes import check_gpus, check_processes
 from groupwise.training.records import RunDirectory
 from groupwise.training.setup import Ready
+from tests.served import answering
 
 SETTINGS: dict[str, Any] = {
     "algorithm": {"name": "dapo", "dynamic_sampling": False},
@@ -268,6 +269,22 @@ def test_a_sampler_that_cannot_start_ends_the_run_with_its_log(tmp_path: Path) -
 def test_an_address_where_nothing_answers_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"no sampler has answered at http://127.0.0.1:9 for 0.5 s"):
         train(tmp_path / "nobody", rollouts={"sampler": "http://127.0.0.1:9"}, cluster={"timeout": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ({"/health": (200, {"ok": True})}, "what answers at .* is neither groupwise serve nor vLLM"),
+        ({"/health": (200, None)}, "what answers at .* is neither groupwise serve nor vLLM"),
+        ({"/version": (200, {"version": "0.32"})}, "HTTP 404: .*started with VLLM_SERVER_DEV_MODE=1"),
+    ],
+)
+def test_an_address_of_something_else_is_named_at_once(tmp_path: Path, answers: dict[str, Any], message: str) -> None:
+    with (
+        answering(answers) as (address, _),
+        pytest.raises(UserError, match=rf"^rollouts.sampler, given from Python: .*{message}"),
+    ):
+        train(tmp_path / "other", rollouts={"sampler": address})
 
 
 def test_what_the_learners_process_finds_wrong_is_said_of_the_users_recipe(tmp_path: Path) -> None:

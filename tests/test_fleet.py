@@ -1,6 +1,7 @@
 """Samplers in other processes: the same completions as in this one, whoever dies, freezes or hangs meanwhile."""
 
 import asyncio
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +23,10 @@ from groupwise.learner.local import LocalLearner
 from groupwise.learner.probing import probe
 from groupwise.models import LanguageModel, load_tokenizer
 from groupwise.models.published import publish
+from groupwise.rollouts import wire
 from groupwise.rollouts.attending import Limits
 from groupwise.rollouts.base import Request, Sampling, requests
-from groupwise.rollouts.driver import generate_all
+from groupwise.rollouts.driver import gather, generate_all
 from groupwise.rollouts.fleet import Fleet
 from groupwise.rollouts.native import NativeSampler
 from groupwise.rollouts.probe import Probe
@@ -33,7 +35,7 @@ from groupwise.rollouts.servers import Published
 from groupwise.training.distributed import Distributed
 from groupwise.types import Completion
 from tests.launcher import Launcher
-from tests.served import Servers, free_port
+from tests.served import Servers, answering, free_port
 
 TEXT = torch.tensor([3, 12, 4, 15, 5, 1, 7, 14, 6, 2, 9, 8, 11, 10])
 TIMEOUT = 5.0
@@ -244,8 +246,72 @@ def test_too_many_restarts_end_the_run(weights: Weights, servers: Servers) -> No
 def test_nobody_answers_at_all(weights: Weights) -> None:
     with weights.fleet([f"http://127.0.0.1:{free_port()}"], timeout=0.1) as fleet:
         fleet.load(weights.published(0))
-        with pytest.raises(RunError, match=r"no sampler has answered for 2 s; the last: sampler 0: .*Connect"):
+        with pytest.raises(RunError, match=r"no sampler was ready for 2 s; the last fault: sampler 0: .*Connect"):
             generate_all(fleet, weights.wanted(1))
+
+
+HEALTHY = 200, {"id": None, "waiting": 0, "rows": 0, "steps": 0}
+
+
+def test_a_server_that_never_loads_is_not_asked_all_the_time(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("groupwise.rollouts.fleet.PATIENCE", 1)
+    answers = {"/health": HEALTHY, "/load": (503, {"error": {"message": "no space"}})}
+    published = weights.published(0)
+    with answering(answers) as (address, asked), weights.fleet([address]) as fleet:
+        fleet.load(published)
+        with pytest.raises(RunError, match="no sampler was ready for 5 s; the last fault: sampler 0: HTTP 503: no space"):
+            generate_all(fleet, weights.wanted(1))
+        assert asked["/load"] <= 4
+
+
+def test_a_request_whose_connection_always_breaks_is_not_sent_for_ever(weights: Weights) -> None:
+    answers = {"/health": HEALTHY, "/load": (200, {}), "/inference/v1/generate": (0, None)}
+    with answering(answers) as (address, asked), weights.fleet([address]) as fleet:
+        fleet.load(weights.published(0))
+        with pytest.raises(RunError, match="a request was sent 30 times without an answer; the last time: RemoteProtocolError"):
+            generate_all(fleet, weights.wanted(1))
+        assert asked["/inference/v1/generate"] == 30
+
+
+def test_too_few_open_files_are_not_the_servers_fault(weights: Weights, servers: Servers) -> None:
+    with weights.fleet(servers.alive(1), restarts=servers) as fleet:
+        fleet.load(weights.published(0))
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+        async def generate() -> None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+            try:
+                await gather(*map(fleet.generate, weights.wanted(8)))
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+        with pytest.raises(RunError, match=r"too many open files, .*ulimit -n"):
+            asyncio.run(generate())
+        assert not servers.reasons
+
+
+@pytest.mark.parametrize(
+    ("n", "logprobs", "spans", "message"),
+    [
+        (2, [-1.0, -2.0], [(0, 2)], "1 completions for a request of 2"),
+        (1, [-1.0, float("nan")], [(0, 2)], "not finite"),
+        (1, [-1.0, -2.0], [(0, 1)], "do not cover 2 tokens"),
+        (1, [-1.0, -2.0], [(0, 1), (0, 2)], "do not cover 2 tokens"),
+        (1, [-1.0, -2.0], [], "do not cover 2 tokens"),
+    ],
+)
+def test_answers_that_contradict_themselves_are_refused(
+    n: int, logprobs: list[float], spans: list[tuple[int, int]], message: str
+) -> None:
+    choice = {
+        "index": 0,
+        "token_ids": [5, 6],
+        "finish_reason": "stop",
+        "logprobs": {"content": [{"logprob": logprob} for logprob in logprobs]},
+        "weight_versions": [{"version": "v", "start": start, "end": end} for start, end in spans],
+    }
+    with pytest.raises(RunError, match=message):
+        wire.decode_answer({"choices": [choice]}, n, version_of=lambda _: 0, text_of=lambda tokens: ["" for _ in tokens])
 
 
 def test_an_outsider_restarts_it(weights: Weights, servers: Servers) -> None:

@@ -27,6 +27,7 @@ def serve_command(
 
     Whoever can reach the address can sample, and load weights from directories of this machine.
     """
+    from groupwise.descriptors import allow_many
     from groupwise.models import load_tokenizer
     from groupwise.rollouts.native import NativeSampler
     from groupwise.rollouts.samplers import native
@@ -48,6 +49,7 @@ def serve_command(
         def ready(address: str) -> None:
             console.print(f"{settings.model.path}: serving at {address}", soft_wrap=True)
 
+        allow_many()
         number = asyncio.run(run(make_app(served, host), served, host, port, STOPS, ready))
     raise typer.Exit(exit_code(number))
 

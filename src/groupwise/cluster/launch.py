@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import httpx2 as httpx
 import torch
 
 from groupwise.cluster.layout import LEARNER, learner_piece, sampler_name, sampler_pieces
@@ -27,10 +26,11 @@ from groupwise.learner.remote import RemoteLearner
 from groupwise.models.loading import stored_end_tokens
 from groupwise.rollouts.attending import Limits
 from groupwise.rollouts.detected import DetectedServer
+from groupwise.rollouts.driver import wait_for
 from groupwise.rollouts.fleet import Fleet
 from groupwise.rollouts.probe import tolerance_in
 from groupwise.rollouts.remote import NativeServer
-from groupwise.rollouts.servers import Dialect, Unavailable
+from groupwise.rollouts.servers import Dialect, Refused, Unavailable
 from groupwise.rollouts.vllm import VllmServer
 from groupwise.training import checkpoints
 from groupwise.training.distributed import Distributed
@@ -163,7 +163,7 @@ def launch(ready: Ready, directory: RunDirectory) -> Iterator[Pieces]:
     """Start what a recipe wants in other processes; see `session.Launch`.
 
     Raises:
-        UserError: there are too few GPUs, or what a process is started with is wrong.
+        UserError: there are too few GPUs, what a process is started with is wrong, or a server at an address is of another kind.
         RunError: a process cannot be started.
     """
     recipe = ready.recipe
@@ -179,11 +179,15 @@ def launch(ready: Ready, directory: RunDirectory) -> Iterator[Pieces]:
         learns = launcher.start(learner) if learner else None  # first, so that it gets the first GPUs
         with ThreadPoolExecutor(STARTS) as starting:
             at = list(starting.map(launcher.start, samplers)) or addresses(recipe)
+        connect = connector(ready)
         for address in addresses(recipe):
-            await_answer(address, recipe.cluster.timeout)
+            try:
+                wait_for(await_answer(connect(address), address, recipe.cluster.timeout))
+            except Refused as error:
+                raise ready.source.error("rollouts.sampler", str(error)) from error
         fleet = Fleet(
             at,
-            connector(ready),
+            connect,
             limits=Limits(timeout=recipe.cluster.timeout, max_restarts=recipe.cluster.max_restarts),
             restarts=supervisor if samplers else None,
             partial=recipe.cluster.partial,
@@ -203,21 +207,27 @@ def launch(ready: Ready, directory: RunDirectory) -> Iterator[Pieces]:
         yield pieces
 
 
-def await_answer(address: str, limit: float) -> None:
+async def await_answer(server: Dialect, address: str, limit: float) -> None:
     """Wait for a server that runs already.
 
     Raises:
+        Refused: it is no server to sample from, or lacks what that needs.
         RunError: it has not answered within so many seconds.
     """
-    deadline = time.monotonic() + limit
-    while True:
-        try:
-            httpx.get(f"{address}/health", timeout=limit, trust_env=False)
-            return
-        except httpx.TransportError as error:
-            if time.monotonic() > deadline:
-                raise RunError(f"no sampler has answered at {address} for {limit:g} s (cluster.timeout): {error}") from error
-            time.sleep(LOOKS)
+    problem: Exception = TimeoutError("it does not answer")
+    try:
+        async with asyncio.timeout(limit):
+            while True:
+                try:
+                    await server.health()
+                    return
+                except Unavailable as error:
+                    problem = error
+                await asyncio.sleep(LOOKS)
+    except TimeoutError:
+        raise RunError(f"no sampler has answered at {address} for {limit:g} s (cluster.timeout): {problem}") from problem
+    finally:
+        await server.close()
 
 
 @contextmanager

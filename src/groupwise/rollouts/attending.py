@@ -15,7 +15,7 @@ from groupwise.rollouts.servers import Dialect, Health, Published, Refused, Unav
 LONG = 10
 """How many times the time limit starting and loading may take."""
 LONGEST_PAUSE = 30.0
-"""Seconds between two tries to start a server that fails each time."""
+"""Seconds before the next try at a server that fails each time."""
 
 
 class Restarts(Protocol):
@@ -104,13 +104,15 @@ class Attendant:
                 self.dispatcher.changes.tell()
 
     async def _start_again(self, member: Member, fault: str) -> None:
+        pause = min(2 ** (member.faults - 1) - 1, LONGEST_PAUSE)
         if self.restarts is None:
+            await asyncio.sleep(pause)
             return
         self.dispatcher.drop(member)
         if self.restarted == self.limits.max_restarts:
             raise RunError(f"samplers were restarted {self.restarted} times (cluster.max_restarts); the last: {self.last_fault}")
         self.restarted += 1
-        await asyncio.sleep(min(2 ** (member.faults - 1) - 1, LONGEST_PAUSE))
+        await asyncio.sleep(pause)
         address = await self.restarts.restart(member.index, fault)
         await member.dialect.close()
         member.dialect = self.connect(address)
@@ -163,7 +165,9 @@ class Attendant:
                 and weights is member.weights
                 and health.id not in (None, weights.id)
             ):
-                raise Unavailable(f"it has other weights than it was given, {health.id!r:.80}: it was started again")
+                raise Unavailable(
+                    f"it has other weights than it was given, {health.id!r:.80}: it was started again, or another run uses it"
+                )
             if health.progress != progress or not member.tickets or member.is_loading:
                 member.moved, progress = now, health.progress
             elif now - member.moved > self.limits.timeout:

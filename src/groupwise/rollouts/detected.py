@@ -53,7 +53,11 @@ class DetectedServer:
         return await (await self._found()).probe(tokens)
 
     async def health(self) -> Health:
-        return await (await self._found()).health()
+        dialect = await self._found()
+        try:
+            return await dialect.health()
+        except (KeyError, TypeError, ValueError) as error:
+            raise Refused(f"what answers at {self.http.address} is neither groupwise serve nor vLLM", 200) from error
 
     async def close(self) -> None:
         await self.http.close()

@@ -14,6 +14,8 @@ from groupwise.types import Completion
 
 MOST_ERRORS = 3
 """A request that servers answered with so many errors of their own is taken to be the reason."""
+MOST_ATTEMPTS = 30
+"""So often is a request sent whose connections break."""
 
 
 class Dispatcher:
@@ -149,6 +151,8 @@ class Dispatcher:
         ticket.errors += error.answered
         if ticket.errors >= MOST_ERRORS:
             ticket.fail(RunError(f"samplers failed {ticket.errors} times at the same request; the last time: {error}"))
+        elif ticket.attempts >= MOST_ATTEMPTS:
+            ticket.fail(RunError(f"a request was sent {ticket.attempts} times without an answer; the last time: {error}"))
 
     def _forget(self, ticket: Ticket) -> None:
         """Nobody waits for it any more."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from groupwise.descriptors import allow_many
 from groupwise.errors import RunError
 from groupwise.rollouts.attending import LONG, Attendant, Limits, Restarts
 from groupwise.rollouts.base import Request
@@ -18,7 +19,7 @@ from groupwise.types import Completion, Metrics
 
 Result = TypeVar("Result")
 PATIENCE = 2 * LONG
-"""How many times the time limit requests wait while no sampler answers."""
+"""How many times the time limit requests wait while no sampler does any."""
 
 
 class Fleet:
@@ -52,6 +53,7 @@ class Fleet:
         Raises:
             UserError: an address is none.
         """
+        allow_many()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="samplers", daemon=True)
         members = [Member(index, connect(address)) for index, address in enumerate(addresses)]
@@ -101,16 +103,20 @@ class Fleet:
     async def _wait_for_samplers(self) -> None:
         """
         Raises:
-            RunError: they have not answered for too long.
+            RunError: they have done no requests for too long.
         """
         dispatcher, seen = self._dispatcher, time.monotonic()
         patience = PATIENCE * self._limits.timeout
         while True:
-            if not dispatcher.waiting or any(member.answers or member.is_new for member in dispatcher.members):
+            if not dispatcher.waiting or any(member.is_new or self._is_of_use(member) for member in dispatcher.members):
                 seen = time.monotonic()
             elif time.monotonic() - seen > patience:
-                raise RunError(f"no sampler has answered for {patience:g} s; the last: {self._attendant.last_fault}")
+                raise RunError(f"no sampler was ready for {patience:g} s; the last fault: {self._attendant.last_fault}")
             await asyncio.sleep(self._limits.heartbeat)
+
+    def _is_of_use(self, member: Member) -> bool:
+        """Whether it takes requests, or finishes some before it loads new weights."""
+        return member.is_ready(self._dispatcher.newest) or (member.answers and bool(member.tickets))
 
     # --- the contract
 

@@ -26,7 +26,7 @@ class NativeServer:
     async def generate(self, request: Request) -> tuple[Completion, ...]:
         answer = await self.http.post(wire.GENERATE, wire.encode_request(request))
         try:
-            return wire.decode_answer(answer, version_of=self.given.version_of, text_of=self._text_of)
+            return wire.decode_answer(answer, request.n, version_of=self.given.version_of, text_of=self._text_of)
         except wire.Aborted as error:
             raise Unavailable(str(error)) from error
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import httpx2 as httpx
 from torch import Tensor
 
+from groupwise.descriptors import ran_out
 from groupwise.errors import RunError, UserError
 from groupwise.rollouts.base import Request
 from groupwise.types import Completion
@@ -173,7 +174,9 @@ class Http:
         client = self._free.pop() if self._free else self._new_client()
         try:
             response = await client.request(method, path, content=content, headers=headers)
-        except (httpx.HTTPError, httpx.StreamError) as error:
+        except (httpx.HTTPError, httpx.StreamError, OSError) as error:
+            if ran_out(error):
+                raise RunError("too many open files, one for each request under way; allow more (ulimit -n)") from error
             raise Unavailable(f"{type(error).__name__}: {error}".removesuffix(": ")) from error
         finally:
             self._free.append(client)

@@ -116,11 +116,9 @@ class VllmServer:
         """See `Dialect.generate`. A group is one request: the completion i of it is drawn with the seed + i."""
         answer = await self._ask("POST", wire.GENERATE, self._body(request))
         try:
-            completions = wire.decode_answer(answer, version_of=self.given.version_of, text_of=self._texts)
+            completions = wire.decode_answer(answer, request.n, version_of=self.given.version_of, text_of=self._texts)
         except wire.Aborted as error:
             raise Unavailable(str(error), answered=True) from error
-        if len(completions) != request.n:
-            raise Unavailable(f"{len(completions)} completions for a request of {request.n}", answered=True)
         for completion in completions:
             self._check(completion, request)
         return tuple(replace(completion, handle=0) for completion in completions) if request.keep else completions

@@ -254,6 +254,7 @@ def _native_fields(completion: Completion) -> dict[str, Any]:
 
 def decode_answer(
     body: Mapping[str, Any],
+    n: int,
     *,
     version_of: Callable[[str], int],
     text_of: Callable[[list[list[int]]], list[str]],
@@ -261,17 +262,20 @@ def decode_answer(
     """The completions of a response, of the native engine or of vLLM.
 
     Args:
+        n: how many were asked for.
         version_of: how many optimiser updates had made the weights of that id.
         text_of: decodes the tokens of completions that come without their text, as vLLM's do.
 
     Raises:
         Aborted: the server ended the request before it was finished.
-        RunError: the response lacks something.
+        RunError: the response lacks something, or contradicts itself.
     """
     try:
         choices = sorted(body["choices"], key=lambda choice: choice["index"])
         if any(choice["finish_reason"] == "abort" for choice in choices):
             raise Aborted("the server ended the request before it was finished")
+        if len(choices) != n:
+            raise ValueError(f"{len(choices)} completions for a request of {n}")
         tokens = [choice["token_ids"] for choice in choices]
         native = [choice.get("groupwise") for choice in choices]
         texts = text_of(tokens) if None in native else [fields["text"] for fields in native]
@@ -288,9 +292,14 @@ def _decode_choice(choice: Mapping[str, Any], text: str, version_of: Callable[[s
         logprobs = torch.tensor([entry["logprob"] for entry in choice["logprobs"]["content"]], dtype=torch.float32)
     if not len(tokens) or len(tokens) != len(logprobs):
         raise ValueError(f"{len(tokens)} tokens with {len(logprobs)} log-probabilities")
+    if not logprobs.isfinite().all():
+        raise ValueError("log-probabilities that are not finite")
     if (stop := choice["finish_reason"]) not in ("stop", "length"):
         raise ValueError(f"finish_reason is {stop!r}")
     spans = [VersionSpan(span["start"], span["end"], version_of(span["version"])) for span in choice["weight_versions"]]
+    ends = [0, *(span.end for span in spans)]
+    if [span.start for span in spans] != ends[:-1] or ends[-1] != len(tokens) or ends != sorted(ends):
+        raise ValueError(f"weight_versions do not cover {len(tokens)} tokens: {choice['weight_versions']}")
     kept = native.get("kept")
     return Completion(
         text=text,
