@@ -42,7 +42,6 @@ SETTINGS: dict[str, Any] = {
     "rollouts": {"group_size": 4, "prompts_per_step": 4, "max_tokens": 16},
     "learner": {"minibatches": 2},
     "training": {"steps": 3, "eval_every": 3, "eval_problems": 8, "checkpoint_every": 2},
-    "cluster": {"timeout": 10.0},
 }
 
 
@@ -71,6 +70,8 @@ def processes_of(run: Path) -> list[psutil.Process]:
 def train(run: Path, launched: session.Launch | None = None, **changes: Any) -> Path:
     """A run of SETTINGS with changes."""
     recipe = {**SETTINGS, **{key: {**SETTINGS.get(key, {}), **table} for key, table in changes.items()}}
+    if "cluster" in changes:
+        recipe["cluster"] = {"timeout": 10.0, **changes["cluster"]}
     if launched is None:
         gw.train(recipe, out=run, quiet=True)
     else:
@@ -325,26 +326,47 @@ def test_ray_is_asked_for_by_the_name_of_its_extra(monkeypatch: pytest.MonkeyPat
 
 
 def test_weights_of_runs_that_were_killed_are_removed(tmp_path: Path) -> None:
-    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True)
-    for name in (f"groupwise-run-{ended.stdout.strip()}", f"groupwise-run-{os.getpid()}", "groupwise-other", "other-1"):
-        (tmp_path / name).mkdir()
-    weights.remove_stale(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {f"groupwise-run-{os.getpid()}", "groupwise-other", "other-1"}
+    for name in ("groupwise-killed", "groupwise-no-lock", "other"):
+        (tmp_path / name / "000001-v1").mkdir(parents=True)
+    (tmp_path / "groupwise-killed" / ".lock").touch()
+    (tmp_path / "other" / ".lock").touch()
+    (tmp_path / "groupwise-link").symlink_to(tmp_path / "other")
+    recipe = Recipe.model_validate({"cluster": {"samplers": 1, "weights": str(tmp_path)}})
+    with weights.weights_directory(recipe, Path("run")) as ours:
+        assert ours.stat().st_mode & 0o777 == 0o700
+        (ours / "000001-v1").mkdir()
+        with weights.weights_directory(recipe, Path("run")) as another:  # of the same name, and alive
+            assert another != ours and (ours / "000001-v1").is_dir()
+    assert {path.name for path in tmp_path.iterdir()} == {"groupwise-no-lock", "groupwise-link", "other"}
+    assert (tmp_path / "other" / "000001-v1").is_dir()
+
+
+def test_weights_are_removed_where_a_run_is_ended_at_once(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from groupwise.cluster import weights; from groupwise.config import Recipe\n"
+        "from groupwise.training.interrupts import ending\n"
+        "recipe = Recipe.model_validate({'cluster': {'samplers': 1, 'weights': sys.argv[1]}})\n"
+        "with weights.weights_directory(recipe, Path('run')) as path:\n"
+        "    (path / 'model').mkdir(); ending(lambda: None)(2)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, tmp_path], timeout=60)
+    assert ended.returncode == 130 and not list(tmp_path.iterdir())
 
 
 def test_published_weights_are_where_all_processes_see_them(tmp_path: Path) -> None:
-    def place(**changes: Any) -> Path:
+    def place(size: int = 0, **changes: Any) -> Path:
         recipe = Recipe.model_validate({"rollouts": {"sampler": changes.pop("sampler", "native")}, "cluster": changes})
-        with weights.weights_directory(recipe, tmp_path / "run") as path:
-            assert path.is_dir() and not list(path.iterdir())
+        with weights.weights_directory(recipe, tmp_path / "run", size) as path:
+            assert path.is_dir() and [item.name for item in path.iterdir()] == [".lock"]
         assert not path.exists()
         return path.parent
 
     (tmp_path / "shared").mkdir()
     assert place(samplers=1) == weights.SHARED_MEMORY
     assert place(sampler="http://localhost:8000") == weights.SHARED_MEMORY
-    assert place(sampler="http://node7:8000") == tmp_path / "run"
-    assert place(samplers=1, launcher="ray", ray_address="auto") == tmp_path / "run"
+    assert place(10**15, samplers=1) == tmp_path / "run" / "weights"
+    assert place(sampler="http://node7:8000") == tmp_path / "run" / "weights"
+    assert place(samplers=1, launcher="ray", ray_address="auto") == tmp_path / "run" / "weights"
     assert place(samplers=1, weights=str(tmp_path / "shared")) == tmp_path / "shared"
 
 

@@ -87,6 +87,9 @@ def test_a_token_of_a_mixture_uses_only_its_experts() -> None:
     expert = 3 * 32 * 16  # gate, up and down
     assert shape.parameters - shape.active == 3 * 6 * expert + 100 * 32  # 6 of 8 experts in 3 layers, and the embedding
     assert (shape.experts, shape.mlp_width) == (2, 2 * 16)
+    assert shape.read(1) == shape.active
+    assert shape.read(2) == shape.active + 3 * 8 * expert * (1 - 0.75**2 - 0.25)  # an expert is left out by each with 6/8
+    assert shape.read(1000) == shape.parameters - 100 * 32
 
 
 # --- memory
@@ -178,7 +181,7 @@ def test_every_option_fits_and_its_settings_are_a_recipes() -> None:
         assert max(option.sampler.peak, option.learner.peak) <= search.budget(rates)
         cluster = {key.removeprefix("cluster."): value for key, value in option.settings().items()}
         assert Recipe.model_validate({"cluster": cluster}).cluster.samplers == option.samplers
-        assert option.outcome.largest_age <= option.staleness + 1
+        assert option.outcome.largest_age <= option.largest_age == option.staleness + (option.staleness > 0)
     assert options[1].outcome.seconds < options[0].outcome.seconds
 
 
@@ -196,6 +199,8 @@ def test_kinds_of_gpus() -> None:
     assert find_gpu("H200") is GPUS["h200"]
     with pytest.raises(UserError, match="did you mean 'h200'"):
         find_gpu("h201")
+    with pytest.raises(UserError, match=r"no data of 'foo'; known: a10, a100, [^:]*$"):
+        find_gpu("foo")
 
 
 def test_lengths() -> None:
@@ -228,6 +233,7 @@ def test_the_default_recipe_is_planned_for_one_gpu_and_for_several() -> None:
         (["--set", "rollouts.max_tokens=100000"], "exceed the model's"),
         (["--set", "model.path=nowhere"], "model.path"),
         (["--rates", "nowhere"], "not a run directory"),
+        (["--set", "rollouts.sampler=http://a:1"], "servers at addresses run already"),
     ],
 )
 def test_what_is_wrong_is_named(arguments: list[str], message: str) -> None:
@@ -250,6 +256,26 @@ def test_rates_of_a_run(tmp_path: Path) -> None:
     # A decoding step of so few rows takes as long with twice as many of them, so one sampler needs no longer than the run's two.
     assert (one := found.options[0]).staleness == 0
     assert one.outcome.seconds == pytest.approx(12.0 + 4.0 / one.learners + 0.5, rel=0.05)
+
+
+def test_rates_of_another_kind_of_run_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "rollouts").mkdir()
+    record = {"step": 1, "reward/mean": 0.5, "seconds/rollouts": 1.0, "seconds/learner": 4.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({**record, "rollouts/completions": 512, "length/mean": 40.0}) + "\n")
+    for text, message in (
+        ("[cluster]\nsamplers = 2\nstaleness = 1\n", r"is asynchronous \(cluster.staleness\)"),
+        ('[model]\npath = "another"\n', "has trained another model, another; the recipe's is "),
+    ):
+        (tmp_path / "recipe.toml").write_text(text)
+        with pytest.raises(UserError, match=message):
+            planner.plan(Recipe(), Source(tmp_path / "x.toml", ""), gpus=4, gpu="h100", run=tmp_path)
+
+
+def test_bounds_that_the_recipe_excludes_are_left_out(tmp_path: Path) -> None:
+    recipe = recipe_of(rollouts={"max_age": 2})
+    found = planner.plan(recipe, Source(tmp_path / "x.toml", ""), gpus=4, gpu="h100", prompt_tokens=20)
+    assert [option.staleness for option in found.options] == [0]
+    assert "rollouts.max_age" in found.notes[-1]
 
 
 def test_only_the_configuration_is_read(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def _options(found: Any) -> Table:
             f"{outcome.seconds:,.3g}",
             f"{outcome.tokens / outcome.steps / outcome.seconds:,.0f}",
             *(f"{share:.0%}" for share in (outcome.sampler_busy, outcome.sampler_fill, outcome.learner_busy)),
-            str(outcome.largest_age),
+            str(option.largest_age),
             style="bold" if option is found.best else None,
         )
     return table
@@ -92,5 +92,6 @@ def _options(found: Any) -> Table:
 
 LEGEND = (
     "staleness 0 is synchronous; rows: completions that a sampler generates at once; sampling: share of time with a row, full: "
-    "tokens made over those of all rows taken; learning: share of time; age: the most steps that a group is behind"
+    "tokens made over those of all rows taken; learning: share of time; age: the most steps that a group may be behind, which a "
+    "window above 1 raises above the staleness"
 )

@@ -10,7 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -18,11 +18,13 @@ import torch
 from groupwise.cluster.layout import LEARNER, learner_piece, sampler_name, sampler_pieces
 from groupwise.cluster.local import LocalLauncher, visible_gpus
 from groupwise.cluster.piece import EXITED, Launcher, Piece
+from groupwise.cluster.planning.shape import shape_of
 from groupwise.cluster.weights import weights_directory
 from groupwise.config import Recipe, dump
 from groupwise.errors import RunError, UserError
 from groupwise.learner.base import Learner
 from groupwise.learner.remote import RemoteLearner
+from groupwise.models import load_config
 from groupwise.models.loading import stored_end_tokens
 from groupwise.rollouts.attending import Limits
 from groupwise.rollouts.detected import DetectedServer
@@ -168,7 +170,7 @@ def launch(ready: Ready, directory: RunDirectory) -> Iterator[Pieces]:
     """
     recipe = ready.recipe
     with ExitStack() as closing:
-        weights = closing.enter_context(weights_directory(recipe, directory.path))
+        weights = closing.enter_context(weights_directory(recipe, directory.path, weights_size(ready)))
         settings, token = weights / RECIPE, secrets.token_hex(16)
         settings.write_text(dump(resolved(ready)))
         samplers = sampler_pieces(recipe, settings)
@@ -205,6 +207,19 @@ def launch(ready: Ready, directory: RunDirectory) -> Iterator[Pieces]:
             with told_of(settings, ready):
                 pieces.bring_weights()
         yield pieces
+
+
+def weights_size(ready: Ready) -> int:
+    """Bytes of the weights that are published; 0: not known."""
+    model = ready.recipe.model
+    if ready.model is not None:
+        count = ready.model.num_parameters()
+    else:
+        count = 0
+        with suppress(UserError):  # where the sizes of a model cannot be read, a run does not need them
+            config = load_config(model.path, trust_remote_code=model.trust_remote_code)
+            count = shape_of(config, trust_remote_code=model.trust_remote_code).parameters
+    return count * int(getattr(torch, model.dtype).itemsize)
 
 
 async def await_answer(server: Dialect, address: str, limit: float) -> None:

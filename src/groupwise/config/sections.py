@@ -185,8 +185,8 @@ class ClusterSection(Section):
     gpus_per_sampler: Annotated[int, Field(ge=0)] = 1
     """GPUs of each sampler, where there are any; vLLM splits the model over them."""
     weights: str = ""
-    """A directory that the learner and all samplers see, for published weights; empty: in shared memory on one machine, in the
-    run's directory on several."""
+    """A directory that the learner and all samplers see, for published weights; empty: in shared memory on one machine where it
+    has room for three copies, else in the run's directory."""
     staleness: Annotated[int, Field(ge=0)] = 0
     """How many steps the learner may be ahead of the weights with which a group was begun; 0: each step's groups are begun and
     finished before it."""

@@ -23,11 +23,18 @@ def publish(model: "LanguageModel", directory: Path) -> None:
 
     A head that is tied to the embeddings is written like any other tensor: vLLM 0.32 on a CPU keeps a packed copy of it, which a
     reload renews only where the files name it.
+
+    Raises:
+        DiskError: they cannot be written.
     """
     partial = directory.with_name(files.PARTIAL + directory.name)
     shutil.rmtree(partial, ignore_errors=True)
-    export.save_model(model.module, partial, model.dtype, with_tied=True)
-    partial.rename(directory)
+    try:
+        with files.explained(directory):
+            export.save_model(model.module, partial, model.dtype, with_tied=True)
+            partial.rename(directory)
+    except SafetensorError as error:  # raised for what the system says, which is in its text only
+        raise files.DiskError(f"{directory}: cannot be written: {first_line(error)}") from error
 
 
 class Published:

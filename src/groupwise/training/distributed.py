@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from groupwise.files import DiskError
 from groupwise.learner.base import Learner
 from groupwise.rollouts.fleet import Fleet
 from groupwise.rollouts.probe import Probe
@@ -44,13 +45,17 @@ class Distributed:
         """Publish the learner's weights, and have every sampler load them.
 
         Raises:
+            DiskError: they cannot be written.
             RunError: they cannot be loaded, or a sampler has others.
         """
         self._serial += 1
         version = self.learner.version
         id = f"{self._serial:06d}-v{version}-{self._run}"
         directory = self.weights / id
-        self.learner.publish(directory)
+        try:
+            self.learner.publish(directory)
+        except DiskError as error:
+            raise DiskError(f"{error}. cluster.weights may name a directory with more room") from error
         self._published.append(directory)
         logprobs = self.learner.probe(self._text)
         probe = Probe(tokens=self._text, logprobs=logprobs, others=tuple(self._probed), tolerance=self._tolerance)

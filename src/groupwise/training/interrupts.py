@@ -13,7 +13,8 @@ from typing import Any
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAVE = signal.SIGUSR1
 FAREWELL_LIMIT = 2.0
-"""Seconds that a process which is to end at once takes to say so, on a terminal that may be gone or stopped."""
+"""Seconds that a process which is to end at once takes to say so, on a terminal that may be gone or stopped, and for each thing
+that it removes."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -148,14 +149,28 @@ _in_child: list[Callable[[], None]] = []
 os.register_at_fork(after_in_child=lambda: [release() for release in _in_child[:]])
 
 
+_at_forced_end: list[Callable[[], None]] = []
+
+
+@contextmanager
+def at_forced_end(remove: Callable[[], None]) -> Iterator[None]:
+    """Within: an end at once calls this, for what a killed process would leave in memory."""
+    _at_forced_end.append(remove)
+    try:
+        yield
+    finally:
+        _at_forced_end.remove(remove)
+
+
 def ending(farewell: Callable[[], None]) -> Callable[[int], None]:
-    """An `end` for `Interrupt` that ends the process. Nothing is unwound, so that nothing can hold it up or complain; all files
-    are as after a kill, from which a run goes on."""
+    """An `end` for `Interrupt` that ends the process. Nothing is unwound but what `at_forced_end` was told, so that nothing can
+    hold it up or complain; all files are as after a kill, from which a run goes on."""
 
     def end(number: int) -> None:
-        said = threading.Thread(target=farewell, daemon=True)
-        said.start()
-        said.join(FAREWELL_LIMIT)
+        for call in (farewell, *_at_forced_end):
+            called = threading.Thread(target=call, daemon=True)
+            called.start()
+            called.join(FAREWELL_LIMIT)
         os._exit(exit_code(number))
 
     return end

@@ -16,6 +16,7 @@ from groupwise.errors import UserError
 from groupwise.evidence.runs import Run, finite, open_run
 from groupwise.models import load_config
 from groupwise.training.algorithm import build_algorithm, check_together
+from groupwise.training.processes import check_processes
 from groupwise.training.prompts import build_prompts, prompt_of
 
 LOOKED_AT = 64
@@ -93,13 +94,45 @@ def plan(
     rates = Rates(shape=shape, recipe=recipe, needs=needs, load=load, gpu=kind)
     if measured is not None:
         rates = calibrated(rates, measured, lengths)
+    options, refused = allowed(search(rates, gpus, lengths), recipe, source)
     return Plan(
         gpu=gpu.lower(),
         usable=budget(rates),
         parameters=shape.parameters,
-        options=search(rates, gpus, lengths),
-        notes=[note, *rates.assumptions()],
+        options=options,
+        notes=[note, *rates.assumptions(), *refused],
     )
+
+
+def allowed(options: list[Option], recipe: Recipe, source: Source) -> tuple[list[Option], list[str]]:
+    """The options that the recipe can be run by, and why it cannot by others.
+
+    Raises:
+        UserError: by none.
+    """
+    kept, refused = list[Option](), list[UserError]()
+    for option in options:
+        try:
+            check_option(option, recipe, source)
+            kept.append(option)
+        except UserError as error:
+            refused.append(error)
+    if not kept:
+        raise refused[0]
+    return kept, list(dict.fromkeys(f"other bounds on the staleness are left out: {error}" for error in refused))
+
+
+def check_option(option: Option, recipe: Recipe, source: Source) -> None:
+    """
+    Raises:
+        UserError: the recipe cannot be run so.
+    """
+    if not option.samplers:
+        return
+    keys = {key.removeprefix("cluster."): value for key, value in option.settings().items()}
+    merged = recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update=keys)})
+    check_together(merged, build_algorithm(merged.algorithm, source), source)
+    check_processes(merged, source)
 
 
 def prompt_lengths(recipe: Recipe, source: Source) -> list[int]:
@@ -123,8 +156,14 @@ def calibrated(rates: Rates, run: Run, lengths: Lengths) -> Rates:
     """With the times of a run, which must be on such GPUs: one sampler or as many as it had, in synchronous steps.
 
     Raises:
-        UserError: it has recorded none.
+        UserError: it has recorded none, or they are not those of this model in synchronous steps.
     """
+    if run.recipe.get("cluster", {}).get("staleness", 0):
+        raise UserError(
+            f"--rates: {run.path} is asynchronous (cluster.staleness): what a step waits for says nothing of its rates"
+        )
+    if (other := run.recipe.get("model", {}).get("path", Recipe().model.path)) != rates.recipe.model.path:
+        raise UserError(f"--rates: {run.path} has trained another model, {other}; the recipe's is {rates.recipe.model.path}")
     learning, generating = (finite(run.values(f"seconds/{name}")) for name in ("learner", "rollouts"))
     completions, means = finite(run.values("rollouts/completions")), finite(run.values("length/mean"))
     if not (learning and generating and completions and means):

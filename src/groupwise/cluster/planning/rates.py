@@ -103,7 +103,7 @@ class Rates:
         settings = self.recipe.rollouts
         of_weights = 2 if vllm else BYTES[settings.dtype or self.recipe.model.dtype]
         of_cache = 2 if vllm else BYTES[settings.cache_dtype or settings.dtype or self.recipe.model.dtype]
-        read = self.shape.active * of_weights + rows * self.shape.cached(math.ceil(self._cached_tokens), vllm=vllm) * of_cache
+        read = self.shape.read(rows) * of_weights + rows * self.shape.cached(math.ceil(self._cached_tokens), vllm=vllm) * of_cache
         reading = read / self.shards / (self.gpu.bandwidth * MEMORY * STREAMED[self.engine])
         multiplying = rows * self._flops_seconds / self.shards
         return self.decoding * (LAYER_SECONDS[self.engine] * self.shape.layers + max(reading, multiplying))

@@ -21,6 +21,7 @@ from groupwise.config import Recipe
 from groupwise.config.loading import merge_trees
 from groupwise.errors import UserError
 from groupwise.memory import size
+from groupwise.rollouts.admission import Admission
 
 USABLE = 0.92
 """Of a GPU's memory, after `CONTEXT`: the rest is for what allocators lose and for peaks that are not planned."""
@@ -47,13 +48,13 @@ class Option:
     """Of each of its GPUs."""
     learner: Memory
     outcome: Outcome
+    largest_age: int
+    """The most steps that `cluster.staleness` and `cluster.window` allow a group to be behind."""
 
     def settings(self) -> dict[str, object]:
         """The recipe's keys that make it so."""
         keys: dict[str, object] = {"cluster.samplers": self.samplers, "cluster.learners": self.learners}
-        if self.staleness:
-            keys |= {"cluster.staleness": self.staleness, "cluster.window": self.window, "cluster.partial": self.partial}
-        return keys
+        return keys | {"cluster.staleness": self.staleness, "cluster.window": self.window, "cluster.partial": self.partial}
 
 
 def search(rates: Rates, gpus: int, lengths: Lengths, *, staleness: Sequence[int] = STALENESS) -> list[Option]:
@@ -212,6 +213,7 @@ def simulate(rates: Rates, samplers: int, learners: int, *, staleness: int, leng
         rows=rows,
         sampler=sampler_of(rates, rows),
         learner=learner(rates, learners),
+        largest_age=Admission(rates.load.prompts, staleness, window).largest_age,
         outcome=Simulation(setup, lengths).run(steps + staleness + 1 if staleness else steps),
     )
 
@@ -244,5 +246,14 @@ def one_process(rates: Rates, lengths: Lengths) -> Option:
     whole = Memory(held=memory.held, phases=phases)
     outcome = Simulation(setup, lengths).run(STEPS)
     return Option(
-        samplers=0, learners=0, staleness=0, window=1, partial=True, rows=rows, sampler=whole, learner=whole, outcome=outcome
+        samplers=0,
+        learners=0,
+        staleness=0,
+        window=1,
+        partial=True,
+        rows=rows,
+        sampler=whole,
+        learner=whole,
+        largest_age=0,
+        outcome=outcome,
     )

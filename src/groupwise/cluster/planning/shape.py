@@ -32,6 +32,10 @@ class ModelShape:
     """Of the whole model, a matrix shared by embedding and output layer counted once."""
     active: int
     """Of these, those that a token is multiplied with: without the embedding, of a mixture only the chosen experts."""
+    routed: int
+    """Of the experts among which a router chooses."""
+    chosen: float
+    """A token's share of these."""
     vocabulary: int
     hidden: int
     layers: int
@@ -65,6 +69,11 @@ class ModelShape:
         """Parameters of LoRA adapters on all linear layers of the decoder."""
         return rank * self.linear_widths
 
+    def read(self, rows: int) -> float:
+        """Parameters that a step over so many tokens is expected to read: of a mixture the experts that one of them chooses, each
+        expert as often as any other."""
+        return self.active + self.routed * ((1 - (1 - self.chosen) ** rows) - self.chosen)
+
     def cached(self, tokens: int, *, vllm: bool = False) -> int:
         """Numbers that the KV cache keeps of a sequence of so many tokens."""
         if vllm:
@@ -97,11 +106,13 @@ def _measure(module: Any, text: Any) -> ModelShape:
     outside = [id(parameter) for part in (head, embedding) if part is not None for parameter in part.parameters()]
     matrices = [parameter.numel() for layer in layers for parameter in layer.parameters() if parameter.dim() == 2]
     total, of_head = sum(sizes.values()), text.vocab_size * text.hidden_size
-    chosen, width, idle = _experts(text, layers)
+    chosen, width, routed, share = _experts(text, layers)
     embedded = 0 if set(outside) and len(set(outside)) < len(outside) else of_head
     return ModelShape(
         parameters=total,
-        active=total - embedded - idle,
+        active=total - embedded - routed + round(routed * share),
+        routed=routed,
+        chosen=share,
         vocabulary=text.vocab_size,
         hidden=text.hidden_size,
         layers=int(text.num_hidden_layers),
@@ -131,12 +142,12 @@ def _decoder_layers(module: Any, count: int) -> list[Any]:
     return max(lists, key=lambda found: sum(parameter.numel() for layer in found for parameter in layer.parameters()))
 
 
-def _experts(text: Any, layers: list[Any]) -> tuple[int, int, int]:
-    """Experts per token, the MLP width that a token goes through, and parameters of experts that a token does not use."""
+def _experts(text: Any, layers: list[Any]) -> tuple[int, int, int, float]:
+    """Experts per token, the MLP width that a token goes through, parameters of routed experts, and a token's share of these."""
     count = next((n for key in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(text, key, None))), 0)
     dense = int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
     if not count:
-        return 0, dense, 0
+        return 0, dense, 0, 0.0
     chosen = int(getattr(text, "num_experts_per_tok", None) or 1)
     width = int(getattr(text, "moe_intermediate_size", None) or dense)
     shared = int(getattr(text, "shared_expert_intermediate_size", None) or (getattr(text, "n_shared_experts", None) or 0) * width)
@@ -146,7 +157,7 @@ def _experts(text: Any, layers: list[Any]) -> tuple[int, int, int]:
         for name, parameter in layer.named_parameters()
         if "experts" in name and "shared" not in name
     )
-    return chosen, chosen * width + shared, routed - routed * chosen // int(count)
+    return chosen, chosen * width + shared, routed, chosen / int(count)
 
 
 def _head_sizes(text: Any) -> tuple[int, int, int]:
