@@ -46,7 +46,7 @@ class Root(nn.Module):
                 if weight not in self._noted and weight.sharded_param.requires_grad and hasattr(weight, "_unsharded_param"):
                     self._noted.add(weight)
                     use = partial(_add, self._used, weight.sharded_param)
-                    weight._unsharded_param.register_post_accumulate_grad_hook(use)
+                    weight._unsharded_param.register_post_accumulate_grad_hook(use)  # type: ignore[no-untyped-call]
 
     def settle(self, total: Callable[[Tensor], Tensor]) -> None:
         """Leave weights that no process has used without a gradient, as a single process does: a gradient of zeros would have
