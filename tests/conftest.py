@@ -3,6 +3,7 @@
 import signal
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
@@ -10,6 +11,9 @@ from groupwise.kernels import blocked_bf16, layers, packed_attention, recurrent
 from groupwise.kernels.compiled import library
 from groupwise.models import LanguageModel, character_tokenizer, load_module, load_tokenizer, new_module
 from groupwise.types import Completion
+
+hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("suite")
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,

@@ -67,7 +67,8 @@ def test_scoring_leaves_no_descriptor_thread_or_process_behind(tmp_path: Path, m
     before = held()
     assert before[2] == 10
     asyncio.run(scored(50))
-    assert held() == before
+    after = held()  # descriptors of an earlier test may have been closed meanwhile
+    assert after[0] <= before[0] and after[1:] == before[1:]
     settings._rewards = None
     assert not left_after("rounds")
 

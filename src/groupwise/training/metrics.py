@@ -4,6 +4,7 @@ import math
 import resource
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -117,4 +118,12 @@ def peak_mib() -> float:
     """The most memory so far: of the GPU where there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
+    return peak_resident_kib() / 1024
+
+
+def peak_resident_kib() -> int:
+    """Of this process alone: getrusage also counts, since fork and exec, the one that started it."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    found = next((line for line in lines if line.startswith("VmHWM:")), None)
+    return int(found.split()[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
