@@ -297,7 +297,7 @@ def test_a_signal_to_torchrun_finishes_the_step_and_saves_it(tmp_path: Path) -> 
     ("wrong", "said"),
     [
         ("model.compile=true", "cannot be sharded: set model.compile = false"),
-        ("model.device='cpu:0'", "model.device: 'cpu:0': processes of a run are given devices one by one"),
+        ("model.device='cpu:0'", "'cpu:0': processes of a run are given devices one by one"),
     ],
 )
 def test_what_is_wrong_is_said_once_and_ends_all_processes(wrong: str, said: str, tmp_path: Path) -> None:
