@@ -13,7 +13,7 @@ ROOT = Path(groupwise.__file__).parent
 LEVELS = [
     {"algorithms"},
     {"errors", "seeding", "kept", "thresholds", "text"},
-    {"files", "memory", "terminal", "copies"},
+    {"files", "memory", "terminal", "copies", "descriptors"},
     {"types", "kernels", "workers", "state"},
     {"guard"},
     {"plugins"},
