@@ -19,7 +19,7 @@ FAULTS = {
 def ages(groups: Groups) -> Figure | None:
     return figure(
         "age", "Age of what is trained on",
-        "Steps between the weights with which a group was begun and those that are trained on it: at most cluster.staleness, and "
+        "Steps between the weights that a group was begun with and those that it trains: at most cluster.staleness, and "
         "(cluster.window − 1) / rollouts.prompts_per_step more, rounded up.",
         lines(groups, AGES, y="age (steps)"),
     )  # fmt: skip
