@@ -89,9 +89,9 @@ def said(text: str) -> Completion:
     return Completion(text=text, tokens=mask.long(), logprobs=mask * -1.0, mask=mask, stop="stop", versions=())
 
 
-def tiny_model(architecture: str, tokenizer: Any) -> Any:
-    """Random weights, larger than the usual start, so that distributions are far from flat."""
-    module = new_module({"model_type": architecture, **ARCHITECTURES[architecture]}, tokenizer, seed=1)
+def tiny_model(architecture: str, tokenizer: Any, **changes: Any) -> Any:
+    """Random weights, larger than the usual start, so that distributions are far from flat. `changes`: of its configuration."""
+    module = new_module({"model_type": architecture, **ARCHITECTURES[architecture], **changes}, tokenizer, seed=1)
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.dim() > 1:

@@ -29,7 +29,7 @@ from tests.launcher import Launcher, Running
 from tests.served import free_port
 from tests.test_engine import close, random_requests
 
-LONG = Request(prompt=torch.tensor([7, 12, 9]), sampling=Sampling(max_tokens=200), seed=5, n=48, keep=True)
+LONG = Request(prompt=torch.tensor([7, 12, 9]), sampling=Sampling(max_tokens=1500), seed=5, n=16, keep=True)
 """Rows that take a while, so that something can happen meanwhile."""
 
 
@@ -99,7 +99,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dict[st
     endless = copy.deepcopy(tokenizer)
     endless.add_special_tokens({"eos_token": "<never>"})
     for name in ("first", "second", "third"):
-        module = tiny_model("qwen3", tokenizer)
+        module = tiny_model("qwen3", tokenizer, max_position_embeddings=2048)
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.add_(0.1 * len(found) * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
