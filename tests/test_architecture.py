@@ -66,7 +66,7 @@ def test_learner_and_rollouts_do_not_see_each_other() -> None:
 
 
 def test_evidence_reads_run_directories_only_and_starts_nothing() -> None:
-    for path in (ROOT / "evidence").glob("*.py"):
+    for path in (ROOT / "evidence").rglob("*.py"):
         for name in imports(path):
             forbidden = ("learner", "rollouts", "training", "tasks", "models")
             assert not name.startswith(tuple(f"groupwise.{room}" for room in forbidden)), path

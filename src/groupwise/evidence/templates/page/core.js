@@ -1,0 +1,51 @@
+// What all parts of the page share: its data, its languages, and whom to tell when one of them changes.
+
+const root = document.documentElement;
+const words = JSON.parse(document.getElementById("words").textContent);
+
+// What is shown. Parts read it and never keep copies; `data` is a Document of shapes.py.
+const page = { data: null, language: "en", theme: "light" };
+const listeners = [];
+
+// Call `listener(changed)` after every change. `changed` is a set of keys of the document, or of "language", "theme"; of figures the
+// set has "figures", and `page.changedFigures` their ids (null: all).
+const whenChanged = (listener) => listeners.push(listener);
+function tell(...changed) {
+  for (const listener of listeners) listener(new Set(changed));
+}
+
+// A phrase in the page's language: {en, zh}, or a string that is not translated.
+const say = (phrase) => (typeof phrase === "string" ? phrase : (phrase?.[page.language] ?? ""));
+// A text of page_text.toml by its dotted key, with its {fields} filled in.
+function text(key, values = {}) {
+  const phrase = key.split(".").reduce((table, part) => table?.[part], words);
+  return say(phrase).replace(/\{(\w+)\}/g, (_, name) => values[name] ?? "");
+}
+
+// An element: attributes; `onclick` and other functions become listeners; children are nodes or text, never markup.
+function make(name, attributes = {}, ...children) {
+  const svg = ["svg", "g", "path", "line", "circle", "rect"].includes(name);
+  const element = svg ? document.createElementNS("http://www.w3.org/2000/svg", name) : document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (typeof value === "function") element.addEventListener(key.replace(/^on/, ""), value);
+    else if (value !== false && value !== null && value !== undefined) element.setAttribute(key, value === true ? "" : value);
+  }
+  element.append(...children.filter((child) => child !== null && child !== undefined));
+  return element;
+}
+
+// JSON that is embedded as base64 of gzip.
+async function unpacked(id) {
+  const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), (letter) => letter.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Response(stream).json();
+}
+
+// What the reader of the page chose, kept where the browser allows it.
+function remembered(key, value) {
+  try {
+    if (value === undefined) return localStorage.getItem(`groupwise.${key}`);
+    localStorage.setItem(`groupwise.${key}`, value);
+  } catch { /* a page from disk may have no storage */ }
+  return value ?? null;
+}

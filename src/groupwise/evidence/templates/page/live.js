@@ -1,0 +1,2 @@
+// Follow the server of `groupwise watch`.
+function follow() {}
