@@ -67,7 +67,7 @@ def test_the_report_speaks_of_the_mean_reward(graded: Path) -> None:
     assert result.exit_code == 0, result.output
     page = (graded / "report.html").read_text()
     assert "held-out mean reward, before" in page and "pass@1" not in page.split("<script")[0]
-    told = {item.title: item.text for item in findings(open_run(graded))}
+    told = {item.title.en: item.text.en for item in findings(open_run(graded))}
     assert not any("correct" in text or "pass@1" in text or "solved" in text for text in told.values()), told
     readable = (graded / "rollouts" / "step-000001.txt").read_text()
     assert " right" not in readable and "--- best: reward" in readable
@@ -99,15 +99,15 @@ def made_up(scores: list[float], deviation: float, **last: float) -> Run:
     ],
 )
 def test_findings_weigh_a_change_of_the_mean_reward_against_its_spread(scores: list[float], deviation: float, title: str) -> None:
-    assert title in [item.title for item in findings(made_up(scores, deviation))]
+    assert title in [item.title.en for item in findings(made_up(scores, deviation))]
 
 
 def test_equal_rewards_are_not_called_solved_problems() -> None:
     told = findings(made_up([1.0, 1.0], 0.1, **{"groups/equal": 0.9, "groups/zero_variance": 0.9, "utilisation": 0.1}))
     (groups,) = [item for item in told if item.figure == "groups"]
     assert (
-        groups.title == "Most groups have zero variance"
-        and "In 90% of the groups all completions have the same reward" in groups.text
+        groups.title.en == "Most groups have zero variance"
+        and "In 90% of the groups all completions have the same reward" in groups.text.en
     )
 
 
