@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from groupwise.evidence.findings import findings
+from groupwise.evidence.records import Records
 from groupwise.evidence.runs import MEAN_REWARD, PASS_RATE, Run, measure, open_run
 from tests.test_cli import run
 
@@ -85,7 +86,7 @@ def made_up(scores: list[float], deviation: float, **last: float) -> Run:
         for i, score in enumerate(scores)
     ]
     steps = [{"step": i + 1, "reward/mean": 0.5, "reward/shaped_spread": 0.3, "groups/equal": 0.1, **last} for i in range(10)]
-    return Run(path=Path("x"), recipe={"algorithm": {"name": "grpo"}}, steps=steps, evaluations=evaluations)
+    return Run(path=Path("x"), recipe={"algorithm": {"name": "grpo"}}, steps=Records(steps), evaluations=Records(evaluations))
 
 
 @pytest.mark.parametrize(
@@ -113,5 +114,7 @@ def test_equal_rewards_are_not_called_solved_problems() -> None:
 
 def test_runs_with_and_without_a_verdict_are_compared_by_reward() -> None:
     graded = made_up([1.0, 2.0], 0.1)
-    passed = Run(path=Path("y"), recipe={}, steps=[], evaluations=[{"step": 0, "eval/pass@1": 0.5, "eval/reward": 0.5}])
+    passed = Run(
+        path=Path("y"), recipe={}, steps=Records(), evaluations=Records([{"step": 0, "eval/pass@1": 0.5, "eval/reward": 0.5}])
+    )
     assert measure([passed]) is PASS_RATE and measure([graded]) is MEAN_REWARD and measure([passed, graded]) is MEAN_REWARD
