@@ -4,14 +4,16 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 from groupwise.config import dump
+from groupwise.evidence.figures import figures
 from groupwise.evidence.findings import findings
 from groupwise.evidence.headline import summary, tiles
 from groupwise.evidence.history import value_text
+from groupwise.evidence.lines import clock
 from groupwise.evidence.naming import Group, cut, differences, grouped, run_id, run_names, title
 from groupwise.evidence.phrases import Phrase, phrase, same
 from groupwise.evidence.reading import step_of
 from groupwise.evidence.runs import Run, measure
-from groupwise.evidence.shapes import Clock, Document, Finding, Noted, RunShape, SegmentShape, Setting, Status
+from groupwise.evidence.shapes import Document, Finding, Noted, RunShape, SegmentShape, Setting, Status
 from groupwise.text import shortened, visible
 
 MOST_EVENTS, MOST_CHANGES, MOST_LEFT_OUT = 200, 50, 200
@@ -40,7 +42,7 @@ def document(runs: Sequence[Run]) -> Document:
         "events": events(members),
         "segments": segments(members),
         "left_out": left_out(members, names),
-        "figures": [],
+        "figures": figures(groups),
     }
 
 
@@ -50,7 +52,7 @@ def shared_findings(group: Group) -> list[Finding]:
     found: dict[str, list[Finding]] = {}
     for run in group.runs:
         for item in findings(run):
-            title, text = same(item.title), same(visible(item.text))
+            title, text = item.title, Phrase(visible(item.text.en), visible(item.text.zh))
             found.setdefault(title.en, []).append(
                 {
                     "setting": group.id,
@@ -74,8 +76,7 @@ def shared_findings(group: Group) -> list[Finding]:
 
 
 def _setting(group: Group) -> Setting:
-    clock: Clock = {"steps": [], "completions": [], "seconds": []}
-    return {"id": group.id, "name": group.name, "runs": [run_id(run) for run in group.runs], "clock": clock}
+    return {"id": group.id, "name": group.name, "runs": [run_id(run) for run in group.runs], "clock": clock(group)}
 
 
 def _run(run: Run, group: Group, names: Mapping[str, str]) -> RunShape:

@@ -13,13 +13,13 @@ from rich.text import Text
 from groupwise.config import dump
 from groupwise.errors import UserError
 from groupwise.evidence.charts import Figure
-from groupwise.evidence.figures import draw_all
 from groupwise.evidence.finding import Finding
 from groupwise.evidence.findings import shared_findings
 from groupwise.evidence.history import value_text
 from groupwise.evidence.page import asset, embed, embed_script, render, write
 from groupwise.evidence.runs import Measure, Run, by_setting, measure
 from groupwise.evidence.statistics import interval
+from groupwise.evidence.vega_figures import draw_all
 from groupwise.text import shortened, visible
 
 SHOWN_TOKENS = 4000
