@@ -36,7 +36,9 @@ def charts(runs: Sequence[Run]) -> dict[str, Any]:
             continue  # all its metrics are constant
         made[figure["id"]] = _titled(figure, _chart(figure, names))
         if figure["id"] == "accuracy":
-            made["accuracy-rollouts"] = _titled(figure, _lines(_on_clock(figure, clocks, "completions"), names, "completions generated"))
+            made["accuracy-rollouts"] = _titled(
+                figure, _lines(_on_clock(figure, clocks, "completions"), names, "completions generated")
+            )
             made["accuracy-time"] = _titled(figure, _lines(_on_clock(figure, clocks, "seconds"), names, "time (s)"))
     return made
 
@@ -75,7 +77,8 @@ def _on_clock(figure: Figure, clocks: Mapping[str, Clock], axis: Literal["comple
     moved: list[Line] = []
     for line in figure["lines"]:
         own = clocks[line["setting"]]
-        moved.append({**line, "steps": np.interp(line["steps"], own["steps"], own[axis]).tolist()})
+        at: Any = np.interp(line["steps"], own["steps"], own[axis]).tolist()
+        moved.append({**line, "steps": at})
     return {**figure, "lines": moved, "marks": []}
 
 
