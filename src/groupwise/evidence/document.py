@@ -4,14 +4,16 @@ import time
 from collections.abc import Mapping, Sequence
 
 from groupwise.config import dump
+from groupwise.evidence.figures import figures
 from groupwise.evidence.finding import measure_name
 from groupwise.evidence.findings import shared_findings
 from groupwise.evidence.headline import summary, tiles
 from groupwise.evidence.history import value_text
+from groupwise.evidence.lines import clock
 from groupwise.evidence.naming import Group, cut, differences, grouped, run_id, run_names, title
 from groupwise.evidence.phrases import Phrase
 from groupwise.evidence.runs import Run, measure
-from groupwise.evidence.shapes import Clock, Document, Finding, Noted, RunShape, SegmentShape, Setting, Text
+from groupwise.evidence.shapes import Document, Finding, Noted, RunShape, SegmentShape, Setting, Text
 from groupwise.evidence.status import status
 from groupwise.text import shortened, visible
 
@@ -26,7 +28,7 @@ def document(runs: Sequence[Run]) -> Document:
     groups = grouped(runs)
     members = [run for group in groups for run in group.runs]
     names = run_names(groups)
-    now = time.time()
+    now, drawn = time.time(), figures(groups)  # first, since they add to what could not be read
     found = [finding for group in groups for finding in told(group)]
     shown = [_run(run, group, names, now) for group in groups for run in group.runs]
     return {
@@ -42,7 +44,7 @@ def document(runs: Sequence[Run]) -> Document:
         "events": events(members),
         "segments": segments(members),
         "left_out": left_out(members, names),
-        "figures": [],
+        "figures": drawn,
     }
 
 
@@ -59,8 +61,7 @@ def _shown(text: Phrase) -> Text:
 
 
 def _setting(group: Group) -> Setting:
-    clock: Clock = {"steps": [], "completions": [], "seconds": []}
-    return {"id": group.id, "name": group.name, "runs": [run_id(run) for run in group.runs], "clock": clock}
+    return {"id": group.id, "name": group.name, "runs": [run_id(run) for run in group.runs], "clock": clock(group)}
 
 
 def _run(run: Run, group: Group, names: Mapping[str, str], now: float) -> RunShape:

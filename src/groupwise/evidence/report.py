@@ -22,7 +22,7 @@ def write_page(runs: Sequence[Run], out: Path) -> Document:
 
 def write_pictures(runs: Sequence[Run], directory: Path) -> list[Path]:
     """Write each figure as a PNG; returns the files."""
-    from groupwise.evidence.figures import draw_all
+    from groupwise.evidence.vega_figures import draw_all
 
     try:
         directory.mkdir(parents=True, exist_ok=True)
