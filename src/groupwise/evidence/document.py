@@ -12,6 +12,7 @@ from groupwise.evidence.phrases import Phrase, phrase, same
 from groupwise.evidence.reading import step_of
 from groupwise.evidence.runs import Run, measure
 from groupwise.evidence.shapes import Clock, Document, Finding, Noted, RunShape, SegmentShape, Setting, Status
+from groupwise.evidence.verdicts import comparisons
 from groupwise.text import shortened, visible
 
 MOST_EVENTS, MOST_CHANGES, MOST_LEFT_OUT = 200, 50, 200
@@ -35,7 +36,7 @@ def document(runs: Sequence[Run]) -> Document:
         "tiles": tiles(groups, found, [run["status"] for run in shown]),
         "summary": summary(groups),
         "differences": differences(groups),
-        "comparisons": [],
+        "comparisons": comparisons(groups),
         "findings": found,
         "events": events(members),
         "segments": segments(members),

@@ -13,7 +13,7 @@ from groupwise.evidence.naming import Group, differences
 from groupwise.evidence.outcomes import evaluated, noise, problems_of
 from groupwise.evidence.phrases import Phrase, phrase, same
 from groupwise.evidence.shapes import Comparison
-from groupwise.evidence.statistics import FEWEST_SEEDS, Difference, detectable, seeds_needed
+from groupwise.evidence.statistics import FEWEST_SEEDS, LEVEL, Difference, detectable, seeds_needed
 
 MOST_SEEDS = 100
 """More seeds are not planned for."""
@@ -33,12 +33,17 @@ def as_text(groups: Sequence[Group]) -> list[Text]:
     """A line for each comparison, for the terminal; pairs with too few seeds are only counted where there are several."""
     every = compare(contrasts(groups))
     unknown = [item for item in every if item.verdict == "unknown"]
-    shown = [item for item in every if item.verdict != "unknown" or len(unknown) == 1]
+    shown = [item for item in every if _is_printed(item) or (item.verdict == "unknown" and len(unknown) == 1)]
     lines = [_line(item) for item in shown]
     if len(unknown) > 1:
         few = say("unknown.many", count=len(unknown), fewest=FEWEST_SEEDS)
         lines.append(Text.assemble(("unknown", COLOURS["unknown"]), f"  {few.en}"))
     return lines
+
+
+def _is_printed(item: Compared) -> bool:
+    """Every score, and costs that differ; the page has the others."""
+    return item.verdict in ("better", "worse") or (item.verdict == "open" and item.outcomes.measure == "score")
 
 
 def _line(item: Compared) -> Text:
@@ -75,7 +80,7 @@ def text(item: Compared) -> Phrase:
         return sentences([_too_few(item), *_cautions(item)])
     parts = [_evidence(item, item.found), say(f"decided.{item.verdict}")]
     if item.verdict == "open":
-        if item.found.p < 0.05:
+        if item.found.p < LEVEL:
             parts.append(say("decided.by_chance", family=item.family))
         parts.append(_plan(item, item.found))
     return sentences([*parts, *_cautions(item)])
@@ -103,8 +108,8 @@ def _head(item: Compared) -> Phrase:
         return say("head.score", measure=name, difference=_change(item, _middle(item)), **values)
     shown = duration if item.outcomes.measure == "seconds" else _count
     target, ratio = item.scored.text(item.outcomes.target), _ratio(_middle(item))
-    values = {"after": shown(math.exp(after)), "before": shown(math.exp(before))}
-    return say(f"head.{item.outcomes.measure}", measure=name, target=target, ratio=ratio, **values)
+    spent = {"after": shown(math.exp(after)), "before": shown(math.exp(before))}
+    return say(f"head.{item.outcomes.measure}", measure=name, target=target, ratio=ratio, **spent)
 
 
 def _count(value: float) -> Phrase:
@@ -127,7 +132,8 @@ def _end(item: Compared, value: float) -> str:
 
 
 def _ratio(log: float) -> str:
-    return f"{math.exp(log):.2f}" if abs(log) < math.log(10) else f"{math.exp(log):.3g}"
+    ratio = math.exp(min(log, 700))  # of what a damaged file may say
+    return f"{ratio:.2f}" if 0.1 < ratio < 100 else f"{ratio:.3g}"
 
 
 def _evidence(item: Compared, found: Difference) -> Phrase:
@@ -148,8 +154,10 @@ def _p(value: float) -> str:
 
 def _plan(item: Compared, found: Difference) -> Phrase:
     """How many seeds would decide it, and what those that are there could have shown."""
+    if found.error == 0:
+        return say("plan.equal")
     least = detectable(found, item.level)
-    shown = say("words.factor", value=_ratio(least))
+    shown = say("words.times", value=_ratio(least))
     if item.outcomes.measure == "score":
         value = f"{100 * least:.1f}" if item.scored.percent else f"{least:.3g}"
         shown = say("words.points", value=value) if item.scored.percent else same(value)
@@ -160,7 +168,7 @@ def _plan(item: Compared, found: Difference) -> Phrase:
         return say("plan.many", most=MOST_SEEDS, detectable=shown)
     counts = [say("words.count", count=count) for count in found.counts]
     same_number = len(set(found.counts)) == 1
-    present = counts[0] if same_number else say("words.and", first=found.counts[0], second=found.counts[1])
+    present = counts[0] if same_number else say("words.and", second=found.counts[1], first=found.counts[0])
     return say("plan.seeds", needed=needed, present=present, detectable=shown)
 
 
