@@ -15,6 +15,7 @@ from groupwise.evidence.phrases import Phrase
 from groupwise.evidence.runs import Run, measure
 from groupwise.evidence.shapes import Document, Finding, Noted, RunShape, SegmentShape, Setting, Text
 from groupwise.evidence.status import status
+from groupwise.evidence.verdicts import comparisons
 from groupwise.text import shortened, visible
 
 MOST_EVENTS, MOST_CHANGES, MOST_LEFT_OUT = 200, 50, 200
@@ -39,7 +40,7 @@ def document(runs: Sequence[Run]) -> Document:
         "tiles": tiles(groups, found, [run["status"] for run in shown]),
         "summary": summary(groups),
         "differences": differences(groups),
-        "comparisons": [],
+        "comparisons": comparisons(groups),
         "findings": found,
         "events": events(members),
         "segments": segments(members),
