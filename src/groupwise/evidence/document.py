@@ -1,7 +1,7 @@
 """What a page says about runs, assembled from what each part of the evidence finds in them."""
 
+import time
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 
 from groupwise.config import dump
 from groupwise.evidence.findings import findings
@@ -9,9 +9,9 @@ from groupwise.evidence.headline import summary, tiles
 from groupwise.evidence.history import value_text
 from groupwise.evidence.naming import Group, cut, differences, grouped, run_id, run_names, title
 from groupwise.evidence.phrases import Phrase, phrase, same
-from groupwise.evidence.reading import step_of
 from groupwise.evidence.runs import Run, measure
-from groupwise.evidence.shapes import Clock, Document, Finding, Noted, RunShape, SegmentShape, Setting, Status
+from groupwise.evidence.shapes import Clock, Document, Finding, Noted, RunShape, SegmentShape, Setting
+from groupwise.evidence.status import status
 from groupwise.text import shortened, visible
 
 MOST_EVENTS, MOST_CHANGES, MOST_LEFT_OUT = 200, 50, 200
@@ -86,26 +86,9 @@ def _run(run: Run, group: Group, names: Mapping[str, str]) -> RunShape:
         "path": cut(visible(run.path.as_posix()), LONGEST_PATH),
         "setting": group.id,
         "seed": run.seed,
-        "status": status(run),
+        "status": status(run, time.time()),
         "readable": {"tokens": run.token_steps(), "texts": [], "held_out": []},
         "recipe": visible(shortened(dump(run.recipe), LONGEST_RECIPE), lines=True),
-    }
-
-
-def status(run: Run) -> Status:
-    """How far a run is, by what it has written."""
-    training = run.recipe.get("training")
-    steps = step_of(training.get("steps") if isinstance(training, dict) else None) or 0
-    metrics = run.path / "metrics.jsonl"
-    written = metrics.stat().st_mtime if metrics.is_file() else run.path.stat().st_mtime
-    done = steps > 0 and run.last_step >= steps
-    return {
-        "state": "finished" if done else "stopped" if run.steps else "beginning",
-        "step": run.last_step,
-        "steps": steps,
-        "seconds_left": None,
-        "seconds_per_step": None,
-        "since": datetime.fromtimestamp(written, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
 
 

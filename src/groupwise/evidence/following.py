@@ -1,43 +1,77 @@
 """Follow run directories as they are written, kill and resume included, by reading what is new in them. They may be on another
 machine's disk: nothing but reads, and no notices of the file system, which shared disks do not send."""
 
+from bisect import insort
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from groupwise.errors import UserError
+from groupwise.evidence.history import Noted, event_of
 from groupwise.evidence.places import runs_in
-from groupwise.evidence.runs import Run, open_run
+from groupwise.evidence.reading import LeftOut, parsed
+from groupwise.evidence.records import Metrics
+from groupwise.evidence.runs import Run, assembled, check_run
+from groupwise.evidence.tail import Tail
 
-FILES = ("metrics.jsonl", "events.jsonl", "segments.jsonl", "recipe.toml")
 
-
-@dataclass(slots=True)
 class Followed:
     """One run's directory."""
 
-    path: Path
-    run: Run | None = None
-    """As it was read last; it stays when its directory goes."""
-    reason: str = ""
-    """Why it cannot be read."""
-    seen: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """Of each file what tells that it has changed."""
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.run: Run | None = None
+        """As it was read last; it stays when its directory goes."""
+        self.reason = ""
+        """Why it cannot be read."""
+        self._metrics, self._events = Metrics(), list[Noted]()
+        self._of_metrics, self._of_events = LeftOut(), LeftOut()
+        self._metrics_file, self._events_file = Tail(path / "metrics.jsonl"), Tail(path / "events.jsonl")
+        self._settings: tuple[object, ...] = ()
+        """Tells that the settings have changed."""
 
     def poll(self) -> bool:
         """Read what is new; returns whether anything is."""
-        seen = {name: found for name in FILES if (found := _signature(self.path / name)) is not None}
-        if seen == self.seen and (self.run is not None or self.reason):
-            return False
-        if self.run is not None and not seen:  # gone, or its disk is: what is known is kept
-            return False
-        self.seen, before = seen, self.reason
         try:
-            self.run, self.reason = open_run(self.path), ""
-        except UserError as error:
-            self.reason = str(error).removeprefix(f"{self.path}: ")
-            return self.reason != before
+            if not self.path.is_dir():
+                return self._refused("is not there yet")
+            if self.run is None:
+                check_run(self.path)
+            grown = self._metrics_file.read(self._take_metrics, self._forget_metrics)
+            noted = self._events_file.read(self._take_event, self._forget_events)
+            settings = tuple(_signature(self.path / name) for name in ("recipe.toml", "segments.jsonl"))
+            if self.run is not None and not grown and not noted and settings == self._settings:
+                return False
+            left_out = LeftOut()
+            for tail, of_file in ((self._metrics_file, self._of_metrics), (self._events_file, self._of_events)):
+                left_out.include(of_file)
+                if tail.problem:
+                    left_out.add(tail.path.name, tail.problem)
+            self.run, self.reason = assembled(self.path, self._metrics, list(self._events), left_out), ""
+            self._settings = settings
+        except (UserError, OSError) as error:
+            return self._refused(str(error).removeprefix(f"{self.path}: "))
         return True
+
+    def _refused(self, reason: str) -> bool:
+        changed, self.reason = self.run is None and reason != self.reason, reason
+        return changed
+
+    def _take_metrics(self, number: int, line: bytes) -> None:
+        if (found := parsed(line, "metrics.jsonl", number, self._of_metrics)) is not None:
+            self._metrics.add(found, self._of_metrics, line=number)
+
+    def _forget_metrics(self) -> None:
+        self._metrics, self._of_metrics = Metrics(), LeftOut()
+
+    def _take_event(self, number: int, line: bytes) -> None:
+        if (found := parsed(line, "events.jsonl", number, self._of_events)) is None:
+            return
+        event = event_of(found, self._of_events, "events.jsonl", number)
+        if event is not None:
+            insort(self._events, event, key=lambda event: event.step)
+
+    def _forget_events(self) -> None:
+        self._events, self._of_events = [], LeftOut()
 
 
 def _signature(path: Path) -> tuple[int, ...] | None:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from groupwise.errors import first_line
-from groupwise.evidence.document import document, run_id
+from groupwise.evidence.document import document
 from groupwise.evidence.following import Following
 from groupwise.evidence.live.patches import patches
+from groupwise.evidence.naming import run_id
 from groupwise.evidence.runs import Run
 from groupwise.evidence.shapes import Document
 from groupwise.text import json_line
