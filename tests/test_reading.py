@@ -13,7 +13,7 @@ from tests.test_methods import group_of, two
 
 
 def test_parts_are_weighted_and_sum_to_the_reward_that_was_trained_on() -> None:
-    """The task's components times their weights. Of a limit of 4 tokens the last 2 are the overlong cache: a completion of 4 loses
+    """The task's components times their weights. Of a limit of 4 tokens 2 are the overlong cache: a completion of 4 loses
     1. DAPO prices a wrong verdict at -1. What components leave of a reward is the remainder."""
     scores = [
         two(1, 0.2),
