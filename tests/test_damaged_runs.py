@@ -118,8 +118,8 @@ def test_events_are_listed_and_findings_agree_with_them(run: Path) -> None:
     write(
         run / "events.jsonl", [{"step": 12, **collapse}, {"step": 14, **collapse}, {"step": 3, "kind": "note", "text": "resumed"}]
     )
-    found = {finding.title: finding for finding in findings(open_run(run))}["Warnings were noted while it ran"]
-    assert found.kind == "watch" and found.text == "Entropy fell to <0.01> (step 12 and 1 more). Raise clip_high."
+    found = {finding.title.en: finding for finding in findings(open_run(run))}["Warnings were noted while it ran"]
+    assert found.kind == "watch" and found.text.en == "Entropy fell to <0.01> (step 12 and 1 more). Raise clip_high."
     groupwise("report", str(run))
     page = (run / "report.html").read_text()
     assert "<td>12</td>" in page and "entropy fell to &lt;0.01&gt;" in page and '"noted":"entropy_collapse"' in page

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from groupwise.cli import app
 from groupwise.evidence.findings import findings
-from groupwise.evidence.reading import RENAMED
+from groupwise.evidence.records import RENAMED, Records
 from groupwise.evidence.runs import Run, by_setting, open_run
 from groupwise.evidence.statistics import interval, paired
 from tests.pages import chromium, needs_browser, opened
@@ -136,7 +136,7 @@ def test_an_unhealthy_run_gets_the_finding_that_names_its_fault(fault: str, tmp_
     overrides = [part for setting in ["algorithm.name=grpo", "algorithm.beta=0.0", *settings] for part in ("--set", setting)]
     groupwise("train", "quick", *QUICK, *overrides, "--out", str(tmp_path / "run"))
     found = findings(open_run(tmp_path / "run"))
-    assert title in [finding.title for finding in found if finding.kind == "unhealthy"], found
+    assert title in [finding.title.en for finding in found if finding.kind == "unhealthy"], found
 
 
 def test_a_constant_reward_is_reported(tmp_path: Path) -> None:
@@ -172,11 +172,11 @@ def made(**changes: Any) -> Run:
         for i in range(10)
     ]
     evaluations = [{"step": 5 * i, "eval/pass@1": score, "eval_problems": 500.0} for i, score in enumerate(scores)]
-    return Run(path=Path("made"), recipe=recipe, steps=steps, evaluations=evaluations)
+    return Run(path=Path("made"), recipe=recipe, steps=Records(steps), evaluations=Records(evaluations))
 
 
 def titles(run: Run) -> set[str]:
-    return {finding.title for finding in findings(run)}
+    return {finding.title.en for finding in findings(run)}
 
 
 def test_a_healthy_run_is_called_healthy(healthy: list[Path]) -> None:
@@ -209,9 +209,9 @@ def test_rules_stay_silent_where_they_do_not_apply() -> None:
     assert "Sampler and learner log-probabilities differ" in titles(
         made(recipe={"rollouts": {"top_p": 0.9}}, sampler_gap_mean=0.3)
     )
-    assert titles(Run(path=Path("made"), recipe={}, steps=[], evaluations=[])) == {"No step was recorded"}
+    assert titles(Run(path=Path("made"), recipe={}, steps=Records(), evaluations=Records())) == {"No step was recorded"}
     not_clipped = made(**{"entropy": [0.5] * 4 + [0.01] * 6, "by_probability__clipped_high": [0.0] * 11})
-    text = next(finding.text for finding in findings(not_clipped) if finding.title == "Entropy fell")
+    text = next(finding.text.en for finding in findings(not_clipped) if finding.title.en == "Entropy fell")
     assert "clip-higher" not in text
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from groupwise.evidence.findings import findings
+from groupwise.evidence.records import Records
 from groupwise.evidence.runs import MEAN_REWARD, PASS_RATE, Run, measure, open_run
 from tests.test_cli import run
 
@@ -67,7 +68,7 @@ def test_the_report_speaks_of_the_mean_reward(graded: Path) -> None:
     assert result.exit_code == 0, result.output
     page = (graded / "report.html").read_text()
     assert "held-out mean reward, before" in page and "pass@1" not in page.split("<script")[0]
-    told = {item.title: item.text for item in findings(open_run(graded))}
+    told = {item.title.en: item.text.en for item in findings(open_run(graded))}
     assert not any("correct" in text or "pass@1" in text or "solved" in text for text in told.values()), told
     readable = (graded / "rollouts" / "step-000001.txt").read_text()
     assert " right" not in readable and "--- best: reward" in readable
@@ -85,7 +86,7 @@ def made_up(scores: list[float], deviation: float, **last: float) -> Run:
         for i, score in enumerate(scores)
     ]
     steps = [{"step": i + 1, "reward/mean": 0.5, "reward/shaped_spread": 0.3, "groups/equal": 0.1, **last} for i in range(10)]
-    return Run(path=Path("x"), recipe={"algorithm": {"name": "grpo"}}, steps=steps, evaluations=evaluations)
+    return Run(path=Path("x"), recipe={"algorithm": {"name": "grpo"}}, steps=Records(steps), evaluations=Records(evaluations))
 
 
 @pytest.mark.parametrize(
@@ -99,19 +100,21 @@ def made_up(scores: list[float], deviation: float, **last: float) -> Run:
     ],
 )
 def test_findings_weigh_a_change_of_the_mean_reward_against_its_spread(scores: list[float], deviation: float, title: str) -> None:
-    assert title in [item.title for item in findings(made_up(scores, deviation))]
+    assert title in [item.title.en for item in findings(made_up(scores, deviation))]
 
 
 def test_equal_rewards_are_not_called_solved_problems() -> None:
     told = findings(made_up([1.0, 1.0], 0.1, **{"groups/equal": 0.9, "groups/zero_variance": 0.9, "utilisation": 0.1}))
     (groups,) = [item for item in told if item.figure == "groups"]
     assert (
-        groups.title == "Most groups have zero variance"
-        and "In 90% of the groups all completions have the same reward" in groups.text
+        groups.title.en == "Most groups have zero variance"
+        and "In 90% of the groups all completions have the same reward" in groups.text.en
     )
 
 
 def test_runs_with_and_without_a_verdict_are_compared_by_reward() -> None:
     graded = made_up([1.0, 2.0], 0.1)
-    passed = Run(path=Path("y"), recipe={}, steps=[], evaluations=[{"step": 0, "eval/pass@1": 0.5, "eval/reward": 0.5}])
+    passed = Run(
+        path=Path("y"), recipe={}, steps=Records(), evaluations=Records([{"step": 0, "eval/pass@1": 0.5, "eval/reward": 0.5}])
+    )
     assert measure([passed]) is PASS_RATE and measure([graded]) is MEAN_REWARD and measure([passed, graded]) is MEAN_REWARD

@@ -1,55 +1,133 @@
 """What a page says about runs, assembled from what each part of the evidence finds in them."""
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import time
+from collections.abc import Mapping, Sequence
 
-from groupwise.evidence.phrases import same
-from groupwise.evidence.runs import Run, by_setting, measure
-from groupwise.evidence.shapes import Document
+from groupwise.config import dump
+from groupwise.evidence.findings import findings
+from groupwise.evidence.headline import summary, tiles
+from groupwise.evidence.history import value_text
+from groupwise.evidence.naming import Group, cut, differences, grouped, run_id, run_names, title
+from groupwise.evidence.phrases import Phrase, phrase, same
+from groupwise.evidence.runs import Run, measure
+from groupwise.evidence.shapes import Clock, Document, Finding, Noted, RunShape, SegmentShape, Setting
+from groupwise.evidence.status import status
+from groupwise.text import shortened, visible
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
-    """Runs that differ in their seed only."""
-
-    id: str
-    name: str
-    runs: Sequence[Run]
-
-
-def grouped(runs: Sequence[Run]) -> list[Group]:
-    """The runs by setting, with ids that stay the same whichever other runs there are."""
-    return [Group(id=_id("s", name), name=name, runs=members) for name, members in by_setting(runs).items()]
-
-
-def run_id(run: Run) -> str:
-    """The same for the same directory."""
-    return _id("r", str(run.path.resolve()))
-
-
-def _id(kind: str, text: str) -> str:
-    return kind + hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=5).hexdigest()
+MOST_EVENTS, MOST_CHANGES, MOST_LEFT_OUT = 200, 50, 200
+"""How many events and changed settings of a run the page lists, and how many lines about what could not be read."""
+LONGEST_RECIPE, LONGEST_PATH = 30_000, 400
+"""Characters of a recipe and of a path on the page."""
 
 
 def document(runs: Sequence[Run]) -> Document:
     """The page's data, but for the completions."""
     groups = grouped(runs)
-    scored = measure(runs)
-    nothing: list[Any] = []
+    members = [run for group in groups for run in group.runs]
+    names = run_names(groups)
+    found = [finding for group in groups for finding in shared_findings(group)]
+    shown = [_run(run, group, names) for group in groups for run in group.runs]
     return {
-        "title": " · ".join(group.name for group in groups),
-        "measure": same(scored.name).as_json(),
-        "settings": nothing,
-        "runs": nothing,
-        "tiles": nothing,
-        "summary": nothing,
-        "differences": {"keys": [], "rows": []},
-        "comparisons": nothing,
-        "findings": nothing,
-        "events": nothing,
-        "segments": nothing,
-        "left_out": [f"{run.path.as_posix()}/{line}" for run in runs for line in run.left_out],
-        "figures": nothing,
+        "title": title(groups),
+        "measure": same(measure(members).name).as_json(),
+        "settings": [_setting(group) for group in groups],
+        "runs": shown,
+        "tiles": tiles(groups, found, [run["status"] for run in shown]),
+        "summary": summary(groups),
+        "differences": differences(groups),
+        "comparisons": [],
+        "findings": found,
+        "events": events(members),
+        "segments": segments(members),
+        "left_out": left_out(members, names),
+        "figures": [],
     }
+
+
+def shared_findings(group: Group) -> list[Finding]:
+    """Findings of runs that differ in their seed only, each title once: the numbers are of the first run that has it, the title says how
+    many do."""
+    found: dict[str, list[Finding]] = {}
+    for run in group.runs:
+        for item in findings(run):
+            title, text = same(item.title), same(visible(item.text))
+            found.setdefault(title.en, []).append(
+                {
+                    "setting": group.id,
+                    "kind": item.kind,
+                    "title": title.as_json(),
+                    "text": text.as_json(),
+                    "figure": item.figure,
+                }
+            )
+    shown = [items[0] for items in found.values()]
+    if len(group.runs) > 1:
+        counts = [len(items) for items in found.values()]
+        shown = [
+            {
+                **item,
+                "title": phrase("summary", "in_runs", title=Phrase(**item["title"]), count=count, all=len(group.runs)).as_json(),
+            }
+            for item, count in zip(shown, counts, strict=True)
+        ]
+    return sorted(shown, key=lambda item: ("unhealthy", "watch", "healthy").index(item["kind"]))
+
+
+def _setting(group: Group) -> Setting:
+    clock: Clock = {"steps": [], "completions": [], "seconds": []}
+    return {"id": group.id, "name": group.name, "runs": [run_id(run) for run in group.runs], "clock": clock}
+
+
+def _run(run: Run, group: Group, names: Mapping[str, str]) -> RunShape:
+    id = run_id(run)
+    return {
+        "id": id,
+        "name": names[id],
+        "path": cut(visible(run.path.as_posix()), LONGEST_PATH),
+        "setting": group.id,
+        "seed": run.seed,
+        "status": status(run, time.time()),
+        "readable": {"tokens": run.token_steps(), "texts": [], "held_out": []},
+        "recipe": visible(shortened(dump(run.recipe), LONGEST_RECIPE), lines=True),
+    }
+
+
+def events(runs: Sequence[Run]) -> list[Noted]:
+    """What the runs noted, the last `MOST_EVENTS` of each."""
+    return [
+        {
+            "run": run_id(run),
+            "step": event.step,
+            "time": visible(event.time[:40]),
+            "kind": visible(event.kind[:40]),
+            "text": visible(event.text),
+            "advice": visible(event.advice),
+        }
+        for run in runs
+        for event in run.events[-MOST_EVENTS:]
+    ]
+
+
+def segments(runs: Sequence[Run]) -> list[SegmentShape]:
+    """Where runs were resumed, and with which other settings; nothing of runs that never were."""
+    return [
+        {
+            "run": run_id(run),
+            "first": segment.first_step,
+            "started": visible(segment.started[:19].replace("T", " ")),
+            "version": visible(segment.version[:40]),
+            "changed": [
+                visible(f"{cut(key, 200)}: {value_text(old)} → {value_text(new)}")
+                for key, (old, new) in list(segment.changed.items())[:MOST_CHANGES]
+            ],
+        }
+        for run in runs
+        if len(run.segments) > 1
+        for segment in run.segments
+    ]
+
+
+def left_out(runs: Sequence[Run], names: Mapping[str, str]) -> list[str]:
+    """What could not be read, by run and file."""
+    lines = [visible(f"{names[run_id(run)]}: {line}") for run in runs for line in run.left_out]
+    return lines[:MOST_LEFT_OUT]

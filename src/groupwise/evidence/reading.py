@@ -4,7 +4,6 @@ A run may be half-written, damaged, or made by another version. What cannot be u
 """
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,18 +14,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from groupwise.algorithms.diagnostics import LENGTH_EDGES, PROBABILITY_EDGES
 from groupwise.config import Recipe, read_toml
 from groupwise.errors import UserError, short
 
-RENAMED = {
-    "groups/dead": "groups/zero_variance",
-    "dropped/uniform": "dropped/zero_variance",
-    "seconds/annotate": "seconds/logprobs",
-}
-"""Metric name of earlier versions -> metric name now."""
-BINS = {"by_probability/": len(PROBABILITY_EDGES) + 1, "by_length/": len(LENGTH_EDGES) + 1}
-"""Beginning of the name of a binned metric -> how many bins it has."""
 LATEST_STEP = 2**53
 TOKEN_COLUMNS = {
     "group": pa.int64(),
@@ -62,6 +52,11 @@ class LeftOut:
         self._counts[file, reason] += 1
         self._lines.setdefault((file, reason), line)
 
+    def include(self, other: "LeftOut") -> None:
+        """Add what another one has."""
+        self._counts += other._counts
+        self._lines = {**other._lines, **self._lines}
+
     def __iter__(self) -> Iterator[str]:
         for (file, reason), count in self._counts.items():
             line, more = self._lines[file, reason], f" and {count - 1:,} more" if count > 1 else ""
@@ -76,18 +71,25 @@ def read_objects(path: Path, left_out: LeftOut) -> Iterator[tuple[int, dict[str,
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                try:
-                    value = json.loads(line)
-                except (ValueError, RecursionError):
-                    if line.strip() and line.endswith(b"\n"):  # a killed run can leave its last line incomplete
-                        left_out.add(name, "not a JSON object", number)
-                    continue
-                if isinstance(value, dict):
+                value = parsed(line, name, number, left_out)
+                if value is not None:
                     yield number, value
-                else:
-                    left_out.add(name, "not a JSON object", number)
     except OSError as error:
         left_out.add(name, error.strerror or "cannot be read")
+
+
+def parsed(line: bytes, file: str, number: int, left_out: LeftOut) -> dict[str, Any] | None:
+    """The object in a line; None, and a note in `left_out`: there is none."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        if not line.strip() or not line.endswith(b"\n"):  # a killed run can leave its last line incomplete
+            return None
+        value = None
+    if isinstance(value, dict):
+        return value
+    left_out.add(file, "not a JSON object", number)
+    return None
 
 
 def step_of(value: Any) -> int | None:
@@ -95,41 +97,6 @@ def step_of(value: Any) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < LATEST_STEP or value != int(value):
         return None
     return int(value)
-
-
-def read_metrics(path: Path, left_out: LeftOut) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl, ordered by step, with present names; of a step that is recorded twice the later record.
-
-    A record keeps numbers and lists of bins; a number that is not finite is None.
-    """
-    records: dict[tuple[int, bool], dict[str, Any]] = {}
-    for line, found in read_objects(path, left_out):
-        step = step_of(found.get("step"))
-        if step is None:
-            left_out.add(path.name, "has no step", line)
-            continue
-        record: dict[str, Any] = {"step": step}
-        for key, value in found.items():
-            if key == "step":
-                continue
-            key = sys.intern(RENAMED.get(key, key))  # one copy of each name, however many steps there are
-            known, clean = _clean(key, value)
-            if known:
-                record[key] = clean
-            else:
-                left_out.add(path.name, f"{short(key)} is not what this version knows: {short(value, 40)}", line)
-        records[step, "reward/mean" in record] = record
-    return [records[key] for key in sorted(records)]
-
-
-def _clean(key: str, value: Any) -> tuple[bool, Any]:
-    """Whether a metric has a value of its kind, and that value."""
-    bins = next((count for beginning, count in BINS.items() if key.startswith(beginning)), None)
-    if bins is not None:
-        return isinstance(value, list) and len(value) == bins and all(number(item) is not None for item in value), value
-    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
-        return True, number(value)
-    return isinstance(value, list) and all(number(item) is not None for item in value), None
 
 
 def number(value: Any) -> float | None:

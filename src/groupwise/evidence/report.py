@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from groupwise.config import dump
 from groupwise.errors import UserError
 from groupwise.evidence.charts import Figure
 from groupwise.evidence.figures import draw_all
-from groupwise.evidence.findings import Finding, findings, worst_first
+from groupwise.evidence.finding import Finding
+from groupwise.evidence.findings import shared_findings
 from groupwise.evidence.history import value_text
 from groupwise.evidence.page import asset, embed, embed_script, render, write
 from groupwise.evidence.runs import Measure, Run, by_setting, measure
@@ -74,18 +74,6 @@ def courses(runs: Sequence[Run]) -> list[dict[str, Any]]:
         if len(run.segments) > 1
         for segment in run.segments
     ]
-
-
-def shared_findings(runs: Sequence[Run]) -> list[Finding]:
-    """Findings of runs that differ in their seed only, each title once: the numbers are of the first run that has it, the title says how many do."""
-    found: dict[str, list[Finding]] = {}
-    for run in runs:
-        for finding in findings(run):
-            found.setdefault(finding.title, []).append(finding)
-    shown = [items[0] for items in found.values()]
-    if len(runs) > 1:
-        shown = [replace(item, title=f"{item.title}, in {len(found[item.title])} of {len(runs)} runs") for item in shown]
-    return worst_first(shown)
 
 
 def write_pictures(runs: Sequence[Run], directory: Path) -> list[Path]:
@@ -220,4 +208,4 @@ def _spec(figure: Figure) -> dict[str, Any]:
 def as_text(items: Sequence[Finding]) -> list[Text]:
     """Each finding as a line for the terminal."""
     colours = {"unhealthy": "red", "watch": "yellow", "healthy": "green"}
-    return [Text.assemble((item.kind, colours[item.kind]), f"  {item.title}: {item.text}") for item in items]
+    return [Text.assemble((item.kind, colours[item.kind]), f"  {item.title.en}: {item.text.en}") for item in items]

@@ -4,17 +4,18 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from groupwise.algorithms import NAMED, named
 from groupwise.config.trees import flat
 from groupwise.errors import UserError
 from groupwise.evidence.history import Noted, Segment, course, read_events, read_segments, value_text
-from groupwise.evidence.reading import LeftOut, read_metrics, read_recipe, read_tokens
+from groupwise.evidence.reading import LeftOut, read_recipe, read_tokens
+from groupwise.evidence.records import EVALUATED, TRAINED, Metrics, Records, Steps, Values, read_metrics
 from groupwise.text import shortened, visible
 
 
@@ -34,8 +35,8 @@ class Measure:
         return f"{value:.1%}" if self.percent else f"{value:.3g}"
 
 
-PASS_RATE = Measure(key="eval/pass@1", name="pass@1", percent=True)
-MEAN_REWARD = Measure(key="eval/reward", name="mean reward", percent=False)
+PASS_RATE = Measure(key=EVALUATED[0], name="pass@1", percent=True)
+MEAN_REWARD = Measure(key=EVALUATED[1], name="mean reward", percent=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +45,9 @@ class Run:
 
     path: Path
     recipe: dict[str, Any]
-    steps: list[dict[str, Any]]
+    steps: Records
     """One record per training step."""
-    evaluations: list[dict[str, Any]]
+    evaluations: Records
     """One record per evaluation; step 0 is the base model."""
     segments: list[Segment] = field(default_factory=list)
     """How it was started and resumed; empty: not recorded, and `recipe` is that of all steps."""
@@ -78,37 +79,54 @@ class Run:
         """What its held-out results are measured by."""
         return measure([self])
 
+    def column(self, name: str) -> tuple[Steps, Values]:
+        """The steps that have the metric, ascending, and its values: one each, or one row of bins each."""
+        return (self.evaluations if name.startswith(("eval/", "eval_")) else self.steps).column(name)
+
     def series(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of each record that has the metric."""
-        records = self.evaluations if name.startswith("eval/") else self.steps
-        return [(record["step"], record[name]) for record in records if record.get(name) is not None]
+        steps, values = self.column(name)
+        return list(zip(steps.tolist(), values.tolist(), strict=True))
 
     def values(self, name: str) -> list[float]:
-        return [value for _, value in self.series(name)]
+        found: list[float] = self.column(name)[1].tolist()
+        return found
 
     def last(self, name: str, count: int = 5) -> float:
         """The mean of the last `count` values; NaN if there are none."""
-        values = self.values(name)[-count:]
-        return sum(values) / len(values) if values else math.nan
+        values = self.column(name)[1][-count:]
+        return float(values.mean()) if len(values) else math.nan
 
     def first(self, name: str, count: int = 3) -> float:
         """The mean of the first `count` values; NaN if there are none."""
-        values = self.values(name)[:count]
-        return sum(values) / len(values) if values else math.nan
+        values = self.column(name)[1][:count]
+        return float(values.mean()) if len(values) else math.nan
 
     def total(self, name: str) -> list[float]:
         """A binned metric summed over the steps: one number per bin."""
-        return [sum(column) for column in zip(*self.values(name), strict=True)]
+        values = self.column(name)[1]
+        found: list[float] = values.sum(axis=0).tolist() if len(values) else []
+        return found
 
-    @cached_property
+    def spent(self) -> tuple[Steps, Values, Values]:
+        """Completions generated, and seconds of rollouts and learner, from the start to the end of each step; 0 at step 0."""
+        steps, rollouts = self._known("rollouts/completions")
+        seconds = self._known("seconds/rollouts")[1] + self._known("seconds/learner")[1]
+        return np.append(0, steps), np.append(0.0, rollouts.cumsum()), np.append(0.0, seconds.cumsum())
+
+    def _known(self, name: str) -> tuple[Steps, Values]:
+        """All training steps, and a metric's value in each, 0 where it is not known."""
+        steps = self.steps.column(TRAINED)[0]
+        known, values = self.steps.column(name)
+        found = np.zeros(len(steps))
+        found[np.searchsorted(steps, known)] = values
+        return steps, found
+
+    @property
     def cumulative(self) -> dict[int, tuple[float, float]]:
         """Step -> (completions generated, seconds of rollouts and learner) from the start to the end of that step; (0, 0) at step 0."""
-        totals, rollouts, seconds = {0: (0.0, 0.0)}, 0.0, 0.0
-        for record in self.steps:
-            rollouts += record.get("rollouts/completions") or 0.0
-            seconds += (record.get("seconds/rollouts") or 0.0) + (record.get("seconds/learner") or 0.0)
-            totals[record["step"]] = (rollouts, seconds)
-        return totals
+        steps, rollouts, seconds = self.spent()
+        return dict(zip(steps.tolist(), zip(rollouts.tolist(), seconds.tolist(), strict=True), strict=True))
 
     def token_steps(self) -> list[int]:
         """The steps whose tokens were recorded, ascending."""
@@ -141,27 +159,43 @@ def open_run(path: Path) -> Run:
     Raises:
         UserError: the directory holds no run, or nothing in it can be read that says with which settings it was trained.
     """
-    metrics, recipe = path / "metrics.jsonl", path / "recipe.toml"
-    begun = (path / "rollouts").is_dir()  # a run makes it with its recipe, and its metrics after the first evaluation
+    check_run(path)
     left_out = LeftOut()
+    metrics, events = read_metrics(path / "metrics.jsonl", left_out), read_events(path / "events.jsonl", left_out)
+    return assembled(path, metrics, events, left_out)
+
+
+def check_run(path: Path) -> None:
+    """
+    Raises:
+        UserError: the directory holds no run.
+    """
+    if not (path / "recipe.toml").is_file() and not any(
+        segment.recipe for segment in read_segments(path / "segments.jsonl", LeftOut())
+    ):
+        raise UserError(f"{path}: not a run directory: it has no recipe.toml")
+    # A run makes rollouts/ with its recipe, and its metrics after the first evaluation.
+    if not (path / "metrics.jsonl").is_file() and not (path / "rollouts").is_dir():
+        raise UserError(f"{path}: not a run directory: it has no metrics.jsonl")
+
+
+def assembled(path: Path, metrics: Metrics, events: list[Noted], left_out: LeftOut) -> Run:
+    """A run of which the metrics and the events are read, with its settings.
+
+    Raises:
+        UserError: these cannot be read.
+    """
     segments = read_segments(path / "segments.jsonl", left_out)
-    known = recipe.is_file() or any(segment.recipe for segment in segments)
-    if not known or not (metrics.is_file() or begun):
-        raise UserError(f"{path}: not a run directory: it has no {'metrics.jsonl' if known else 'recipe.toml'}")
-    tree = read_recipe(recipe, left_out, [segment.recipe for segment in segments if segment.recipe])
-    records = read_metrics(metrics, left_out)
-    steps = [record for record in records if record.get("reward/mean") is not None]
-    last = steps[-1]["step"] if steps else 0
+    tree = read_recipe(path / "recipe.toml", left_out, [segment.recipe for segment in segments if segment.recipe])
+    last = metrics.steps[-1]["step"] if metrics.steps else 0
     done = [segment.recipe for segment in segments if segment.recipe and segment.first_step <= last]
     return Run(
         path=path,
         recipe=dict(done[-1]) if done else tree,  # a resume that did no step yet has written its settings already
-        steps=steps,
-        evaluations=[
-            record for record in records if record.get(PASS_RATE.key) is not None or record.get(MEAN_REWARD.key) is not None
-        ],
+        steps=metrics.steps,
+        evaluations=metrics.evaluations,
         segments=segments,
-        events=read_events(path / "events.jsonl", left_out),
+        events=events,
         left_out=left_out,
     )
 

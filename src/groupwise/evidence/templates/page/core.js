@@ -16,7 +16,7 @@ function tell(...changed) {
 
 // A phrase in the page's language: {en, zh}, or a string that is not translated.
 const say = (phrase) => (typeof phrase === "string" ? phrase : (phrase?.[page.language] ?? ""));
-// A text of page_text.toml by its dotted key, with its {fields} filled in.
+// A text of <part>_text.toml by its dotted key, as "core.light", with its {fields} filled in.
 function text(key, values = {}) {
   const phrase = key.split(".").reduce((table, part) => table?.[part], words);
   return say(phrase).replace(/\{(\w+)\}/g, (_, name) => values[name] ?? "");
@@ -32,6 +32,32 @@ function make(name, attributes = {}, ...children) {
   }
   element.append(...children.filter((child) => child !== null && child !== undefined));
   return element;
+}
+
+// Replace what an element has in it. What had the focus in it gets it again, by its `data-key`.
+function refill(element, ...children) {
+  const focused = element.contains(document.activeElement) ? document.activeElement.dataset.key : undefined;
+  element.replaceChildren(...children.filter((child) => child !== null && child !== undefined));
+  if (focused !== undefined) element.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
+}
+
+// Draw a section of the page whenever one of these keys of the document changes. `build()` gives what stands under its heading;
+// null or nothing hides the section.
+function section(id, heading, keys, build) {
+  whenChanged((changed) => {
+    if (!changed.has("language") && !keys.some((key) => changed.has(key))) return;
+    const element = document.getElementById(id), contents = (build() ?? []).filter((child) => child !== null);
+    element.hidden = contents.length === 0;
+    refill(element, ...(contents.length ? [make("h2", {}, text(heading)), ...contents] : []));
+  });
+}
+
+// A table: heads are texts, rows are lists of cells, each a node, a text or a list of them; `classes` of the columns.
+function tableOf(heads, rows, classes = []) {
+  const cells = (name) => (cell, i) => make(name, { class: classes[i] || false, scope: name === "th" ? "col" : false }, ...[cell].flat());
+  const body = rows.map((row) => make("tr", {}, ...row.map(cells("td"))));
+  const table = make("table", {}, make("thead", {}, make("tr", {}, ...heads.map(cells("th")))), make("tbody", {}, ...body));
+  return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": heads.join(", ") }, table);
 }
 
 // JSON that is embedded as base64 of gzip.

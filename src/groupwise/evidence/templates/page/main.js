@@ -12,15 +12,16 @@ function setTheme(theme) {
   if (page.data) tell("theme");
 }
 
+// Draw the document. The parts above the fold come first, and the browser shows them before the others are drawn.
+async function begin(data) {
+  page.data = data;
+  tell(...Object.keys(data));
+  root.dataset.drawn = "1";
+}
+
 setLanguage(remembered("language") ?? (navigator.language.startsWith("zh") ? "zh" : "en"));
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
 setTheme(remembered("theme") ?? (dark.matches ? "dark" : "light"));
 dark.addEventListener("change", () => { if (!remembered("theme")) setTheme(dark.matches ? "dark" : "light"); });
 if ("live" in root.dataset) follow();
-else {
-  unpacked("document").then((data) => {
-    page.data = data;
-    tell(...Object.keys(data));
-    root.dataset.drawn = "1";
-  });
-}
+else unpacked("document").then(begin);

@@ -1,0 +1,241 @@
+"""The numbers at the top of a page about runs: its tiles, and the table with a row for each setting."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+
+from groupwise.evidence.naming import Group
+from groupwise.evidence.phrases import Phrase, phrase, same
+from groupwise.evidence.runs import Measure, Run, finite, measure
+from groupwise.evidence.shapes import Finding, Status, SummaryRow, Tile
+from groupwise.evidence.statistics import binomial, interval
+
+FEWEST_SEEDS = 3
+"""For an interval over seeds: from two the 95 % interval is 18 times as wide as their standard error."""
+SHOWN_SCORES = 4
+"""How many seeds' scores a tile lists where they are too few for an interval."""
+KINDS = ("unhealthy", "watch", "healthy")
+
+
+def tiles(groups: Sequence[Group], findings: Sequence[Finding], statuses: Sequence[Status]) -> list[Tile]:
+    """The headline numbers that can be told, in the order in which they are shown."""
+    runs = [run for group in groups for run in group.runs]
+    made = (
+        _score(groups, measure(runs)),
+        _reward(groups),
+        _health(groups, findings),
+        _progress(statuses),
+        _time(groups),
+        _speed(groups),
+    )
+    return [tile for tile in made if tile is not None]
+
+
+def summary(groups: Sequence[Group]) -> list[SummaryRow]:
+    """A row for each setting: held-out scores before and after, and what they cost; means over its runs."""
+    scored = measure(run for group in groups for run in group.runs)
+    rows: list[SummaryRow] = []
+    for group in groups:
+        before, after = _before(group, scored), _after(group, scored)
+        rows.append(
+            {
+                "setting": group.id,
+                "seeds": len(group.runs),
+                "steps": max((run.last_step for run in group.runs), default=0),
+                "before": _with_interval(before, scored),
+                "after": _with_interval(after, scored),
+                "completions": _number(_mean([run.cumulative[run.last_step][0] for run in group.runs]), ",.0f"),
+                "seconds": _number(_mean(_seconds(group.runs)), ",.0f"),
+                "tokens_per_second": _number(_mean(_speeds(group)), ",.0f"),
+            }
+        )
+    return rows
+
+
+def _before(group: Group, scored: Measure) -> list[float]:
+    """Each run's first held-out score."""
+    return finite(run.first(scored.key, 1) for run in group.runs)
+
+
+def _after(group: Group, scored: Measure) -> list[float]:
+    """The last held-out score of each run that was evaluated more than once."""
+    return finite(run.last(scored.key, 1) for run in group.runs if len(run.evaluations) > 1)
+
+
+def _with_interval(scores: Sequence[float], scored: Measure) -> str:
+    if not scores:
+        return "–"
+    found = interval(scores)
+    return scored.text(found.mean) + (f" ± {scored.text(found.half)}" if found.count >= FEWEST_SEEDS else "")
+
+
+def _score(groups: Sequence[Group], scored: Measure) -> Tile | None:
+    """The held-out score before and after; of several settings the best one's, and where the others are."""
+    ended = [(group, _after(group, scored)) for group in groups]
+    ended = [(group, scores) for group, scores in ended if scores]
+    values = {"name": scored.name}
+    if not ended:
+        first = [score for group in groups for score in _before(group, scored)]
+        if not first:
+            return None
+        detail = phrase("summary", "score.one_evaluation")
+        return _tile("score", phrase("summary", "score.label", **values), same(scored.text(_mean(first))), detail)
+    best, scores = max(ended, key=lambda item: _mean(item[1]))
+    before = _before(best, scored)
+    change = f"{scored.text(_mean(before))} → {scored.text(_mean(scores))}" if before else scored.text(_mean(scores))
+    noise = _noise(best, scores, scored)
+    if len(groups) == 1:
+        return _tile("score", phrase("summary", "score.label", **values), same(change), noise)
+    others = [_mean(found) for group, found in ended if group is not best]
+    if not others:
+        where = phrase("summary", "score.alone", setting=best.name)
+    else:
+        spread = _spread(others, scored.text)
+        where = phrase(
+            "summary", "score.others" if len(others) > 1 else "score.other", setting=best.name, spread=spread, count=len(others)
+        )
+    detail = phrase("summary", "score.best_detail", where=where, noise=noise)
+    return _tile("score", phrase("summary", "score.best", **values), same(change), detail)
+
+
+def _noise(group: Group, scores: Sequence[float], scored: Measure) -> Phrase:
+    """How sure the last score of a setting is: over its seeds, or of the one evaluation."""
+    if len(scores) >= FEWEST_SEEDS:
+        return phrase("summary", "score.seeds", count=len(scores), half=scored.text(interval(scores).half))
+    if len(scores) > 1:
+        shown = " · ".join(scored.text(score) for score in scores[:SHOWN_SCORES])
+        return phrase("summary", "score.few_seeds", count=len(scores), scores=shown)
+    run = next(run for run in group.runs if len(run.evaluations) > 1)
+    record = [record for record in run.evaluations if record.get(scored.key) is not None][-1]
+    problems = int(record.get("eval_problems") or 0)
+    if problems < 2:
+        return phrase("summary", "score.no_interval")
+    if scored.percent:
+        half = binomial(scores[0], problems)
+    else:
+        half = 1.96 * (record.get("eval/reward_std") or 0.0) / math.sqrt(problems)
+    return phrase("summary", "score.problems", half=scored.text(half), problems=f"{problems:,}")
+
+
+def _reward(groups: Sequence[Group]) -> Tile | None:
+    """The mean reward of the training completions, at the start and at the end."""
+    known = [[run for run in group.runs if run.values("reward/mean")] for group in groups]
+    known = [runs for runs in known if runs]
+    if not known:
+        return None
+    last = [_mean([run.last("reward/mean") for run in runs]) for runs in known]
+    label = phrase("summary", "reward.label")
+    if len(known) > 1:
+        return _tile("reward", label, same(_spread(last, _three)), phrase("summary", "reward.settings", count=len(known)))
+    first = _mean([run.first("reward/mean") for run in known[0]])
+    return _tile("reward", label, same(f"{_three(first)} → {_three(last[0])}"), phrase("summary", "reward.detail"))
+
+
+def _health(groups: Sequence[Group], findings: Sequence[Finding]) -> Tile:
+    """The worst kind of finding, and which findings are of that kind."""
+    label = phrase("summary", "health.label")
+    worst = next((kind for kind in KINDS if any(finding["kind"] == kind for finding in findings)), "")
+    if not worst:
+        return _tile("health", label, phrase("summary", "health.unknown"), phrase("summary", "health.nothing"))
+    of_kind = [finding for finding in findings if finding["kind"] == worst]
+    first = Phrase(**of_kind[0]["title"])
+    ill = len({finding["setting"] for finding in of_kind})
+    if len(groups) > 1:
+        detail = phrase("summary", "health.settings", count=ill, all=len(groups))
+    elif len(of_kind) > 1:
+        detail = phrase("summary", "health.more", first=first, count=len(of_kind) - 1)
+    else:
+        detail = first
+    tile = _tile("health", label, phrase("summary", f"kinds.{worst}"), detail)
+    tile["kind"] = next(kind for kind in ("unhealthy", "watch", "healthy") if kind == worst)
+    return tile
+
+
+def _progress(statuses: Sequence[Status]) -> Tile | None:
+    """How far the runs are."""
+    if not statuses:
+        return None
+    label = phrase("summary", "progress.label")
+    if len(statuses) > 1:
+        done = sum(status["state"] == "finished" for status in statuses)
+        steps = [status["step"] for status in statuses]
+        detail = phrase("summary", "progress.steps", spread=_spread(steps, lambda step: f"{step:,.0f}"))
+        return _tile("progress", label, phrase("summary", "progress.runs", done=done, all=len(statuses)), detail)
+    status = statuses[0]
+    value = f"{status['step']:,} / {status['steps']:,}" if status["steps"] else f"{status['step']:,}"
+    return _tile("progress", label, same(value), phrase("summary", f"states.{status['state']}"))
+
+
+def _time(groups: Sequence[Group]) -> Tile | None:
+    """The seconds of rollouts and learner."""
+    seconds = [_mean(_seconds(group.runs)) for group in groups]
+    label = phrase("summary", "time.label")
+    if not any(seconds):
+        return None
+    if len(groups) > 1:
+        low, high = duration(min(seconds)), duration(max(seconds))
+        value = low if low == high else phrase("summary", "time.between", low=low, high=high)
+        return _tile("time", label, value, phrase("summary", "time.settings", count=len(groups)))
+    runs = groups[0].runs
+    steps = sum(len(run.steps) for run in runs)
+    per_step = phrase("summary", "time.step", step=duration(sum(_seconds(runs)) / max(1, steps)))
+    if len(runs) > 1:
+        return _tile("time", label, duration(seconds[0]), phrase("summary", "time.mean", count=len(runs), step=per_step))
+    return _tile("time", label, duration(seconds[0]), per_step)
+
+
+def _seconds(runs: Sequence[Run]) -> list[float]:
+    return [run.cumulative[run.last_step][1] for run in runs]
+
+
+def _speed(groups: Sequence[Group]) -> Tile | None:
+    """Tokens of the training batches per second of a whole step."""
+    speeds = [_mean(found) for group in groups if (found := _speeds(group))]
+    if not speeds:
+        return None
+    value = _spread(speeds, lambda speed: f"{speed:,.0f}")
+    detail = phrase("summary", "speed.settings" if len(groups) > 1 else "speed.detail", count=len(speeds))
+    return _tile("speed", phrase("summary", "speed.label"), same(value), detail)
+
+
+def _speeds(group: Group) -> list[float]:
+    """The median over each run's steps."""
+    return [statistics.median(values) for run in group.runs if (values := finite(run.values("tokens_per_second")))]
+
+
+def duration(seconds: float) -> Phrase:
+    """Seconds as a person says them: "45 s", "12 min 5 s", "3 h 20 min", "2 d 4 h"."""
+    if seconds < 10:
+        return phrase("summary", "duration.seconds", seconds=f"{seconds:.2g}" if seconds < 9.95 else "10")
+    if seconds < 59.5:
+        return phrase("summary", "duration.seconds", seconds=f"{seconds:.0f}")
+    total = round(seconds)
+    if total < 3600:
+        return phrase("summary", "duration.minutes", minutes=total // 60, seconds=total % 60)
+    total = round(seconds / 60)
+    if total < 24 * 60:
+        return phrase("summary", "duration.hours", hours=total // 60, minutes=total % 60)
+    total = round(seconds / 3600)
+    return phrase("summary", "duration.days", days=total // 24, hours=total % 24)
+
+
+def _tile(id: str, label: Phrase, value: Phrase, detail: Phrase) -> Tile:
+    return {"id": id, "label": label.as_json(), "value": value.as_json(), "detail": detail.as_json(), "kind": ""}  # type: ignore[typeddict-item]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else math.nan
+
+
+def _spread(values: Sequence[float], text: Callable[[float], str]) -> str:
+    """The lowest and the highest, as text; one where they read the same."""
+    low, high = text(min(values)), text(max(values))
+    return low if low == high else f"{low} – {high}"
+
+
+def _three(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _number(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else "–"
