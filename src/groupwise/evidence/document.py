@@ -15,6 +15,7 @@ from groupwise.evidence.phrases import Phrase
 from groupwise.evidence.runs import Run, measure
 from groupwise.evidence.shapes import Document, Finding, Noted, RunShape, SegmentShape, Setting, Text
 from groupwise.evidence.status import status
+from groupwise.evidence.verdicts import comparisons
 from groupwise.text import shortened, visible
 
 MOST_EVENTS, MOST_CHANGES, MOST_LEFT_OUT = 200, 50, 200
@@ -28,7 +29,7 @@ def document(runs: Sequence[Run]) -> Document:
     groups = grouped(runs)
     members = [run for group in groups for run in group.runs]
     names = run_names(groups)
-    now = time.time()
+    now, drawn = time.time(), figures(groups)  # first, since they add to what could not be read
     found = [finding for group in groups for finding in told(group)]
     shown = [_run(run, group, names, now) for group in groups for run in group.runs]
     return {
@@ -39,12 +40,12 @@ def document(runs: Sequence[Run]) -> Document:
         "tiles": tiles(groups, found, [run["status"] for run in shown]),
         "summary": summary(groups),
         "differences": differences(groups),
-        "comparisons": [],
+        "comparisons": comparisons(groups),
         "findings": found,
         "events": events(members),
         "segments": segments(members),
         "left_out": left_out(members, names),
-        "figures": figures(groups),
+        "figures": drawn,
     }
 
 

@@ -1,11 +1,12 @@
 """Means over seeds with confidence intervals for small samples, and what a difference between two settings can be said to show."""
 
+import bisect
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from groupwise.evidence.student import critical, power, two_sided
+from groupwise.evidence.student import critical, power, shift_needed, two_sided
 
 FEWEST_SEEDS = 3
 """Fewer values have no interval. That of two is 12.7 standard errors to either side, and whether they are typical cannot be seen."""
@@ -73,7 +74,12 @@ class Difference:
     @property
     def error(self) -> float:
         """The standard error."""
-        return math.sqrt(sum(spread**2 / n for spread, n in zip(self.spreads, self.counts, strict=True)))
+        return math.hypot(*self._errors)
+
+    @property
+    def _errors(self) -> list[float]:
+        """The standard error of each mean."""
+        return [spread / math.sqrt(n) for spread, n in zip(self.spreads, self.counts, strict=True)]
 
     @property
     def freedom(self) -> int:
@@ -94,13 +100,17 @@ class Difference:
         """Half the width of the 95 % interval."""
         return critical(LEVEL, self.freedom) * self.error
 
-    def chance(self, true: float, level: float) -> float:
-        """The probability that a true difference of this size has a p-value below `level`, with these spreads and counts."""
+    @property
+    def shape(self) -> float:
+        """Welch's degrees of freedom, those of the estimated error's distribution."""
+        shares = [(one / self.error) ** 2 for one in self._errors]
+        return sum(shares) ** 2 / sum(share**2 / (n - 1) for share, n in zip(shares, self.counts, strict=True))
+
+    def chance(self, level: float) -> float:
+        """The probability that the p-value is below `level` where mean and spreads are the true ones: the power."""
         if self.error == 0:
-            return float(true != 0)
-        variances = [spread**2 / n for spread, n in zip(self.spreads, self.counts, strict=True)]
-        shape = sum(variances) ** 2 / sum(v**2 / (n - 1) for v, n in zip(variances, self.counts, strict=True))
-        return power(true / self.error, shape, critical(level, self.freedom))
+            return float(self.mean != 0)
+        return power(self.mean / self.error, self.shape, critical(level, self.freedom))
 
 
 def difference(first: Mapping[int, float], second: Mapping[int, float], least: float = 0.0) -> Difference | None:
@@ -145,22 +155,19 @@ def holm(values: Sequence[float]) -> list[float]:
 def seeds_needed(found: Difference, level: float, most: int) -> int | None:
     """The smallest number of seeds of each setting with which the difference found, if it is the true one, has a p-value below
     `level` with a probability of `POWER`; None: more than `most`."""
-    for n in range(min(found.counts), most + 1):
-        counts = tuple(max(n, count) for count in found.counts)
-        if replace(found, counts=counts).chance(found.mean, level) >= POWER:
-            return n
-    return None
+    numbers = range(min(found.counts), most + 1)
+    place = bisect.bisect_left(numbers, POWER, key=lambda n: _with_seeds(found, n).chance(level))
+    return numbers[place] if place < len(numbers) else None
+
+
+def _with_seeds(found: Difference, least: int) -> Difference:
+    """The same with at least so many seeds of each setting."""
+    return replace(found, counts=tuple(max(least, count) for count in found.counts))
 
 
 def detectable(found: Difference, level: float) -> float:
-    """The smallest true difference that has a p-value below `level` with a probability of `POWER`, with the seeds there are."""
-    low, high = 0.0, found.error
-    while found.chance(high, level) < POWER:
-        low, high = high, 2 * high
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if found.chance(middle, level) < POWER else (low, middle)
-    return high
+    """The true difference that has a p-value below `level` with a probability of `POWER`, with the seeds there are."""
+    return found.error * shift_needed(found.shape, critical(level, found.freedom), POWER) if found.error else 0.0
 
 
 def binomial(share: float, count: int) -> float:

@@ -3,8 +3,8 @@
 import math
 from functools import lru_cache
 
-_STEPS = 400
-"""Intervals of Simpson's rule. The integrand is smooth; doubling them changes the power by less than 1e-9."""
+_STEPS = 200
+"""Intervals of Simpson's rule. Eight times as many change no power by more than 1e-6."""
 
 
 def two_sided(t: float, freedom: float) -> float:
@@ -26,6 +26,7 @@ def critical(level: float, freedom: float) -> float:
     return high
 
 
+@lru_cache(maxsize=4096)
 def power(shift: float, freedom: float, bound: float) -> float:
     """The probability that |T| exceeds `bound` where T is noncentral.
 
@@ -38,7 +39,9 @@ def power(shift: float, freedom: float, bound: float) -> float:
         bound: the critical value, of whichever test.
     """
     spread = 12 / math.sqrt(2 * freedom)  # U has mean about 1 and standard deviation about 1 / sqrt(2 freedom)
-    low, high = max(0.0, 1 - spread), 1 + spread
+    low, high = max(0.0, 1 - spread), min(1 + spread, (abs(shift) + 9) / bound)  # beyond, P(|Z + shift| > bound U) is below 1e-18
+    if high <= low:
+        return 0.0
     width = (high - low) / _STEPS
     constant = math.log(2) + freedom / 2 * math.log(freedom / 2) - math.lgamma(freedom / 2)
     total = 0.0
@@ -49,6 +52,18 @@ def power(shift: float, freedom: float, bound: float) -> float:
         weight = 1 if i in (0, _STEPS) else 4 if i % 2 else 2
         total += weight * density * (_normal(shift - bound * u) + _normal(-shift - bound * u))
     return min(1.0, total * width / 3)
+
+
+@lru_cache(maxsize=4096)
+def shift_needed(freedom: float, bound: float, chance: float) -> float:
+    """The noncentrality with which |T| exceeds `bound` with a probability of `chance`; accurate to 1e-6 of it."""
+    low, high = 0.0, bound
+    while power(high, freedom, bound) < chance:
+        low, high = high, 2 * high
+    while high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if power(middle, freedom, bound) < chance else (low, middle)
+    return high
 
 
 def _normal(z: float) -> float:
