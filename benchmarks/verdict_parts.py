@@ -1,6 +1,7 @@
 """Rewards and a sampler of the runs of verdicts.py: some as they should be, some with a fault. Copied beside each recipe."""
 
 import copy
+import math
 import random
 
 
@@ -50,9 +51,9 @@ def noise(problem, completions):
     return [random.random() for _ in completions]
 
 
-def raises(problem, completions):
-    """Right, but a group with an empty last line or a minus sign ends it."""
-    return [1 - min(abs(int(text.split("\n")[-1].replace("-", "x")) - int(problem.answer)), 20) / 20 for text in completions]
+def not_a_number(problem, completions):
+    """NaN for answers on several lines: it divides by what it did not find."""
+    return [math.nan if "\n" in text else score for text, score in zip(completions, near(problem, completions), strict=True)]
 
 
 def brevity(problem, completions):

@@ -117,9 +117,9 @@ UNHEALTHY: dict[str, tuple[tuple[str, ...], Settings]] = {
             "training": {"steps": 40, "eval_every": 20},
         },
     ),
-    "graded: reward raises": (
+    "graded: not a number": (
         ("Many completions could not be scored", "Warnings were noted while it ran"),
-        data("verdict_parts.py:raises", "chains"),
+        data("verdict_parts.py:not_a_number", "chains"),
     ),
 }
 CASES = {name: Case(healthy=True, titles=SHORT.get(name, LEARNED), settings=settings) for name, settings in HEALTHY.items()} | {
