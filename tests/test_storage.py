@@ -163,6 +163,7 @@ class Run(Trainer):
 
     def measure(self) -> Any:
         metrics = {"eval/pass@1": SCORES[self.step]}
+        self.run_directory.write_held_out(self.step, [])
         self.run_directory.metrics.append(self.step, metrics)
         return SimpleNamespace(metrics=metrics)
 
@@ -232,7 +233,7 @@ def outcome(path: Path) -> dict[str, Any]:
         "checkpoints": {
             step: checkpoints.verify(p, step).metrics for step, p in checkpoints.listed(path / "checkpoints").items()
         },
-        "rollouts": sorted(p.name for p in (path / "rollouts").iterdir()),
+        "by step": sorted(str(p.relative_to(path)) for name in ("rollouts", "evaluations") for p in (path / name).iterdir()),
         "last": segments[-1]["recipe"],
     }
 
@@ -374,7 +375,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, kille
     dirty: set[str] = set()
     renamed = 0
     for event, path in killer.trace:
-        if event in ("open", "write") and "/rollouts/" not in path and not path.endswith(".lock"):
+        if event in ("open", "write") and not any(name in path for name in ("/rollouts/", "/evaluations/", ".lock")):
             dirty.add(path)
         elif event == "fsync":
             dirty.discard(path)

@@ -20,7 +20,7 @@ from fault_injection.preload import Fault
 from fault_injection.server import Server
 
 OUTCOMES = REFUSED, NAMED, NOT_READ, STOPPED = "refused", "named", "not read", "stopped"
-RECORDS = ("rollouts/", "tokens/", "events.jsonl")
+RECORDS = ("rollouts/", "tokens/", "evaluations/", "events.jsonl")
 """Files for people and reports: a resume does not read those of past steps, and they stay as they are."""
 
 

@@ -16,6 +16,7 @@ from groupwise.cli import (  # each adds its commands to the application
     serve,
     track,
     train,
+    watch,
 )
 from groupwise.cli.common import app as app
 from groupwise.training.output import close_outputs
@@ -35,6 +36,7 @@ __all__ = [
     "serve",
     "track",
     "train",
+    "watch",
 ]
 
 

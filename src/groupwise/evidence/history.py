@@ -106,12 +106,15 @@ def text_of(value: Any) -> str:
 
 def read_events(path: Path, left_out: LeftOut) -> list[Noted]:
     """The events of events.jsonl, by step."""
-    events = []
-    for line, found in read_objects(path, left_out):
-        step = step_of(found.get("step"))
-        if step is None:
-            left_out.add(path.name, "has no step", line)
-            continue
-        kind, name, text, advice, time = (text_of(found.get(key)) for key in ("kind", "name", "text", "advice", "time"))
-        events.append(Noted(step=step, time=time, kind=kind or "note", name=name, text=text, advice=advice))
-    return sorted(events, key=lambda event: event.step)
+    events = [event_of(found, left_out, path.name, line) for line, found in read_objects(path, left_out)]
+    return sorted(filter(None, events), key=lambda event: event.step)
+
+
+def event_of(found: Mapping[str, Any], left_out: LeftOut, file: str, line: int) -> Noted | None:
+    """The event in an object of events.jsonl; None, and a note in `left_out`: there is none."""
+    step = step_of(found.get("step"))
+    if step is None:
+        left_out.add(file, "has no step", line)
+        return None
+    kind, name, text, advice, time = (text_of(found.get(key)) for key in ("kind", "name", "text", "advice", "time"))
+    return Noted(step=step, time=time, kind=kind or "note", name=name, text=text, advice=advice)

@@ -52,6 +52,11 @@ class LeftOut:
         self._counts[file, reason] += 1
         self._lines.setdefault((file, reason), line)
 
+    def include(self, other: "LeftOut") -> None:
+        """Add what another one has."""
+        self._counts += other._counts
+        self._lines = {**other._lines, **self._lines}
+
     def __iter__(self) -> Iterator[str]:
         for (file, reason), count in self._counts.items():
             line, more = self._lines[file, reason], f" and {count - 1:,} more" if count > 1 else ""
@@ -66,18 +71,25 @@ def read_objects(path: Path, left_out: LeftOut) -> Iterator[tuple[int, dict[str,
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                try:
-                    value = json.loads(line)
-                except (ValueError, RecursionError):
-                    if line.strip() and line.endswith(b"\n"):  # a killed run can leave its last line incomplete
-                        left_out.add(name, "not a JSON object", number)
-                    continue
-                if isinstance(value, dict):
+                value = parsed(line, name, number, left_out)
+                if value is not None:
                     yield number, value
-                else:
-                    left_out.add(name, "not a JSON object", number)
     except OSError as error:
         left_out.add(name, error.strerror or "cannot be read")
+
+
+def parsed(line: bytes, file: str, number: int, left_out: LeftOut) -> dict[str, Any] | None:
+    """The object in a line; None, and a note in `left_out`: there is none."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        if not line.strip() or not line.endswith(b"\n"):  # a killed run can leave its last line incomplete
+            return None
+        value = None
+    if isinstance(value, dict):
+        return value
+    left_out.add(file, "not a JSON object", number)
+    return None
 
 
 def step_of(value: Any) -> int | None:

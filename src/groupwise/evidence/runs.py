@@ -15,7 +15,7 @@ from groupwise.config.trees import flat
 from groupwise.errors import UserError
 from groupwise.evidence.history import Noted, Segment, course, read_events, read_segments, value_text
 from groupwise.evidence.reading import LeftOut, read_recipe, read_tokens
-from groupwise.evidence.records import EVALUATED, TRAINED, Records, Steps, Values, read_metrics
+from groupwise.evidence.records import EVALUATED, TRAINED, Metrics, Records, Steps, Values, read_metrics
 from groupwise.text import shortened, visible
 
 
@@ -159,24 +159,43 @@ def open_run(path: Path) -> Run:
     Raises:
         UserError: the directory holds no run, or nothing in it can be read that says with which settings it was trained.
     """
-    metrics, recipe = path / "metrics.jsonl", path / "recipe.toml"
-    begun = (path / "rollouts").is_dir()  # a run makes it with its recipe, and its metrics after the first evaluation
+    check_run(path)
     left_out = LeftOut()
+    metrics, events = read_metrics(path / "metrics.jsonl", left_out), read_events(path / "events.jsonl", left_out)
+    return assembled(path, metrics, events, left_out)
+
+
+def check_run(path: Path) -> None:
+    """
+    Raises:
+        UserError: the directory holds no run.
+    """
+    if not (path / "recipe.toml").is_file() and not any(
+        segment.recipe for segment in read_segments(path / "segments.jsonl", LeftOut())
+    ):
+        raise UserError(f"{path}: not a run directory: it has no recipe.toml")
+    # A run makes rollouts/ with its recipe, and its metrics after the first evaluation.
+    if not (path / "metrics.jsonl").is_file() and not (path / "rollouts").is_dir():
+        raise UserError(f"{path}: not a run directory: it has no metrics.jsonl")
+
+
+def assembled(path: Path, metrics: Metrics, events: list[Noted], left_out: LeftOut) -> Run:
+    """A run of which the metrics and the events are read, with its settings.
+
+    Raises:
+        UserError: these cannot be read.
+    """
     segments = read_segments(path / "segments.jsonl", left_out)
-    known = recipe.is_file() or any(segment.recipe for segment in segments)
-    if not known or not (metrics.is_file() or begun):
-        raise UserError(f"{path}: not a run directory: it has no {'metrics.jsonl' if known else 'recipe.toml'}")
-    tree = read_recipe(recipe, left_out, [segment.recipe for segment in segments if segment.recipe])
-    read = read_metrics(metrics, left_out)
-    last = read.steps[-1]["step"] if read.steps else 0
+    tree = read_recipe(path / "recipe.toml", left_out, [segment.recipe for segment in segments if segment.recipe])
+    last = metrics.steps[-1]["step"] if metrics.steps else 0
     done = [segment.recipe for segment in segments if segment.recipe and segment.first_step <= last]
     return Run(
         path=path,
         recipe=dict(done[-1]) if done else tree,  # a resume that did no step yet has written its settings already
-        steps=read.steps,
-        evaluations=read.evaluations,
+        steps=metrics.steps,
+        evaluations=metrics.evaluations,
         segments=segments,
-        events=read_events(path / "events.jsonl", left_out),
+        events=events,
         left_out=left_out,
     )
 

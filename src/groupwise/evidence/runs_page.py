@@ -12,6 +12,8 @@ from groupwise.text import json_line
 
 PARTS = ("core", "summary", "comparing", "plots", "reader", "live")
 """Parts of the page: a script each, a style sheet each, and a table of words each."""
+FURTHER = {"live": ("live_runs",)}
+"""Further scripts of a part."""
 
 
 def report_page(document: Document, reading: Sequence[StepToRead]) -> str:
@@ -25,7 +27,8 @@ def live_page(title: str) -> str:
 
 
 def _page(title: str, **values: Any) -> str:
-    scripts = [asset("uplot/uPlot.iife.min.js"), *(asset(f"page/{part}.js") for part in (*PARTS, "main"))]
+    names = [name for part in (*PARTS, "main") for name in (part, *FURTHER.get(part, ()))]
+    scripts = [asset("uplot/uPlot.iife.min.js"), *(asset(f"page/{name}.js") for name in names)]
     styles = [asset("page.css"), asset("uplot/uPlot.min.css"), *(asset(f"page/{part}.css") for part in PARTS)]
     return render(
         "page.html",

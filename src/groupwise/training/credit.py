@@ -69,6 +69,28 @@ def reward_components(groups: Sequence[Group], rewards: Rewards) -> tuple[list[s
     return list(columns), values_BK, torch.tensor(list(weights.values()), dtype=torch.float64)
 
 
+def weighted_parts(groups: Sequence[Group], rewards: Rewards) -> list[dict[str, float]]:
+    """What the reward of each completion is the sum of, by name, each times its weight; empty where scoring failed.
+
+    The components of the task's reward as it names them ("task", where it names none), and what the algorithm adds
+    ("algorithm/overlong"). What components leave of the task's reward is its "remainder".
+    """
+    parts = {key: value.tolist() for key, value in rewards.items()}
+    task = parts.pop("task")
+    scores = [score for group in groups for score in group.scores]
+    found: list[dict[str, float]] = []
+    for i, score in enumerate(scores):
+        if score.failure is not None:
+            found.append({})
+            continue
+        named = {name: value * score.weights.get(name, 1.0) for name, value in score.components.items()} or {"task": task[i]}
+        remainder = task[i] - sum(named.values())
+        if not math.isclose(remainder, 0.0, abs_tol=1e-9 * max(1.0, abs(task[i]))):
+            named["remainder"] = named.get("remainder", 0.0) + remainder
+        found.append(named | {f"algorithm/{name}": values[i] + 0.0 for name, values in parts.items()})  # 0, and not -0
+    return found
+
+
 class CreditAssigner:
     """Gives batches their advantages; its state is what the algorithm remembers from step to step."""
 
@@ -92,8 +114,8 @@ class CreditAssigner:
         """
         metrics: dict[str, float] = {}
         penalty_BT = torch.zeros(batch.mask_BT.shape, dtype=torch.float64)
-        if self.algorithm.kl_reward and batch.ref_logprobs_BT is not None:
-            log_ratio_BT = token_log_ratio(batch.old_logprobs_BT, batch.ref_logprobs_BT, batch.mask_BT)
+        log_ratio_BT = self._penalised(batch)
+        if log_ratio_BT is not None:
             kl = float(log_ratio_BT[batch.mask_BT].mean())
             if self.algorithm.kl_target is not None and policy_moved:
                 self.kl_coefficient = adaptive_coefficient(self.kl_coefficient, kl, self.algorithm.kl_target)
@@ -108,6 +130,25 @@ class CreditAssigner:
             returns_BT = torch.zeros(batch.mask_BT.shape)
             returns_BT[rows] = credit.returns_BT.float()
         return upgrade(TrainingBatch, batch, advantages_BT=advantages_BT, returns_BT=returns_BT), metrics
+
+    def parts(self, batch: Batch, groups: Sequence[Group], rewards: Rewards) -> list[dict[str, float]]:
+        """`weighted_parts`, and the KL penalty of each completion where there is one ("algorithm/kl").
+
+        Args:
+            batch: as `assign` returned it.
+        """
+        found = weighted_parts(groups, rewards)
+        log_ratio_BT = self._penalised(batch) if isinstance(batch, LogprobBatch) else None
+        if log_ratio_BT is not None:
+            penalties = (self.kl_coefficient * log_ratio_BT.double()).sum(1).tolist()
+            found = [part and part | {"algorithm/kl": -penalty} for part, penalty in zip(found, penalties, strict=True)]
+        return found
+
+    def _penalised(self, batch: LogprobBatch) -> Tensor | None:
+        """log(π_old / π_ref), float [B, T], which the KL penalty in the reward is in proportion to; None: there is none."""
+        if not self.algorithm.kl_reward or batch.ref_logprobs_BT is None:
+            return None
+        return token_log_ratio(batch.old_logprobs_BT, batch.ref_logprobs_BT, batch.mask_BT)
 
     def remember(self, batch: Batch, groups: Sequence[Group], rewards: Rewards) -> None:
         """Take groups into the history that are not trained on, so that every visit of a prompt counts once."""

@@ -1,6 +1,6 @@
 """What happens in a run, and who is told of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -23,6 +23,8 @@ class StepDone:
     """Their completions as rows; a TrainingBatch unless none of them had a trained token."""
     tokens: Sequence[TokenRecord] = field(default_factory=list)
     """What the updates made of each token, on steps on which tokens are recorded."""
+    parts: Sequence[Mapping[str, float]] = ()
+    """Of each completion, in the order of the groups, what the reward that it was trained on is the sum of; empty: not known."""
     entry: Entry | None = None
     """What became of which groups; None: they have no positions."""
 

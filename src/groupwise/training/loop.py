@@ -193,8 +193,9 @@ class Trainer:
             **self.pieces.metrics(),
             "tokens_per_second": int(batch.lengths_B.sum()) / (collected.seconds + seconds),
         }
-        entry = Entry.of(self.step, collected)
-        self.record(StepDone(step=self.step, metrics=metrics, groups=groups, batch=batch, tokens=tokens, entry=entry))
+        entry, parts = Entry.of(self.step, collected), self.credit.parts(batch, groups, rewards)
+        done = StepDone(step=self.step, metrics=metrics, groups=groups, batch=batch, tokens=tokens, parts=parts, entry=entry)
+        self.record(done)
         for event in self.watch.look(self.step, metrics):
             self.record(event)
 

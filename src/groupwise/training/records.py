@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,13 @@ from torch import Tensor
 from groupwise import files
 from groupwise.errors import RunError, UserError
 from groupwise.files import Digest, DiskError, Lock
-from groupwise.learner.base import TokenRecord
 from groupwise.text import json_line
 from groupwise.training.checkpoints import RECIPE, Checkpoint, Store, listed
 from groupwise.training.events import Evaluated, Event, StepDone
 from groupwise.training.events_file import EventsFile
 from groupwise.training.ledger import LEDGER, Ledger
 from groupwise.training.metrics_file import METRICS, MetricsFile
-from groupwise.training.rollout_text import readable, samples
+from groupwise.training.rollout_text import held_out_samples, readable, samples
 from groupwise.training.segments import (
     SEGMENTS,
     Segment,
@@ -40,18 +40,22 @@ from groupwise.training.segments import (
 from groupwise.types import Completion, Group, TrainingBatch, pad_rows
 
 WRITTEN = {
-    RECIPE, SEGMENTS, METRICS, LEDGER, "events.jsonl", "rollouts", "tokens", "checkpoints", "trackers", "report.html",
-    "logs", "weights", ".lock",
+    RECIPE, SEGMENTS, METRICS, LEDGER, "events.jsonl", "rollouts", "tokens", "evaluations", "checkpoints", "trackers",
+    "report.html", "logs", "weights", ".lock",
 }  # fmt: skip
 """What may be in a run's directory before its first checkpoint."""
+BY_STEP = ("rollouts", "tokens", "evaluations")
+"""Directories with files of each step or evaluation, which a resume drops from where it goes on."""
+MOST_HELD_OUT = 100
+"""Problems of an evaluation whose completions are written: the first ones, which are the same in every evaluation."""
 LEFTOVERS = (
     files.PARTIAL, files.REPLACED, files.REMOVED, "metrics.damaged-", "ledger.damaged-", "recipe.damaged-", "segments.damaged-",
 )  # fmt: skip
 
 
 class RunDirectory:
-    """A run's files: recipe.toml, segments.jsonl, metrics.jsonl, ledger.jsonl, events.jsonl, rollouts/, tokens/, checkpoints/,
-    model/."""
+    """A run's files: recipe.toml, segments.jsonl, metrics.jsonl, ledger.jsonl, events.jsonl, rollouts/, tokens/, evaluations/,
+    checkpoints/, model/."""
 
     def __init__(self, path: Path, tokenizer: Any) -> None:
         """`tokenizer`: to write tokens as text."""
@@ -103,7 +107,7 @@ class RunDirectory:
         foreign = sorted(name for name in names if name not in WRITTEN and not name.startswith(LEFTOVERS))
         if foreign:
             raise UserError(f"{there}: {foreign[0]!r} is nothing that a run writes")
-        if not names & {SEGMENTS, RECIPE} and names & {METRICS, "events.jsonl", "tokens"}:
+        if not names & {SEGMENTS, RECIPE} and names & {METRICS, "events.jsonl", "tokens", "evaluations"}:
             raise UserError(f"{there}, and without the settings of what is in it")
 
     def create(self, tree: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> None:
@@ -128,14 +132,13 @@ class RunDirectory:
 
     def create_again(self, tree: Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> Segment:
         """As `create`, for a run that is resumed without a checkpoint, and may have other settings than before."""
-        for directory in (self.path, self.path / "rollouts", self.path / "tokens", self.checkpoints):
-            files.recover(directory)
+        self._recover()
         with files.explained(self.path):
             files.make_directory(self.path)
         if self.metrics.path.exists():
             files.write_atomically(self.metrics.path, b"")
         self.ledger.clear()
-        self._drop_after(0)
+        self._drop_after(-1)
         first = Segment(segment=0, first_step=1, recipe=as_json(tree), files=inputs or {})
         self._write_settings([first])
         return first
@@ -179,18 +182,21 @@ class RunDirectory:
         Returns:
             What is wrong with metrics.jsonl or ledger.jsonl; None if nothing is.
         """
-        for directory in (self.path, self.path / "rollouts", self.path / "tokens", self.checkpoints):
-            files.recover(directory)
+        self._recover()
         store.set_aside(damaged)
         problems = self.metrics.rewind(step, metrics), self.ledger.rewind(step)
         self._drop_after(step)
         store.resume(step, self.metrics.evaluations)
         return "; ".join(filter(None, problems)) or None
 
+    def _recover(self) -> None:
+        for directory in (self.path, *(self.path / name for name in BY_STEP), self.checkpoints):
+            files.recover(directory)
+
     def _drop_after(self, step: int) -> None:
-        """Remove rollouts and tokens of steps that will be done again."""
-        for directory in (self.path / "rollouts", self.path / "tokens"):
-            for path in directory.glob("step-*.*"):
+        """Remove what was written of steps and evaluations that will be done again."""
+        for name in BY_STEP:
+            for path in (self.path / name).glob("step-*.*"):
                 number = path.name.removeprefix("step-").partition(".")[0]
                 if number.isdecimal() and int(number) > step:
                     with files.explained(path):
@@ -209,30 +215,45 @@ class RunDirectory:
     def record(self, event: Event) -> None:
         """Write what an event holds; the directory is a `Recorder`."""
         if isinstance(event, StepDone):
-            self.write_rollouts(event.step, event.groups)
+            self.write_rollouts(event.step, event.groups, event.parts)
             if event.tokens and isinstance(event.batch, TrainingBatch):
-                self.write_tokens(event.step, event.groups, event.batch, event.tokens)
+                self.write_tokens(event)
             if event.entry is not None:
                 self.ledger.append(event.entry)
             self.metrics.append(event.step, event.metrics)  # last: who reads the line finds the step's other files complete
         elif isinstance(event, Evaluated):
+            self.write_held_out(event.step, event.evaluation.groups)
             problems = float(len(event.evaluation.groups))
             self.metrics.append(event.step, {**event.evaluation.metrics, "eval_problems": problems})
         else:
             self.events.record(event)
 
-    def write_rollouts(self, step: int, groups: Sequence[Group]) -> None:
-        """The best and the worst completion of each group: as text for a person to read, and as a line of JSON each."""
+    def write_rollouts(self, step: int, groups: Sequence[Group], parts: Sequence[Mapping[str, float]] = ()) -> None:
+        """The best and the worst completion of each group: as text for a person to read, and as a line of JSON each.
+
+        Args:
+            parts: of each completion's reward.
+        """
         text = "\n".join(readable(group) for group in groups)
-        lines = [json_line(sample) + "\n" for group in groups for sample in samples(group)]
+        ends = list(accumulate((len(group.completions) for group in groups), initial=0))
+        of_groups = [samples(group, parts[start:end]) for group, (start, end) in zip(groups, pairwise(ends), strict=True)]
+        lines = [json_line(sample) + "\n" for found in of_groups for sample in found]
         for suffix, content in (("txt", text), ("jsonl", "".join(lines))):
             path = self.path / "rollouts" / f"step-{step:06d}.{suffix}"
             files.write_atomically(path, content.encode(), durable=False)
 
-    def write_tokens(self, step: int, groups: Sequence[Group], batch: TrainingBatch, records: Sequence[TokenRecord]) -> None:
+    def write_held_out(self, step: int, groups: Sequence[Group]) -> None:
+        """The completions of the first `MOST_HELD_OUT` problems of an evaluation, a line of JSON each."""
+        path = self.path / "evaluations" / f"step-{step:06d}.jsonl"
+        lines = [json_line(sample) + "\n" for group in groups[:MOST_HELD_OUT] for sample in held_out_samples(group)]
+        with files.explained(path):
+            path.parent.mkdir(exist_ok=True)
+        files.write_atomically(path, "".join(lines), durable=False)
+
+    def write_tokens(self, done: StepDone) -> None:
         """Every completion token as a row of Parquet; what only the learner knows is null where a row was not run."""
-        path = self.path / "tokens" / f"step-{step:06d}.parquet"
-        table = pa.table(token_columns(step, groups, batch, records, self.tokenizer))
+        path = self.path / "tokens" / f"step-{done.step:06d}.parquet"
+        table = pa.table(token_columns(done, self.tokenizer))
         partial = path.with_name(files.PARTIAL + path.name)
         with files.explained(path):
             path.parent.mkdir(exist_ok=True)
@@ -269,49 +290,53 @@ def write_model(final: Path, export: Callable[[Path], dict[str, float]]) -> dict
     return found
 
 
-def token_columns(
-    step: int, groups: Sequence[Group], batch: TrainingBatch, records: Sequence[TokenRecord], tokenizer: Any
-) -> dict[str, Any]:
-    """Columns of equal length: one entry for each completion token of the step, row after row.
+def token_columns(done: StepDone, tokenizer: Any) -> dict[str, Any]:
+    """Columns of equal length: one entry for each completion token of a step with a TrainingBatch, row after row.
 
     `ratio`, `low` and `high` are of tokens, even where the algorithm's own ratio is the sequence's.
     """
+    groups, batch = done.groups, done.batch
+    assert isinstance(batch, TrainingBatch)
     inside_BT = torch.arange(batch.tokens_BT.shape[1]) < batch.lengths_B[:, None]
     rows_N, positions_N = inside_BT.nonzero(as_tuple=True)
     known: dict[str, Tensor] = {
         name: torch.full(inside_BT.shape, math.nan) for name in ("logprob", "low", "high", "clipped", "entropy")
     }
-    for record in records:
+    for record in done.tokens:
         for name, known_BT in known.items():
             part = record[name]
             known_BT[record["rows_B"], : part.shape[1]] = part.float()
     completions = [completion for group in groups for completion in group.completions]
     scores = [score for group in groups for score in group.scores]
-    prompts = [group.problem.text for group in groups for _ in group.completions]
+    problems = [group.problem for group in groups for _ in group.completions]
     old_BT = batch.old_logprobs_BT
     measured_BT = torch.where(batch.mask_BT, 1.0, math.nan)  # a masked token has no ratio, one of a tool no probability
     sampled_BT = torch.where(pad_rows([completion.mask for completion in completions]), 1.0, math.nan)
     texts = {token: tokenizer.decode([token]) for token in set(batch.tokens_BT[inside_BT].tolist())}
-    rows = rows_N.tolist()
+    rows = pa.array(rows_N.numpy(), pa.int32())
     turns = [place for completion in completions for place in _turns_of_tokens(completion)]
 
-    def of_rows(values: Sequence[Any]) -> list[Any]:
-        return [values[row] for row in rows]
+    def of_rows(values: Sequence[Any], kind: pa.DataType | None = None) -> Any:
+        """Values of completions for each of their tokens; of texts each is stored once."""
+        column = pa.array(values, kind)
+        return (column.dictionary_encode() if column.type == pa.string() else column).take(rows)
 
     def floats(values_BT: Tensor) -> Any:
         return pa.array(values_BT[inside_BT].float().numpy(), from_pandas=True)  # NaN as null
 
     return {
-        "step": pa.array([step] * len(rows), pa.int32()),
+        "step": pa.array([done.step] * len(rows), pa.int32()),
         "group": pa.array(batch.group_ids_B[rows_N].numpy(), pa.int32()),
-        "row": pa.array(rows, pa.int32()),
+        "row": rows,
         "position": pa.array(positions_N.numpy(), pa.int32()),
-        "prompt": pa.array(of_rows(prompts)).dictionary_encode(),
+        "prompt": of_rows([problem.text for problem in problems], pa.string()),
+        "answer": of_rows([problem.answer.encode(errors="replace").decode() for problem in problems], pa.string()),
         "token": pa.array(batch.tokens_BT[inside_BT].numpy(), pa.int32()),
         "text": pa.array([texts[token] for token in batch.tokens_BT[inside_BT].tolist()]).dictionary_encode(),
-        "reward": pa.array(of_rows([score.reward if score.failure is None else None for score in scores]), pa.float32()),
-        "correct": pa.array(of_rows([score.correct for score in scores])),
-        "stop": pa.array(of_rows([completion.stop for completion in completions])).dictionary_encode(),
+        "reward": of_rows([score.reward if score.failure is None else None for score in scores], pa.float32()),
+        "reward_parts": of_rows([json_line(part) if part else None for part in done.parts or [{}] * len(scores)], pa.string()),
+        "correct": of_rows([score.correct for score in scores], pa.bool_()),
+        "stop": of_rows([completion.stop for completion in completions], pa.string()),
         "turn": pa.array([turn for turn, _ in turns], pa.int32()),
         "role": pa.array([role for _, role in turns]).dictionary_encode(),
         "trained": pa.array(batch.mask_BT[inside_BT].numpy()),

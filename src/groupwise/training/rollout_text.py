@@ -1,10 +1,10 @@
 """A group's best and worst completion, as text for a person to read and as JSON."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from groupwise.text import shortened, visible
-from groupwise.types import Completion, Group, Message
+from groupwise.types import Completion, Group, Message, Score
 
 LONGEST = 20_000
 """Characters of one text that the readable file shows."""
@@ -15,21 +15,57 @@ def _ranked(group: Group) -> list[int]:
     return sorted((i for i, s in enumerate(group.scores) if s.failure is None), key=lambda i: group.scores[i].reward)
 
 
-def samples(group: Group) -> list[dict[str, Any]]:
-    """The best and the worst completion, whole."""
+def samples(group: Group, parts: Sequence[Mapping[str, float]] = ()) -> list[dict[str, Any]]:
+    """The best and the worst completion, whole.
+
+    Args:
+        parts: what the reward of each completion is the sum of; empty: not known.
+    """
     ranked = _ranked(group)
+    if not ranked:
+        return []
     return [
-        {
-            "rank": rank,
-            "prompt": group.problem.text,
-            "answer": group.problem.answer,
-            "completion": "\n".join(f"{header} {text}" if header else text for header, text in spoken(group.completions[i])),
-            "reward": group.scores[i].reward,
-            "correct": group.scores[i].correct,
-            "stop": group.completions[i].stop,
-        }
-        for rank, i in (("best", ranked[-1]), ("worst", ranked[0]))
-    ] if ranked else []  # fmt: skip
+        {"rank": rank, **_sample(group, i, parts[i] if parts else {})} for rank, i in (("best", ranked[-1]), ("worst", ranked[0]))
+    ]
+
+
+def held_out_samples(group: Group) -> list[dict[str, Any]]:
+    """Every completion of a held-out problem, no text longer than `LONGEST` characters. One that could not be scored has no
+    reward."""
+    found = [_sample(group, i, _parts(score)) for i, score in enumerate(group.scores)]
+    for one in found:
+        if len(one["completion"]) > LONGEST:  # the middle goes, so that places after it are others
+            one["turns"] = []
+        one |= {key: shortened(one[key], LONGEST) for key in ("prompt", "answer", "completion")}
+    return found
+
+
+def _parts(score: Score) -> dict[str, float]:
+    """What the components of a task's reward count in it."""
+    return {name: value * score.weights.get(name, 1.0) for name, value in score.components.items()}
+
+
+def _sample(group: Group, i: int, parts: Mapping[str, float]) -> dict[str, Any]:
+    """One completion; `turns` are who spoke, and where in the text the turn begins and ends, of a conversation."""
+    completion, score = group.completions[i], group.scores[i]
+    said, turns, end = list[str](), list[tuple[str, int, int]](), -1
+    roles = (turn.role for turn in completion.turns if turn.start >= completion.lead)
+    for header, text in spoken(completion):
+        said.append(f"{header} {text}" if header else text)
+        start, end = end + 1, end + 1 + len(said[-1])
+        if header:
+            turns.append((next(roles), start + len(header) + 1, end))
+    return {
+        "prompt": group.problem.text,
+        "answer": group.problem.answer,
+        "completion": "\n".join(said),
+        "reward": score.reward if score.failure is None else None,
+        "parts": dict(parts),
+        "correct": score.correct,
+        "stop": completion.stop,
+        "tokens": len(completion.tokens),
+        "turns": turns,
+    }
 
 
 def spoken(completion: Completion) -> list[tuple[str, str]]:

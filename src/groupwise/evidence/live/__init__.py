@@ -1,0 +1,1 @@
+"""`groupwise watch`: the page about runs, served while they go on."""
