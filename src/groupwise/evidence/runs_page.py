@@ -14,6 +14,10 @@ PARTS = ("core", "summary", "plots", "reader", "live")
 """Parts of the page: a script each, a style sheet each, and a table of words each."""
 
 
+SCRIPTS = {"plots": ("plots_data", "plots_style", "plots_canvas", "plots_figure", "plots_pointer", "plots")}
+"""Parts whose script is several files, in the order in which they are read."""
+
+
 def report_page(document: Document, reading: Sequence[StepToRead]) -> str:
     """A page that needs no server."""
     return _page(document["title"], live=False, document=packed(document), reading=packed(list(reading)))
@@ -25,7 +29,8 @@ def live_page(title: str) -> str:
 
 
 def _page(title: str, **values: Any) -> str:
-    scripts = [asset("uplot/uPlot.iife.min.js"), *(asset(f"page/{part}.js") for part in (*PARTS, "main"))]
+    names = [name for part in (*PARTS, "main") for name in SCRIPTS.get(part, (part,))]
+    scripts = [asset("uplot/uPlot.iife.min.js"), asset("numbers.js"), *(asset(f"page/{name}.js") for name in names)]
     styles = [asset("page.css"), asset("uplot/uPlot.min.css"), *(asset(f"page/{part}.css") for part in PARTS)]
     return render(
         "page.html",
