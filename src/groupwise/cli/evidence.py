@@ -24,8 +24,9 @@ def report(
     form: Annotated[Literal["html", "png"], typer.Option("--format", help="One page, or each figure as a picture.")] = "html",
 ) -> None:
     """Draw what runs recorded, and say what is the matter with them."""
+    from groupwise.evidence.pictures import write_pictures
     from groupwise.evidence.places import expanded
-    from groupwise.evidence.report import as_text, write_page, write_pictures
+    from groupwise.evidence.report import as_text, write_page
     from groupwise.evidence.runs import open_run
 
     with exit_codes():

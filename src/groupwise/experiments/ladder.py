@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError
 
 from groupwise.config import Recipe, Section, SftRecipe, Source, explain, find_recipe, is_file, load, read_toml
 from groupwise.errors import UserError, nearest, short
-from groupwise.evidence.charts import data
+from groupwise.evidence.pictures import data
 from groupwise.evidence.runs import Measure, Run, finite, measure, open_run
 from groupwise.evidence.statistics import Interval, interval, paired
 from groupwise.experiments.processes import Commands
@@ -286,7 +286,7 @@ def compare(ladder: Ladder, jobs: Sequence[Job]) -> list[Row]:
         before = rows[i - 1 if ladder.cumulative else 0] if i else None
         shared = [seed for seed in scores if before and seed in before.scores]
         change = paired([before.scores[s] for s in shared], [scores[s] for s in shared]) if before and shared else None
-        totals = [run.cumulative[max(run.cumulative)] for run in found.values()]
+        totals = [(completions[-1], seconds[-1]) for _, completions, seconds in (run.spent() for run in found.values())]
         known = before is not None and before.paper is not None and rung.paper is not None
         rows.append(
             Row(
