@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from groupwise.config import dump
+from groupwise.evidence.completions import readable
 from groupwise.evidence.findings import findings
 from groupwise.evidence.headline import summary, tiles
 from groupwise.evidence.history import value_text
@@ -87,7 +88,7 @@ def _run(run: Run, group: Group, names: Mapping[str, str]) -> RunShape:
         "setting": group.id,
         "seed": run.seed,
         "status": status(run, time.time()),
-        "readable": {"tokens": run.token_steps(), "texts": [], "held_out": []},
+        "readable": readable(run),
         "recipe": visible(shortened(dump(run.recipe), LONGEST_RECIPE), lines=True),
     }
 

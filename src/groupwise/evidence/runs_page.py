@@ -12,8 +12,8 @@ from groupwise.text import json_line
 
 PARTS = ("core", "summary", "plots", "reader", "live")
 """Parts of the page: a script each, a style sheet each, and a table of words each."""
-FURTHER = {"live": ("live_runs",)}
-"""Further scripts of a part."""
+FURTHER = {"reader": ("reader_data", "reader_tokens", "reader_groups"), "live": ("live_runs",)}
+"""Further scripts of a part, which come before its own."""
 
 
 def report_page(document: Document, reading: Sequence[StepToRead]) -> str:
@@ -27,7 +27,7 @@ def live_page(title: str) -> str:
 
 
 def _page(title: str, **values: Any) -> str:
-    names = [name for part in (*PARTS, "main") for name in (part, *FURTHER.get(part, ()))]
+    names = [name for part in (*PARTS, "main") for name in (*FURTHER.get(part, ()), part)]
     scripts = [asset("uplot/uPlot.iife.min.js"), *(asset(f"page/{name}.js") for name in names)]
     styles = [asset("page.css"), asset("uplot/uPlot.min.css"), *(asset(f"page/{part}.css") for part in PARTS)]
     return render(
