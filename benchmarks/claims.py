@@ -16,9 +16,9 @@ from safetensors.torch import load_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from groupwise.algorithms.diagnostics import PROBABILITY_EDGES
-from groupwise.evidence.figures import draw_all
 from groupwise.evidence.runs import Run, open_run
 from groupwise.evidence.statistics import Interval, interval, paired
+from groupwise.evidence.vega_figures import draw_all
 
 SHOWN = {"entropy", "groups", "utilisation", "accuracy-rollouts", "clip-by-probability", "spread-length", "length", "truncated"}
 Rungs = dict[str, list[Run]]

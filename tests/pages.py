@@ -1,5 +1,9 @@
 """What tests of pages share: Chromium, and what is wrong with how a page reads."""
 
+import base64
+import gzip
+import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +36,13 @@ def opened(browser: Any, path: Path, **settings: Any) -> tuple[Any, list[str]]:
     page.on("request", lambda request: None if request.url.startswith(("file:", "data:")) else wrong.append(request.url))
     page.goto(path.as_uri())
     return page, wrong
+
+
+def data_of(path: Path, id: str = "document") -> Any:
+    """What a report is drawn from: its document, or with "reading" its completions."""
+    found = re.search(rf'<script type="text/plain" id="{id}">([^<]*)</script>', path.read_text(encoding="utf-8"))
+    assert found is not None
+    return json.loads(gzip.decompress(base64.b64decode(found[1])))
 
 
 def illegible(page: Any, smallest: float = 13) -> list[str]:

@@ -19,9 +19,10 @@ from groupwise.config.loading import apply_override, parse_toml
 from groupwise.errors import UserError
 from groupwise.evidence.charts import MOST_POINTS, thinned
 from groupwise.evidence.findings import findings
-from groupwise.evidence.report import readable_completions
-from groupwise.evidence.runs import by_setting, open_run
+from groupwise.evidence.naming import differences, grouped
+from groupwise.evidence.runs import open_run
 from groupwise.experiments.ladder import overrides
+from tests.pages import data_of
 
 RECIPE = Recipe().model_dump(by_alias=True)
 
@@ -76,17 +77,21 @@ def segment(first: int, rate: float, **more: Any) -> dict[str, Any]:
 
 
 def test_steps_are_not_labelled_with_settings_that_they_were_not_run_with(run: Path, tmp_path: Path) -> None:
-    """The learning rate of the recipe holds from step 31 on; that is in the title, the table and the label beside another run."""
+    """The learning rate of the recipe holds from step 31 on; the tables of segments and of differing settings say so."""
     (run / "recipe.toml").write_text(dump(with_rate(1e-5)))
     other = tmp_path / "other"
     shutil.copytree(run, other)
     write(run / "segments.jsonl", [segment(1, 1e-4), segment(31, 1e-5)])
-    label = "dapo, learning_rate 0.0001, then 1e-05 from step 31"
-    assert list(by_setting([open_run(run)])) == [label]
-    assert list(by_setting([open_run(run), open_run(other)])) == [label, "dapo, learning_rate 1e-05"]
+    groups = grouped([open_run(run), open_run(other)])
+    assert [group.name for group in groups] == ["dapo 1", "dapo 2"]
+    found = differences(groups)
+    assert found["keys"] == ["learner.learning_rate"]
+    assert [row["values"] for row in found["rows"]] == [["0.0001, then 1e-05 from step 31"], ["1e-05"]]
     groupwise("report", str(run))
-    page = (run / "report.html").read_text()
-    assert f"<h1>{label}</h1>" in page and "learner.learning_rate: 0.0001 → 1e-05" in page and "2026-01-02 03:04:05" in page
+    shown = data_of(run / "report.html")
+    assert shown["differences"]["rows"][0]["values"] == ["0.0001, then 1e-05 from step 31"]
+    first, second = shown["segments"]
+    assert second["changed"] == ["learner.learning_rate: 0.0001 → 1e-05"] and first["started"] == "2026-01-02 03:04:05"
 
 
 def test_a_segment_that_a_resume_undid_is_passed_over(run: Path) -> None:
@@ -121,8 +126,9 @@ def test_events_are_listed_and_findings_agree_with_them(run: Path) -> None:
     found = {finding.title.en: finding for finding in findings(open_run(run))}["Warnings were noted while it ran"]
     assert found.kind == "watch" and found.text.en == "Entropy fell to <0.01> (step 12 and 1 more). Raise clip_high."
     groupwise("report", str(run))
-    page = (run / "report.html").read_text()
-    assert "<td>12</td>" in page and "entropy fell to &lt;0.01&gt;" in page and '"noted":"entropy_collapse"' in page
+    noted = data_of(run / "report.html")["events"]
+    assert [(event["step"], event["kind"]) for event in noted] == [(3, "note"), (12, "warning"), (14, "warning")]
+    assert noted[1]["text"] == "entropy fell to <0.01>" and noted[1]["advice"] == "raise clip_high"
 
 
 def test_settings_that_a_resume_may_change_without_another_result_split_no_seeds(run: Path, tmp_path: Path) -> None:
@@ -144,7 +150,7 @@ def test_settings_that_a_resume_may_change_without_another_result_split_no_seeds
         shutil.copytree(run, second)
         (second / "recipe.toml").write_text(dump(other))
         write(second / "segments.jsonl", [{"first_step": 1, "recipe": other}])
-        return list(by_setting([open_run(run), open_run(second)]))
+        return [group.name for group in grouped([open_run(run), open_run(second)])]
 
     assert label("constant") == ["dapo"]
     assert len(label("cosine")) == 2
@@ -206,7 +212,8 @@ def test_what_cannot_be_read_is_left_out_and_named(name: str, run: Path) -> None
     before = (run / file).read_bytes() if (run / file).exists() else b""
     (run / file).write_bytes(before + added if added else before[:-20])
     opened = open_run(run)
-    readable_completions(opened)
+    for step in opened.token_steps():
+        opened.readable_tokens(step)
     findings(opened)
     assert any(said in line for line in opened.left_out)
     assert opened.evaluations[-1]["eval/pass@1"] == 0.7
@@ -218,7 +225,7 @@ def test_a_report_of_all_damage_at_once_says_what_it_left_out(run: Path) -> None
         (run / file).write_bytes(before + added if added else before[:-20])
     output = groupwise("report", str(run))
     assert f"left out of {run}: metrics.jsonl, line 43" in output and "step-000001.parquet: cannot be read" in output
-    assert "Not everything could be read" in (run / "report.html").read_text()
+    assert any("metrics.jsonl, line 43" in line for line in data_of(run / "report.html")["left_out"])
 
 
 def test_a_last_line_that_a_kill_cut_short_is_no_damage(run: Path) -> None:
@@ -240,7 +247,7 @@ def test_settings_that_cannot_be_meant_are_left_out(recipe: str, said: str, run:
     (run / "recipe.toml").write_text(recipe)
     opened = open_run(run)
     findings(opened)
-    by_setting([opened])
+    grouped([opened])
     assert any(said in line for line in opened.left_out)
 
 

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from groupwise.cli import app
 from groupwise.evidence.findings import findings
+from groupwise.evidence.naming import grouped, run_names
 from groupwise.evidence.records import RENAMED, Records
-from groupwise.evidence.runs import Run, by_setting, open_run
+from groupwise.evidence.runs import Run, open_run
 from groupwise.evidence.statistics import interval, paired
 from tests.pages import chromium, needs_browser, opened
 
@@ -45,10 +46,11 @@ def browser() -> Iterator[Any]:
 
 
 def test_intervals_by_hand() -> None:
-    """Three values with mean 2 and standard deviation 1: the half-width is 4.30 / sqrt(3) = 2.483."""
+    """Three values with mean 2 and standard deviation 1: the half-width is 4.303 / sqrt(3) = 2.484."""
     found = interval([1.0, 2.0, 3.0])
-    assert (found.mean, round(found.half, 3)) == (2.0, 2.483)
+    assert (found.mean, round(found.half, 3)) == (2.0, 2.484)
     assert str(interval([0.5])) == "0.500"
+    assert str(interval([0.4, 0.6])) == "0.500"
     shared_noise = paired([1.0, 5.0, 9.0], [2.0, 6.1, 9.9])
     assert shared_noise.excludes_zero and round(shared_noise.mean, 3) == 1.0
 
@@ -93,26 +95,28 @@ def test_metric_names_of_earlier_versions_are_read(healthy: list[Path], tmp_path
 
 
 def test_runs_are_grouped_by_the_settings_that_differ(healthy: list[Path]) -> None:
-    groups = by_setting([open_run(path) for path in healthy])
-    assert {name: len(runs) for name, runs in groups.items()} == {"dapo": 2, "grpo": 1}
+    groups = grouped(open_run(path) for path in healthy)
+    assert {group.name: len(group.runs) for group in groups} == {"dapo": 2, "grpo": 1}
+    assert list(run_names(groups).values()) == ["dapo-0 · dapo", "dapo-1 · dapo", "grpo-0 · grpo"]
 
 
 @needs_browser
 def test_a_report_is_self_contained(healthy: list[Path], browser: Any, tmp_path: Path) -> None:
     page_path = tmp_path / "report.html"
     output = groupwise("report", *map(str, healthy), "--out", str(page_path))
-    assert "It learned, in 2 of 2 runs" in output or "It learned, in 1 of 2 runs" in output
+    assert "dapo: It learned, in 2 of 2 runs" in output or "dapo: It learned, in 1 of 2 runs" in output
     assert page_path.stat().st_size < 5_000_000
     page, wrong = opened(browser, page_path, color_scheme="dark", viewport={"width": 390, "height": 800})
-    page.wait_for_function("document.documentElement.dataset.drawn === 'dark'", timeout=20_000)
-    assert page.locator("figure svg").count() == page.locator("figure").count() >= 15
+    page.wait_for_function("document.documentElement.dataset.drawn === '1'", timeout=20_000)
+    assert page.locator("h1").inner_text() == "dapo · grpo"
+    assert page.locator(".tile").count() == 6 and page.locator("#summary tbody tr").count() >= 2
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     page.click("#theme")
-    page.wait_for_function("document.documentElement.dataset.drawn === 'light'")
-    tokens = page.locator(".tokens span")
-    before = tokens.nth(0).get_attribute("style")
-    page.select_option("#quantity", "entropy")
-    assert tokens.count() > 50 and tokens.nth(0).get_attribute("style") != before
+    assert page.evaluate("document.documentElement.dataset.theme") == "light"
+    page.click("#language")
+    assert page.locator("#findings h2").inner_text() == "诊断" and page.locator("#contents a").count() >= 4
+    page.click("#recipes summary >> nth=0")
+    assert "[algorithm]" in page.locator("#recipes pre").inner_text()
     assert wrong == []
 
 
@@ -237,8 +241,10 @@ def test_rungs_of_the_same_name_in_two_ladders_are_not_grouped_by_name(healthy: 
         shutil.copytree(healthy[0], tmp_path / ladder / "1-same" / "seed-0")
         (tmp_path / ladder / "ladder.toml").write_text("")
     runs = [open_run(tmp_path / ladder / "1-same" / "seed-0") for ladder in ("one", "two")]
-    assert list(by_setting(runs[:1])) == ["same"]
-    assert list(by_setting([*runs, runs[0]])) == ["dapo"] and len(by_setting([*runs, runs[0]])["dapo"]) == 2
+    assert [group.name for group in grouped(runs[:1])] == ["same"]
+    (group,) = grouped([*runs, runs[0]])
+    assert group.name == "dapo" and len(group.runs) == 2
+    assert list(run_names([group]).values()) == ["one/1-same/seed-0 · dapo", "two/1-same/seed-0 · dapo"]
 
 
 def test_a_damaged_file_and_a_path_that_cannot_be_written_are_reported(healthy: list[Path], tmp_path: Path) -> None:
@@ -282,7 +288,7 @@ def test_a_ladder_runs_every_rung_and_resumes(tmp_path: Path) -> None:
     output = groupwise("ablate", str(ladder), "--seeds", "2", "--jobs", "2", "--out", str(out))
     assert "4 runs, 4 of them to do" in output
     table = (out / "ladder.md").read_text()
-    assert re.search(r"\| \+ clip-higher \| 2 \| [\d.]+ ± [\d.]+ \| [+-][\d.]+ ± [\d.]+", table) and "| 38 | +8 |" in table
+    assert re.search(r"\| \+ clip-higher \| 2 \| [\d.]+ \| [+-][\d.]+ \|", table) and "| 38 | +8 |" in table
     assert (out / "ladder.png").read_bytes().startswith(b"\x89PNG")
     second = open_run(out / "2-clip-higher" / "seed-1")
     assert second.seed == 1 and second.recipe["algorithm"]["clip_high"] == 0.28

@@ -8,6 +8,7 @@ import pytest
 from groupwise.evidence.findings import findings
 from groupwise.evidence.records import Records
 from groupwise.evidence.runs import MEAN_REWARD, PASS_RATE, Run, measure, open_run
+from tests.pages import data_of
 from tests.test_cli import run
 
 REWARD = """
@@ -66,8 +67,9 @@ def test_dapo_learns_from_a_reward_that_nothing_calls_right(graded: Path) -> Non
 def test_the_report_speaks_of_the_mean_reward(graded: Path) -> None:
     result = run("report", graded)
     assert result.exit_code == 0, result.output
-    page = (graded / "report.html").read_text()
-    assert "held-out mean reward, before" in page and "pass@1" not in page.split("<script")[0]
+    shown = data_of(graded / "report.html")
+    assert shown["measure"]["en"] == "mean reward" and shown["tiles"][0]["label"]["en"] == "Held-out mean reward"
+    assert "pass@1" not in str({**shown, "runs": []})
     told = {item.title.en: item.text.en for item in findings(open_run(graded))}
     assert not any("correct" in text or "pass@1" in text or "solved" in text for text in told.values()), told
     readable = (graded / "rollouts" / "step-000001.txt").read_text()

@@ -21,8 +21,8 @@ import groupwise
 from groupwise.cluster import launch_of
 from groupwise.config import Recipe, load
 from groupwise.errors import LearnerLost, RunError, UserError
-from groupwise.evidence.figures import draw_all
 from groupwise.evidence.runs import open_run
+from groupwise.evidence.vega_figures import draw_all
 from groupwise.rollouts.base import Request
 from groupwise.state import read_state, write_state
 from groupwise.terminal import Terminal

@@ -17,16 +17,19 @@ SHOWN_LEFT_OUT = 10
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of runs; several are compared.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Directories of runs or of ladders; several runs are compared.")
+    ],
     out: Annotated[Path | None, typer.Option("--out", help="The page, or with --format png the directory.")] = None,
     form: Annotated[Literal["html", "png"], typer.Option("--format", help="One page, or each figure as a picture.")] = "html",
 ) -> None:
     """Draw what runs recorded, and say what is the matter with them."""
+    from groupwise.evidence.places import expanded
     from groupwise.evidence.report import as_text, write_page, write_pictures
     from groupwise.evidence.runs import open_run
 
     with exit_codes():
-        opened = [open_run(run) for run in runs]
+        opened = [open_run(run) for run in expanded(runs)]
         home = runs[0] if len(runs) == 1 else Path()
         if form == "png":
             written = write_pictures(opened, out or home / "figures")

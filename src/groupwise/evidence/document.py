@@ -5,14 +5,18 @@ from collections.abc import Mapping, Sequence
 
 from groupwise.config import dump
 from groupwise.evidence.completions import readable
-from groupwise.evidence.findings import findings
+from groupwise.evidence.figures import figures
+from groupwise.evidence.finding import measure_name
+from groupwise.evidence.findings import shared_findings
 from groupwise.evidence.headline import summary, tiles
 from groupwise.evidence.history import value_text
+from groupwise.evidence.lines import clock
 from groupwise.evidence.naming import Group, cut, differences, grouped, run_id, run_names, title
-from groupwise.evidence.phrases import Phrase, phrase, same
+from groupwise.evidence.phrases import Phrase
 from groupwise.evidence.runs import Run, measure
-from groupwise.evidence.shapes import Clock, Document, Finding, Noted, RunShape, SegmentShape, Setting
+from groupwise.evidence.shapes import Document, Finding, Noted, RunShape, SegmentShape, Setting, Text
 from groupwise.evidence.status import status
+from groupwise.evidence.verdicts import comparisons
 from groupwise.text import shortened, visible
 
 MOST_EVENTS, MOST_CHANGES, MOST_LEFT_OUT = 200, 50, 200
@@ -26,60 +30,43 @@ def document(runs: Sequence[Run]) -> Document:
     groups = grouped(runs)
     members = [run for group in groups for run in group.runs]
     names = run_names(groups)
-    found = [finding for group in groups for finding in shared_findings(group)]
-    shown = [_run(run, group, names) for group in groups for run in group.runs]
+    now, drawn = time.time(), figures(groups)  # first, since they add to what could not be read
+    found = [finding for group in groups for finding in told(group)]
+    shown = [_run(run, group, names, now) for group in groups for run in group.runs]
     return {
         "title": title(groups),
-        "measure": same(measure(members).name).as_json(),
+        "measure": measure_name(measure(members)).as_json(),
         "settings": [_setting(group) for group in groups],
         "runs": shown,
         "tiles": tiles(groups, found, [run["status"] for run in shown]),
         "summary": summary(groups),
         "differences": differences(groups),
-        "comparisons": [],
+        "comparisons": comparisons(groups),
         "findings": found,
         "events": events(members),
         "segments": segments(members),
         "left_out": left_out(members, names),
-        "figures": [],
+        "figures": drawn,
     }
 
 
-def shared_findings(group: Group) -> list[Finding]:
-    """Findings of runs that differ in their seed only, each title once: the numbers are of the first run that has it, the title says how
-    many do."""
-    found: dict[str, list[Finding]] = {}
-    for run in group.runs:
-        for item in findings(run):
-            title, text = same(item.title), same(visible(item.text))
-            found.setdefault(title.en, []).append(
-                {
-                    "setting": group.id,
-                    "kind": item.kind,
-                    "title": title.as_json(),
-                    "text": text.as_json(),
-                    "figure": item.figure,
-                }
-            )
-    shown = [items[0] for items in found.values()]
-    if len(group.runs) > 1:
-        counts = [len(items) for items in found.values()]
-        shown = [
-            {
-                **item,
-                "title": phrase("summary", "in_runs", title=Phrase(**item["title"]), count=count, all=len(group.runs)).as_json(),
-            }
-            for item, count in zip(shown, counts, strict=True)
-        ]
-    return sorted(shown, key=lambda item: ("unhealthy", "watch", "healthy").index(item["kind"]))
+def told(group: Group) -> list[Finding]:
+    """The findings of a setting's runs, as the page has them."""
+    return [
+        {"setting": group.id, "kind": item.kind, "title": _shown(item.title), "text": _shown(item.text), "figure": item.figure}
+        for item in shared_findings(group.runs)
+    ]
+
+
+def _shown(text: Phrase) -> Text:
+    return {language: visible(written) for language, written in text.as_json().items()}
 
 
 def _setting(group: Group) -> Setting:
-    clock: Clock = {"steps": [], "completions": [], "seconds": []}
-    return {"id": group.id, "name": group.name, "runs": [run_id(run) for run in group.runs], "clock": clock}
+    return {"id": group.id, "name": group.name, "runs": [run_id(run) for run in group.runs], "clock": clock(group)}
 
 
-def _run(run: Run, group: Group, names: Mapping[str, str]) -> RunShape:
+def _run(run: Run, group: Group, names: Mapping[str, str], now: float) -> RunShape:
     id = run_id(run)
     return {
         "id": id,
@@ -87,7 +74,7 @@ def _run(run: Run, group: Group, names: Mapping[str, str]) -> RunShape:
         "path": cut(visible(run.path.as_posix()), LONGEST_PATH),
         "setting": group.id,
         "seed": run.seed,
-        "status": status(run, time.time()),
+        "status": status(run, now),
         "readable": readable(run),
         "recipe": visible(shortened(dump(run.recipe), LONGEST_RECIPE), lines=True),
     }

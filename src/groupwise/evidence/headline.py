@@ -4,6 +4,9 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
+from groupwise.evidence.finding import measure_name
 from groupwise.evidence.naming import Group
 from groupwise.evidence.phrases import Phrase, phrase, same
 from groupwise.evidence.runs import Measure, Run, finite, measure
@@ -44,7 +47,7 @@ def summary(groups: Sequence[Group]) -> list[SummaryRow]:
                 "steps": max((run.last_step for run in group.runs), default=0),
                 "before": _with_interval(before, scored),
                 "after": _with_interval(after, scored),
-                "completions": _number(_mean([run.cumulative[run.last_step][0] for run in group.runs]), ",.0f"),
+                "completions": _number(_mean([float(run.spent()[1][-1]) for run in group.runs]), ",.0f"),
                 "seconds": _number(_mean(_seconds(group.runs)), ",.0f"),
                 "tokens_per_second": _number(_mean(_speeds(group)), ",.0f"),
             }
@@ -73,7 +76,7 @@ def _score(groups: Sequence[Group], scored: Measure) -> Tile | None:
     """The held-out score before and after; of several settings the best one's, and where the others are."""
     ended = [(group, _after(group, scored)) for group in groups]
     ended = [(group, scores) for group, scores in ended if scores]
-    values = {"name": scored.name}
+    values = {"name": measure_name(scored)}
     if not ended:
         first = [score for group in groups for score in _before(group, scored)]
         if not first:
@@ -119,7 +122,7 @@ def _noise(group: Group, scores: Sequence[float], scored: Measure) -> Phrase:
 
 def _reward(groups: Sequence[Group]) -> Tile | None:
     """The mean reward of the training completions, at the start and at the end."""
-    known = [[run for run in group.runs if run.values("reward/mean")] for group in groups]
+    known = [[run for run in group.runs if len(run.column("reward/mean")[1])] for group in groups]
     known = [runs for runs in known if runs]
     if not known:
         return None
@@ -185,7 +188,7 @@ def _time(groups: Sequence[Group]) -> Tile | None:
 
 
 def _seconds(runs: Sequence[Run]) -> list[float]:
-    return [run.cumulative[run.last_step][1] for run in runs]
+    return [float(run.spent()[2][-1]) for run in runs]
 
 
 def _speed(groups: Sequence[Group]) -> Tile | None:
@@ -200,7 +203,7 @@ def _speed(groups: Sequence[Group]) -> Tile | None:
 
 def _speeds(group: Group) -> list[float]:
     """The median over each run's steps."""
-    return [statistics.median(values) for run in group.runs if (values := finite(run.values("tokens_per_second")))]
+    return [float(np.median(values)) for run in group.runs if len(values := run.column("tokens_per_second")[1])]
 
 
 def duration(seconds: float) -> Phrase:

@@ -72,18 +72,11 @@ def _setting(run: Run) -> dict[str, Any]:
     """
     own: dict[str, Any] = run.recipe.get("algorithm", {})
     usual = named(run.algorithm).settings() if run.algorithm in NAMED else {}
+    usual = {key: "none" if value is None else list(value) if isinstance(value, tuple) else value for key, value in usual.items()}
     algorithm = flat({"algorithm": {**usual, **own, "name": run.algorithm}})
-    tree = {
-        **_defaults(),
-        **flat({key: value for key, value in run.recipe.items() if key != "algorithm"}),
-        **algorithm,
-        **run.course,
-    }
-    return {
-        key: "none" if value is None else list(value) if isinstance(value, tuple) else value
-        for key, value in tree.items()
-        if _tells(key)
-    }
+    others = flat({key: value for key, value in run.recipe.items() if key != "algorithm"})
+    tree = {**_defaults(), **others, **algorithm, **run.course}
+    return {key: value for key, value in tree.items() if value is not None and _tells(key)}
 
 
 @cache

@@ -10,7 +10,7 @@ from groupwise.evidence.phrases import texts
 from groupwise.evidence.shapes import Document, StepToRead
 from groupwise.text import json_line
 
-PARTS = ("core", "summary", "plots", "reader", "live")
+PARTS = ("core", "summary", "comparing", "plots", "reader", "live")
 """Parts of the page: a script each, a style sheet each, and a table of words each."""
 FURTHER = {"reader": ("reader_data", "reader_tokens", "reader_groups"), "live": ("live_runs",)}
 """Further scripts of a part, which come before its own."""

@@ -196,12 +196,22 @@ class DifferenceRow(TypedDict):
 
 
 class Comparison(TypedDict):
-    """Two settings' last held-out scores."""
+    """What can be said of two settings in one measure: their held-out scores, or what it took to reach a score."""
 
     first: str
     second: str
+    """Ids of settings."""
+    measure: Literal["score", "completions", "seconds"]
     verdict: Literal["better", "worse", "open", "unknown"]
-    """Of the second: better or worse by more than seeds explain; open: they could explain it; unknown: too few seeds to say."""
+    """Of the second: better or worse by more than differences between seeds explain; open: these could explain it; unknown: too few
+    seeds to say."""
+    difference: Text
+    """Of the second from the first, short: "+2.3 points", "1.4 ×"; empty: not known."""
+    low: float | None
+    middle: float | None
+    high: float | None
+    """The difference and the ends of its 95 % interval: in the measure's unit, of completions and seconds the logarithm of the ratio.
+    None: too few seeds."""
     text: Text
 
 

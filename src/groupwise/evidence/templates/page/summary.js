@@ -8,7 +8,7 @@ const severalRuns = () => page.data.runs.length > 1;
 // A setting's name with the colour that its lines have in the figures.
 function settingLabel(id) {
   const colour = make("span", { class: "colour", "aria-hidden": "true" });
-  colour.style.background = settingColour(id);
+  colour.style.background = typeof settingColour === "function" ? settingColour(id) : "var(--accent)";
   return make("span", { class: "setting" }, severalSettings() ? colour : null, make("bdi", {}, settingOf(id)?.name ?? ""));
 }
 const runLabel = (id) => make("bdi", {}, runOf(id)?.name ?? "");

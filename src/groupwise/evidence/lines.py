@@ -1,0 +1,170 @@
+"""Metrics over training steps as lines of a figure: one run's, or the mean over seeds with its 95 % interval."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from groupwise.evidence.naming import Group, run_id, run_names
+from groupwise.evidence.phrases import Phrase
+from groupwise.evidence.records import Steps, Values
+from groupwise.evidence.runs import Run
+from groupwise.evidence.shapes import Clock, Line, Mark
+from groupwise.evidence.statistics import FEWEST_SEEDS, LEVEL
+from groupwise.evidence.student import critical
+from groupwise.text import shortened, visible
+
+MOST_POINTS, FEWEST_POINTS = 4096, 64
+"""Of a line."""
+PAGE_POINTS = 400_000
+"""Of all lines of a page: about 4 MB of it."""
+CLOCK_POINTS = 512
+MOST_MARKS, LONGEST_MARK = 40, 120
+"""How many events are marked in a figure, and characters of each."""
+MARKED_RUNS = 4
+"""Events of more runs are not marked: no line could be told from the next."""
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """A metric at each step that has it; NaN in `low` and `high`: no interval at that step."""
+
+    steps: Steps
+    values: Values
+    low: Values | None = None
+    high: Values | None = None
+
+    @property
+    def extent(self) -> tuple[float, float]:
+        """The lowest and the highest value, as they are written."""
+        return short(float(self.values.min())), short(float(self.values.max()))
+
+
+def of_run(run: Run, metric: str) -> Curve:
+    return Curve(*run.column(metric))
+
+
+def mean_over_seeds(runs: Sequence[Run], metric: str, *, percent: bool = False) -> Curve:
+    """The mean over the runs that have the metric at a step, with Student's 95 % interval where those are at least `FEWEST_SEEDS`.
+
+    Args:
+        percent: it is a share, so that the interval ends at 0 and 1.
+    """
+    columns = [column for run in runs if len((column := run.column(metric))[0])]
+    steps = columns[0][0]
+    if any(not np.array_equal(steps, own) for own, _ in columns[1:]):
+        steps = np.unique(np.concatenate([own for own, _ in columns]))
+    table = np.full((len(columns), len(steps)), np.nan)
+    for row, (own, values) in zip(table, columns, strict=True):
+        row[np.searchsorted(steps, own)] = values
+    known = ~np.isnan(table)
+    counts = known.sum(axis=0)
+    mean = np.where(known, table, 0.0).sum(axis=0) / counts
+    squares = (np.where(known, table - mean, 0.0) ** 2).sum(axis=0)
+    factors = np.array([math.nan] * FEWEST_SEEDS + [critical(LEVEL, n - 1) for n in range(FEWEST_SEEDS, len(columns) + 1)])
+    half = factors[counts] * np.sqrt(squares / np.maximum(counts - 1, 1) / counts)
+    low, high = mean - half, mean + half
+    return Curve(steps, mean, *((np.maximum(low, 0.0), np.minimum(high, 1.0)) if percent else (low, high)))
+
+
+def points_of(lines: int) -> int:
+    """How many points each of so many lines may have: a power of two, so that another line seldom changes the others."""
+    fair = max(FEWEST_POINTS, min(MOST_POINTS, PAGE_POINTS // max(1, lines)))
+    return 1 << (fair.bit_length() - 1)
+
+
+def thinned(values: Values, most: int) -> tuple[NDArray[np.int64], int]:
+    """Choose at most `most` of the values so that peaks stay: the lowest and the highest of each stretch of values.
+
+    Stretches have a power of two of values, and begin at multiples of it: another value changes the choice in the last stretch only,
+    until all stretches become twice as long.
+
+    Returns:
+        The places of the chosen values, ascending, the first and the last among them; and the length of a stretch, 1: all are chosen.
+    """
+    count = len(values)
+    if count <= most:
+        return np.arange(count), 1
+    stretch = 2
+    while 2 * -(-count // stretch) + 2 > most:
+        stretch *= 2
+    rest = count // stretch * stretch
+    starts, parts = np.arange(0, rest, stretch), values[:rest].reshape(-1, stretch)
+    chosen = [np.array([0, count - 1]), starts + parts.argmin(axis=1), starts + parts.argmax(axis=1)]
+    if rest < count:
+        chosen.append(np.array([rest + int(values[rest:].argmin()), rest + int(values[rest:].argmax())]))
+    return np.unique(np.concatenate(chosen)), stretch
+
+
+def line(curve: Curve, *, id: str, setting: str, run: str | None, label: Phrase, dash: int, seeds: int, most: int) -> Line:
+    """A curve as JSON, of at most `most` points."""
+    chosen, stretch = thinned(curve.values, most)
+    apart = round((curve.steps[-1] - curve.steps[0]) / (len(curve.steps) - 1)) if stretch > 1 else 1
+    ends = [None if end is None or np.isnan(end).all() else numbers(end[chosen]) for end in (curve.low, curve.high)]
+    steps: list[int] = curve.steps[chosen].tolist()
+    return {
+        "id": id,
+        "setting": setting,
+        "run": run,
+        "label": label.as_json(),
+        "dash": dash,
+        "steps": steps,
+        "values": numbers(curve.values[chosen]),
+        "low": ends[0],
+        "high": ends[1],
+        "seeds": seeds,
+        "stretch": stretch * max(1, apart),
+    }
+
+
+def numbers(values: Values | Iterable[float]) -> list[float | None]:
+    """Numbers as a page gets them; None: not known."""
+    return [
+        short(value) if math.isfinite(value) else None
+        for value in (values.tolist() if isinstance(values, np.ndarray) else values)
+    ]
+
+
+def short(value: float) -> float:
+    """Round to five significant digits: a plot shows no more, and the page is half the size."""
+    return float(f"{value:.5g}")
+
+
+def clock(group: Group) -> Clock:
+    """Completions and seconds by step, means over the group's runs. Where runs have ended, the others' steps continue the mean."""
+    spent = [run.spent() for run in group.runs]
+    steps = (
+        max((own for own, _, _ in spent), key=len) if len(spent) == 1 else np.unique(np.concatenate([own for own, _, _ in spent]))
+    )
+    totals = []
+    for kind in (1, 2):
+        gained, counts = np.zeros(len(steps)), np.zeros(len(steps))
+        for one in spent:
+            places = np.searchsorted(steps, one[0])
+            gained[places] += np.diff(one[kind], prepend=0.0)
+            counts[places] += 1
+        totals.append((gained / counts).cumsum())
+    stretch = 1
+    while len(steps) // stretch > CLOCK_POINTS:
+        stretch *= 2
+    chosen = np.unique(np.append(np.arange(0, len(steps), stretch), len(steps) - 1))
+    completions, seconds = ([short(value) for value in total[chosen].tolist()] for total in totals)
+    return {"steps": steps[chosen].tolist(), "completions": completions, "seconds": seconds}
+
+
+def marks(groups: Sequence[Group]) -> list[Mark]:
+    """Where runs noted warnings and faults, and where their settings were changed, at the steps that are recorded."""
+    names, found = run_names(groups), []
+    if len(names) > MARKED_RUNS:
+        return []
+    for group in groups:
+        for run in group.runs:
+            beginning = f"{names[run_id(run)]}: " if len(names) > 1 else ""
+            noted = [(event.step, event.text or event.name) for event in run.events if event.kind != "note"]
+            noted += [(segment.first_step, ", ".join(segment.changed)) for segment in run.segments if segment.changed]
+            found += [(step, beginning + text) for step, text in noted if step <= run.last_step]
+    shown = sorted(dict.fromkeys(found))
+    every = max(1, -(-len(shown) // MOST_MARKS))
+    return [{"step": step, "text": visible(shortened(text, LONGEST_MARK))} for step, text in shown[::every]]
