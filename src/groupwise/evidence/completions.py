@@ -24,8 +24,8 @@ from groupwise.text import shortened, visible
 Source = Literal["tokens", "texts", "held_out"]
 DIRECTORIES: Mapping[str, str] = {"tokens": "tokens", "texts": "rollouts", "held_out": "evaluations"}
 """Source -> the directory of a run that it is read from."""
-GROUPS = 12
-"""How many groups are read at once, if they are small enough."""
+GROUPS: Mapping[Source, int] = {"tokens": 12, "texts": 64, "held_out": 100}
+"""How many groups of a source are read at once, if they are small enough."""
 MOST_TOKENS, MOST_CHARACTERS = 120_000, 2_000_000
 """What is read at once, at most; but at least one group."""
 LONGEST_TOKENS, LEAST_TOKENS = 20_000, 64
@@ -66,13 +66,13 @@ def _steps(directory: Path, suffix: str) -> list[int]:
 
 
 def step_to_read(
-    run: Run, step: int, source: Source, first: int = 0, count: int = GROUPS, most_tokens: int = MOST_TOKENS
+    run: Run, step: int, source: Source, first: int = 0, count: int | None = None, most_tokens: int = MOST_TOKENS
 ) -> StepToRead:
     """Completions of one step.
 
     Args:
         first: the first group to read, from 0.
-        count: how many groups at most; fewer where they are long, but one.
+        count: how many groups at most, by default as `GROUPS` says; fewer where they are long, but one.
         most_tokens: how many tokens at once.
 
     Raises:
@@ -80,6 +80,7 @@ def step_to_read(
     """
     suffix = "parquet" if source == "tokens" else "jsonl"
     path = run.path / DIRECTORIES[source] / f"step-{step:06d}.{suffix}"
+    count = GROUPS[source] if count is None else count
     if source == "tokens":
         groups, of_all = _token_groups(path, first, count, most_tokens)
     else:
@@ -339,7 +340,7 @@ def _spread(steps: Sequence[int], most: int) -> list[int]:
 
 def _fitting(run: Run, step: int, source: Source, most: int) -> tuple[StepToRead, int] | None:
     """As much of a step as takes so many bytes, and how many it takes; None: nothing of it can be read, or is that small."""
-    tokens, count = max(most // BYTES_PER_TOKEN, LEAST_TOKENS), GROUPS
+    tokens, count = max(most // BYTES_PER_TOKEN, LEAST_TOKENS), GROUPS[source]
     for _ in range(4):
         try:
             shown = step_to_read(run, step, source, 0, count, tokens)

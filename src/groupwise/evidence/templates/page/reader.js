@@ -1,9 +1,10 @@
 // The completions to read: which run, step and kind of record, on one side or two, searched, filtered and coloured.
 
 const GROUPS_SHOWN = 10; // at once
+const HIDDEN_WHEN_EMPTY = ["sides", "choices", "search", "key", "list", "more"];
 const reader = {
   sides: [], quantity: "advantage", query: "", order: "recorded", filters: { wrong: false, truncated: false, changed: false },
-  shown: GROUPS_SHOWN, wanted: false, follow: isLive, elements: null,
+  shown: GROUPS_SHOWN, near: false, open: false, follow: isLive, elements: null,
 };
 
 // --- the two sides
@@ -129,8 +130,9 @@ function drawControls() {
     numbered ? picker(text("reader.colour"), "quantity", reader.quantity, quantities, (name) => { reader.quantity = name; drawColours(); recolour(elements.list); }) : null);
   elements.search.setAttribute("aria-label", text("reader.search"));
   elements.search.placeholder = text("reader.search");
-  elements.about.textContent = numbered ? text("reader.about") : "";
-  elements.about.hidden = !numbered;
+  const about = [numbered ? text("reader.about") : "", ...reader.sides.slice(0, 1).map(embeddedNote)].filter(Boolean).join(" ");
+  elements.about.textContent = about;
+  elements.about.hidden = !about;
   drawColours();
 }
 
@@ -168,7 +170,7 @@ function drawList() {
 }
 
 function drawStatus(pairs = null, found = []) {
-  const { status } = reader.elements, [side, other] = reader.sides;
+  const { status } = reader.elements, [, other] = reader.sides;
   const wrong = reader.sides.filter((one) => one.error).map((one) => text("reader.failed", { reason: one.error }));
   if (wrong.length) status.textContent = wrong.join(" ");
   else if (!pairs || reader.sides.some((one) => one.request)) status.textContent = text("reader.loading");
@@ -177,12 +179,15 @@ function drawStatus(pairs = null, found = []) {
     const completions = reader.sides.flatMap((one) => one.groups).reduce((sum, group) => sum + group.completions.length, 0);
     const common = !other || pairs.some((pair) => pair[0] && pair[1]) ? "" : ` ${text("reader.no_common")}`;
     const values = { shown: grouped(found.reduce((sum, entry) => sum + of(entry), 0)), completions: grouped(completions), groups: grouped(found.length), all: grouped(pairs.length) };
-    status.textContent = (found.length ? text("reader.count", values) : text("reader.none_found")) + common + embeddedNote(side);
+    status.textContent = (found.length ? text("reader.count", values) : text("reader.none_found")) + common;
   }
 }
 
 function embeddedNote(side) {
-  return isLive ? "" : ` ${text("reader.embedded", { count: grouped(SOURCES.reduce((sum, source) => sum + countSteps(stepRanges(side.run, source)), 0)) })}`;
+  if (isLive) return "";
+  const { readable } = page.data.runs.find((run) => run.id === side.run), all = side.source === "texts" ? countSteps(readable.texts) : readable[side.source].length;
+  const here = countSteps(rangesOf(side));
+  return here < all ? text("reader.embedded", { count: grouped(here), all: grouped(all) }) : "";
 }
 
 function drawMore(found) {
@@ -206,15 +211,16 @@ function buildReader() {
     key: make("div"), status: make("p", { class: "soft", role: "status" }), list: make("div"), more: make("div", { class: "controls" }),
   };
   reader.elements = elements;
+  for (const name of HIDDEN_WHEN_EMPTY) elements[name].hidden = true;
   container.replaceChildren(...Object.values(elements));
   document.body.append(tip, spoken);
 }
 
 async function openReader() {
+  reader.open = true;
   if (!isLive) await stored();
   const side = reader.sides[0] ?? firstSide(), { elements } = reader;
-  elements.heading.textContent = text("summary.heading.completions");
-  for (const name of ["sides", "choices", "search", "key", "list", "more"]) elements[name].hidden = !side;
+  for (const name of HIDDEN_WHEN_EMPTY) elements[name].hidden = !side;
   if (!side) {
     elements.about.textContent = text("reader.nothing");
     return;
@@ -236,17 +242,13 @@ function followNewest() {
   return drawControls();
 }
 
-function wantReader() {
-  if (reader.wanted || !page.data) return;
-  reader.wanted = true;
-  openReader();
-}
-
 buildReader();
-new IntersectionObserver((entries) => { if (entries.some((entry) => entry.isIntersecting)) wantReader(); }, { rootMargin: "1200px" })
-  .observe(document.getElementById("completions"));
+new IntersectionObserver((entries) => {
+  reader.near ||= entries.some((entry) => entry.isIntersecting);
+  if (reader.near && page.data && !reader.open) openReader();
+}, { rootMargin: "1200px" }).observe(document.getElementById("completions"));
 whenChanged((changed) => {
-  if (!reader.wanted) return;
-  if (changed.has("language")) openReader();
-  else if (changed.has("runs")) followNewest();
+  if (changed.has("language") || changed.has("runs")) reader.elements.heading.textContent = text("summary.heading.completions");
+  if (changed.has("language") ? reader.near : reader.near && !reader.open) openReader();
+  else if (reader.open && changed.has("runs")) followNewest();
 });

@@ -1,6 +1,6 @@
 // Prompts with their completions: which of them are shown, in which order, and how.
 
-const SHOWN_COMPLETIONS = 4, SHOWN_PROMPT = 700;
+const SHOWN_COMPLETIONS = 4, SHOWN_PROMPT = 700, SHORT = 160; // SHORT: characters of completions that stand beside each other
 const openedParts = new WeakMap(); // group or completion -> whether all of it is shown
 
 // Whether a completion is to be shown.
@@ -69,7 +69,8 @@ function sideOf(group, shown, view) {
   const all = openedParts.get(group) || shown.length <= SHOWN_COMPLETIONS + 1;
   const half = SHOWN_COMPLETIONS / 2; // as recorded the best and the worst, in another order the first ones
   const part = view.order === "recorded" ? [...shown.slice(0, half), ...shown.slice(-half)] : shown.slice(0, SHOWN_COMPLETIONS);
-  for (const completion of all ? shown : part) box.append(completionCard(completion, view));
+  const chosen = all ? shown : part, short = chosen.every((completion) => factsOf(completion).text.length < SHORT);
+  box.append(make("div", { class: short ? "completions short" : "completions" }, ...chosen.map((completion) => completionCard(completion, view))));
   if (!all) box.append(opener(group, text("reader.all_completions", { count: grouped(shown.length) }), view));
   return box;
 }

@@ -68,6 +68,7 @@ function completionText(completion, whole, query) {
     else for (const [start, piece] of pieces(completion.text[box.from].slice(0, box.characters))) parent.append(textBlock(piece, box.offset + start, hits));
   }
   if (numbered) followTokens(body);
+  body.classList.toggle("long", boxes.length > 3 || completion.text.some((part) => part.length > 3 * BLOCK_CHARACTERS));
   return [body, cut];
 }
 
@@ -168,7 +169,8 @@ function drawTokens(box) {
 }
 
 function tokenClass(completion, i, found) {
-  return [shadeClass(shadeOf(completion, i)), completion.clipped[i] ? "clipped" : "", found ? "found" : ""].filter(Boolean).join(" ");
+  const line = completion.text[i].includes("\n") ? "line" : "";
+  return [shadeClass(shadeOf(completion, i)), line, completion.clipped[i] ? "clipped" : "", found ? "found" : ""].filter(Boolean).join(" ");
 }
 
 // Colour the tokens that are drawn by another quantity.
