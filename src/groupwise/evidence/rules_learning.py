@@ -59,8 +59,9 @@ def _sentences(events: list[Noted]) -> list[Phrase]:
 
 
 def _as_sentence(text: str) -> str:
-    """Without its full stop, and with a capital."""
-    return visible(f"{text[:1].upper()}{text[1:].rstrip('.')}", lines=True)
+    """Without its full stop, and with a capital, unless it begins with the name of a setting."""
+    word, _, rest = text.rstrip(".").partition(" ")
+    return visible(f"{word[:1].upper()}{word[1:]} {rest}" if word.isalpha() else text.rstrip("."), lines=True)
 
 
 def learned(run: Run) -> Finding | None:
@@ -123,12 +124,14 @@ def truncated_completions(run: Run) -> Finding | None:
     """Report a token limit that many completions reach."""
     share, before = run.last("length/truncated", max(5, len(run.steps) // 4)), run.first("length/truncated")
     right = run.last("train/pass_rate", max(5, len(run.steps) // 4))
-    if not share > 0.2 or right + share - 1 > RIGHT_ALL_THE_SAME * share:
-        return None  # At least this share of the truncated ones is right, so that the limit does them no harm.
+    if not share > 0.2:
+        return None
     found = say("truncated.found", share=share, limit=run.recipe.get("rollouts", {}).get("max_tokens"))
     if before < 0.5 * share:
         text = say("truncated.growing_text", found=found, before=before)
         return Finding(kind="unhealthy", title=say("truncated.growing"), text=text, figure="truncated")
+    if right + share - 1 > RIGHT_ALL_THE_SAME * share:
+        return None  # At least this share of the truncated ones is right, so that the limit does them no harm.
     remedies = [say("truncated.longer")]
     if not setting(run, "overlong_cache"):
         remedies.append(say("truncated.punish"))
