@@ -14,6 +14,7 @@ import pytest
 from groupwise.evidence.findings import findings
 from groupwise.evidence.held_out import change
 from groupwise.evidence.phrases import texts
+from groupwise.evidence.records import Records
 from groupwise.evidence.runs import Run, open_run
 
 RECORDED = sorted((Path(__file__).parent / "recorded_runs").glob("*.json.gz"))
@@ -73,7 +74,7 @@ def run(scores: list[float], problems: int = 200, deviation: float = 0.0, steps:
         {"step": 10 * i, key: score, "eval/reward_std": deviation, "eval_problems": float(problems)}
         for i, score in enumerate(scores)
     ]
-    return Run(path=Path("made"), recipe={"algorithm": {"name": "grpo"}}, steps=rows, evaluations=tried)
+    return Run(path=Path("made"), recipe={"algorithm": {"name": "grpo"}}, steps=Records(rows), evaluations=Records(tried))
 
 
 def told(made: Run) -> dict[str, str]:

@@ -52,8 +52,3 @@ def setting(run: Run, key: str) -> Any:
 def warned_of(run: Run, name: str) -> bool:
     """Whether the run noted a warning or a fault of this name."""
     return any(event.name == name and event.kind != "note" for event in run.events)
-
-
-def metric_names(run: Run) -> list[str]:
-    """Of all that a training step recorded."""
-    return list(dict.fromkeys(name for record in run.steps for name in record))

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Literal
 
 from groupwise.evidence.runs import Measure, Run
 from groupwise.evidence.statistics import binomial, interval
+from groupwise.evidence.student import critical
 
 ERROR = 0.05
 """Probability with which a change is seen, in either direction, where there is none."""
@@ -58,7 +58,8 @@ def change(run: Run) -> Change | None:
         errors = [binomial(score, problems) for score in scores]
         small = SMALL
     else:
-        errors = [1.96 * deviations.get(step, 0.0) / math.sqrt(problems) for step in steps]
+        t = critical(ERROR, max(1, problems - 1))
+        errors = [t * deviations.get(step, 0.0) / math.sqrt(problems) for step in steps]
         small = SMALL_EFFECT * max(deviations.get(steps[0], 0.0), deviations.get(steps[-1], 0.0))
     return Change(
         measure=measure,
@@ -69,14 +70,15 @@ def change(run: Run) -> Change | None:
         last_step=steps[-1],
         noise=math.hypot(errors[0], errors[-1]),
         problems=problems,
-        verdict=_verdict(scores, errors, small, least=0.05 if measure.percent else 0.0),
+        verdict=_verdict(scores, errors, max(1, problems - 1), small, least=0.05 if measure.percent else 0.0),
     )
 
 
-def _verdict(scores: Sequence[float], errors: Sequence[float], small: float, least: float) -> Verdict:
+def _verdict(scores: Sequence[float], errors: Sequence[float], freedom: int, small: float, least: float) -> Verdict:
     """
     Args:
         errors: half the width of each score's 95 % interval.
+        freedom: degrees of freedom of each.
         small: a rise that a run should have shown if there was any.
         least: a fall from the peak that is worth a word.
     """
@@ -85,7 +87,7 @@ def _verdict(scores: Sequence[float], errors: Sequence[float], small: float, lea
     gained, fall = scores[peak] - first, scores[peak] - last
     # The best of many noisy evaluations is high by chance: each is compared at a share of the error probability (Bonferroni), and
     # none at less than 1.5 intervals. A quarter of what was gained may go again, since policies waver from step to step.
-    wider = max(1.5, NormalDist().inv_cdf(1 - ERROR / 2 / (len(scores) - 1)) / 1.96)
+    wider = max(1.5, critical(ERROR / (len(scores) - 1), freedom) / critical(ERROR, freedom))
     if gained > 0 and fall > max(wider * math.hypot(errors[peak], errors[-1]), least, 0.25 * gained):
         return "fell from peak"
     noise = math.hypot(errors[0], errors[-1])

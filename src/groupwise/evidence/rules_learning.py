@@ -2,7 +2,7 @@
 
 import math
 
-from groupwise.evidence.finding import NOTHING, Finding, Kind, measure_name, metric_names, say, sentences, setting, warned_of
+from groupwise.evidence.finding import NOTHING, Finding, Kind, measure_name, say, sentences, setting, warned_of
 from groupwise.evidence.held_out import change, improves
 from groupwise.evidence.history import Noted
 from groupwise.evidence.phrases import Phrase, texts
@@ -109,7 +109,7 @@ def constant_reward(run: Run) -> Finding | None:
 
 def failed_completions(run: Run) -> Finding | None:
     """Report completions that could not be scored."""
-    causes = {name.removeprefix("failed/"): sum(run.values(name)) for name in metric_names(run) if name.startswith("failed/")}
+    causes = {name.removeprefix("failed/"): sum(run.values(name)) for name in run.steps.names() if name.startswith("failed/")}
     failed, completions = sum(causes.values()), sum(run.values("rollouts/completions"))
     share = failed / completions if completions else 0.0
     if not share > FEW_FAILED:
