@@ -137,11 +137,15 @@ class Run:
         try:
             return self.tokens(step)
         except UserError as error:
-            text = str(error).removeprefix(f"{self.path}/")
-            if text not in list(self.left_out):
-                file, _, reason = text.partition(": ")
-                self.left_out.add(file, reason)
+            self.note(error)
             return None
+
+    def note(self, error: UserError) -> None:
+        """Take into `left_out` what could not be read."""
+        text = str(error).removeprefix(f"{self.path}/")
+        if text not in list(self.left_out):
+            file, _, reason = text.partition(": ")
+            self.left_out.add(file, reason)
 
 
 def open_run(path: Path) -> Run:

@@ -14,6 +14,7 @@ PARTS = ("core", "summary", "comparing", "plots", "reader", "live")
 """Parts of the page: a script each, a style sheet each, and a table of words each."""
 SCRIPTS = {
     "plots": ("plots_data", "plots_style", "plots_canvas", "plots_figure", "plots_pointer", "plots"),
+    "reader": ("reader_data", "reader_tokens", "reader_groups", "reader"),
     "live": ("live", "live_runs"),
 }
 """Parts whose script is several files, in the order in which they are read."""
