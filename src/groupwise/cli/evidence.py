@@ -24,10 +24,12 @@ def report(
     form: Annotated[Literal["html", "png"], typer.Option("--format", help="One page, or each figure as a picture.")] = "html",
 ) -> None:
     """Draw what runs recorded, and say what is the matter with them."""
+    from groupwise.evidence.naming import grouped
     from groupwise.evidence.pictures import write_pictures
     from groupwise.evidence.places import expanded
     from groupwise.evidence.report import as_text, write_page
     from groupwise.evidence.runs import open_run
+    from groupwise.evidence.verdicts import as_text as compared
 
     with exit_codes():
         opened = [open_run(run) for run in expanded(runs)]
@@ -39,6 +41,8 @@ def report(
             return
         page = out or home / "report.html"
         for line in as_text(write_page(opened, page)):
+            console.print(line, soft_wrap=True)
+        for line in compared(grouped(opened)):
             console.print(line, soft_wrap=True)
         _note(opened)
         console.print(f"written: {page}", soft_wrap=True)

@@ -1,6 +1,7 @@
 """Which differences between settings are larger than differences between seeds explain, and how many seeds would decide the others."""
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,14 @@ class Compared:
     """How many differences were found in that family."""
     level: float = LEVEL
     """What the p-value of an open difference is to be below in the worst case: the level divided among the open ones."""
+
+    @property
+    def mean(self) -> float:
+        """The second's mean less the first's: over the seeds that were compared, or over all where they are too few; NaN: none."""
+        if self.found is not None:
+            return self.found.mean
+        first, second = self.outcomes.first.values(), self.outcomes.second.values()
+        return statistics.fmean(second) - statistics.fmean(first) if first and second else math.nan
 
     @property
     def verdict(self) -> Literal["better", "worse", "open", "unknown"]:

@@ -63,7 +63,7 @@ def _shape(item: Compared) -> Comparison:
         "second": item.second.id,
         "measure": item.outcomes.measure,
         "verdict": item.verdict,
-        "difference": (_change(item, _middle(item)) if item.outcomes.first and item.outcomes.second else same("")).as_json(),
+        "difference": (_change(item, item.mean) if item.outcomes.first and item.outcomes.second else same("")).as_json(),
         "low": found.mean - found.half if found else None,
         "middle": found.mean if found else None,
         "high": found.mean + found.half if found else None,
@@ -78,21 +78,14 @@ def text(item: Compared) -> Phrase:
         return sentences([say("unknown.no_common_step" if every else "unknown.no_result"), *_cautions(item)])
     if item.found is None:
         return sentences([_too_few(item), *_cautions(item)])
-    parts = [_evidence(item, item.found), say(f"decided.{item.verdict}")]
+    parts = [_evidence(item, item.found)]
+    if item.outcomes.measure == "score":
+        parts.append(say(f"decided.{item.verdict}"))
     if item.verdict == "open":
         if item.found.p < LEVEL:
             parts.append(say("decided.by_chance", family=item.family))
         parts.append(_plan(item, item.found))
     return sentences([*parts, *_cautions(item)])
-
-
-def _middle(item: Compared) -> float:
-    """The difference: over the seeds that were compared, or of the means where they are too few."""
-    return item.found.mean if item.found else _mean(item.outcomes.second) - _mean(item.outcomes.first)
-
-
-def _mean(values: dict[int, float]) -> float:
-    return statistics.fmean(values.values())
 
 
 def _head(item: Compared) -> Phrase:
@@ -101,13 +94,13 @@ def _head(item: Compared) -> Phrase:
     if item.found is not None and item.found.paired:
         shared = first.keys() & second.keys()
         first, second = ({seed: of[seed] for seed in shared} for of in (first, second))
-    before, after = _mean(first), _mean(second)
+    before, after = statistics.fmean(first.values()), statistics.fmean(second.values())
     name = measure_name(item.scored)
     if item.outcomes.measure == "score":
         values = {"after": item.scored.text(after), "before": item.scored.text(before)}
-        return say("head.score", measure=name, difference=_change(item, _middle(item)), **values)
+        return say("head.score", measure=name, difference=_change(item, item.mean), **values)
     shown = duration if item.outcomes.measure == "seconds" else _count
-    target, ratio = item.scored.text(item.outcomes.target), _ratio(_middle(item))
+    target, ratio = item.scored.text(item.outcomes.target), _ratio(item.mean)
     spent = {"after": shown(math.exp(after)), "before": shown(math.exp(before))}
     return say(f"head.{item.outcomes.measure}", measure=name, target=target, ratio=ratio, **spent)
 
@@ -149,7 +142,7 @@ def _evidence(item: Compared, found: Difference) -> Phrase:
 
 
 def _p(value: float) -> str:
-    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
+    return "p\u00a0<\u00a00.001" if value < 0.001 else f"p\u00a0=\u00a0{value:.2g}"
 
 
 def _plan(item: Compared, found: Difference) -> Phrase:
@@ -184,7 +177,7 @@ def _too_few(item: Compared) -> Phrase:
         return say("unknown.one", head=head, fewest=FEWEST_SEEDS)
     half = math.hypot(*(noise(run, item.scored) for run in runs))
     shown = say("words.points", value=f"{100 * half:.1f}") if item.scored.percent else same(f"{half:.3g}")
-    key = "unknown.one_larger" if abs(_middle(item)) > half else "unknown.one_noise"
+    key = "unknown.one_larger" if abs(item.mean) > half else "unknown.one_noise"
     return say(key, head=head, problems=f"{problems:,}", noise=shown, fewest=FEWEST_SEEDS)
 
 

@@ -20,9 +20,13 @@ from pydantic import Field, ValidationError
 
 from groupwise.config import Recipe, Section, SftRecipe, Source, explain, find_recipe, is_file, load, read_toml
 from groupwise.errors import UserError, nearest, short
+from groupwise.evidence.comparing import Compared, against_one
+from groupwise.evidence.comparing import compare as compared
+from groupwise.evidence.naming import Group
 from groupwise.evidence.pictures import data
 from groupwise.evidence.runs import Measure, Run, finite, measure, open_run
-from groupwise.evidence.statistics import Interval, interval, paired
+from groupwise.evidence.statistics import FEWEST_SEEDS, Interval, interval
+from groupwise.evidence.verdicts import say, text
 from groupwise.experiments.processes import Commands
 from groupwise.files import PARTIAL, present, write_atomically
 from groupwise.training.checkpoints import listed
@@ -264,8 +268,8 @@ class Row:
     measure: Measure
     """What the score is."""
     score: Interval
-    change: Interval | None
-    """Seed by seed, against the rung before or the first; None for the first."""
+    change: Compared | None
+    """Against the rung before or the first; None for the first, and where one of the two has no result."""
     completions: float
     seconds: float
     paper: float | None
@@ -279,13 +283,14 @@ def compare(ladder: Ladder, jobs: Sequence[Job]) -> list[Row]:
         if job.done:
             runs.setdefault(job.rung, {})[job.seed] = open_run(job.path)
     scored = measure(run for found in runs.values() for run in found.values())
+    groups = [Group(id=str(i), name=rung.name, runs=list(runs.get(i, {}).values())) for i, rung in enumerate(ladder.rungs)]
+    pairs = [(first, second) for first, second in against_one(groups, cumulative=ladder.cumulative) if first.runs and second.runs]
+    changes = {int(item.second.id): item for item in compared(pairs) if item.outcomes.measure == "score"}
     rows: list[Row] = []
     for i, rung in enumerate(ladder.rungs):
         found = runs.get(i, {})
         scores = {seed: run.last(scored.key, 1) for seed, run in sorted(found.items())}
         before = rows[i - 1 if ladder.cumulative else 0] if i else None
-        shared = [seed for seed in scores if before and seed in before.scores]
-        change = paired([before.scores[s] for s in shared], [scores[s] for s in shared]) if before and shared else None
         totals = [(completions[-1], seconds[-1]) for _, completions, seconds in (run.spent() for run in found.values())]
         known = before is not None and before.paper is not None and rung.paper is not None
         rows.append(
@@ -295,7 +300,7 @@ def compare(ladder: Ladder, jobs: Sequence[Job]) -> list[Row]:
                 scores=scores,
                 measure=scored,
                 score=interval(finite(scores.values())),
-                change=change,
+                change=changes.get(i),
                 completions=_mean([rollouts for rollouts, _ in totals]),
                 seconds=_mean([seconds for _, seconds in totals]),
                 paper=rung.paper,
@@ -316,10 +321,12 @@ def columns(rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def cells(row: Row) -> list[str]:
-    """A row as text, in the order of `columns`; a change whose interval excludes zero is marked with a star."""
-    change = "" if row.change is None else f"{row.change.mean:+.3f}"
-    if row.change is not None and not math.isnan(row.change.half):
-        change += f" ± {row.change.half:.3f}{' *' if row.change.excludes_zero else ''}"
+    """A row as text, in the order of `columns`; a change that differences between seeds do not explain is marked with a star."""
+    change = ""
+    if row.change is not None and math.isfinite(row.change.mean):
+        change = f"{row.change.mean:+.3f}"
+        if row.change.found is not None:
+            change += f" ± {row.change.found.half:.3f}{' *' if row.change.verdict in ('better', 'worse') else ''}"
     return [
         row.name,
         str(row.seeds),
@@ -335,6 +342,7 @@ def cells(row: Row) -> list[str]:
 def as_markdown(ladder: Ladder, rows: Sequence[Row]) -> str:
     paper = f" Paper: {ladder.paper}." if ladder.paper else ""
     against = "the rung before" if ladder.cumulative else "the first"
+    changes = [row.change for row in rows if row.change is not None]
     return "\n".join(
         [
             f"# {ladder.title}",
@@ -343,8 +351,11 @@ def as_markdown(ladder: Ladder, rows: Sequence[Row]) -> str:
             "|" + "---|" * len(columns(rows)),
             *("| " + " | ".join(cells(row)) + " |" for row in rows),
             "",
-            f"{rows[0].measure.name} is on held-out problems; ± is Student's 95 % interval over seeds; changes are seed by seed "
-            f"against {against}, * where the interval excludes zero.{paper}",
+            f"{rows[0].measure.name} is on held-out problems; ± is Student's 95 % interval over seeds (from {FEWEST_SEEDS} on). "
+            f"Changes are against {against}, * where differences between seeds do not explain them (level 5 % for all "
+            f"changes together, by Holm's method).{paper}",
+            "",
+            *(f"- {say('pair', first=item.first.name, second=item.second.name).en}: {text(item).en}" for item in changes),
             "",
         ]
     )
