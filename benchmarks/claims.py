@@ -10,15 +10,15 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import altair as alt
+import numpy as np
 import torch
 from safetensors.torch import load_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from groupwise.algorithms.diagnostics import PROBABILITY_EDGES
+from groupwise.evidence.pictures import charts
 from groupwise.evidence.runs import Run, open_run
 from groupwise.evidence.statistics import Interval, interval, paired
-from groupwise.evidence.vega_figures import draw_all
 
 SHOWN = {"entropy", "groups", "utilisation", "accuracy-rollouts", "clip-by-probability", "spread-length", "length", "truncated"}
 Rungs = dict[str, list[Run]]
@@ -95,9 +95,10 @@ def reached(threshold: float, place: int) -> Callable[[Run], float]:
     """Completions (place 0) or seconds (1) until held-out pass@1 first passes `threshold`, interpolated; NaN if it never does."""
 
     def measure(run: Run) -> float:
+        steps, *spent = run.spent()
         before = (0.0, run.evaluations[0]["eval/pass@1"])
-        for record in run.evaluations:
-            at = (run.cumulative.get(record["step"], (0.0, 0.0))[place], record["eval/pass@1"])
+        for step, score in run.series("eval/pass@1"):
+            at = (float(np.interp(step, steps, spent[place])), score)
             if at[1] >= threshold:
                 return before[0] + (at[0] - before[0]) * (threshold - before[1]) / max(at[1] - before[1], 1e-9)
             before = at
@@ -178,8 +179,8 @@ def main() -> None:
         "exponent of the sum's spread": growth_of_spread("sum_square"),
         "exponent of the mean's spread": growth_of_spread("mean_square"),
         "gradient norm": mean("grad_norm"),
-        "completions": lambda r: r.cumulative[max(r.cumulative)][0],
-        "seconds": lambda r: r.cumulative[max(r.cumulative)][1],
+        "completions": lambda r: r.spent()[1][-1],
+        "seconds": lambda r: r.spent()[2][-1],
         "completions to 0.6": reached(0.6, 0),
         "seconds to 0.6": reached(0.6, 1),
     }
@@ -192,10 +193,9 @@ def main() -> None:
             beside(rungs, names, {label: measure}, against=names[0])
         if any("num_experts" in (runs[0].path / "model" / "config.json").read_text() for runs in rungs.values()):
             beside(rungs, names, {"experts changed by a step": routing_flips})
-        for figure in draw_all(rungs):
-            if figure.id in SHOWN:
-                chart: alt.Chart = figure.chart.properties(width=460, title=figure.title)
-                chart.save(arguments.figures / f"{ladder}-{figure.id}.png", scale_factor=1.5)
+        for id, chart in charts([run for runs in rungs.values() for run in runs]).items():
+            if id in SHOWN:
+                chart.save(arguments.figures / f"{ladder}-{id}.png", scale_factor=1.5)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from groupwise.config import Recipe, dump
 from groupwise.config.effects import BY_ROUNDING, effect
 from groupwise.config.loading import apply_override, parse_toml
 from groupwise.errors import UserError
-from groupwise.evidence.charts import MOST_POINTS, thinned
 from groupwise.evidence.findings import findings
 from groupwise.evidence.naming import differences, grouped
 from groupwise.evidence.runs import open_run
@@ -262,13 +261,6 @@ def test_a_run_that_has_just_begun(run: Path, tmp_path: Path) -> None:
     assert "No step was recorded" in groupwise("report", str(run))
     shutil.rmtree(run / "rollouts")
     assert "not a run directory" in groupwise("report", str(run), code=2)
-
-
-def test_long_lines_keep_their_peaks() -> None:
-    points = [(step, [(step, 1.0 if step == 54_321 else 0.0)]) for step in range(100_000)]
-    kept = thinned(points)
-    assert len(kept) <= MOST_POINTS and points[54_321] in kept and kept[0] == points[0] and kept[-1] == points[-1]
-    assert [step for step, _ in kept] == sorted({step for step, _ in kept})
 
 
 def test_a_report_of_many_steps_is_small_and_soon_there(run: Path) -> None:

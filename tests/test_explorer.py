@@ -128,7 +128,7 @@ def _flat(value: Any) -> Iterator[float]:
 
 def test_the_page_has_no_formula_of_its_own() -> None:
     """What the figures take from Math rounds, bounds or takes powers of what `theory` returned."""
-    for name in ("explorer_plot.js", "explorer_figures.js", "explorer.js"):
+    for name in ("numbers.js", "explorer_plot.js", "explorer_figures.js", "explorer.js"):
         assert not {"Math.exp(-", "Math.random", "Math.log1p"} & set(made.asset(name).split())
 
 

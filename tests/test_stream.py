@@ -21,8 +21,8 @@ import groupwise
 from groupwise.cluster import launch_of
 from groupwise.config import Recipe, load
 from groupwise.errors import LearnerLost, RunError, UserError
+from groupwise.evidence.document import document
 from groupwise.evidence.runs import open_run
-from groupwise.evidence.vega_figures import draw_all
 from groupwise.rollouts.base import Request
 from groupwise.state import read_state, write_state
 from groupwise.terminal import Terminal
@@ -414,7 +414,7 @@ def test_a_learner_that_is_lost_costs_no_group(tmp_path: Path) -> None:
         file.write(dataclasses.replace(found[-1], step=9).line)
     said = run_command("ledger", tmp_path / "run")
     assert said.exit_code == 1 and "was used up before, or never begun" in said.stderr.replace("\n", " ")
-    assert {"age", "queues", "idle"} <= {drawn.id for drawn in draw_all({"a run": [open_run(tmp_path / "run")]})}
+    assert {"age", "queues", "idle"} <= {figure["id"] for figure in document([open_run(tmp_path / "run")])["figures"]}
 
 
 def test_a_synchronous_run_goes_on_asynchronously_and_not_back(tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ def report(
 ) -> None:
     """Draw what runs recorded, and say what is the matter with them."""
     from groupwise.evidence.naming import grouped
+    from groupwise.evidence.pictures import write_pictures
     from groupwise.evidence.places import expanded
-    from groupwise.evidence.report import as_text, write_page, write_pictures
+    from groupwise.evidence.report import as_text, write_page
     from groupwise.evidence.runs import open_run
     from groupwise.evidence.verdicts import as_text as compared
 

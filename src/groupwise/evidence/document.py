@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from groupwise.config import dump
+from groupwise.evidence.completions import readable
 from groupwise.evidence.figures import figures
 from groupwise.evidence.finding import measure_name
 from groupwise.evidence.findings import shared_findings
@@ -74,7 +75,7 @@ def _run(run: Run, group: Group, names: Mapping[str, str], now: float) -> RunSha
         "setting": group.id,
         "seed": run.seed,
         "status": status(run, now),
-        "readable": {"tokens": run.token_steps(), "texts": [], "held_out": []},
+        "readable": readable(run),
         "recipe": visible(shortened(dump(run.recipe), LONGEST_RECIPE), lines=True),
     }
 

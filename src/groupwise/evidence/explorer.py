@@ -33,7 +33,7 @@ def write_explorer(run: Run | None, out: Path) -> None:
         UserError: the run recorded no tokens, or the page cannot be written.
     """
     forms = to_javascript(inspect.getsource(theory), "theory")
-    script = "".join([forms, *(asset(name) for name in ("explorer_plot.js", "explorer_figures.js", "explorer.js"))])
+    script = "".join([forms, *(asset(name) for name in ("numbers.js", "explorer_plot.js", "explorer_figures.js", "explorer.js"))])
     page = render(
         "explorer.html",
         style=asset("page.css") + asset("explorer.css"),

@@ -3,6 +3,7 @@
 Runs are grouped by setting; those of a group differ in their seed only. A figure is left out if no run recorded its metrics.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -209,7 +210,7 @@ def _constant(drawn: Sequence[_Drawn]) -> float | None:
 def number_text(value: float, percent: bool) -> str:
     """A number in a sentence of any language."""
     if percent:
-        return f"{100 * value:.4g} %".replace("-", "−")
+        return f"{100 * value:.4g}%".replace("-", "−")
     text = f"{value:,.0f}" if value == round(value) and abs(value) < 1e9 else f"{value:.4g}"
     return text.replace("-", "−")
 
@@ -254,14 +255,15 @@ def _evaluated(one: _Drawn, metric: str, problems: set[int]) -> Curve:
 def _seed_notes(drawn: Sequence[_Drawn]) -> list[Phrase]:
     """What must be said of settings with two seeds, and of means over runs that end at different steps."""
     groups = {one.group.id: one.group for one in drawn}
-    means = {one.group.id for one in drawn if one.run is None}
-    few = [group for id, group in groups.items() if id not in means and len(group.runs) == FEWEST_SEEDS - 1]
+    alone = {(one.group.id, run_id(one.run)) for one in drawn if one.run}
+    several = Counter(id for id, _ in alone)
+    few = [group for id, group in groups.items() if several[id] > 1]
     notes = [phrase("figures", "few_seeds", names=_named(few))] if few else []
-    for id in means:
-        ends = sorted(run.last_step for run in groups[id].runs)
+    for group in {one.group.id: one.group for one in drawn if one.run is None}.values():
+        ends = sorted(run.last_step for run in group.runs)
         if ends[-1] - ends[0] > UNEQUAL * ends[-1]:
             values = {"first": f"{ends[0]:,}", "last": f"{ends[-1]:,}"}
-            notes.append(phrase("figures", "unequal", name=groups[id].name, **values))
+            notes.append(phrase("figures", "unequal", name=group.name, **values))
     return notes[: 1 + MOST_NAMED]
 
 

@@ -8,15 +8,15 @@ import numpy as np
 
 from groupwise.evidence.finding import measure_name
 from groupwise.evidence.naming import Group
+from groupwise.evidence.outcomes import noise, problems_of
 from groupwise.evidence.phrases import Phrase, phrase, same
 from groupwise.evidence.runs import Measure, Run, finite, measure
 from groupwise.evidence.shapes import Finding, Status, SummaryRow, Tile
-from groupwise.evidence.statistics import binomial, interval
+from groupwise.evidence.statistics import FEWEST_SEEDS, interval
 
-FEWEST_SEEDS = 3
-"""For an interval over seeds: from two the 95 % interval is 18 times as wide as their standard error."""
 SHOWN_SCORES = 4
 """How many seeds' scores a tile lists where they are too few for an interval."""
+UNITS = (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))
 KINDS = ("unhealthy", "watch", "healthy")
 
 
@@ -86,9 +86,9 @@ def _score(groups: Sequence[Group], scored: Measure) -> Tile | None:
     best, scores = max(ended, key=lambda item: _mean(item[1]))
     before = _before(best, scored)
     change = f"{scored.text(_mean(before))} → {scored.text(_mean(scores))}" if before else scored.text(_mean(scores))
-    noise = _noise(best, scores, scored)
+    sure = _sure(best, scores, scored)
     if len(groups) == 1:
-        return _tile("score", phrase("summary", "score.label", **values), same(change), noise)
+        return _tile("score", phrase("summary", "score.label", **values), same(change), sure)
     others = [_mean(found) for group, found in ended if group is not best]
     if not others:
         where = phrase("summary", "score.alone", setting=best.name)
@@ -97,11 +97,11 @@ def _score(groups: Sequence[Group], scored: Measure) -> Tile | None:
         where = phrase(
             "summary", "score.others" if len(others) > 1 else "score.other", setting=best.name, spread=spread, count=len(others)
         )
-    detail = phrase("summary", "score.best_detail", where=where, noise=noise)
+    detail = phrase("summary", "score.best_detail", where=where, noise=sure)
     return _tile("score", phrase("summary", "score.best", **values), same(change), detail)
 
 
-def _noise(group: Group, scores: Sequence[float], scored: Measure) -> Phrase:
+def _sure(group: Group, scores: Sequence[float], scored: Measure) -> Phrase:
     """How sure the last score of a setting is: over its seeds, or of the one evaluation."""
     if len(scores) >= FEWEST_SEEDS:
         return phrase("summary", "score.seeds", count=len(scores), half=scored.text(interval(scores).half))
@@ -109,15 +109,9 @@ def _noise(group: Group, scores: Sequence[float], scored: Measure) -> Phrase:
         shown = " · ".join(scored.text(score) for score in scores[:SHOWN_SCORES])
         return phrase("summary", "score.few_seeds", count=len(scores), scores=shown)
     run = next(run for run in group.runs if len(run.evaluations) > 1)
-    record = [record for record in run.evaluations if record.get(scored.key) is not None][-1]
-    problems = int(record.get("eval_problems") or 0)
-    if problems < 2:
+    if problems_of(run) < 2:
         return phrase("summary", "score.no_interval")
-    if scored.percent:
-        half = binomial(scores[0], problems)
-    else:
-        half = 1.96 * (record.get("eval/reward_std") or 0.0) / math.sqrt(problems)
-    return phrase("summary", "score.problems", half=scored.text(half), problems=f"{problems:,}")
+    return phrase("summary", "score.problems", half=scored.text(noise(run, scored)), problems=f"{problems_of(run):,}")
 
 
 def _reward(groups: Sequence[Group]) -> Tile | None:
@@ -144,7 +138,7 @@ def _health(groups: Sequence[Group], findings: Sequence[Finding]) -> Tile:
     first = Phrase(**of_kind[0]["title"])
     ill = len({finding["setting"] for finding in of_kind})
     if len(groups) > 1:
-        detail = phrase("summary", "health.settings", count=ill, all=len(groups))
+        detail = phrase("summary", "health.settings", count=ill, all=len(groups), first=first)
     elif len(of_kind) > 1:
         detail = phrase("summary", "health.more", first=first, count=len(of_kind) - 1)
     else:
@@ -176,8 +170,8 @@ def _time(groups: Sequence[Group]) -> Tile | None:
     if not any(seconds):
         return None
     if len(groups) > 1:
-        low, high = duration(min(seconds)), duration(max(seconds))
-        value = low if low == high else phrase("summary", "time.between", low=low, high=high)
+        unit, size = next((unit, size) for unit, size in UNITS if max(seconds) >= 2 * size or size == 1)
+        value = phrase("summary", f"unit.{unit}", value=_spread([value / size for value in seconds], _three))
         return _tile("time", label, value, phrase("summary", "time.settings", count=len(groups)))
     runs = groups[0].runs
     steps = sum(len(run.steps) for run in runs)

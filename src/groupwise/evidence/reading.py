@@ -6,6 +6,7 @@ A run may be half-written, damaged, or made by another version. What cannot be u
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ TOKEN_COLUMNS = {
 """The columns of tokens/step-*.parquet that the pages use."""
 FURTHER_COLUMNS = {"role": pa.string(), "rollout_logprob": pa.float64()}
 """Columns that runs of earlier versions lack: who said a token, and its log-probability in the sampler."""
+READER_COLUMNS = {"answer": pa.string(), "reward_parts": pa.string(), "turn": pa.int64()}
+"""Further columns that runs of earlier versions lack, and only whoever reads completions needs."""
 ALWAYS = ("group", "row", "prompt", "text")
 """Those that no token lacks."""
 
@@ -157,20 +160,45 @@ def _without(tree: dict[str, Any], keys: list[str]) -> dict[str, Any]:
     return {key: value for key, value in tree.items() if key != keys[0]}
 
 
-def read_tokens(path: Path) -> pa.Table:
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read: {short((str(error).splitlines() or [''])[0], 200)}") from error
+
+
+def token_groups(path: Path) -> list[int]:
+    """The numbers of the groups in a file of tokens/, ascending.
+
+    Raises:
+        UserError: the file is missing or damaged, or lacks the column.
+    """
+    with _explained(path):
+        column = pq.read_table(path, columns=["group"]).cast(pa.schema({"group": pa.int64()}))["group"]
+    groups: list[int] = sorted(pc.unique(column.drop_null()).to_pylist())
+    return groups
+
+
+def read_tokens(path: Path, groups: Sequence[int] | None = None) -> pa.Table:
     """`TOKEN_COLUMNS` of a file of tokens/, and `FURTHER_COLUMNS` where they were recorded; one row per completion token.
 
     Numbers that are not finite are null, and so are log-probabilities above 0 and negative ratios.
 
+    Args:
+        groups: of these alone, and with `READER_COLUMNS`.
+
     Raises:
         UserError: the file is missing or damaged, or lacks a column.
     """
-    try:
+    further = FURTHER_COLUMNS if groups is None else {**FURTHER_COLUMNS, **READER_COLUMNS}
+    with _explained(path):
         known = pq.read_schema(path).names
-        columns = {**TOKEN_COLUMNS, **{name: kind for name, kind in FURTHER_COLUMNS.items() if name in known}}
-        table = pq.read_table(path, columns=list(columns)).cast(pa.schema(columns))
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {short(str(error).splitlines()[0], 200)}") from error
+        columns = {**TOKEN_COLUMNS, **{name: kind for name, kind in further.items() if name in known}}
+        table = pq.read_table(path, columns=list(columns))
+        if groups is not None:  # before texts that are stored once become one for each token
+            table = table.filter(pc.is_in(table["group"].cast(pa.int64()), value_set=pa.array(groups, pa.int64())))
+        table = table.cast(pa.schema(columns))
     for name in ALWAYS:
         table = table.filter(pc.is_valid(table[name]))
     for name, kind in columns.items():

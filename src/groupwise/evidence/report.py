@@ -5,35 +5,23 @@ from pathlib import Path
 
 from rich.text import Text
 
-from groupwise.errors import UserError
+from groupwise.evidence.completions import embedded
 from groupwise.evidence.document import document
 from groupwise.evidence.page import write
-from groupwise.evidence.runs import Run, by_setting
+from groupwise.evidence.runs import Run
 from groupwise.evidence.runs_page import report_page
 from groupwise.evidence.shapes import Document
+
+READING_BYTES = 3_000_000
+"""About how many bytes of a page completions take, at most."""
 
 
 def write_page(runs: Sequence[Run], out: Path) -> Document:
     """Write the page about `runs` to `out`; returns what it is drawn from, for the terminal."""
-    shown = document(runs)
-    write(out, report_page(shown, []))
+    reading = embedded(runs, READING_BYTES)
+    shown = document(runs)  # after it, since it also names the completions that cannot be read
+    write(out, report_page(shown, reading))
     return shown
-
-
-def write_pictures(runs: Sequence[Run], directory: Path) -> list[Path]:
-    """Write each figure as a PNG; returns the files."""
-    from groupwise.evidence.vega_figures import draw_all
-
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {directory}: {error.strerror}") from error
-    written = []
-    for figure in draw_all(by_setting(runs)):
-        path = directory / f"{figure.id}.png"
-        figure.chart.properties(width=480, title=figure.title).save(path, scale_factor=2)
-        written.append(path)
-    return written
 
 
 def as_text(shown: Document) -> list[Text]:

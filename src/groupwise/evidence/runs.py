@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from groupwise.algorithms import NAMED, named
-from groupwise.config.trees import flat
 from groupwise.errors import UserError
-from groupwise.evidence.history import Noted, Segment, course, read_events, read_segments, value_text
+from groupwise.evidence.history import Noted, Segment, course, read_events, read_segments
 from groupwise.evidence.reading import LeftOut, read_recipe, read_tokens
 from groupwise.evidence.records import EVALUATED, TRAINED, Metrics, Records, Steps, Values, read_metrics
-from groupwise.text import shortened, visible
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,12 +119,6 @@ class Run:
         found[np.searchsorted(steps, known)] = values
         return steps, found
 
-    @property
-    def cumulative(self) -> dict[int, tuple[float, float]]:
-        """Step -> (completions generated, seconds of rollouts and learner) from the start to the end of that step; (0, 0) at step 0."""
-        steps, rollouts, seconds = self.spent()
-        return dict(zip(steps.tolist(), zip(rollouts.tolist(), seconds.tolist(), strict=True), strict=True))
-
     def token_steps(self) -> list[int]:
         """The steps whose tokens were recorded, ascending."""
         names = [re.fullmatch(r"step-(\d{6,12})", path.stem) for path in (self.path / "tokens").glob("step-*.parquet")]
@@ -146,11 +137,15 @@ class Run:
         try:
             return self.tokens(step)
         except UserError as error:
-            text = str(error).removeprefix(f"{self.path}/")
-            if text not in list(self.left_out):
-                file, _, reason = text.partition(": ")
-                self.left_out.add(file, reason)
+            self.note(error)
             return None
+
+    def note(self, error: UserError) -> None:
+        """Take into `left_out` what could not be read."""
+        text = str(error).removeprefix(f"{self.path}/")
+        if text not in list(self.left_out):
+            file, _, reason = text.partition(": ")
+            self.left_out.add(file, reason)
 
 
 def open_run(path: Path) -> Run:
@@ -204,50 +199,6 @@ def measure(runs: Iterable[Run]) -> Measure:
     """What the held-out results of all these runs can be measured by."""
     graded = any(run.values(MEAN_REWARD.key) and not run.values(PASS_RATE.key) for run in runs)
     return MEAN_REWARD if graded else PASS_RATE
-
-
-LONGEST_NAME = 200
-"""Characters of a group's name."""
-
-
-def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Group runs that differ in their seed only; each group is named by the settings in which it differs from the others.
-
-    Runs of one ladder (`groupwise ablate`) are grouped by its rungs.
-    """
-    runs = list({run.path.resolve(): run for run in runs}.values())  # A path given twice is one run, not two seeds.
-    ladders = {run.path.resolve().parent.parent for run in runs}
-    if len(ladders) == 1 and all((ladder / "ladder.toml").is_file() for ladder in ladders):
-        rungs: dict[str, list[Run]] = {}
-        for run in runs:
-            rungs.setdefault(run.path.resolve().parent.name.split("-", 1)[-1], []).append(run)
-        return _named(rungs)
-    trees = [flat({**run.recipe, "algorithm": _own_settings(run)}) | run.course for run in runs]
-    keys = [key for key in dict.fromkeys(key for tree in trees for key in tree) if key != "seed"]
-    differing = [key for key in keys if len({str(tree.get(key)) for tree in trees}) > 1]
-    groups: dict[str, list[Run]] = {}
-    for run, tree in zip(runs, trees, strict=True):
-        shown = [key for key in keys if key in tree and (key in differing or key in run.course) and key != "algorithm.name"]
-        details = [f"{key.split('.', 1)[-1]} {value_text(tree[key])}" for key in shown]
-        groups.setdefault(", ".join([run.algorithm, *details]), []).append(run)
-    return _named(groups)
-
-
-def _named(groups: dict[str, list[Run]]) -> dict[str, list[Run]]:
-    """The groups under names that figures can draw: what differs may be a whole system prompt."""
-    shown: dict[str, list[Run]] = {}
-    for full, runs in groups.items():
-        name = visible(shortened(full, LONGEST_NAME))
-        shown[name if name not in shown else f"{name} ({len(shown) + 1})"] = runs
-    return shown
-
-
-def _own_settings(run: Run) -> dict[str, Any]:
-    """What a run's algorithm has of its own, beside what its name says."""
-    settings: dict[str, Any] = run.recipe.get("algorithm", {})
-    usual = named(run.algorithm).settings() if run.algorithm in NAMED else {}
-    usual = {key: list(value) if isinstance(value, tuple) else "none" if value is None else value for key, value in usual.items()}
-    return {key: value for key, value in settings.items() if key not in usual or usual[key] != value}
 
 
 def finite(values: Iterable[float | None]) -> list[float]:

@@ -12,8 +12,12 @@ from groupwise.text import json_line
 
 PARTS = ("core", "summary", "comparing", "plots", "reader", "live")
 """Parts of the page: a script each, a style sheet each, and a table of words each."""
-FURTHER = {"live": ("live_runs",)}
-"""Further scripts of a part."""
+SCRIPTS = {
+    "plots": ("plots_data", "plots_style", "plots_canvas", "plots_figure", "plots_pointer", "plots"),
+    "reader": ("reader_data", "reader_tokens", "reader_groups", "reader"),
+    "live": ("live", "live_runs"),
+}
+"""Parts whose script is several files, in the order in which they are read."""
 
 
 def report_page(document: Document, reading: Sequence[StepToRead]) -> str:
@@ -27,8 +31,8 @@ def live_page(title: str) -> str:
 
 
 def _page(title: str, **values: Any) -> str:
-    names = [name for part in (*PARTS, "main") for name in (part, *FURTHER.get(part, ()))]
-    scripts = [asset("uplot/uPlot.iife.min.js"), *(asset(f"page/{name}.js") for name in names)]
+    names = [name for part in (*PARTS, "main") for name in SCRIPTS.get(part, (part,))]
+    scripts = [asset("uplot/uPlot.iife.min.js"), asset("numbers.js"), *(asset(f"page/{name}.js") for name in names)]
     styles = [asset("page.css"), asset("uplot/uPlot.min.css"), *(asset(f"page/{part}.css") for part in PARTS)]
     return render(
         "page.html",

@@ -245,23 +245,37 @@ class Document(TypedDict):
     figures: list[Figure]
 
 
+class TurnToRead(TypedDict):
+    """Consecutive texts of a completion that one side of the conversation said."""
+
+    role: str
+    label: str
+    """More of it than the role, where it was recorded: "tool, 1 failed"."""
+    start: int
+    """Index of the first of its texts, among those that were not left out."""
+    end: int
+    """Index after the last."""
+
+
 class Completion(TypedDict):
-    """One completion to read. The lists have one entry for each shown token, and are empty where only the text was recorded."""
+    """One completion to read. The lists of numbers have one entry for each shown token, and are empty where only the text was recorded."""
 
     row: int
     text: list[str]
-    """Its tokens; where only the text was recorded, the whole text as one."""
+    """Its tokens; where only the text was recorded, the text of each turn."""
+    tokens: int | None
+    """How many tokens it has; None: not recorded."""
     reward: float | None
+    """None: it could not be scored."""
     parts: dict[str, float]
-    """The reward's components, as they were trained on; they sum to the reward. Empty: not recorded, or only one."""
+    """The reward's components, as they were trained on; they sum to the reward. Empty: not recorded."""
     correct: bool | None
     stop: str
     left_out: int
     """Tokens that are not shown, after the first `start`."""
     start: int
-    role: list[str]
-    """Who said each token."""
-    turn: list[int]
+    turns: list[TurnToRead]
+    """Empty: all of it is one turn of the policy."""
     advantage: list[float | None]
     ratio: list[float | None]
     probability: list[float | None]
@@ -283,6 +297,8 @@ class StepToRead(TypedDict):
     run: str
     step: int
     source: Literal["tokens", "texts", "held_out"]
+    first: int
+    """The place of the first of `groups` among the step's."""
     groups: list[GroupToRead]
     left_out: int
     """Groups that are not here."""

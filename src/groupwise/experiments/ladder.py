@@ -20,10 +20,10 @@ from pydantic import Field, ValidationError
 
 from groupwise.config import Recipe, Section, SftRecipe, Source, explain, find_recipe, is_file, load, read_toml
 from groupwise.errors import UserError, nearest, short
-from groupwise.evidence.charts import data
 from groupwise.evidence.comparing import Compared, against_one
 from groupwise.evidence.comparing import compare as compared
 from groupwise.evidence.naming import Group
+from groupwise.evidence.pictures import data
 from groupwise.evidence.runs import Measure, Run, finite, measure, open_run
 from groupwise.evidence.statistics import FEWEST_SEEDS, Interval, interval
 from groupwise.evidence.verdicts import say, text
@@ -291,7 +291,7 @@ def compare(ladder: Ladder, jobs: Sequence[Job]) -> list[Row]:
         found = runs.get(i, {})
         scores = {seed: run.last(scored.key, 1) for seed, run in sorted(found.items())}
         before = rows[i - 1 if ladder.cumulative else 0] if i else None
-        totals = [run.cumulative[max(run.cumulative)] for run in found.values()]
+        totals = [(completions[-1], seconds[-1]) for _, completions, seconds in (run.spent() for run in found.values())]
         known = before is not None and before.paper is not None and rung.paper is not None
         rows.append(
             Row(

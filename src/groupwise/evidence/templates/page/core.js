@@ -42,7 +42,7 @@ function refill(element, ...children) {
 }
 
 // Draw a section of the page whenever one of these keys of the document changes. `build()` gives what stands under its heading;
-// null or nothing hides the section.
+// null or nothing hides the section. `heading` is a key of a text.
 function section(id, heading, keys, build) {
   whenChanged((changed) => {
     if (!changed.has("language") && !keys.some((key) => changed.has(key))) return;

@@ -1,1 +1,254 @@
-// .
+// The completions to read: which run, step and kind of record, on one side or two, searched, filtered and coloured.
+
+const GROUPS_SHOWN = 10; // at once
+const HIDDEN_WHEN_EMPTY = ["sides", "choices", "search", "key", "list", "more"];
+const reader = {
+  sides: [], quantity: "advantage", query: "", order: "recorded", filters: { wrong: false, truncated: false, changed: false },
+  shown: GROUPS_SHOWN, near: false, open: false, follow: isLive, elements: null,
+};
+
+// --- the two sides
+
+function newSide(run, source, step) {
+  return { run, source, step, groups: [], leftOut: 0, error: "", request: null };
+}
+
+function rangesOf(side) {
+  return stepRanges(side.run, side.source);
+}
+
+// Read a side's step anew, or further groups of it.
+async function load(side, further = false) {
+  const request = (side.request = Symbol("request")), first = further ? side.groups.length : 0;
+  if (!further) Object.assign(side, { groups: [], leftOut: 0, error: "" });
+  drawStatus();
+  try {
+    const found = await readStep(side.run, side.step, side.source, first);
+    if (side.request !== request) return;
+    side.groups = [...side.groups, ...found.groups];
+    side.leftOut = isLive ? found.left_out - first : 0;
+  } catch (error) {
+    if (side.request !== request) return;
+    side.error = error.message;
+  }
+  side.request = null;
+  if (!further) reader.shown = GROUPS_SHOWN;
+  drawList();
+}
+
+function setSide(side, changes) {
+  Object.assign(side, changes);
+  if (!sourcesOf(side.run).includes(side.source)) side.source = sourcesOf(side.run)[0] ?? "tokens";
+  const ranges = rangesOf(side);
+  side.step = stepAt(ranges, placeOf(ranges, side.step));
+  drawControls();
+  return load(side);
+}
+
+const newestStep = (side) => rangesOf(side).at(-1)?.[1] ?? 0;
+
+// What is shown first: live the newest rollouts, in a report the last step with tokens.
+function firstSide() {
+  const run = page.data.runs.find((item) => sourcesOf(item.id).length);
+  if (!run) return null;
+  const sources = sourcesOf(run.id), training = isLive && ["training", "silent", "beginning"].includes(run.status.state);
+  const side = newSide(run.id, training && sources.includes("texts") ? "texts" : sources[0], 0);
+  side.step = newestStep(side);
+  return side;
+}
+
+// What is compared with at first: another run at the same step, or the same run at its first step.
+function secondSide() {
+  const [side] = reader.sides;
+  const other = page.data.runs.find((run) => run.id !== side.run && sourcesOf(run.id).includes(side.source));
+  const second = newSide(other?.id ?? side.run, side.source, side.step);
+  const ranges = rangesOf(second);
+  second.step = other ? stepAt(ranges, placeOf(ranges, side.step)) : ranges[0][0];
+  return second;
+}
+
+function compare() {
+  if (reader.sides.length === 2) reader.sides.pop();
+  else reader.sides.push(secondSide());
+  reader.filters.changed = false;
+  drawControls();
+  if (reader.sides.length === 2) load(reader.sides[1]);
+  else drawList();
+}
+
+// --- controls
+
+function picker(label, key, value, options, onchange) {
+  const choices = options.map(([option, name]) => make("option", { value: option, selected: option === value }, name));
+  return make("label", {}, `${label} `, make("select", { "data-key": key, onchange: (event) => onchange(event.target.value) }, ...choices));
+}
+
+function sideControls(side, i) {
+  const name = reader.sides.length > 1 ? "AB"[i] : "";
+  const runs = page.data.runs.filter((run) => sourcesOf(run.id).length || run.id === side.run);
+  const box = make("div", { class: "controls", role: "group", "aria-label": name ? text("reader.side", { side: name }) : text("reader.run") });
+  if (name) box.append(make("b", { class: "side-letter" }, name));
+  if (page.data.runs.length > 1) box.append(picker(text("reader.run"), `run${i}`, side.run, runs.map((run) => [run.id, run.name]), (run) => setSide(side, { run })));
+  const sources = sourcesOf(side.run).map((source) => [source, text(`reader.sources.${source}`)]);
+  box.append(picker(text("reader.source"), `source${i}`, side.source, sources, (source) => setSide(side, { source })), stepControls(side, i));
+  return box;
+}
+
+function stepControls(side, i) {
+  const ranges = rangesOf(side), count = countSteps(ranges), place = placeOf(ranges, side.step);
+  const go = (step) => { if (i === 0) reader.follow = false; setSide(side, { step }); };
+  const button = (sign, label, to) => make("button", {
+    type: "button", "data-key": `${label}${i}`, "aria-label": text(`reader.${label}`), title: text(`reader.${label}`), disabled: to < 0 || to >= count,
+    onclick: () => go(stepAt(ranges, to)),
+  }, sign);
+  const typed = make("input", { type: "number", "data-key": `step${i}`, min: ranges[0]?.[0] ?? 0, max: newestStep(side), value: side.step, onchange: (event) => go(Number(event.target.value)) });
+  const slider = make("input", {
+    type: "range", "data-key": `slider${i}`, min: 0, max: Math.max(0, count - 1), "aria-label": text("reader.steps"), "aria-valuetext": String(side.step),
+    oninput: (event) => { typed.value = stepAt(ranges, Number(event.target.value)); }, onchange: (event) => go(stepAt(ranges, Number(event.target.value))),
+  });
+  slider.value = place;
+  return make("span", { class: "steps" }, make("label", {}, `${text("reader.step")} `, typed), button("‹", "earlier", place - 1), slider, button("›", "later", place + 1));
+}
+
+function tick(label, key, checked, onchange) {
+  return make("label", { class: "tick" }, make("input", { type: "checkbox", "data-key": key, checked, onchange: (event) => onchange(event.target.checked) }), ` ${label}`);
+}
+
+function drawControls() {
+  const { elements } = reader, comparing = reader.sides.length > 1;
+  const numbered = reader.sides.some((side) => side.source === "tokens");
+  refill(elements.sides, ...reader.sides.map(sideControls));
+  const filters = ["wrong", "truncated", ...(comparing ? ["changed"] : [])].map((name) =>
+    tick(text(`reader.filters.${name}`), name, reader.filters[name], (on) => { reader.filters[name] = on; reader.shown = GROUPS_SHOWN; drawList(); }));
+  const orders = ["recorded", ...(numbered ? ["ratio"] : []), "high", "low", "long"].map((order) => [order, text(`reader.orders.${order}`)]);
+  const quantities = ["none", ...QUANTITIES].map((name) => [name, text(`reader.quantities.${name}`)]);
+  const newest = isLive ? tick(text("reader.follow"), "follow", reader.follow, (on) => { reader.follow = on; if (on) followNewest(); }) : null;
+  refill(elements.choices,
+    make("button", { type: "button", "data-key": "compare", "aria-pressed": String(comparing), onclick: compare }, text(comparing ? "reader.single" : "reader.compare")), newest,
+    picker(text("reader.order"), "order", reader.order, orders, (order) => { reader.order = order; drawList(); }),
+    make("fieldset", {}, make("legend", {}, text("reader.only")), ...filters),
+    numbered ? picker(text("reader.colour"), "quantity", reader.quantity, quantities, (name) => { reader.quantity = name; drawColours(); recolour(elements.list); }) : null);
+  elements.search.setAttribute("aria-label", text("reader.search"));
+  elements.search.placeholder = text("reader.search");
+  const about = [numbered ? text("reader.about") : "", ...reader.sides.slice(0, 1).map(embeddedNote)].filter(Boolean).join(" ");
+  elements.about.textContent = about;
+  elements.about.hidden = !about;
+  drawColours();
+}
+
+function drawColours() {
+  const { elements } = reader, sizes = reader.sides.flatMap((side) => side.groups).flatMap((group) => group.completions).flatMap((completion) => completion.advantage);
+  let limit = 0;
+  for (const size of sizes) limit = Math.max(limit, Math.abs(size ?? 0));
+  tokenColours.quantity = reader.quantity;
+  tokenColours.limit = Number(limit.toPrecision(1)) || 1;
+  refill(elements.key, ...[reader.sides.some((side) => side.source === "tokens") ? colourKey() : null]);
+}
+
+// --- the list
+
+function viewOf() {
+  const names = Object.fromEntries(reader.sides.map((side, i) => ["AB"[i], sideName(side, "AB"[i])]));
+  return { comparing: reader.sides.length > 1, names, query: lowered(reader.query.trim()), order: reader.order, redraw: drawList };
+}
+
+function sideName(side, letter) {
+  const run = page.data.runs.find((item) => item.id === side.run)?.name ?? "";
+  return `${letter}: ${run} · ${text("reader.step")} ${grouped(side.step)}`;
+}
+
+function drawList() {
+  drawColours();
+  hideTip();
+  const view = viewOf(), [side, other] = reader.sides;
+  const pairs = paired(side.groups, other?.groups ?? []);
+  const found = selected(pairs, reader.filters, view.query, reader.order, view.comparing);
+  const cards = found.slice(0, reader.shown).map((entry) => groupCard(entry, view));
+  reader.elements.list.replaceChildren(...cards);
+  drawStatus(pairs, found);
+  drawMore(found);
+}
+
+function drawStatus(pairs = null, found = []) {
+  const { status } = reader.elements, [, other] = reader.sides;
+  const wrong = reader.sides.filter((one) => one.error).map((one) => text("reader.failed", { reason: one.error }));
+  if (wrong.length) status.textContent = wrong.join(" ");
+  else if (!pairs || reader.sides.some((one) => one.request)) status.textContent = text("reader.loading");
+  else {
+    const of = (entry) => entry[1].length + entry[3].length;
+    const completions = reader.sides.flatMap((one) => one.groups).reduce((sum, group) => sum + group.completions.length, 0);
+    const common = !other || pairs.some((pair) => pair[0] && pair[1]) ? "" : ` ${text("reader.no_common")}`;
+    const values = { shown: grouped(found.reduce((sum, entry) => sum + of(entry), 0)), completions: grouped(completions), groups: grouped(found.length), all: grouped(pairs.length) };
+    status.textContent = (found.length ? text("reader.count", values) : text("reader.none_found")) + common;
+  }
+}
+
+function embeddedNote(side) {
+  if (isLive) return "";
+  const { readable } = page.data.runs.find((run) => run.id === side.run), all = side.source === "texts" ? countSteps(readable.texts) : readable[side.source].length;
+  const here = countSteps(rangesOf(side));
+  return here < all ? text("reader.embedded", { count: grouped(here), all: grouped(all) }) : "";
+}
+
+function drawMore(found) {
+  const unread = reader.sides.filter((side) => side.leftOut > 0);
+  const further = found.length > reader.shown ? make("button", { type: "button", "data-key": "more", onclick: () => { reader.shown += GROUPS_SHOWN; drawList(); } }, text("reader.more_groups")) : null;
+  const read = !further && unread.length ? make("button", { type: "button", "data-key": "more", onclick: () => { reader.shown += GROUPS_SHOWN; for (const side of unread) load(side, true); } }, text("reader.more_read")) : null;
+  refill(reader.elements.more, further, read);
+}
+
+// --- the section
+
+function buildReader() {
+  const container = document.getElementById("completions");
+  let typing = 0;
+  const search = make("input", { type: "search", oninput: (event) => {
+    clearTimeout(typing);
+    typing = setTimeout(() => { reader.query = event.target.value; reader.shown = GROUPS_SHOWN; drawList(); }, 150);
+  } });
+  const elements = {
+    heading: make("h2"), about: make("p", { class: "soft" }), sides: make("div"), choices: make("div", { class: "controls" }), search,
+    key: make("div"), status: make("p", { class: "soft", role: "status" }), list: make("div"), more: make("div", { class: "controls" }),
+  };
+  reader.elements = elements;
+  for (const name of HIDDEN_WHEN_EMPTY) elements[name].hidden = true;
+  container.replaceChildren(...Object.values(elements));
+  document.body.append(tip, spoken);
+}
+
+async function openReader() {
+  reader.open = true;
+  if (!isLive) await stored();
+  const side = reader.sides[0] ?? firstSide(), { elements } = reader;
+  for (const name of HIDDEN_WHEN_EMPTY) elements[name].hidden = !side;
+  if (!side) {
+    elements.about.textContent = text("reader.nothing");
+    return;
+  }
+  const begins = reader.sides.length === 0;
+  if (begins) reader.sides = [side];
+  drawControls();
+  if (begins) await load(side);
+  else drawList();
+}
+
+// The run that is read goes on: newer steps can be chosen, and the newest is shown if that is wanted.
+function followNewest() {
+  const [side] = reader.sides;
+  if (!side) return openReader();
+  reader.sides = reader.sides.filter((one) => page.data.runs.some((run) => run.id === one.run)); // others were removed
+  if (!reader.sides.includes(side)) return openReader();
+  if (reader.follow && newestStep(side) !== side.step) return setSide(side, { step: newestStep(side) });
+  return drawControls();
+}
+
+buildReader();
+new IntersectionObserver((entries) => {
+  reader.near ||= entries.some((entry) => entry.isIntersecting);
+  if (reader.near && page.data && !reader.open) openReader();
+}, { rootMargin: "1200px" }).observe(document.getElementById("completions"));
+whenChanged((changed) => {
+  if (changed.has("language") || changed.has("runs")) reader.elements.heading.textContent = text("summary.heading.completions");
+  if (changed.has("language") ? reader.near : reader.near && !reader.open) openReader();
+  else if (reader.open && changed.has("runs")) followNewest();
+});

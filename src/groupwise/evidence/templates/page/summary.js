@@ -34,23 +34,27 @@ whenChanged((changed) => {
   themeButton.textContent = text(page.theme === "dark" ? "core.light" : "core.dark");
 });
 
-// The table of contents: a link for every section that has a heading. Parts may draw theirs late, so it watches them.
-const contents = document.getElementById("contents");
+// The table of contents: a link for every section that has a heading or a label. Parts may draw theirs late, so it watches them.
+const contents = document.getElementById("contents"), sections = [...document.querySelectorAll("main > section")];
 function drawContents() {
-  const sections = [...document.querySelectorAll("main > section")].filter((part) => !part.hidden && part.querySelector("h2"));
-  const links = sections.map((part) => make("a", { href: `#${part.id}`, "data-key": part.id }, part.querySelector("h2").textContent));
-  contents.hidden = links.length === 0;
+  const named = sections.map((part) => [part, part.querySelector("h2")?.textContent ?? part.getAttribute("aria-label")]);
+  const shown = named.filter(([part, name]) => name && !part.hidden && part.childElementCount);
+  contents.hidden = shown.length === 0;
   contents.setAttribute("aria-label", text("summary.heading.contents"));
-  if ([...contents.children].map((link) => link.textContent).join("\n") !== links.map((link) => link.textContent).join("\n")) refill(contents, ...links);
+  const before = [...contents.children].map((link) => link.textContent).join("\n");
+  if (before !== shown.map(([, name]) => name).join("\n")) refill(contents, ...shown.map(([part, name]) => make("a", { href: `#${part.id}`, "data-key": part.id }, name)));
 }
 const contentsWatch = new MutationObserver(drawContents);
-for (const part of document.querySelectorAll("main > section")) contentsWatch.observe(part, { childList: true, attributes: true, attributeFilter: ["hidden"] });
+for (const part of sections) contentsWatch.observe(part, { childList: true, attributes: true, attributeFilter: ["hidden", "aria-label"] });
 
-section("tiles", "summary.heading.tiles", ["tiles"], () => {
-  if (!page.data.tiles.length) return null;
+whenChanged((changed) => {
+  if (!changed.has("tiles") && !changed.has("language")) return;
+  const place = document.getElementById("tiles");
+  place.hidden = page.data.tiles.length === 0;
+  place.setAttribute("aria-label", text("summary.heading.tiles"));
   const drawn = page.data.tiles.map((tile) => make("div", { class: `tile ${tile.kind}`, id: `tile-${tile.id}` },
     make("dt", {}, say(tile.label)), make("dd", { class: "value" }, say(tile.value)), make("dd", { class: "soft" }, say(tile.detail))));
-  return [make("dl", { class: "tiles" }, ...drawn)];
+  refill(place, make("dl", { class: "tiles" }, ...drawn));
 });
 
 // The place of a page that shows what a finding is about.
@@ -62,11 +66,16 @@ function findingLink(finding) {
   return make("a", attributes, text(events ? "summary.finding.events" : "summary.finding.figure"));
 }
 
+// A finding; where there are several settings, what is healthy is one line that can be opened.
 function findingBox(finding) {
   const kind = make("span", { class: "kind" }, text(`summary.kinds.${finding.kind}`));
-  return make("div", { class: `finding ${finding.kind}` }, make("h4", {}, kind, " ", say(finding.title)),
-    make("p", {}, say(finding.text), " ", findingLink(finding)));
+  const told = make("p", {}, say(finding.text), " ", findingLink(finding));
+  if (!severalSettings() || finding.kind !== "healthy") return make("div", { class: `finding ${finding.kind}` }, make("h4", {}, kind, " ", say(finding.title)), told);
+  const key = `${finding.setting} ${finding.title.en}`;
+  const toggled = ({ target }) => (target.open ? openFindings.add(key) : openFindings.delete(key));
+  return make("details", { class: `finding ${finding.kind}`, open: openFindings.has(key), ontoggle: toggled }, make("summary", { "data-key": `summary ${key}` }, kind, " ", say(finding.title)), told);
 }
+const openFindings = new Set();
 
 function leftOutBox() {
   const lines = page.data.left_out;
@@ -77,13 +86,12 @@ function leftOutBox() {
 }
 
 section("findings", "summary.heading.findings", ["findings", "left_out", "settings"], () => {
-  const drawn = [];
-  for (const setting of page.data.settings) {
+  const drawn = page.data.settings.map((setting) => {
     const found = page.data.findings.filter((finding) => finding.setting === setting.id);
-    if (severalSettings()) drawn.push(make("h3", {}, settingLabel(setting.id)));
-    drawn.push(...(found.length ? found.map(findingBox) : [make("p", { class: "soft" }, text("summary.finding.none"))]));
-  }
-  return [...drawn, leftOutBox()];
+    const boxes = found.length ? found.map(findingBox) : [make("p", { class: "soft" }, text("summary.finding.none"))];
+    return make("div", {}, severalSettings() ? make("h3", {}, settingLabel(setting.id)) : null, ...boxes);
+  });
+  return [make("div", { class: severalSettings() ? "by-setting" : false }, ...drawn), leftOutBox()];
 });
 
 const summaryColumns = ["setting", "seeds", "steps", "before", "after", "completions", "seconds", "tokens_per_second"];

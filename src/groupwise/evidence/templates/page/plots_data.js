@@ -1,0 +1,126 @@
+// The numbers of a figure's lines as columns, on the x axis that is shown.
+
+const xAxes = ["step", "completions", "seconds"];
+
+function numbersOf(list) {
+  const numbers = new Float64Array(list.length);
+  for (let i = 0; i < numbers.length; i += 1) numbers[i] = list[i] ?? NaN;
+  return numbers;
+}
+
+// The first place in an ascending column whose number is not below `value`.
+function placeOf(column, value) {
+  let from = 0, to = column.length;
+  while (from < to) {
+    const middle = (from + to) >> 1;
+    if (column[middle] < value) from = middle + 1;
+    else to = middle;
+  }
+  return from;
+}
+
+function nearestPlace(column, value) {
+  const after = placeOf(column, value);
+  if (after === 0) return 0;
+  if (after === column.length) return after - 1;
+  return value - column[after - 1] <= column[after] - value ? after - 1 : after;
+}
+
+// Steps as completions or seconds of a setting, from nothing before the first step on; null: they are not known.
+function onAxis(setting, steps, axis) {
+  if (axis === "step") return steps;
+  const clock = page.data.settings.find((one) => one.id === setting)?.clock;
+  if (!clock?.steps.length) return null;
+  const known = clock.steps, at = clock[axis], column = new Float64Array(steps.length);
+  for (let i = 0, k = 0; i < steps.length; i += 1) {
+    while (k < known.length && known[k] < steps[i]) k += 1;
+    const from = k === 0 ? 0 : known[k - 1], low = k === 0 ? 0 : at[k - 1];
+    if (k === known.length) column[i] = at[k - 1];
+    else column[i] = known[k] === from ? at[k] : low + ((at[k] - low) * (steps[i] - from)) / (known[k] - from);
+  }
+  return column;
+}
+
+// The mean over the points within half a window of steps on either side.
+function movingMean(steps, values, window) {
+  const half = (window - 1) / 2, means = new Float64Array(values.length);
+  let from = 0, to = 0;
+  for (let i = 0; i < values.length; i += 1) {
+    while (steps[from] < steps[i] - half) from += 1;
+    while (to < steps.length && steps[to] <= steps[i] + half) to += 1;
+    let sum = 0, count = 0;
+    for (let k = from; k < to; k += 1) if (values[k] === values[k]) { sum += values[k]; count += 1; }
+    means[i] = values[i] === values[i] ? sum / count : NaN;
+  }
+  return means;
+}
+
+// A line of a figure over training steps as columns; null: its x axis is not known.
+function columnsOfLine(line, axis, window) {
+  const steps = numbersOf(line.steps), x = onAxis(line.setting, steps, axis), y = numbersOf(line.values);
+  if (x === null) return null;
+  return {
+    of: line, steps, x, y, low: line.low ? numbersOf(line.low) : null, high: line.high ? numbersOf(line.high) : null,
+    mean: window > 1 && line.values.length > 2 ? movingMean(steps, y, window) : null,
+  };
+}
+const columnsOfSeries = (series) => ({ of: series, steps: null, x: numbersOf(series.x), y: numbersOf(series.y), low: null, high: null, mean: null });
+
+// Lowest and highest x of columns.
+function xRange(all) {
+  let low = Infinity, high = -Infinity;
+  for (const { x } of all) if (x.length) { low = Math.min(low, x[0]); high = Math.max(high, x[x.length - 1]); }
+  return low <= high ? [low, high] : null;
+}
+
+// Lowest and highest y between two x, and how many values a logarithmic axis leaves out; null: there is no value.
+function yRange(all, from, to, log) {
+  let low = Infinity, high = -Infinity, leftOut = 0;
+  for (const { x, y, low: lower, high: upper } of all) {
+    const last = Math.min(x.length - 1, placeOf(x, to));
+    for (let i = Math.max(0, placeOf(x, from) - 1); i <= last; i += 1) {
+      const value = y[i];
+      if (value !== value) continue;
+      if (log && value <= 0) { leftOut += x[i] >= from && x[i] <= to ? 1 : 0; continue; }
+      low = Math.min(low, value);
+      high = Math.max(high, value);
+      if (lower && lower[i] === lower[i] && !(log && lower[i] <= 0)) low = Math.min(low, lower[i]);
+      if (upper && upper[i] === upper[i]) high = Math.max(high, upper[i]);
+    }
+  }
+  return low <= high ? { low, high, leftOut } : leftOut ? { low: 0.1, high: 1, leftOut } : null;
+}
+
+// How many later lines each line coincides with, on a quarter of its length or more: within `near` of the height of the plot.
+function coincidences(all, range, log, near) {
+  const scale = (value) => (log ? Math.log(value) : value), counts = all.map(() => 0);
+  const height = scale(range.high) - scale(range.low) || 1;
+  all.forEach((lower, i) => {
+    for (const upper of all.slice(i + 1)) {
+      const shared = [Math.max(lower.x[0], upper.x[0]), Math.min(lower.x.at(-1), upper.x.at(-1))];
+      let close = 0, compared = 0;
+      for (let k = 0; k <= 48 && shared[0] <= shared[1]; k += 1) {
+        const at = shared[0] + ((shared[1] - shared[0]) * k) / 48;
+        const a = scale(lower.y[nearestPlace(lower.x, at)]), b = scale(upper.y[nearestPlace(upper.x, at)]);
+        if (!Number.isFinite(a) || !Number.isFinite(b)) continue;
+        compared += 1;
+        if (Math.abs(a - b) < near * height) close += 1;
+      }
+      if (close * 4 > compared) counts[i] += 1;
+    }
+  });
+  return counts;
+}
+
+// What a line does, in four points: first, last, lowest and highest, as places in its columns; null: it has no value.
+function summaryOf({ y }) {
+  let first = -1, last = -1, lowest = -1, highest = -1;
+  for (let i = 0; i < y.length; i += 1) {
+    if (y[i] !== y[i]) continue;
+    if (first < 0) first = lowest = highest = i;
+    last = i;
+    if (y[i] < y[lowest]) lowest = i;
+    if (y[i] > y[highest]) highest = i;
+  }
+  return first < 0 ? null : { first, last, lowest, highest };
+}

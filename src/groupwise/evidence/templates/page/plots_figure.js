@@ -1,0 +1,242 @@
+// One figure: its element, its columns, and drawing it when it is in view.
+
+// What the reader of the page chose for all figures.
+const plotsChosen = { axis: "step", window: 1, height: "own", hidden: new Set() };
+const plotsOf = new Map();
+const groupsOf = new Map();
+let framePlanned = false;
+
+// Draw every figure in view that is not up to date, once before the next frame.
+function planFrame() {
+  if (framePlanned) return;
+  framePlanned = true;
+  requestAnimationFrame(() => {
+    framePlanned = false;
+    for (const plot of plotsOf.values()) if (plot.visible && plot.stale) drawFigure(plot);
+    drawPointer();
+  });
+}
+function redraw(plots = plotsOf.values()) {
+  for (const plot of plots) plot.stale = true;
+  planFrame();
+}
+
+const plotWatcher = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) plotsOf.get(target.dataset.figure).visible = isIntersecting;
+  planFrame();
+}, { rootMargin: "200px" });
+const plotSizes = new ResizeObserver((entries) => {
+  for (const { target } of entries) { const plot = plotsOf.get(target.dataset.figure); if (plot.width !== target.clientWidth) redraw([plot]); }
+});
+
+function newPlot(figure) {
+  const plot = {
+    id: figure.id, group: figure.group, figure, kind: figure.kind, columns: [], styles: [], shown: [], marks: [], ticks: { x: [], y: [] }, u: null,
+    stale: true, visible: false, fresh: false, log: null, wide: false, width: 0, xUnit: { size: 1 }, xAxis: {}, yAxis: {}, faded: null, range: null,
+  };
+  plot.area = make("div", { class: "plot-area", tabindex: 0, role: "slider", "data-figure": figure.id, "aria-orientation": "horizontal", "aria-valuemin": 0, "aria-valuenow": 0 });
+  plot.title = make("h4", { id: `title-${figure.id}` });
+  plot.yTitle = make("span", { class: "axis-title" });
+  plot.xTitle = make("div", { class: "axis-title across" });
+  plot.legend = make("div", { class: "keys" });
+  plot.notes = make("div", { class: "plot-notes" });
+  plot.caption = make("figcaption", {});
+  plot.table = make("div", { class: "scroll" });
+  plot.details = make("details", { ontoggle: () => fillTable(plot) }, make("summary", {}), plot.table);
+  plot.logButton = make("button", { type: "button", class: "small", onclick: () => chooseLog(plot) });
+  plot.wideButton = make("button", { type: "button", class: "small", onclick: () => { plot.wide = !plot.wide; describeFigure(plot); redraw([plot]); } });
+  plot.element = make(
+    "figure", { id: `figure-${figure.id}`, "aria-labelledby": `title-${figure.id}` },
+    make("div", { class: "plot-head" }, plot.title, make("div", { class: "plot-buttons" }, plot.logButton, plot.wideButton)),
+    plot.yTitle, plot.area, plot.xTitle, plot.legend, plot.notes, plot.caption, plot.details,
+  );
+  plotsOf.set(figure.id, plot);
+  listenToPointer(plot);
+  plotWatcher.observe(plot.area);
+  plotSizes.observe(plot.area);
+  return plot;
+}
+function dropPlot(plot) {
+  plotWatcher.unobserve(plot.area);
+  plotSizes.unobserve(plot.area);
+  plot.u?.destroy();
+  plot.element.remove();
+  plotsOf.delete(plot.id);
+}
+
+const isLog = (plot) => (plotsChosen.height === "own" ? (plot.log ?? plot.figure.y.log) : plotsChosen.height === "log");
+function chooseLog(plot) {
+  const log = !isLog(plot);
+  if (plotsChosen.height !== "own") for (const other of plotsOf.values()) other.log = isLog(other);
+  plotsChosen.height = "own";
+  plot.log = log;
+  plot.u?.destroy();
+  plot.u = null;
+  drawControls();
+  describeFigure(plot);
+  redraw([plot]);
+}
+
+// Say everything of a figure that is text.
+function describeFigure(plot) {
+  const { figure } = plot, bars = plot.kind === "bars";
+  plot.title.textContent = say(figure.title);
+  plot.caption.textContent = say(figure.caption);
+  plot.yTitle.textContent = say(figure.y.title);
+  plot.xTitle.textContent = plot.kind === "lines" ? axisTitle(groupsOf.get(plot.group)) : say(figure.x.title);
+  plot.area.setAttribute("aria-label", text("plots.area", { title: say(figure.title) }));
+  plot.logButton.textContent = text("plots.log");
+  plot.logButton.setAttribute("aria-label", text("plots.log_of", { title: say(figure.title) }));
+  plot.logButton.setAttribute("aria-pressed", String(isLog(plot)));
+  plot.logButton.hidden = bars;
+  plot.wideButton.textContent = text(plot.wide ? "plots.narrow" : "plots.wide");
+  plot.wideButton.setAttribute("aria-label", text(plot.wide ? "plots.narrow_of" : "plots.wide_of", { title: say(figure.title) }));
+  plot.details.firstChild.textContent = text("plots.table");
+  plot.element.classList.toggle("wide", plot.wide);
+  plot.legend.replaceChildren(...legendOf(plot));
+  noteFigure(plot);
+  fillTable(plot);
+}
+
+// What must be known to read a figure, below it.
+function noteFigure(plot) {
+  const { figure } = plot, lines = plot.kind === "lines" ? drawnIn(figure) : [], notes = [];
+  const seeds = [...new Set(lines.filter((line) => line.low).map((line) => line.seeds))].sort((a, b) => a - b);
+  if (figure.note) notes.push(say(figure.note));
+  if (seeds.length) notes.push(make("span", { class: "key" }, lineSwatch("band", seeds.length && colouredBy(figure) !== "setting" ? "var(--line-0)" : "var(--soft)", []), text("plots.band", { seeds: seeds.length > 1 ? `${seeds[0]}–${seeds.at(-1)}` : seeds[0] })));
+  if (plot.marks.length) notes.push(make("span", { class: "key" }, lineSwatch("lines", "var(--watch)", [3, 3]), text("plots.marks")));
+  if (plot.kind === "dots" && drawnIn(figure).some((series) => series.flags?.some(Boolean))) notes.push(make("span", { class: "key" }, lineSwatch("ring", "var(--soft)", []), text("plots.clipped")));
+  if (plot.coincide) notes.push(text("plots.coincide"));
+  if (plot.leftOut) notes.push(text("plots.left_out", { count: format(plot.leftOut) }));
+  const stretch = Math.max(1, ...lines.map((line) => line.stretch));
+  if (stretch > 1) notes.push(text("plots.thinned", { count: format(stretch) }));
+  for (const constant of figure.constants ?? []) notes.push(text("plots.constant", { label: say(constant.label), value: constant.value }));
+  plot.notes.replaceChildren(...notes.map((note) => make("p", { class: "soft" }, note)));
+}
+
+// What each line does, as a table, filled when it is opened.
+function fillTable(plot) {
+  if (!plot.details.open) return;
+  prepareColumns(plot);
+  const isPercent = plot.figure.y.percent, head = ["line", "first", "last", "lowest", "highest"].map((key) => make("th", { scope: "col" }, text(`plots.${key}`)));
+  const rows = plot.columns.map((columns, k) => {
+    const found = summaryOf(columns);
+    const at = (place) => (plot.kind === "lines" ? text("plots.at_step", { value: valueText(columns.y[place], isPercent), step: format(columns.steps[place]) }) : valueText(columns.y[place], isPercent));
+    const cells = found ? [found.first, found.last, found.lowest, found.highest].map(at) : ["–", "–", "–", "–"];
+    return make("tr", {}, make("th", { scope: "row" }, plot.styles[k].name()), ...cells.map((cell) => make("td", {}, cell)));
+  });
+  plot.table.replaceChildren(make("table", {}, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows)));
+}
+
+// Columns, colours and marks from the figure's data, when they changed.
+function prepareColumns(plot) {
+  if (plot.fresh) return;
+  plot.fresh = true;
+  const { figure } = plot, lines = plot.kind === "lines";
+  plot.columns = drawnIn(figure).map((one) => (lines ? columnsOfLine(one, plotsChosen.axis, plotsChosen.window) : columnsOfSeries(one))).filter((columns) => columns !== null);
+  plot.styles = plot.columns.map(({ of }) => styled(figure, of));
+  const setting = drawnIn(figure)[0]?.setting, marks = lines ? (figure.marks ?? []) : [];
+  const x = marks.length ? onAxis(setting, Float64Array.from(marks, (mark) => mark.step), plotsChosen.axis) : null;
+  plot.marks = x ? marks.map((mark, i) => ({ ...mark, x: x[i] })) : [];
+  plot.outline = plot.columns.map(({ of }) => of.id).join("\n");
+  plot.compared = null;
+}
+
+// Draw a figure for what is chosen: which lines, the part of the x axis, the scale of the y axis.
+function drawFigure(plot) {
+  plot.stale = false;
+  const width = plot.area.clientWidth;
+  if (!width || !plot.figure.kind) return;
+  const before = plot.outline;
+  prepareColumns(plot);
+  if (!plot.columns.length) return;
+  const group = groupsOf.get(plot.group), log = isLog(plot), height = Math.round(plot.wide ? Math.min(480, Math.max(300, width * 0.4)) : Math.min(280, Math.max(200, width * 0.5)));
+  plot.shown = plot.styles.map((style) => !style.keys.some((key) => plotsChosen.hidden.has(key)));
+  const drawn = plot.columns.filter((_, k) => plot.shown[k]), columns = drawn.length ? drawn : plot.columns;
+  const xLog = plot.kind !== "lines" && plot.figure.x.log;
+  const [x0, x1] = xExtent(plot, group, xLog);
+  const y = padded(yRange(columns, x0, x1, log) ?? { low: 0, high: 1, leftOut: 0 }, log, plot);
+  plot.xAxis = { log: xLog, percent: plot.kind !== "lines" && plot.figure.x.percent, whole: plot.kind === "lines" && plotsChosen.axis !== "seconds" };
+  plot.yAxis = { log, percent: plot.figure.y.percent };
+  plot.xUnit = plot.kind === "lines" && plotsChosen.axis === "seconds" ? group.unit : { size: 1 };
+  plot.turned = plot.kind === "bars" && Math.max(...plot.figure.bins.map(widthOf)) + 10 > (width - 80) / plot.figure.bins.length;
+  plot.range = { x: [x0, x1], y: [y.from, y.to] };
+  if (plot.u && (before !== plot.outline || plot.u.scales.y.distr !== (log ? 3 : 1) || plot.builtTurned !== plot.turned)) {
+    plot.u.destroy();
+    plot.u = null;
+  }
+  widen(plot, columns, y, log, height);
+  showRange(plot, width, height);
+  const said = `${plot.coincide} ${y.leftOut} ${plot.marks.length}`;
+  plot.leftOut = log ? y.leftOut : 0;
+  if (said !== plot.said) {
+    plot.said = said;
+    noteFigure(plot);
+  }
+}
+
+// Lines that others coincide with are drawn wider below them, and others than the one pointed at in the legend faint.
+function widen(plot, columns, y, log, height) {
+  const key = plot.shown.join() + log;
+  if (plot.compared !== key && (plot.kind === "lines" || plot.kind === "curve")) {
+    plot.compared = key;
+    const counts = coincidences(columns, { low: y.from, high: y.to }, log, 1.2 / height);
+    plot.widths = plot.columns.map((one) => (columns.includes(one) ? counts[columns.indexOf(one)] : 0));
+    plot.coincide = plot.widths.some((count) => count > 0);
+  }
+}
+
+function showRange(plot, width, height) {
+  const { x, y } = plot.range, count = plot.columns.length, lines = plot.kind === "lines" || plot.kind === "curve";
+  const settle = (u) => {
+    for (let k = 0; k < count; k += 1) {
+      const faint = plot.faded !== null && !plot.styles[k].keys.includes(plot.faded);
+      const over = lines ? Math.min(3, plot.widths?.[k] ?? 0) : 0;
+      u.series[1 + k].alpha = (plot.kind === "dots" ? 0.45 : 0.22) * (faint ? 0.3 : 1);
+      u.series[1 + count + k].alpha = (plot.kind === "bars" ? barOpacity(plot.styles[k].shade) : over ? 0.55 : 1) * (faint ? 0.15 : 1);
+      u.series[1 + count + k].width = plot.kind === "bars" ? 0 : plot.kind === "dots" ? 1.5 : (plot.columns[k].of.run && count > 6 ? 1.4 : 2) + 3.5 * over;
+    }
+    u.setScale("x", { min: x[0], max: x[1] });
+    u.setScale("y", { min: y[0], max: y[1] });
+  };
+  if (!plot.u) {
+    const data = [null, ...Array.from({ length: 2 * count }, () => [[0], [0]])];  // uPlot draws no series without points; the paths read the columns
+    plot.builtTurned = plot.turned;
+    plot.u = new uPlot(uplotOptions(plot, width, height), data, (u, start) => {
+      plot.area.replaceChildren(u.root, plot.crosshair, plot.selection, plot.points);
+      start();
+    });
+    plot.width = width;
+    plot.height = height;
+  } else if (plot.width !== width || plot.height !== height) {
+    plot.width = width;
+    plot.height = height;
+    plot.u.setSize({ width, height });
+  }
+  plot.u.batch(() => settle(plot.u));
+}
+
+// The part of the x axis that is shown.
+function xExtent(plot, group, log) {
+  if (plot.kind === "bars") return [-0.5, plot.figure.bins.length - 0.5];
+  if (plot.kind === "lines") return group.zoom ?? group.extent;
+  const x = plot.columns.flatMap((columns) => [...columns.x].filter((value) => !log || value > 0));
+  const low = Math.min(...x), high = Math.max(...x);
+  if (!x.length) return [0, 1];
+  if (log) return [low / 1.1, high * 1.1];
+  const margin = (high - low || 1) * 0.03;
+  return [low - margin, high + margin];
+}
+
+// A range of y with a margin, so that no line runs along the edge.
+function padded({ low, high, leftOut }, log, plot) {
+  low = Math.max(low, -1e300);
+  high = Math.min(high, 1e300);
+  if (log) {
+    const margin = Math.max((high / low) ** 0.06, 1.05);
+    return { from: low / margin, to: high * margin, leftOut };
+  }
+  if (plot.kind === "bars") low = Math.min(0, low);
+  const margin = high > low ? 0.06 * (high - low) : Math.abs(high) * 0.1 || (plot.figure.y.percent ? 0.02 : 1);
+  return { from: plot.kind === "bars" && low === 0 ? 0 : low - margin, to: high + margin, leftOut };
+}

@@ -1,0 +1,274 @@
+// One crosshair, one tooltip and one zoom for all figures of a group: pointer, wheel, fingers and keys.
+
+const plotsPointed = { plot: null, x: null, y: null, at: null, keyed: false };
+const plotTip = make("div", { class: "plot-tip", role: "tooltip", hidden: true });
+const MOST_ROWS = 60, GROUP_ROWS = 24;
+
+const groupPlots = (plot) => (plot.kind === "lines" ? [...plotsOf.values()].filter((one) => one.kind === "lines" && one.group === plot.group) : [plot]);
+
+// Pixels of the page to values of a figure, and back; both from the left or the top of the plot.
+function plotToX(plot, x) {
+  const [from, to] = plot.range.x, at = Math.log10(from), share = (plot.xAxis.log ? (Math.log10(x) - at) / (Math.log10(to) - at) : (x - from) / (to - from));
+  return share * plot.u.over.clientWidth;
+}
+function plotFromX(plot, pixel) {
+  const [from, to] = plot.range.x, share = pixel / plot.u.over.clientWidth;
+  return plot.xAxis.log ? from * (to / from) ** share : from + share * (to - from);
+}
+function plotToY(plot, y) {
+  const [from, to] = plot.range.y, share = plot.yAxis.log ? Math.log(y / from) / Math.log(to / from) : (y - from) / (to - from);
+  return (1 - share) * plot.u.over.clientHeight;
+}
+
+function listenToPointer(plot) {
+  plot.crosshair = make("div", { class: "crosshair", hidden: true });
+  plot.selection = make("div", { class: "selection", hidden: true });
+  plot.points = make("div", { class: "points" });
+  const fingers = new Map();
+  let start = null, panned = null;
+  const inside = (event) => { const box = plot.u.over.getBoundingClientRect(); return [event.clientX - box.left, event.clientY - box.top, box.width]; };
+  const zooms = () => plot.kind === "lines" && plot.u;
+  plot.area.addEventListener("pointerdown", (event) => {
+    if (!plot.u || event.button > 0) return;
+    fingers.set(event.pointerId, inside(event)[0]);
+    if (!zooms()) return;
+    if (event.pointerType === "mouse") {
+      plot.area.setPointerCapture(event.pointerId);
+      if (event.shiftKey) panned = { pixel: inside(event)[0], range: [...plot.range.x] };
+      else start = inside(event)[0];
+      event.preventDefault();
+      plot.area.focus({ preventScroll: true });
+    }
+  });
+  plot.area.addEventListener("pointermove", (event) => {
+    if (!plot.u) return;
+    const [x, y, width] = inside(event);
+    if (fingers.size === 2 && fingers.has(event.pointerId)) return pinch(plot, fingers, event.pointerId, x);
+    if (panned) { const shift = ((panned.pixel - x) / width) * (panned.range[1] - panned.range[0]); return zoomTo(plot, panned.range[0] + shift, panned.range[1] + shift); }
+    const held = Math.min(width, Math.max(0, x));
+    if (start !== null) placeSelection(plot, start, held);
+    point(plot, held, y);
+  });
+  const end = (event) => {
+    fingers.delete(event.pointerId);
+    panned = null;
+    if (start === null) return;
+    const from = start, to = Math.min(plot.u.over.clientWidth, Math.max(0, inside(event)[0]));
+    start = null;
+    plot.selection.hidden = true;
+    if (event.type === "pointerup" && Math.abs(to - from) > 5) zoomTo(plot, plotFromX(plot, Math.min(from, to)), plotFromX(plot, Math.max(from, to)));
+  };
+  plot.area.addEventListener("pointerup", end);
+  plot.area.addEventListener("pointercancel", end);
+  plot.area.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse" && start === null && !plotsPointed.keyed) unpoint(); });
+  plot.area.addEventListener("dblclick", () => resetZoom(plot));
+  plot.area.addEventListener("wheel", (event) => {
+    if (!zooms() || !(event.ctrlKey || event.metaKey || event.altKey)) return;
+    event.preventDefault();
+    const [x] = inside(event);
+    zoomBy(plot, plotFromX(plot, x), Math.exp(Math.max(-1, Math.min(1, event.deltaY * (event.deltaMode ? 0.05 : 0.003)))));
+  }, { passive: false });
+  plot.area.addEventListener("keydown", (event) => pressed(plot, event));
+  plot.area.addEventListener("blur", unpoint);
+}
+
+function placeSelection(plot, from, to) {
+  const left = plot.u.over.offsetLeft + Math.min(from, to);
+  plot.selection.hidden = Math.abs(to - from) < 3;
+  Object.assign(plot.selection.style, { left: `${left}px`, width: `${Math.abs(to - from)}px`, top: `${plot.u.over.offsetTop}px`, height: `${plot.u.over.clientHeight}px` });
+}
+
+function pinch(plot, fingers, moved, x) {
+  if (plot.kind !== "lines") return;
+  const [other] = [...fingers].filter(([id]) => id !== moved).map(([, at]) => at), before = fingers.get(moved);
+  const a = plotFromX(plot, before), b = plotFromX(plot, other), [from, to] = plot.range.x, width = plot.u.over.clientWidth;
+  fingers.set(moved, x);
+  if (Math.abs(x - other) < 10 || (x - other) * (before - other) <= 0) return;
+  const scale = (a - b) / (x - other);
+  zoomTo(plot, b - other * scale, b + (width - other) * scale);
+  if (to > from) unpoint();
+}
+
+// Zoom of all figures of a group; never beyond the data, never closer than two steps.
+function zoomTo(plot, from, to) {
+  const group = groupsOf.get(plot.group), [first, last] = group.extent;
+  const least = Math.min(last - first, plotsChosen.axis === "step" ? 2 : (last - first) / 1e5), size = Math.min(last - first, Math.max(least, to - from));
+  const middle = (from + to) / 2, low = Math.min(last - size, Math.max(first, middle - size / 2));
+  group.zoom = size >= (last - first) * 0.999 ? null : [low, low + size];
+  redraw(groupPlots(plot));
+  drawReset();
+}
+const zoomBy = (plot, at, factor) => { const [from, to] = plot.range.x; zoomTo(plot, at - (at - from) * factor, at + (to - at) * factor); };
+function resetZoom(plot) {
+  if (plot.kind !== "lines") return;
+  groupsOf.get(plot.group).zoom = null;
+  redraw(groupPlots(plot));
+  drawReset();
+}
+
+function point(plot, x, y) {
+  Object.assign(plotsPointed, { plot, x, y, at: null, keyed: false });
+  planFrame();
+}
+function unpoint() {
+  Object.assign(plotsPointed, { plot: null, at: null, keyed: false });
+  planFrame();
+}
+
+// Arrow keys move the crosshair from point to point, + and − zoom, 0 shows everything.
+function pressed(plot, event) {
+  if (!plot.u || event.altKey || event.ctrlKey || event.metaKey) return;
+  const stops = stopsOf(plot), now = plotsPointed.plot === plot && plotsPointed.at !== null ? nearestPlace(stops, plotsPointed.at) : -1;
+  const size = Math.max(1, event.shiftKey ? Math.round(stops.length / 20) : 1), lines = plot.kind === "lines", [from, to] = plot.range.x;
+  const at = now < 0 ? (from + to) / 2 : plotsPointed.at;
+  if (event.key === "ArrowRight" || event.key === "ArrowUp") goTo(plot, stops, now < 0 ? placeOf(stops, from) : now + size);
+  else if (event.key === "ArrowLeft" || event.key === "ArrowDown") goTo(plot, stops, now < 0 ? placeOf(stops, to) : now - size);
+  else if (event.key === "Home") goTo(plot, stops, 0);
+  else if (event.key === "End") goTo(plot, stops, stops.length - 1);
+  else if (lines && event.key === "PageUp") zoomTo(plot, from - (to - from) / 2, to - (to - from) / 2);
+  else if (lines && event.key === "PageDown") zoomTo(plot, from + (to - from) / 2, to + (to - from) / 2);
+  else if (lines && (event.key === "+" || event.key === "=")) zoomBy(plot, at, 0.6);
+  else if (lines && event.key === "-") zoomBy(plot, at, 1 / 0.6);
+  else if (lines && event.key === "0") resetZoom(plot);
+  else if (event.key === "Escape") unpoint();
+  else return;
+  event.preventDefault();
+}
+function goTo(plot, stops, place) {
+  const at = stops[Math.min(stops.length - 1, Math.max(0, place))];
+  if (at === undefined) return;
+  const [from, to] = plot.range.x;
+  if (plot.kind === "lines" && (at < from || at > to)) zoomTo(plot, at < from ? at : at - (to - from), at < from ? at + (to - from) : at);
+  Object.assign(plotsPointed, { plot, at, x: null, y: null, keyed: true });
+  planFrame();
+}
+
+// Where the crosshair stops: the points of the shown line that has most of them, or the bars, or the dots from left to right.
+function stopsOf(plot) {
+  const shown = plot.columns.filter((_, k) => plot.shown[k]);
+  if (plot.kind === "bars") return Float64Array.from(plot.figure.bins, (_, i) => i);
+  if (plot.kind !== "lines") return Float64Array.from(new Set(shown.flatMap(({ x }) => [...x]))).sort();
+  return shown.reduce((most, { x }) => (x.length > most.length ? x : most), new Float64Array(0));
+}
+
+// Crosshair, points and tooltip where the pointer or the keys are.
+function drawPointer() {
+  const { plot } = plotsPointed;
+  for (const one of plotsOf.values()) if (one.u && (plot === null || !groupPlots(plot).includes(one))) hidePointer(one);
+  if (plot === null || !plot.u || !plotsOf.has(plot.id)) { plotTip.hidden = true; return; }
+  const found = plot.kind === "dots" ? nearestDot(plot) : nearestColumn(plot);
+  if (found === null) { plotTip.hidden = true; hidePointer(plot); return; }
+  plotsPointed.at = found;
+  const all = groupPlots(plot).filter((one) => one.u && (one.visible || one === plot));
+  const rows = new Map(all.map((one) => [one, rowsAt(one, plotsPointed.at)]));
+  for (const one of all) placeCrosshair(one, plotsPointed.at, rows.get(one));
+  fillTip(plot, rows);
+}
+function hidePointer(plot) {
+  plot.crosshair.hidden = true;
+  plot.points.replaceChildren();
+}
+
+function nearestColumn(plot) {
+  const stops = stopsOf(plot);
+  if (!stops.length) return null;
+  return plotsPointed.keyed || plotsPointed.x === null ? stops[nearestPlace(stops, plotsPointed.at)] : stops[nearestPlace(stops, plotFromX(plot, plotsPointed.x))];
+}
+
+// The dot nearest to the pointer, at most 30 pixels away. With keys: the first at that x.
+function nearestDot(plot) {
+  let best = null, least = plotsPointed.x === null ? Infinity : 900;
+  plot.columns.forEach((columns, k) => {
+    for (let i = 0; plot.shown[k] && i < columns.x.length; i += 1) {
+      const dx = plotsPointed.x === null ? 1e6 * (columns.x[i] - plotsPointed.at) : plotToX(plot, columns.x[i]) - plotsPointed.x;
+      const dy = plotsPointed.x === null ? 0 : plotToY(plot, columns.y[i]) - plotsPointed.y;
+      if (dx * dx + dy * dy < least) { least = dx * dx + dy * dy; best = { k, i, x: columns.x[i] }; }
+    }
+  });
+  plot.dot = best;
+  return best === null ? null : best.x;
+}
+
+// The value of every shown line at x: its nearest point.
+function rowsAt(plot, x) {
+  if (plot.kind === "dots") return [{ k: plot.dot.k, i: plot.dot.i }];
+  const rows = [];
+  plot.columns.forEach((columns, k) => {
+    if (!plot.shown[k] || !columns.x.length) return;
+    const i = nearestPlace(columns.x, x), value = columns.y[i];
+    if (value === value) rows.push({ k, i });
+  });
+  const shownValue = ({ k, i }) => (plot.columns[k].mean ?? plot.columns[k].y)[i];
+  return rows.sort((a, b) => shownValue(b) - shownValue(a));
+}
+
+function placeCrosshair(plot, x, rows) {
+  const over = plot.u.over, at = plotToX(plot, x), seen = at >= -1 && at <= over.clientWidth + 1;
+  plot.crosshair.hidden = !seen || plot.kind === "dots";
+  plot.crosshair.style.transform = `translate(${over.offsetLeft + at}px, ${over.offsetTop}px)`;
+  plot.crosshair.style.height = `${over.clientHeight}px`;
+  if (plot.kind === "bars") return;
+  while (plot.points.children.length > rows.length) plot.points.lastChild.remove();
+  while (plot.points.children.length < rows.length) plot.points.append(make("i", {}));
+  rows.forEach(({ k, i }, place) => {
+    const { x: columnX, y, mean } = plot.columns[k], px = plotToX(plot, columnX[i]), py = plotToY(plot, (mean ?? y)[i]), dot = plot.points.children[place];
+    const outside = !(px >= -1 && px <= over.clientWidth + 1 && py >= -1 && py <= over.clientHeight + 1);
+    dot.hidden = outside;
+    if (!outside) dot.style.transform = `translate(${over.offsetLeft + px}px, ${over.offsetTop + py}px)`;
+    dot.style.background = plot.styles[k].colour;
+  });
+}
+
+// What is said of one line at one of its points.
+function valueAt(plot, { k, i }, x) {
+  const { of, y, mean, steps, low, high, x: at } = plot.columns[k], isPercent = plot.figure.y.percent;
+  const more = [];
+  if (low && low[i] === low[i]) more.push(text("plots.interval", { low: valueText(low[i], isPercent), high: valueText(high[i], isPercent) }));
+  if (mean) more.push(text("plots.smoothed", { value: valueText(mean[i], isPercent) }));
+  if (steps && (plotsChosen.axis !== "step" || at[i] !== x)) more.push(text("plots.of_step", { step: format(steps[i]) }));
+  if (plot.kind === "dots") more.push(text("plots.at_x", { x: format(at[i]), title: say(plot.figure.x.title) }), of.tips?.[i] ?? "", of.flags?.[i] ? text("plots.clipped") : "");
+  if (plot.kind === "bars" && of.tips?.[i]) more.push(of.tips[i]);
+  return { name: plot.styles[k].name(), value: valueText(y[i], isPercent), more: more.filter(Boolean).join(text("plots.comma")) };
+}
+
+function headOf(plot, x) {
+  if (plot.kind === "bars") return `${say(plot.figure.x.title)}: ${plot.figure.bins[x] ?? ""}`;
+  if (plot.kind !== "lines") return plot.kind === "dots" ? say(plot.figure.y.title) : `${say(plot.figure.x.title)}: ${format(x)}`;
+  return text(`plots.head_${plotsChosen.axis}`, { value: format(plotsChosen.axis === "seconds" ? x / plot.xUnit.size : Math.round(x)), unit: text(`plots.unit_${plot.xUnit.key ?? "seconds"}`) });
+}
+
+function fillTip(plot, rows) {
+  const x = plotsPointed.at, all = [...rows.keys()], total = all.reduce((sum, one) => sum + rows.get(one).length, 0);
+  const shown = total <= GROUP_ROWS ? [plot, ...all.filter((one) => one !== plot)] : [plot];
+  const parts = [make("div", { class: "tip-head" }, headOf(plot, x))], spoken = [headOf(plot, x)];
+  for (const { text: noted, x: at } of plot.marks) if (Math.abs(plotToX(plot, at) - plotToX(plot, x)) < 6) parts.push(make("div", { class: "tip-mark" }, noted));
+  for (const one of shown) {
+    if (!rows.get(one).length) continue;
+    if (shown.length > 1) parts.push(make("div", { class: "tip-title" }, say(one.figure.title)));
+    for (const row of rows.get(one).slice(0, MOST_ROWS)) {
+      const { name, value, more } = valueAt(one, row, x), { colour, dash, shade } = one.styles[row.k];
+      if (one === plot) spoken.push([name, value, more].filter(Boolean).join(" "));
+      const who = name === say(one.figure.title) && shown.length > 1 ? "" : name;
+      parts.push(make("div", { class: "tip-row" }, lineSwatch(one.kind, colour, dash, shade), make("b", {}, value), make("span", {}, [who, more].filter(Boolean).join(text("plots.comma")))));
+    }
+    if (rows.get(one).length > MOST_ROWS) parts.push(make("div", {}, text("plots.more", { count: rows.get(one).length - MOST_ROWS })));
+  }
+  plotTip.replaceChildren(...parts);
+  plotTip.hidden = false;
+  placeTip(plot);
+  if (plotsPointed.keyed) {
+    plot.area.setAttribute("aria-valuetext", spoken.slice(0, 12).join(text("plots.comma")));
+    plot.area.setAttribute("aria-valuemax", String(plot.range.x[1]));
+    plot.area.setAttribute("aria-valuenow", String(x));
+  }
+}
+
+// Beside the crosshair, inside the window.
+function placeTip(plot) {
+  const over = plot.u.over.getBoundingClientRect(), at = over.left + plotToX(plot, plotsPointed.at), tip = plotTip.getBoundingClientRect();
+  const right = at + 16 + tip.width <= innerWidth - 8, left = at - 16 - tip.width >= 8;
+  const x = right ? at + 16 : left ? at - 16 - tip.width : Math.max(8, Math.min(innerWidth - tip.width - 8, at - tip.width / 2));
+  const beside = right || left, middle = over.top + (plotsPointed.y ?? over.height / 3);
+  const y = beside ? Math.max(8, Math.min(innerHeight - tip.height - 8, middle - tip.height / 2)) : over.top - tip.height - 8 >= 8 ? over.top - tip.height - 8 : over.bottom + 30;
+  plotTip.style.transform = `translate(${Math.round(x)}px, ${Math.round(y)}px)`;
+}
