@@ -40,8 +40,8 @@ function setSide(side, changes) {
   Object.assign(side, changes);
   if (!sourcesOf(side.run).includes(side.source)) side.source = sourcesOf(side.run)[0] ?? "tokens";
   const ranges = rangesOf(side);
-  side.step = stepAt(ranges, placeOf(ranges, side.step));
-  drawControls();
+  side.step = stepAt(ranges, placeInRanges(ranges, side.step));
+  drawReaderControls();
   return load(side);
 }
 
@@ -63,7 +63,7 @@ function secondSide() {
   const other = page.data.runs.find((run) => run.id !== side.run && sourcesOf(run.id).includes(side.source));
   const second = newSide(other?.id ?? side.run, side.source, side.step);
   const ranges = rangesOf(second);
-  second.step = other ? stepAt(ranges, placeOf(ranges, side.step)) : ranges[0][0];
+  second.step = other ? stepAt(ranges, placeInRanges(ranges, side.step)) : ranges[0][0];
   return second;
 }
 
@@ -71,7 +71,7 @@ function compare() {
   if (reader.sides.length === 2) reader.sides.pop();
   else reader.sides.push(secondSide());
   reader.filters.changed = false;
-  drawControls();
+  drawReaderControls();
   if (reader.sides.length === 2) load(reader.sides[1]);
   else drawList();
 }
@@ -95,7 +95,7 @@ function sideControls(side, i) {
 }
 
 function stepControls(side, i) {
-  const ranges = rangesOf(side), count = countSteps(ranges), place = placeOf(ranges, side.step);
+  const ranges = rangesOf(side), count = countSteps(ranges), place = placeInRanges(ranges, side.step);
   const go = (step) => { if (i === 0) reader.follow = false; setSide(side, { step }); };
   const button = (sign, label, to) => make("button", {
     type: "button", "data-key": `${label}${i}`, "aria-label": text(`reader.${label}`), title: text(`reader.${label}`), disabled: to < 0 || to >= count,
@@ -114,7 +114,7 @@ function tick(label, key, checked, onchange) {
   return make("label", { class: "tick" }, make("input", { type: "checkbox", "data-key": key, checked, onchange: (event) => onchange(event.target.checked) }), ` ${label}`);
 }
 
-function drawControls() {
+function drawReaderControls() {
   const { elements } = reader, comparing = reader.sides.length > 1;
   const numbered = reader.sides.some((side) => side.source === "tokens");
   refill(elements.sides, ...reader.sides.map(sideControls));
@@ -227,7 +227,7 @@ async function openReader() {
   }
   const begins = reader.sides.length === 0;
   if (begins) reader.sides = [side];
-  drawControls();
+  drawReaderControls();
   if (begins) await load(side);
   else drawList();
 }
@@ -239,7 +239,7 @@ function followNewest() {
   reader.sides = reader.sides.filter((one) => page.data.runs.some((run) => run.id === one.run)); // others were removed
   if (!reader.sides.includes(side)) return openReader();
   if (reader.follow && newestStep(side) !== side.step) return setSide(side, { step: newestStep(side) });
-  return drawControls();
+  return drawReaderControls();
 }
 
 buildReader();

@@ -15,7 +15,7 @@ const strengths = {
   ratio: (completion, i) => clamped(Math.log(completion.ratio[i]) / Math.log(1.5)),
   probability: (completion, i) => 1 - completion.probability[i],
   entropy: (completion, i) => clamped(completion.entropy[i] / 2),
-  clipped: (completion, i) => (completion.clipped[i] ? (completion.ratio[i] > 1 ? 1 : -1) : 0),
+  clipped: (completion, i) => completion.clipped[i],
 };
 
 function shadeOf(completion, i) {
@@ -205,7 +205,7 @@ function showTip(span, aloud) {
   current.span = span;
   span.classList.add("current");
   const place = text("reader.place", { place: grouped(1 + i + (completion.left_out && i >= completion.start ? completion.left_out : 0)) });
-  const rows = QUANTITIES.map((name) => [text(`reader.quantities.${name}`), valueText(completion, name, i)]);
+  const rows = QUANTITIES.map((name) => [text(`reader.quantities.${name}`), tokenValue(completion, name, i)]);
   refill(tip, make("p", {}, make("code", {}, JSON.stringify(completion.text[i]).slice(1, -1).slice(0, 80)), " ", make("span", { class: "soft" }, place)),
     make("dl", {}, ...rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)])));
   tip.hidden = false;
@@ -216,10 +216,10 @@ function showTip(span, aloud) {
   if (aloud) spoken.textContent = [completion.text[i], place, ...rows.map((row) => row.join(" "))].join("; ");
 }
 
-function valueText(completion, name, i) {
+function tokenValue(completion, name, i) {
   const value = completion[name][i] ?? null;
   if (value === null) return text("reader.not_computed");
-  if (name === "clipped") return value ? text(completion.ratio[i] > 1 ? "reader.upper" : "reader.lower") : text("reader.not_clipped");
+  if (name === "clipped") return value ? text(value > 0 ? "reader.upper" : "reader.lower") : text("reader.not_clipped");
   return brief(value);
 }
 
@@ -233,7 +233,7 @@ function hideTip() {
 function followTokens(body) {
   body.addEventListener("pointerover", (event) => { if (event.target.localName === "span" && blocks.has(event.target.parentElement)) showTip(event.target); });
   body.addEventListener("pointerleave", () => { if (document.activeElement !== body) hideTip(); });
-  body.addEventListener("focus", () => { if (body.matches(":focus-visible") && !body.contains(current.span)) goTo(body, 0); });
+  body.addEventListener("focus", () => { if (body.matches(":focus-visible") && !body.contains(current.span)) goToToken(body, 0); });
   body.addEventListener("blur", hideTip);
   body.addEventListener("keydown", (event) => {
     const far = event.ctrlKey ? 10 : 1;
@@ -241,12 +241,12 @@ function followTokens(body) {
     if (event.key === "Escape") hideTip();
     if (move === undefined) return;
     event.preventDefault();
-    goTo(body, move);
+    goToToken(body, move);
   });
 }
 
 // Move by so many tokens of those that are shown.
-function goTo(body, move) {
+function goToToken(body, move) {
   const boxes = [...body.querySelectorAll(".block")], sizes = boxes.map((box) => blocks.get(box).to - blocks.get(box).from);
   const total = sizes.reduce((sum, size) => sum + size, 0);
   let place = 0;
