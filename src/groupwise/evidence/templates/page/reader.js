@@ -40,7 +40,7 @@ function setSide(side, changes) {
   Object.assign(side, changes);
   if (!sourcesOf(side.run).includes(side.source)) side.source = sourcesOf(side.run)[0] ?? "tokens";
   const ranges = rangesOf(side);
-  side.step = stepAt(ranges, stepPlace(ranges, side.step));
+  side.step = stepAt(ranges, placeInRanges(ranges, side.step));
   drawReaderControls();
   return load(side);
 }
@@ -63,7 +63,7 @@ function secondSide() {
   const other = page.data.runs.find((run) => run.id !== side.run && sourcesOf(run.id).includes(side.source));
   const second = newSide(other?.id ?? side.run, side.source, side.step);
   const ranges = rangesOf(second);
-  second.step = other ? stepAt(ranges, stepPlace(ranges, side.step)) : ranges[0][0];
+  second.step = other ? stepAt(ranges, placeInRanges(ranges, side.step)) : ranges[0][0];
   return second;
 }
 
@@ -95,7 +95,7 @@ function sideControls(side, i) {
 }
 
 function stepControls(side, i) {
-  const ranges = rangesOf(side), count = countSteps(ranges), place = stepPlace(ranges, side.step);
+  const ranges = rangesOf(side), count = countSteps(ranges), place = placeInRanges(ranges, side.step);
   const go = (step) => { if (i === 0) reader.follow = false; setSide(side, { step }); };
   const button = (sign, label, to) => make("button", {
     type: "button", "data-key": `${label}${i}`, "aria-label": text(`reader.${label}`), title: text(`reader.${label}`), disabled: to < 0 || to >= count,
@@ -250,5 +250,5 @@ new IntersectionObserver((entries) => {
 whenChanged((changed) => {
   if (changed.has("language") || changed.has("runs")) reader.elements.heading.textContent = text("summary.heading.completions");
   if (changed.has("language") ? reader.near : reader.near && !reader.open) openReader();
-  else if (reader.open && (changed.has("runs") || changed.has("readable"))) followNewest();
+  else if (reader.open && changed.has("runs")) followNewest();
 });

@@ -55,7 +55,7 @@ function stepAt(ranges, place) {
   return ranges.at(-1)?.[1] ?? 0;
 }
 // The place of the step nearest to one.
-function stepPlace(ranges, step) {
+function placeInRanges(ranges, step) {
   let before = 0, best = 0, distance = Infinity;
   for (const [first, last] of ranges) {
     const near = Math.min(last, Math.max(first, step));
