@@ -144,8 +144,27 @@ def _of_tokens(table: pa.Table, longest: int) -> Completion:
         "turns": _turns(columns),
         **{name: [_rounded(value) for value in columns[name]] for name in ("advantage", "ratio", "entropy")},  # type: ignore[typeddict-item]
         "probability": [None if value is None else _rounded(math.exp(value)) for value in columns["old_logprob"]],
-        "clipped": columns["clipped"],
+        "clipped": _clipped(columns),
     }
+
+
+def _clipped(columns: Mapping[str, Sequence[Any]]) -> list[int | None]:
+    """At which bound each token was clipped; 0: at none. Where the ratio that was clipped is the sequence's, the sign of the advantage
+    says it."""
+    nothing = [None] * len(columns["clipped"])
+    known = (columns.get("low", nothing), columns.get("high", nothing), columns["ratio"], columns["advantage"])
+    return [
+        None if clipped is None else int(clipped) and _bound(*values)
+        for clipped, *values in zip(columns["clipped"], *known, strict=True)
+    ]
+
+
+def _bound(low: float | None, high: float | None, ratio: float | None, advantage: float | None) -> int:
+    if ratio is not None and high is not None and ratio > high:
+        return 1
+    if ratio is not None and low is not None and ratio < low:
+        return -1
+    return 1 if (advantage or 0.0) > 0 else -1
 
 
 def _turns(columns: Mapping[str, Sequence[Any]]) -> list[TurnToRead]:

@@ -38,7 +38,13 @@ TOKEN_COLUMNS = {
 """The columns of tokens/step-*.parquet that the pages use."""
 FURTHER_COLUMNS = {"role": pa.string(), "rollout_logprob": pa.float64()}
 """Columns that runs of earlier versions lack: who said a token, and its log-probability in the sampler."""
-READER_COLUMNS = {"answer": pa.string(), "reward_parts": pa.string(), "turn": pa.int64()}
+READER_COLUMNS = {
+    "answer": pa.string(),
+    "reward_parts": pa.string(),
+    "turn": pa.int64(),
+    "low": pa.float64(),
+    "high": pa.float64(),
+}
 """Further columns that runs of earlier versions lack, and only whoever reads completions needs."""
 ALWAYS = ("group", "row", "prompt", "text")
 """Those that no token lacks."""

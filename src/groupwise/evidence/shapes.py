@@ -280,7 +280,8 @@ class Completion(TypedDict):
     ratio: list[float | None]
     probability: list[float | None]
     entropy: list[float | None]
-    clipped: list[bool | None]
+    clipped: list[int | None]
+    """1: its gradient was clipped at the upper bound of the ratio, -1: at the lower one, 0: it was not."""
 
 
 class GroupToRead(TypedDict):

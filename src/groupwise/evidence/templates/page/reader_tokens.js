@@ -15,7 +15,7 @@ const strengths = {
   ratio: (completion, i) => clamped(Math.log(completion.ratio[i]) / Math.log(1.5)),
   probability: (completion, i) => 1 - completion.probability[i],
   entropy: (completion, i) => clamped(completion.entropy[i] / 2),
-  clipped: (completion, i) => (completion.clipped[i] ? (completion.ratio[i] > 1 ? 1 : -1) : 0),
+  clipped: (completion, i) => completion.clipped[i],
 };
 
 function shadeOf(completion, i) {
@@ -219,7 +219,7 @@ function showTip(span, aloud) {
 function tokenValue(completion, name, i) {
   const value = completion[name][i] ?? null;
   if (value === null) return text("reader.not_computed");
-  if (name === "clipped") return value ? text(completion.ratio[i] > 1 ? "reader.upper" : "reader.lower") : text("reader.not_clipped");
+  if (name === "clipped") return value ? text(value > 0 ? "reader.upper" : "reader.lower") : text("reader.not_clipped");
   return brief(value);
 }
 
