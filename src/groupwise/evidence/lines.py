@@ -20,7 +20,7 @@ MOST_POINTS, FEWEST_POINTS = 4096, 64
 """Of a line."""
 PAGE_POINTS = 800_000
 """Of all lines of a page: 2.5 MB of it."""
-CLOCK_POINTS = 512
+CLOCK_POINTS = 256
 MOST_MARKS, LONGEST_MARK = 40, 120
 """How many events are marked in a figure, and characters of each."""
 MARKED_RUNS = 4
