@@ -76,7 +76,7 @@ HEALTHY: dict[str, Settings] = {
         "training": {"steps": 30, "eval_every": 10},
     },
     "graded: a length": {**data("verdict_parts.py:ends_at_nine"), "algorithm": {"name": "dapo", "beta": None}},
-    "graded: near the answer": data("verdict_parts.py:near", "chains"),
+    "graded: near the answer": {**data("verdict_parts.py:near", "chains"), "learner": {"learning_rate": 1e-4}},
     "graded: certain of the best": {**data("verdict_parts.py:sevens"), "training": {"steps": 40, "eval_every": 20}},
     "graded: varied": {**data("verdict_parts.py:varied"), "training": {"steps": 30, "eval_every": 10}},
     "graded: learns to be short": {**data("verdict_parts.py:short", "chains"), "rollouts": {"max_tokens": 6}},
