@@ -177,7 +177,7 @@ function drawStatus(pairs = null, found = []) {
   else {
     const of = (entry) => entry[1].length + entry[3].length;
     const completions = reader.sides.flatMap((one) => one.groups).reduce((sum, group) => sum + group.completions.length, 0);
-    const common = !other || pairs.some((pair) => pair[0] && pair[1]) ? "" : ` ${text("reader.no_common")}`;
+    const common = !other || pairs.some((pair) => pair[0] && pair[0].key === pair[1]?.key) ? "" : ` ${text("reader.no_common")}`;
     const values = { shown: grouped(found.reduce((sum, entry) => sum + of(entry), 0)), completions: grouped(completions), groups: grouped(found.length), all: grouped(pairs.length) };
     status.textContent = (found.length ? text("reader.count", values) : text("reader.none_found")) + common;
   }
