@@ -18,12 +18,12 @@ def long(problem, completions):
 
 
 def near(problem, completions):
-    """1 for the answer, less for what is near it, 0 from 20 on, or where there is no number."""
+    """1 for the answer, less for what is near it, 0 from 5 on, or where there is no number."""
     found = []
     for text in completions:
         last = text.split("\n")[-1]
         number = int(last) if last.lstrip("-").isdigit() and last.count("-") < 2 else 10**6
-        found.append(1 - min(abs(number - int(problem.answer)), 20) / 20)
+        found.append(1 - min(abs(number - int(problem.answer)), 5) / 5)
     return found
 
 
@@ -32,9 +32,9 @@ def varied(problem, completions):
     return [len(set(text[:12]) & set("0123456789")) / 10 for text in completions]
 
 
-def digits(problem, completions):
-    """The share of sevens among the first four characters."""
-    return [text[:4].count("7") / 4 for text in completions]
+def sevens(problem, completions):
+    """1 for 7777, less for every character that differs."""
+    return [sum(a == b for a, b in zip(text, "7777", strict=False)) / 4 - abs(len(text) - 4) / 16 for text in completions]
 
 
 def easy_part(problem, completions):

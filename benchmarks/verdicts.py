@@ -49,7 +49,9 @@ class Case:
 
 
 LEARNED = ("It learned",)
-SHORT = {"four steps with a KL penalty": (*LEARNED, "It did not learn")}
+OPEN = "Too few held-out problems to tell whether it learned"
+ALSO = {"four steps with a KL penalty": ("It did not learn", OPEN), "noisy evaluations": (OPEN,)}
+"""What else these healthy runs may be called: they show little."""
 HEALTHY: dict[str, Settings] = {
     "dapo": {"algorithm": {"name": "dapo", "beta": None}},
     "ppo with a critic": {"algorithm": {"name": "ppo", "beta": None}, "critic": {"learning_rate": 3e-4}},
@@ -64,7 +66,7 @@ HEALTHY: dict[str, Settings] = {
     "four steps with a KL penalty": {"algorithm": {"beta": 0.04}, "training": {"steps": 4, "eval_every": 2}},
     "solves its problems": {
         "task": {"grades": [1]},
-        "learner": {"learning_rate": 5e-4},
+        "algorithm": {"name": "dapo", "beta": None},
         "training": {"steps": 40, "eval_every": 20},
     },
     "noisy evaluations": {"training": {"steps": 40, "eval_every": 1, "eval_problems": 25}},
@@ -75,11 +77,7 @@ HEALTHY: dict[str, Settings] = {
     },
     "graded: a length": {**data("verdict_parts.py:ends_at_nine"), "algorithm": {"name": "dapo", "beta": None}},
     "graded: near the answer": data("verdict_parts.py:near", "chains"),
-    "graded: certain of the best": {
-        **data("verdict_parts.py:digits"),
-        "learner": {"learning_rate": 5e-4},
-        "training": {"steps": 40, "eval_every": 20},
-    },
+    "graded: certain of the best": {**data("verdict_parts.py:sevens"), "training": {"steps": 40, "eval_every": 20}},
     "graded: varied": {**data("verdict_parts.py:varied"), "training": {"steps": 30, "eval_every": 10}},
     "graded: learns to be short": {**data("verdict_parts.py:short", "chains"), "rollouts": {"max_tokens": 6}},
 }
@@ -104,7 +102,7 @@ UNHEALTHY: dict[str, tuple[tuple[str, ...], Settings]] = {
         {"rollouts": {"sampler": "verdict_parts.py:stale"}},
     ),
     "graded: looks for a tag": (("Every completion gets the same reward",), data("verdict_parts.py:looks_for_a_tag")),
-    "graded: noise": (("It did not learn",), data("verdict_parts.py:noise")),
+    "graded: noise": (("It did not learn",), data("verdict_parts.py:noise", "chains")),
     "graded: longer is better": (
         ("More and more completions are truncated",),
         {**data("verdict_parts.py:long"), "training": {"steps": 40, "eval_every": 20}},
@@ -122,9 +120,9 @@ UNHEALTHY: dict[str, tuple[tuple[str, ...], Settings]] = {
         data("verdict_parts.py:not_a_number", "chains"),
     ),
 }
-CASES = {name: Case(healthy=True, titles=SHORT.get(name, LEARNED), settings=settings) for name, settings in HEALTHY.items()} | {
-    name: Case(healthy=False, titles=titles, settings=settings) for name, (titles, settings) in UNHEALTHY.items()
-}
+CASES = {
+    name: Case(healthy=True, titles=LEARNED + ALSO.get(name, ()), settings=settings) for name, settings in HEALTHY.items()
+} | {name: Case(healthy=False, titles=titles, settings=settings) for name, (titles, settings) in UNHEALTHY.items()}
 
 
 def recipe(case: Case) -> dict[str, dict[str, Any]]:
@@ -138,7 +136,7 @@ def problems() -> dict[str, list[tuple[str, int]]]:
     few = range(1, 20)
     return {
         "sums": [(f"{a}+{b}=", a + b) for a in few for b in few],
-        "digits": [(f"{a}+{b}-{c}=", a + b - c) for a in few for b in few for c in few if 0 <= a + b - c <= 9],
+        "digits": [(f"{a}-{b}=", a - b) for a in few for b in few if 0 <= a - b <= 9],
         "chains": [(f"{a}+{b}-{c}+{a}=", 2 * a + b - c) for a in few for b in few for c in few],
         "products": [(f"{a}*{b}=", a * b) for a in range(101, 999, 37) for b in range(103, 999, 41)],
     }

@@ -1,11 +1,23 @@
 """What findings say, in both languages, and that recorded runs of known health are judged rightly."""
 
+import gzip
+import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from string import Formatter
 from typing import Any
 
+import numpy as np
+import pytest
+
+from groupwise.evidence.findings import findings
+from groupwise.evidence.held_out import change
 from groupwise.evidence.phrases import texts
+from groupwise.evidence.records import Records
+from groupwise.evidence.runs import Run, open_run
+
+RECORDED = sorted((Path(__file__).parent / "recorded_runs").glob("*.json.gz"))
 
 
 def leaves(table: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, str]]]:
@@ -18,10 +30,127 @@ def leaves(table: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[st
 
 def test_every_text_of_the_findings_is_in_both_languages_with_the_same_numbers() -> None:
     found = dict(leaves(texts("findings")))
-    assert len(found) > 40
+    assert len(found) > 60
     for key, text in found.items():
         fields = {language: {field for _, field, _, _ in Formatter().parse(text[language]) if field} for language in text}
         assert fields["en"] <= fields["zh"], key
         words = re.sub(r"{[^}]*}", "", text["zh"])
         assert key == "words.pass_rate" or not words or re.search("[\u3000-\u9fff\uff00-\uffef]", words), key
         assert not re.search("[\u4e00-\u9fff] ?[,;:?!]|[,;:?!] ?[\u4e00-\u9fff]", words), f"{key}: punctuation of half width"
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=[path.name.removesuffix(".json.gz") for path in RECORDED])
+def test_runs_made_to_be_healthy_or_not_are_called_what_they_are(path: Path, tmp_path: Path) -> None:
+    """Recorded by benchmarks/verdicts.py, which says how each was made."""
+    recorded = json.loads(gzip.decompress(path.read_bytes()))
+    for name in ("recipe.toml", "metrics.jsonl", "events.jsonl"):
+        (tmp_path / name).write_text(recorded[name])
+    found = findings(open_run(tmp_path))
+    told = [(item.kind, item.title.en) for item in found]
+    if recorded["healthy"]:
+        assert any(title in recorded["titles"] for _, title in told) and "unhealthy" not in dict(told), told
+    else:
+        assert any(title in recorded["titles"] and kind != "healthy" for kind, title in told), told
+    assert all(re.search("[\u4e00-\u9fff]", item.title.zh) and "{" not in item.title.zh + item.text.zh for item in found)
+
+
+def test_there_are_twelve_of_each_with_graded_rewards_among_both() -> None:
+    kinds = [json.loads(gzip.decompress(path.read_bytes())) for path in RECORDED]
+    for healthy in (True, False):
+        names = [item["name"] for item in kinds if item["healthy"] is healthy]
+        assert len(names) == 12 and sum(name.startswith("graded") for name in names) >= 5
+    assert sum(path.stat().st_size for path in RECORDED) < 400_000
+
+
+def run(scores: list[float], problems: int = 200, deviation: float = 0.0, steps: int = 20, **metrics: Any) -> Run:
+    """A run that recorded these held-out scores, of a graded reward where it has a deviation between problems."""
+    key = "eval/reward" if deviation else "eval/pass@1"
+    usual: dict[str, Any] = {"reward/mean": 0.5, "approx_kl": 0.01, "entropy": 0.4, "length/mean": 10.0, "length/truncated": 0.0}
+    if not deviation:
+        usual["train/pass_rate"] = 0.5
+    columns = {name: value if isinstance(value, list) else [value] * steps for name, value in (usual | metrics).items()}
+    rows = [{"step": i + 1, **{name: values[i] for name, values in columns.items()}} for i in range(steps)]
+    tried = [
+        {"step": 10 * i, key: score, "eval/reward_std": deviation, "eval_problems": float(problems)}
+        for i, score in enumerate(scores)
+    ]
+    return Run(path=Path("made"), recipe={"algorithm": {"name": "grpo"}}, steps=Records(rows), evaluations=Records(tried))
+
+
+def told(made: Run) -> dict[str, str]:
+    return {item.title.en: item.kind for item in findings(made)}
+
+
+@pytest.mark.parametrize(
+    ("scores", "problems", "deviation", "verdict"),
+    [
+        ([0.4, 0.6], 200, 0.0, "rose"),  # 95 % interval of the change: 1.96 sqrt(0.24 / 200 * 2) = 0.096
+        ([0.4, 0.45], 200, 0.0, "level"),  # a rise of 0.146 cannot be ruled out, one of 0.15 can
+        ([0.4, 0.6], 25, 0.0, "open"),  # ± 0.26
+        ([0.9, 0.6], 200, 0.0, "fell"),
+        ([0.9, 0.6, 0.7], 200, 0.0, "fell"),  # the first was the best: nothing was gained that could fall
+        ([0.3, 0.9, 0.5], 200, 0.0, "fell from peak"),
+        ([0.3, 0.9, 0.78], 200, 0.0, "rose"),  # a fifth of what was gained went again
+        ([0.0, 0.0], 200, 0.0, "level"),
+        ([10.0, 10.5], 100, 5.0, "level"),  # ± 1.39: a rise of half a standard deviation, 2.5, would have been seen
+        ([10.0, 11.0], 20, 5.0, "open"),  # ± 3.1
+        ([10.0, 30.0, 20.0], 100, 5.0, "fell from peak"),
+    ],
+)
+def test_a_change_of_held_out_results_by_hand(scores: list[float], problems: int, deviation: float, verdict: str) -> None:
+    found = change(run(scores, problems, deviation))
+    assert found is not None and found.verdict == verdict
+
+
+def test_chance_alone_is_called_a_rise_or_a_fall_in_no_more_than_one_run_in_twenty() -> None:
+    """Results of a policy that does not change, on independent problems at every evaluation: 2, 10 and 100 evaluations."""
+    draw = np.random.default_rng(0)
+    for evaluations in (2, 10, 100):
+        for problems, rate in ((100, 0.5), (200, 0.1), (50, 0.8)):
+            scores = draw.binomial(problems, rate, (400, evaluations)) / problems
+            verdicts = [found.verdict for row in scores.tolist() if (found := change(run(row, problems))) is not None]
+            fell = sum(verdict in ("fell", "fell from peak") for verdict in verdicts) / len(verdicts)
+            assert fell < 0.06 and verdicts.count("rose") / len(verdicts) < 0.05, (evaluations, problems, rate)
+
+
+def test_large_updates_are_unhealthy_where_they_do_harm() -> None:
+    assert told(run([0.4, 0.8], approx_kl=0.1))["The updates are large"] == "watch"
+    assert told(run([0.4, 0.2], approx_kl=0.1))["The updates are too large"] == "unhealthy"
+    assert told(run([0.4, 0.4], approx_kl=0.1))["The updates are too large"] == "unhealthy"
+    assert told(run([0.4, 0.8], approx_kl=2.0))["The updates are too large"] == "unhealthy"
+    assert told(run([0.4], approx_kl=0.1))["The updates are large"] == "watch"  # nothing to compare yet
+    assert told(run([0.4, 0.8], skipped_updates=[0.0] * 10 + [5.0] * 10))["The updates are too large"] == "unhealthy"
+
+
+def test_entropy_that_rises_is_unhealthy_unless_results_improve() -> None:
+    rises = [0.2] * 10 + [0.8] * 10
+    assert told(run([0.4, 0.8], entropy=rises))["Entropy rose"] == "watch"
+    assert told(run([0.4, 0.4], entropy=rises))["Entropy rose"] == "unhealthy"
+    rewards = [0.1 + 0.01 * (i % 3) for i in range(10)] + [0.5 + 0.01 * (i % 3) for i in range(10)]
+    assert told(run([0.4], entropy=rises, **{"reward/mean": rewards}))["Entropy rose"] == "watch"
+
+
+def test_truncation_that_does_no_harm_is_not_called_unhealthy() -> None:
+    many = {"length/truncated": 1.0}
+    assert told(run([0.4, 0.6], **many, **{"train/pass_rate": 0.05})) == {
+        "Many completions are truncated": "unhealthy",
+        "It learned": "healthy",
+    }
+    assert told(run([0.4, 0.6], **many, **{"train/pass_rate": 0.5})) == {
+        "It learned": "healthy"
+    }  # half of the truncated are right
+    assert told(run([1.0, 2.0], deviation=1.0, **many))["Many completions are truncated"] == "watch"
+    assert told(run([1.0, 1.0], deviation=1.0, **many))["Many completions are truncated"] == "unhealthy"
+    falls = {"length/truncated": [0.9] * 15 + [0.3] * 5, "train/pass_rate": 0.4}
+    assert told(run([0.1, 0.6], **falls))["Many completions are truncated"] == "watch"
+
+
+def test_completions_that_could_not_be_scored() -> None:
+    for failed, expected in ((60.0, "unhealthy"), (5.0, "watch"), (0.5, None)):
+        made = run([0.4, 0.8], **{"rollouts/completions": 128.0, "failed/not finite": failed})
+        assert told(made).get("Many completions could not be scored") == expected
+
+
+def test_a_sampler_with_other_weights_is_unhealthy() -> None:
+    assert told(run([0.4, 0.8], sampler_gap_mean=0.05))["Sampler and learner log-probabilities differ"] == "watch"
+    assert told(run([0.4, 0.8], sampler_gap_mean=1.0))["Sampler and learner log-probabilities differ"] == "unhealthy"

@@ -37,6 +37,7 @@ RULES: tuple[Callable[[Run], Finding | None], ...] = (
     learning.nothing_recorded,
     learning.events_recorded,
     learning.constant_reward,
+    learning.failed_completions,
     policy.updates_too_large,
     learning.learned,
     learning.truncated_completions,

@@ -22,7 +22,7 @@ class Followed:
         self.run: Run | None = None
         """As it was read last; it stays when its directory goes."""
         self.reason = ""
-        """Why it cannot be read."""
+        """Why it cannot be read; empty: its directory is not there yet."""
         self._metrics, self._events = Metrics(), list[Noted]()
         self._of_metrics, self._of_events = LeftOut(), LeftOut()
         self._metrics_file, self._events_file = Tail(path / "metrics.jsonl"), Tail(path / "events.jsonl")
@@ -33,7 +33,7 @@ class Followed:
         """Read what is new; returns whether anything is."""
         try:
             if not self.path.is_dir():
-                return self._refused("is not there yet")
+                return self._refused("")
             if self.run is None:
                 check_run(self.path)
             grown = self._metrics_file.read(self._take_metrics, self._forget_metrics)

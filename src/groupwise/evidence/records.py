@@ -1,7 +1,8 @@
 """A run's metrics as columns, which grow as metrics.jsonl does: figures of 100,000 steps are drawn from arrays."""
 
 import bisect
-import sys
+import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from groupwise.algorithms.diagnostics import LENGTH_EDGES, PROBABILITY_EDGES
 from groupwise.errors import short
-from groupwise.evidence.reading import LeftOut, number, read_objects, step_of
+from groupwise.evidence.reading import LeftOut, read_objects, step_of
 
 RENAMED = {
     "groups/dead": "groups/zero_variance",
@@ -25,28 +26,35 @@ TRAINED = "reward/mean"
 """What every training step has, and no evaluation."""
 EVALUATED = ("eval/pass@1", "eval/reward")
 """Of which every evaluation has one."""
-FIRST_ROWS = 64
+BLOCK = 512
+"""How many records are kept as dictionaries until they are moved to the columns together, which is five times as fast as one by one."""
+LARGEST = 1e300
 
 Steps = NDArray[np.int64]
 Values = NDArray[np.float64]
+Metric = float | list[float]
+"""A number, or a list of bins."""
 
 
 class _Column:
     """One metric: a number for each record, or a row of bins; NaN where a record lacks it. What no record has reached is not filled."""
 
     def __init__(self, bins: int) -> None:
-        self.values: Values = np.empty((FIRST_ROWS, bins) if bins else FIRST_ROWS)
+        self.bins = bins
+        self.values: Values = np.empty((BLOCK, bins) if bins else BLOCK)
         self.filled = 0
 
-    def put(self, row: int, value: float | Sequence[float]) -> None:
-        """Set a row that is not before the ones that are filled."""
-        if row >= len(self.values):
-            larger = np.empty((max(row + 1, 2 * len(self.values)), *self.values.shape[1:]))
+    def put(self, row: int, name: str, records: Sequence[Mapping[str, Metric]]) -> None:
+        """Set the rows from `row` on, which is not before what is filled, to what the records have."""
+        end = row + len(records)
+        if end > len(self.values):
+            larger = np.empty((max(end, 2 * len(self.values)), *self.values.shape[1:]))
             larger[: self.filled] = self.values[: self.filled]
             self.values = larger
         self.values[self.filled : row] = np.nan
-        self.values[row] = value
-        self.filled = row + 1
+        unknown: Metric = [math.nan] * self.bins if self.bins else math.nan
+        self.values[row:end] = [record.get(name, unknown) for record in records]
+        self.filled = end
 
     def first(self, rows: int) -> Values:
         """The values of the first `rows` records, a copy."""
@@ -64,32 +72,28 @@ class Records(Sequence[dict[str, Any]]):
             records: each with a "step", numbers, and lists of bins; None: not known.
         """
         self._steps: list[int] = []
+        self._columns: dict[str, _Column] = {}
+        self._latest: list[tuple[int, Mapping[str, Metric]]] = []
+        """Records that are not in the columns yet."""
+        self._ordered = True
         self._as_array: Steps | None = None
         """`_steps`, until another record comes."""
-        self._columns: dict[str, _Column] = {}
-        self._ordered = True
         for record in records:
             self.append(record["step"], {key: value for key, value in record.items() if key != "step" and value is not None})
 
-    def append(self, step: int, metrics: Mapping[str, float | Sequence[float]]) -> None:
+    def append(self, step: int, metrics: Mapping[str, Metric]) -> None:
         """Add a record; it takes the place of an earlier one of the same step.
 
         Args:
-            metrics: numbers that are finite, and lists of bins.
+            metrics: numbers that are finite, and lists of bins; they are kept.
         """
-        self._ordered = self._ordered and (not self._steps or step > self._steps[-1])
-        row = len(self._steps)
-        self._steps.append(step)
-        self._as_array = None
-        for name, value in metrics.items():
-            column = self._columns.get(name)
-            if column is None:
-                column = self._columns[name] = _Column(len(value) if isinstance(value, Sequence) else 0)
-            column.put(row, value)
+        self._latest.append((step, metrics))
+        if len(self._latest) == BLOCK:
+            self._settle()
 
     def truncate(self, last: int) -> None:
         """Forget the records of the steps after `last`, which a resumed run does again."""
-        self._order()
+        self._settle()
         rows = bisect.bisect_right(self._steps, last)
         del self._steps[rows:]
         self._as_array = None
@@ -98,6 +102,7 @@ class Records(Sequence[dict[str, Any]]):
 
     def names(self) -> list[str]:
         """Of the metrics that a record has, in the order in which they were first seen."""
+        self._settle()
         return [name for name, column in self._columns.items() if column.filled]
 
     def column(self, name: str) -> tuple[Steps, Values]:
@@ -106,7 +111,7 @@ class Records(Sequence[dict[str, Any]]):
         Returns:
             Arrays of their own, which later records do not change.
         """
-        self._order()
+        self._settle()
         column = self._columns.get(name)
         if column is None:
             return np.empty(0, dtype=np.int64), np.empty(0)
@@ -116,8 +121,19 @@ class Records(Sequence[dict[str, Any]]):
             self._as_array = np.array(self._steps, dtype=np.int64)
         return self._as_array[known], values[known]
 
-    def _order(self) -> None:
-        """Have the steps ascend, each once, with its latest record."""
+    def _settle(self) -> None:
+        """Have all records in the columns, by ascending step, each step once with its latest record."""
+        if self._latest:
+            records = [metrics for _, metrics in self._latest]
+            for name in dict.fromkeys(name for metrics in records for name in metrics):
+                if name not in self._columns:
+                    value = next(metrics[name] for metrics in records if name in metrics)
+                    self._columns[name] = _Column(len(value) if isinstance(value, list) else 0)
+                self._columns[name].put(len(self._steps), name, records)
+            steps = [step for step, _ in self._latest]
+            self._ordered = self._ordered and all(a < b for a, b in itertools.pairwise([*self._steps[-1:], *steps]))
+            self._steps += steps
+            self._latest, self._as_array = [], None
         if self._ordered:
             return
         latest = {step: row for row, step in enumerate(self._steps)}
@@ -129,7 +145,7 @@ class Records(Sequence[dict[str, Any]]):
         self._as_array, self._ordered = None, True
 
     def __len__(self) -> int:
-        self._order()
+        self._settle()
         return len(self._steps)
 
     @overload
@@ -137,7 +153,7 @@ class Records(Sequence[dict[str, Any]]):
     @overload
     def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
     def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        self._order()
+        self._settle()
         if isinstance(index, slice):
             return [self._record(row) for row in range(len(self._steps))[index]]
         return self._record(range(len(self._steps))[index])
@@ -161,6 +177,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self.steps, self.evaluations = Records(), Records()
+        self._known: dict[str, tuple[str, int]] = {}
+        """Key in the file -> present name of the metric, one copy however many steps there are, and how many bins it has."""
 
     def add(self, found: Mapping[str, Any], left_out: LeftOut, file: str = "metrics.jsonl", line: int = 0) -> None:
         """Add one object of metrics.jsonl, with present names; what is not a number or a list of bins is noted in `left_out`."""
@@ -168,22 +186,24 @@ class Metrics:
         if step is None:
             left_out.add(file, "has no step", line)
             return
-        record: dict[str, float | Sequence[float]] = {}
+        record: dict[str, Metric] = {}
         for key, value in found.items():
-            if key == "step" or value is None:
+            known = self._known.get(key)
+            if known is None:
+                known = self._known[key] = (
+                    RENAMED.get(key, key),
+                    next((count for name, count in BINS.items() if key.startswith(name)), 0),
+                )
+            name, bins = known
+            if value is None or key == "step":
                 continue
-            key = sys.intern(RENAMED.get(key, key))  # one copy of each name, however many steps there are
-            if _is_bins(key):
-                if _fits(key, value):
-                    record[key] = value
-                    continue
-            elif type(value) is float or type(value) is int:
-                if number(value) is not None:
-                    record[key] = float(value)
-                continue
-            elif isinstance(value, list) and all(number(item) is not None for item in value):
-                continue  # a list that no figure shows
-            left_out.add(file, f"{short(key)} is not what this version knows: {short(value, 40)}", line)
+            if not bins and type(value) in (float, int):
+                if -LARGEST < value < LARGEST:  # one that is not finite is not known
+                    record[name] = float(value)
+            elif bins and _is_numbers(value) and len(value) == bins:
+                record[name] = value
+            elif bins or not _is_numbers(value):
+                left_out.add(file, f"{short(name)} is not what this version knows: {short(value, 40)}", line)
         if TRAINED in record:
             self.steps.append(step, record)
         if any(name in record for name in EVALUATED):
@@ -195,14 +215,11 @@ class Metrics:
         self.evaluations.truncate(last)
 
 
-def _is_bins(key: str) -> bool:
-    return key.startswith(tuple(BINS))
-
-
-def _fits(key: str, value: Any) -> bool:
-    """Whether a binned metric is a list of as many numbers as it has bins."""
-    count = next(count for beginning, count in BINS.items() if key.startswith(beginning))
-    return isinstance(value, list) and len(value) == count and all(number(item) is not None for item in value)
+def _is_numbers(value: Any) -> bool:
+    """Whether it is a list of finite numbers."""
+    if not isinstance(value, list) or not {*map(type, value)} <= {float, int}:
+        return False
+    return not value or (min(value) > -LARGEST and max(value) < LARGEST and not math.isnan(sum(value)))
 
 
 def read_metrics(path: Path, left_out: LeftOut) -> Metrics:

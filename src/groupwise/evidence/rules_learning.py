@@ -1,18 +1,23 @@
 """Rules about what a run learned, and from what: held-out results, rewards, groups, completions. One rule, one function."""
 
 import math
-from typing import Literal
 
-from groupwise.evidence.finding import NOTHING, Finding, measure_name, say, sentences, setting, warned_of
+from groupwise.evidence.finding import NOTHING, Finding, Kind, measure_name, say, sentences, setting, warned_of
+from groupwise.evidence.held_out import change, improves
 from groupwise.evidence.history import Noted
 from groupwise.evidence.phrases import Phrase, texts
 from groupwise.evidence.runs import Run
-from groupwise.evidence.statistics import binomial
 from groupwise.text import visible
 from groupwise.thresholds import EVERYWHERE_USED, SOLVED
 
 MOST_KINDS = 5
 """Kinds of events that a finding describes."""
+FEW_FAILED, MANY_FAILED = 0.01, 0.1
+"""Shares of completions that could not be scored: worth a word, and so many that what is learned is biased."""
+RIGHT_ALL_THE_SAME = 0.1
+"""Share of the truncated completions that are right, above which the limit is no harm: answers of a fixed length."""
+ALL = 0.99
+"""Share of truncated completions that is all of them."""
 
 
 def nothing_recorded(run: Run) -> Finding | None:
@@ -54,47 +59,38 @@ def _sentences(events: list[Noted]) -> list[Phrase]:
 
 
 def _as_sentence(text: str) -> str:
-    """Without its full stop, and with a capital."""
-    return visible(f"{text[:1].upper()}{text[1:].rstrip('.')}", lines=True)
+    """Without its full stop, and with a capital, unless it begins with the name of a setting."""
+    word, _, rest = text.rstrip(".").partition(" ")
+    return visible(f"{word[:1].upper()}{word[1:]} {rest}" if word.isalpha() else text.rstrip("."), lines=True)
 
 
 def learned(run: Run) -> Finding | None:
     """Compare the last held-out score with the first one and with the best one."""
-    measure = run.measure
-    series = run.series(measure.key)
-    scores = [score for _, score in series]
-    if len(scores) < 2:
+    found = change(run)
+    if found is None:
         return None
-    first, last, best = scores[0], scores[-1], max(scores)
-    noise = noise_of_change(run)
-    shown = {name: measure.text(value) for name, value in (("first", first), ("last", last), ("noise", noise))}
-    change = say("learned.change", measure=measure_name(measure), steps=series[-1][0], **shown)
-    least = 0.05 if measure.percent else 0.0
-    if best - last > max(1.5 * noise, least, 0.25 * (best - first)):  # The best of many noisy evaluations is high by chance.
-        title = say("learned.accuracy_fell" if measure.percent else "learned.reward_fell")
-        text = say("learned.peak", change=change, best=measure.text(best), step=series[scores.index(best)][0])
-        return Finding(kind="unhealthy", title=title, text=text, figure="accuracy")
-    plain = say("learned.plain", change=change)
-    if last - first > noise:
-        return Finding(kind="healthy", title=say("learned.learned"), text=plain, figure="accuracy")
-    if first - last > noise:
-        text = say("learned.got_worse_text", change=change)
-        return Finding(kind="unhealthy", title=say("learned.got_worse"), text=text, figure="accuracy")
-    if measure.percent and first > 0.97:
-        return Finding(kind="healthy", title=say("learned.little_to_learn"), text=plain, figure="accuracy")
-    text = say("learned.did_not_learn_text", change=change)
-    return Finding(kind="watch", title=say("learned.did_not_learn"), text=text, figure="accuracy")
+    percent, text_of = found.measure.percent, found.measure.text
+    shown = {name: text_of(getattr(found, name)) for name in ("first", "last", "noise", "best")}
+    values = {**shown, "measure": measure_name(found.measure), "steps": found.last_step, "problems": found.problems}
+    said = say("learned.change", **values)
 
+    def finding(kind: Kind, title: str, text: str) -> Finding:
+        whole = say(
+            f"learned.{text}", change=said, step=found.best_step, most=text_of(found.last - found.first + found.noise), **values
+        )
+        return Finding(kind=kind, title=say(f"learned.{title}"), text=whole, figure="accuracy")
 
-def noise_of_change(run: Run) -> float:
-    """Half the width of the 95 % interval of the change between the first and the last evaluation."""
-    key = run.measure.key
-    scored = [record for record in run.evaluations if record.get(key) is not None]
-    first, last = scored[0], scored[-1]
-    count = max(1, int(last.get("eval_problems") or run.recipe.get("training", {}).get("eval_problems", 500)))
-    if run.measure.percent:
-        return math.hypot(binomial(first[key], count), binomial(last[key], count))
-    return math.hypot(*(1.96 * (record.get("eval/reward_std") or 0.0) / math.sqrt(count) for record in (first, last)))
+    if found.verdict == "fell from peak":
+        return finding("unhealthy", "accuracy_fell" if percent else "reward_fell", "peak")
+    if found.verdict == "rose":
+        return finding("healthy", "learned", "plain")
+    if found.verdict == "fell":
+        return finding("unhealthy", "got_worse", "got_worse_text")
+    if percent and found.first > 0.97:
+        return finding("healthy", "little_to_learn", "plain")
+    if found.verdict == "open":
+        return finding("watch", "open", "open_text")
+    return finding("watch", "did_not_learn", "same_text" if found.first == found.last else "did_not_learn_text")
 
 
 def constant_reward(run: Run) -> Finding | None:
@@ -111,15 +107,31 @@ def constant_reward(run: Run) -> Finding | None:
     return Finding(kind="unhealthy", title=say("constant_reward.same"), text=text, figure="rewards")
 
 
+def failed_completions(run: Run) -> Finding | None:
+    """Report completions that could not be scored."""
+    causes = {name.removeprefix("failed/"): sum(run.values(name)) for name in run.steps.names() if name.startswith("failed/")}
+    failed, completions = sum(causes.values()), sum(run.values("rollouts/completions"))
+    share = failed / completions if completions else 0.0
+    if not share > FEW_FAILED:
+        return None
+    most = max(causes, key=lambda cause: causes[cause])
+    text = say("failed.text", share=share, cause=visible(most), of_these=causes[most] / failed)
+    kind: Kind = "unhealthy" if share > MANY_FAILED else "watch"
+    return Finding(kind=kind, title=say("failed.title"), text=text, figure="rewards")
+
+
 def truncated_completions(run: Run) -> Finding | None:
     """Report a token limit that many completions reach."""
-    share, before = run.last("length/truncated", max(5, len(run.steps) // 2)), run.first("length/truncated")
+    share, before = run.last("length/truncated", max(5, len(run.steps) // 4)), run.first("length/truncated")
+    right = run.last("train/pass_rate", max(5, len(run.steps) // 4))
     if not share > 0.2:
         return None
     found = say("truncated.found", share=share, limit=run.recipe.get("rollouts", {}).get("max_tokens"))
     if before < 0.5 * share:
         text = say("truncated.growing_text", found=found, before=before)
         return Finding(kind="unhealthy", title=say("truncated.growing"), text=text, figure="truncated")
+    if right + share - 1 > RIGHT_ALL_THE_SAME * share:
+        return None  # At least this share of the truncated ones is right, so that the limit does them no harm.
     remedies = [say("truncated.longer")]
     if not setting(run, "overlong_cache"):
         remedies.append(say("truncated.punish"))
@@ -128,8 +140,12 @@ def truncated_completions(run: Run) -> Finding | None:
     joined = remedies[0]
     for remedy in remedies[1:]:
         joined = say("truncated.several", first=joined, second=remedy)
-    text = say("truncated.many_text", found=found, remedies=joined)
-    return Finding(kind="unhealthy", title=say("truncated.many"), text=text, figure="truncated")
+    graded = math.isnan(right)
+    by_design = graded and min(share, before) > ALL and improves(run)  # a reward of completions that all have one length
+    falls = share < 0.5 * before and improves(run)
+    text = say("truncated.graded_text" if graded else "truncated.many_text", found=found, remedies=joined)
+    kind: Kind = "watch" if by_design or falls else "unhealthy"
+    return Finding(kind=kind, title=say("truncated.many"), text=text, figure="truncated")
 
 
 def zero_variance_groups(run: Run) -> Finding | None:
@@ -144,7 +160,7 @@ def zero_variance_groups(run: Run) -> Finding | None:
     else:
         which = say("groups.outcomes", right=right, wrong=wrong)
     if right > wrong and run.last("eval/pass@1", 1) > SOLVED:
-        kind: Literal["watch", "healthy"] = "watch" if warned_of(run, "zero_variance") else "healthy"
+        kind: Kind = "watch" if warned_of(run, "zero_variance") else "healthy"
         return Finding(kind=kind, title=say("groups.solved"), text=say("groups.solved_text", which=which), figure="groups")
     if setting(run, "dynamic_sampling"):
         text = say("groups.discarded_text", which=which, rounds=run.last("rollouts/rounds"))
@@ -152,16 +168,17 @@ def zero_variance_groups(run: Run) -> Finding | None:
     if not run.last("utilisation") < EVERYWHERE_USED:
         return None  # A critic, a reward history or step rewards give advantages to zero-variance groups too.
     advice = "tell_apart" if graded else "too_hard" if wrong > right else "too_easy"
-    return Finding(kind="watch", title=say("groups.title"), text=say(f"groups.{advice}", which=which), figure="groups")
+    if graded and improves(run):
+        advice = "best_or_stuck"  # The highest possible reward is not known.
+    text = say(f"groups.{advice}", which=which, reward=run.last("reward/mean"))
+    return Finding(kind="watch", title=say("groups.title"), text=text, figure="groups")
 
 
 def length_growth(run: Run) -> Finding | None:
     """Report completions that grow while held-out results do not."""
     first, last = run.first("length/mean"), run.last("length/mean")
-    scores = run.values(run.measure.key)
-    if len(scores) < 3 or not last > 2 * first:
-        return None
-    if scores[-1] - scores[0] > (0.02 if run.measure.percent else noise_of_change(run)):
+    found = change(run)
+    if found is None or found.verdict == "rose" or len(run.values(run.measure.key)) < 3 or not last > 2 * first:
         return None
     title = say("length.accuracy" if run.measure.percent else "length.reward")
     text = say("length.text", first=first, last=last, measure=measure_name(run.measure))

@@ -2,26 +2,42 @@
 
 from groupwise.algorithms.diagnostics import PROBABILITY_EDGES
 from groupwise.evidence.finding import NOTHING, Finding, say, setting, warned_of
+from groupwise.evidence.held_out import change, improves
 from groupwise.evidence.runs import Run
 from groupwise.thresholds import ENTROPY_LEFT, LARGEST_GAP, SOLVED
 
+LARGE_KL, RUINOUS_KL, PEAK_KL = 0.05, 0.5, 1.0
+"""Nats per token between π_old and π, within a step: the median of the steps is large; so large that few ratios are within any clip
+bounds; and the largest of a step."""
+WRONG_GAP = 0.3
+"""Nats between sampler and learner that no rounding explains: they have different weights, or different settings."""
+TIGHT = 0.05
+"""Clip bounds that are narrower than any paper's for ratios of tokens."""
+
 
 def updates_too_large(run: Run) -> Finding | None:
-    """Report a policy that moves far from π_old within a step, and updates skipped for a loss or gradient that was not finite."""
+    """Report a policy that moves far from π_old within a step, and updates skipped for a loss or gradient that was not finite.
+
+    A large divergence alone is no harm: small models at high learning rates learn with it. It is where results fall or stay, or where
+    it is so large that the ratios mean nothing.
+    """
     skipped, taken = run.last("skipped_updates", 1), len(run.steps)
     kl = sorted(run.values("approx_kl"))
     typical, peak = (kl[len(kl) // 2], kl[-1]) if kl else (0.0, 0.0)
-    large = typical > 0.05 or peak > 1
+    large = typical > LARGE_KL or peak > PEAK_KL
     if not skipped > 0 and not large:
         return None
+    found = change(run)
+    harmed = found is not None and (found.ruined or (found.verdict == "level" and typical > LARGE_KL))
+    unhealthy = skipped > 0.1 * taken or typical > RUINOUS_KL or (large and harmed)
     rate = run.recipe.get("learner", {}).get("learning_rate", "?")
     moved = say("updates.moved", typical=typical, peak=peak)
     lost = say("updates.lost", skipped=skipped) if skipped > 0 else NOTHING
-    unhealthy = large or skipped > 0.1 * taken
+    advice = say("updates.lower" if unhealthy or not improves(run) else "updates.learns", rate=rate)
     return Finding(
         kind="unhealthy" if unhealthy else "watch",
-        title=say("updates.large" if unhealthy else "updates.skipped"),
-        text=say("updates.text", moved=moved, lost=lost, rate=rate),
+        title=say("updates.too_large" if unhealthy else "updates.large" if large else "updates.skipped"),
+        text=say("updates.text", moved=moved, lost=lost, advice=advice),
         figure="kl",
     )
 
@@ -36,11 +52,13 @@ def clip_too_tight(run: Run) -> Finding | None:
     share = sum(run.total("by_probability/clipped_low") + run.total("by_probability/clipped_high")) / tokens
     if not share > 0.08:
         return None
+    tight = min(low, high) < TIGHT
+    unhealthy = share > 0.15 and (tight or not improves(run))
     spread = run.last("spread/token", len(run.steps))
     return Finding(
-        kind="unhealthy" if share > 0.15 else "watch",
+        kind="unhealthy" if unhealthy else "watch",
         title=say("clip.title"),
-        text=say("clip.text", share=share, low=low, high=high, spread=spread),
+        text=say("clip.tight" if tight else "clip.usual", share=share, low=low, high=high, spread=spread),
         figure="clip",
     )
 
@@ -78,12 +96,13 @@ def entropy_collapse(run: Run) -> Finding | None:
 
 
 def entropy_explosion(run: Run) -> Finding | None:
-    """Report entropy that more than doubles."""
+    """Report entropy that more than doubles, unless results improve: a policy that learns to vary its completions has more."""
     first, last = run.first("entropy"), run.last("entropy", 3)
     if not (last > 2 * first and last > 0.3):
         return None
-    text = say("entropy.rose_text", first=first, last=last)
-    return Finding(kind="unhealthy", title=say("entropy.rose"), text=text, figure="entropy")
+    better = improves(run)
+    text = say("entropy.varied" if better else "entropy.rose_text", first=first, last=last)
+    return Finding(kind="watch" if better else "unhealthy", title=say("entropy.rose"), text=text, figure="entropy")
 
 
 def sampler_mismatch(run: Run) -> Finding | None:
@@ -95,4 +114,6 @@ def sampler_mismatch(run: Run) -> Finding | None:
     gap = run.last("sampler_gap_mean", len(run.steps))
     if by_design or not gap > LARGEST_GAP:
         return None
-    return Finding(kind="watch", title=say("sampler.title"), text=say("sampler.text", gap=gap), figure="kl")
+    wrong = gap > WRONG_GAP
+    text = say("sampler.wrong" if wrong else "sampler.text", gap=gap)
+    return Finding(kind="unhealthy" if wrong else "watch", title=say("sampler.title"), text=text, figure="kl")

@@ -137,9 +137,19 @@ def entropy_collapse(watch: Watch) -> Found | None:
     return (
         f"the entropy has collapsed from {first:.3g} to {watch.last('entropy'):.3g} nats per token: the completions of a group "
         "hardly differ, and the reward does not rise",
-        "Raise algorithm.clip_high or set algorithm.entropy_bonus, lower learner.learning_rate "
-        f"(now {watch.recipe.learner.learning_rate:g}), or go on from a checkpoint before this.",
+        _if_not_the_best(
+            watch,
+            "Raise algorithm.clip_high or set algorithm.entropy_bonus, lower learner.learning_rate "
+            f"(now {watch.recipe.learner.learning_rate:g}), or go on from a checkpoint before this.",
+        ),
     )
+
+
+def _if_not_the_best(watch: Watch, advice: str) -> str:
+    """Advice on a policy that gets no better. Where nothing says what is right, the best possible reward is not known."""
+    if not math.isnan(watch.last("train/pass_rate", MANY)):
+        return advice
+    return f"If a higher mean reward than {watch.last('reward/mean', MANY):.3g} is possible: {advice[0].lower()}{advice[1:]}"
 
 
 def zero_variance(watch: Watch) -> Found | None:
@@ -153,7 +163,7 @@ def zero_variance(watch: Watch) -> Found | None:
         return None
     right, wrong = watch.last("groups/all_correct", MANY), watch.last("groups/all_wrong", MANY)
     if math.isnan(right):
-        advice = "Raise rollouts.group_size, or use a reward that tells more completions apart."
+        advice = _if_not_the_best(watch, "Raise rollouts.group_size, or use a reward that tells more completions apart.")
     elif wrong > right:
         advice = "Use easier problems, raise rollouts.group_size or rollouts.max_tokens, or warm the model up with groupwise sft."
     else:

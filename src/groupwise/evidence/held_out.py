@@ -1,0 +1,107 @@
+"""How a run's held-out results changed, and what of it sampling noise explains."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from groupwise.evidence.runs import Measure, Run
+from groupwise.evidence.statistics import binomial, interval
+from groupwise.evidence.student import critical
+
+ERROR = 0.05
+"""Probability with which a change is seen, in either direction, where there is none."""
+SMALL = 0.15
+"""Of a pass rate: a rise that a run should have shown if there was any."""
+SMALL_EFFECT = 0.5
+"""The same of a graded reward, in standard deviations between problems."""
+FEWEST = 5
+"""Steps at either end of a run whose rewards are compared."""
+
+Verdict = Literal["rose", "fell", "fell from peak", "level", "open"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """The held-out score of the first evaluation, the last, and the best one between."""
+
+    measure: Measure
+    first: float
+    last: float
+    best: float
+    best_step: int
+    last_step: int
+    noise: float
+    """Half the width of the 95 % interval of last - first. It takes the evaluations as independent; they try the same problems with
+    the same random numbers, so it is rather too wide."""
+    problems: int
+    verdict: Verdict
+    """rose, fell: by more than sampling noise explains; level: neither, and a rise worth having would have been seen; open: too few
+    problems to tell."""
+
+    @property
+    def ruined(self) -> bool:
+        return self.verdict in ("fell", "fell from peak")
+
+
+def change(run: Run) -> Change | None:
+    """Compare the held-out scores of a run; None: there are fewer than two evaluations."""
+    measure = run.measure
+    series = run.series(measure.key)
+    if len(series) < 2:
+        return None
+    steps, scores = zip(*series, strict=True)
+    known = run.evaluations[-1].get("eval_problems") or run.recipe.get("training", {}).get("eval_problems", 500)
+    problems = max(1, int(known))
+    deviations = dict(run.series("eval/reward_std"))
+    if measure.percent:
+        errors = [binomial(score, problems) for score in scores]
+        small = SMALL
+    else:
+        t = critical(ERROR, max(1, problems - 1))
+        errors = [t * deviations.get(step, 0.0) / math.sqrt(problems) for step in steps]
+        small = SMALL_EFFECT * max(deviations.get(steps[0], 0.0), deviations.get(steps[-1], 0.0))
+    return Change(
+        measure=measure,
+        first=scores[0],
+        last=scores[-1],
+        best=max(scores),
+        best_step=steps[scores.index(max(scores))],
+        last_step=steps[-1],
+        noise=math.hypot(errors[0], errors[-1]),
+        problems=problems,
+        verdict=_verdict(scores, errors, max(1, problems - 1), small, least=0.05 if measure.percent else 0.0),
+    )
+
+
+def _verdict(scores: Sequence[float], errors: Sequence[float], freedom: int, small: float, least: float) -> Verdict:
+    """
+    Args:
+        errors: half the width of each score's 95 % interval.
+        freedom: degrees of freedom of each.
+        small: a rise that a run should have shown if there was any.
+        least: a fall from the peak that is worth a word.
+    """
+    first, last = scores[0], scores[-1]
+    peak = max(range(1, len(scores)), key=lambda i: scores[i])
+    gained, fall = scores[peak] - first, scores[peak] - last
+    # The best of many noisy evaluations is high by chance: each is compared at a share of the error probability (Bonferroni), and
+    # none at less than 1.5 intervals. A quarter of what was gained may go again, since policies waver from step to step.
+    wider = max(1.5, critical(ERROR / (len(scores) - 1), freedom) / critical(ERROR, freedom))
+    if gained > 0 and fall > max(wider * math.hypot(errors[peak], errors[-1]), least, 0.25 * gained):
+        return "fell from peak"
+    noise = math.hypot(errors[0], errors[-1])
+    if abs(last - first) > noise:
+        return "rose" if last > first else "fell"
+    return "open" if last - first + noise > small else "level"
+
+
+def improves(run: Run) -> bool:
+    """Whether held-out results rose and stayed up; before there are any to compare, whether the rewards of training did."""
+    found = change(run)
+    if found is not None:
+        return found.verdict == "rose"
+    rewards = run.values("reward/mean")
+    third = len(rewards) // 3
+    early, late = interval(rewards[:third]), interval(rewards[len(rewards) - third :])
+    return third >= FEWEST and late.low > early.high  # each step has problems of its own, so that their rewards are independent
