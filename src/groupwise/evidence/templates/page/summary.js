@@ -8,7 +8,7 @@ const severalRuns = () => page.data.runs.length > 1;
 // A setting's name with the colour that its lines have in the figures.
 function settingLabel(id) {
   const colour = make("span", { class: "colour", "aria-hidden": "true" });
-  colour.style.background = typeof settingColour === "function" ? settingColour(id) : "var(--accent)";
+  colour.style.background = settingColour(id);
   return make("span", { class: "setting" }, severalSettings() ? colour : null, make("bdi", {}, settingOf(id)?.name ?? ""));
 }
 const runLabel = (id) => make("bdi", {}, runOf(id)?.name ?? "");
@@ -85,9 +85,12 @@ function leftOutBox() {
   return make("div", { class: "finding watch", id: "left-out" }, make("h4", {}, text("summary.heading.left_out")), make("ul", {}, ...shown), rest);
 }
 
+// The findings by setting, those with the worst ones first.
 section("findings", "summary.heading.findings", ["findings", "left_out", "settings"], () => {
-  const drawn = page.data.settings.map((setting) => {
-    const found = page.data.findings.filter((finding) => finding.setting === setting.id);
+  const foundOf = (setting) => page.data.findings.filter((finding) => finding.setting === setting.id);
+  const worst = (setting) => Math.min(3, ...foundOf(setting).map((finding) => ["unhealthy", "watch", "healthy"].indexOf(finding.kind)));
+  const drawn = [...page.data.settings].sort((a, b) => worst(a) - worst(b)).map((setting) => {
+    const found = foundOf(setting);
     const boxes = found.length ? found.map(findingBox) : [make("p", { class: "soft" }, text("summary.finding.none"))];
     return make("div", {}, severalSettings() ? make("h3", {}, settingLabel(setting.id)) : null, ...boxes);
   });
