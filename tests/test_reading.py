@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import torch
 from groupwise.algorithms import named
 from groupwise.errors import UserError
 from groupwise.evidence.completions import embedded, readable, step_to_read
+from groupwise.evidence.report import write_page
 from groupwise.evidence.runs import open_run
 from groupwise.evidence.runs_page import packed
+from groupwise.text import JOINERS, is_hidden
 from groupwise.training import session
 from groupwise.training.batching import make_batch
 from groupwise.training.checkpoints import Store
@@ -23,6 +26,8 @@ from groupwise.training.credit import CreditAssigner, reward_parts, weighted_par
 from groupwise.training.output import make_console
 from groupwise.training.records import RunDirectory
 from groupwise.types import LogprobBatch, Score, upgrade
+from tests.hostile_texts import TEXTS
+from tests.pages import chromium, illegible, inaccessible, needs_browser, opened
 from tests.test_methods import group_of, two
 
 # --- what a run records
@@ -193,8 +198,9 @@ def test_what_cannot_be_read_is_named(run: Path, tmp_path: Path, source: Any, co
     with pytest.raises(UserError, match=f"{file.name}: cannot be read"):
         step_to_read(open_run(path), 2, source)
     damaged = open_run(path)
-    assert [step["step"] for step in embedded([damaged], 1_000_000) if step["source"] == source][:1] == [1]
-    assert (content is None and source != "texts") or any(file.name in line for line in damaged.left_out)
+    found = [step["step"] for step in embedded([damaged], 1_000_000) if step["source"] == source]
+    assert 1 in found and 2 not in found
+    assert content is None or any(file.name in line for line in damaged.left_out)
 
 
 def test_what_a_report_holds_fits_into_its_budget(run: Path, tmp_path: Path) -> None:
@@ -209,3 +215,122 @@ def test_what_a_report_holds_fits_into_its_budget(run: Path, tmp_path: Path) -> 
     assert {(step["source"], step["step"]) for step in found} == {
         *(("tokens", step) for step in (1, 2)), *(("texts", step) for step in (1, 2)), *(("held_out", step) for step in (0, 1, 2))
     }  # fmt: skip
+
+
+# --- the page
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as browser:
+        yield browser
+
+
+def reading(browser: Any, page_path: Path, **settings: Any) -> tuple[Any, list[str]]:
+    page, wrong = opened(browser, page_path, **settings)
+    page.wait_for_function("document.documentElement.dataset.drawn !== undefined")
+    page.locator("#completions").scroll_into_view_if_needed()
+    page.wait_for_selector("#completions .completion")
+    return page, wrong
+
+
+@pytest.fixture(scope="module")
+def page_path(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of two runs with the same prompts."""
+    home = tmp_path_factory.mktemp("pages")
+    runs = [open_run(run), open_run(shutil.copytree(run, home / "other"))]
+    write_page(runs, home / "report.html")
+    return home / "report.html"
+
+
+@needs_browser
+def test_reading_tokens(browser: Any, page_path: Path) -> None:
+    page, wrong = reading(browser, page_path, viewport={"width": 1024, "height": 900}, color_scheme="light")
+    text = page.locator(".tokens").first
+    tokens = text.locator(".block span")
+    before = [token.get_attribute("class") for token in tokens.all()]
+    assert page.locator("[data-key=step0]").input_value() == "2" and any("high" in name or "low" in name for name in before)
+    page.select_option("[data-key=quantity]", "probability")
+    assert [token.get_attribute("class") for token in tokens.all()] != before
+    text.focus()
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    tip = page.locator("#token-tip")
+    assert tip.is_visible() and "probability" in tip.inner_text() and "token 2" in tip.inner_text()
+    page.keyboard.press("Escape")
+    assert not tip.is_visible()
+    tokens.nth(0).hover()
+    assert tip.is_visible()
+    assert "algorithm/overlong" in page.locator(".parts").first.inner_text()
+    page.select_option("[data-key=order]", "ratio")
+    page.check("[data-key=wrong]")
+    assert set(page.locator("#completions .verdict").all_inner_texts()) == {"✗ wrong"}
+    page.click("[data-key=earlier0]")
+    page.wait_for_function("document.querySelector('[data-key=step0]').value === '1'")
+    page.evaluate("scrollTo(0, 0)")  # the contents stay at the top, over what is scrolled
+    assert not illegible(page) and not inaccessible(page) and wrong == []
+    page.close()
+
+
+@needs_browser
+def test_two_evaluations_side_by_side(browser: Any, page_path: Path) -> None:
+    page, wrong = reading(browser, page_path, viewport={"width": 390, "height": 900}, color_scheme="dark", locale="zh-CN")
+    page.select_option("[data-key=source0]", "held_out")
+    page.click("[data-key=compare]")
+    assert page.locator("[data-key=run1]").input_value() != page.locator("[data-key=run0]").input_value()
+    page.check("[data-key=changed]")
+    status = page.locator("#completions [role=status]")
+    status.get_by_text("没有符合条件的回复").wait_for()  # the other run is a copy
+    page.fill("[data-key=step1]", "0")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#completions .group")
+    for group in page.locator("#completions .group").all():
+        assert len(set(group.locator(".verdict").all_inner_texts())) == 2
+    prompt = page.locator("#completions .prompt").first.inner_text()
+    page.fill("#completions [type=search]", prompt)
+    page.wait_for_function("document.querySelectorAll('#completions .group').length === 1")
+    page.evaluate("scrollTo(0, 0)")  # the contents stay at the top, over what is scrolled
+    assert not illegible(page) and not inaccessible(page) and wrong == []
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    page.close()
+
+
+@needs_browser
+def test_hostile_and_long_texts(browser: Any, run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(run, path)
+    for file in (path / "tokens").iterdir():
+        table = pq.read_table(file)
+        texts = [text.encode(errors="replace").decode() for text in TEXTS.values()]
+        for name in ("text", "prompt", "answer"):
+            places = range(len(table)) if name == "text" else table["group"].to_pylist()
+            column = pa.array([texts[place % len(texts)] for place in places])
+            table = table.set_column(table.column_names.index(name), name, column.dictionary_encode())
+        pq.write_table(table, file)
+    lines = [{"prompt": "long", "completion": "a needle in a line\n" * 60_000, "turns": []}]
+    lines += [{"prompt": text, "answer": text, "completion": text[:9999], "turns": []} for text in TEXTS.values()]
+    (path / "evaluations" / "step-000002.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_page([open_run(path)], tmp_path / "report.html")
+    page, wrong = reading(browser, tmp_path / "report.html", viewport={"width": 390, "height": 900})
+    page.on("dialog", lambda dialog: wrong.append(dialog.message))
+    for source in ("tokens", "held_out"):
+        page.select_option("[data-key=source0]", source)
+        while page.locator("[data-key=more]").count():
+            page.click("[data-key=more]")
+        assert page.locator("#completions .group").count() == (4 if source == "tokens" else len(lines))
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        assert page.evaluate(
+            "window.owned === undefined && !document.querySelector('#completions :is(script, img, iframe, style)')"
+        )
+        shown = page.locator("#completions").inner_text()
+        assert not [letter for letter in shown if is_hidden(ord(letter)) and letter not in "\n\t" + JOINERS]
+    page.fill("#completions [type=search]", "NEEDLE")
+    page.wait_for_selector("#completions mark")
+    seconds = page.evaluate("""async () => {
+        const started = performance.now();
+        document.querySelector("#completions .completion .more").click();
+        await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
+        return (performance.now() - started) / 1000;
+    }""")
+    assert seconds < 2 and page.locator("#completions .block").count() > 50 and wrong == []
+    page.close()
