@@ -6,7 +6,7 @@
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
     const node = walker.currentNode, parent = node.parentElement, text = node.textContent.trim();
-    if (!text || parent.closest("script, style, option") || !shown(parent)) continue;
+    if (!text || parent.closest("script, style, option, .unseen") || !shown(parent)) continue;
     const size = parseFloat(getComputedStyle(parent).fontSize);
     if (size < smallest) found.push(`${size} px: ${text}`);
     const range = document.createRange();
