@@ -3,7 +3,7 @@
 import bisect
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from groupwise.evidence.student import critical, power, shift_needed, two_sided
@@ -49,7 +49,14 @@ def interval(values: Sequence[float]) -> Interval:
     mean = statistics.fmean(values) if values else math.nan
     if n < FEWEST_SEEDS:
         return Interval(mean, math.nan, n)
-    return Interval(mean, critical(LEVEL, n - 1) * statistics.stdev(values) / math.sqrt(n), n)
+    return Interval(mean, critical(LEVEL, n - 1) * deviation(values) / math.sqrt(n), n)
+
+
+def deviation(values: Iterable[float]) -> float:
+    """The sample standard deviation; of numbers so large that their squares are not finite too."""
+    values = list(values)
+    mean = statistics.fmean(values)
+    return math.hypot(*(value - mean for value in values)) / math.sqrt(len(values) - 1)
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Interval:
@@ -131,14 +138,12 @@ def difference(first: Mapping[int, float], second: Mapping[int, float], least: f
     shared = one.keys() & other.keys()
     if len(shared) >= FEWEST_SEEDS:
         changes = [other[seed] - one[seed] for seed in sorted(shared)]
-        return Difference(
-            mean=statistics.fmean(changes), spreads=(max(statistics.stdev(changes), least),), counts=(len(changes),)
-        )
+        return Difference(mean=statistics.fmean(changes), spreads=(max(deviation(changes), least),), counts=(len(changes),))
     if min(len(one), len(other)) < FEWEST_SEEDS:
         return None
     return Difference(
         mean=statistics.fmean(other.values()) - statistics.fmean(one.values()),
-        spreads=tuple(max(statistics.stdev(of.values()), least) for of in (one, other)),
+        spreads=tuple(max(deviation(of.values()), least) for of in (one, other)),
         counts=(len(one), len(other)),
     )
 

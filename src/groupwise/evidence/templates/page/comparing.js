@@ -15,7 +15,7 @@ function scalesOfComparisons(comparisons) {
 
 // The text below says the same, so this is hidden from screen readers.
 function drawnInterval({ low, middle, high }, scale) {
-  if (low === null || !(scale.to > scale.from)) return make("span", { class: "interval" });
+  if (low === null || !(scale.to > scale.from)) return make("span", { class: "compared-interval" });
   const at = (value) => `${2 + (96 * (value - scale.from)) / (scale.to - scale.from)}%`;
   const place = (name, from, to) => {
     const part = make("span", { class: name });
@@ -23,14 +23,14 @@ function drawnInterval({ low, middle, high }, scale) {
     if (to !== undefined) part.style.right = `calc(100% - ${at(to)})`;
     return part;
   };
-  return make("span", { class: "interval", "aria-hidden": "true" }, place("zero", 0), place("whisker", low, high), place("middle", middle));
+  return make("span", { class: "compared-interval", "aria-hidden": "true" }, place("zero", 0), place("whisker", low, high), place("middle", middle));
 }
 
 function comparisonRow(item, scales) {
   const label = text(`comparing.measures.${item.measure}`, { measure: say(page.data.measure) });
   return make("div", { class: `compared ${item.verdict}` },
-    make("div", { class: "facts" }, make("span", { class: "verdict" }, text(`comparing.verdicts.${item.verdict}`)),
-      make("span", {}, label), make("span", { class: "change" }, say(item.difference)), drawnInterval(item, scales[item.measure])),
+    make("div", { class: "compared-facts" }, make("span", { class: "compared-verdict" }, text(`comparing.verdicts.${item.verdict}`)),
+      make("span", {}, label), make("span", { class: "compared-change" }, say(item.difference)), drawnInterval(item, scales[item.measure])),
     make("p", {}, say(item.text)));
 }
 
@@ -43,7 +43,7 @@ function pairHeading(first, second) {
 function comparedPairs(comparisons, scales) {
   const pairs = new Map();
   for (const item of comparisons) pairs.set(`${item.first} ${item.second}`, [...(pairs.get(`${item.first} ${item.second}`) ?? []), item]);
-  return [...pairs.values()].map((items) => make("article", { class: "pair" }, pairHeading(items[0].first, items[0].second), ...items.map((item) => comparisonRow(item, scales))));
+  return [...pairs.values()].map((items) => make("article", { class: "compared-pair" }, pairHeading(items[0].first, items[0].second), ...items.map((item) => comparisonRow(item, scales))));
 }
 
 const unknownShown = { open: false };
