@@ -3,6 +3,7 @@
 const plotGroups = ["learning", "health", "policy", "cost"];
 const plotsHolder = document.getElementById("figures");
 const plotControls = make("div", { class: "controls plot-controls", role: "group" });
+const plotStructures = new Map();
 const windowSizes = [1, 3, 5, 11, 21, 51, 101, 201, 501, 1001, 2001, 5001];
 
 // One of several, as buttons.
@@ -21,8 +22,8 @@ function drawControls() {
   plotControls.replaceChildren(
     choice("x", xAxes, plotsChosen.axis, chooseAxis, (axis) => axis !== "step" && !clocked),
     choice("y", ["own", "linear", "log"], plotsChosen.height, chooseHeight),
-    make("span", { class: "choice" }, make("label", { for: "smoothing", class: "soft" }, text("plots.smoothing")), slider, said),
     make("button", { type: "button", class: "small", id: "reset-zoom", onclick: resetAll }, text("plots.reset")),
+    make("span", { class: "choice" }, make("label", { for: "smoothing", class: "soft" }, text("plots.smoothing")), slider, said),
   );
   saySmoothing();
   drawReset();
@@ -152,21 +153,38 @@ function plotOf(figure) {
 
 // All figures from the data; those that stay keep their zoom, hidden lines and what is pointed at.
 function drawFigures() {
-  const { figures } = page.data, kept = new Set(figures.filter((figure) => !isConstant(figure)).map(({ id }) => id));
+  const { figures } = page.data;
+  plotStructures.clear();
+  for (const figure of figures) plotStructures.set(figure.id, structureOf(figure));
+  const kept = new Set(figures.filter((figure) => !isConstant(figure)).map(({ id }) => id));
   for (const plot of [...plotsOf.values()]) if (!kept.has(plot.id)) dropPlot(plot);
   const sections = plotGroups.map((id) => drawGroup(id, figures.filter((figure) => figure.group === id)));
   if (!plotsHolder.contains(plotControls)) {
-    plotsHolder.append(make("h2", { id: "plots-heading" }), plotControls, make("p", { class: "soft plots-help" }), make("div", { id: "plots-groups" }));
+    plotsHolder.append(make("h2", { id: "plots-heading" }), plotControls, make("details", { class: "plots-help" }, make("summary", {}), make("p", { class: "soft" })), make("div", { id: "plots-groups" }));
     document.body.append(plotTip);
   }
   plotsHolder.hidden = figures.length === 0;
   document.getElementById("plots-heading").textContent = text("plots.figures");
-  plotsHolder.querySelector(".plots-help").textContent = text("plots.help");
+  plotsHolder.querySelector(".plots-help summary").textContent = text("plots.help_title");
+  plotsHolder.querySelector(".plots-help p").textContent = text("plots.help");
   const holder = document.getElementById("plots-groups");
   if (!holder.children.length) holder.append(...sections);
   measureGroups();
   drawControls();
   for (const plot of plotsOf.values()) describeFigure(plot);
+}
+
+// New data of some figures. What is said of them is said anew only where it changed, so that the focus stays where it is.
+const structureOf = (figure) => JSON.stringify([isConstant(figure), figure.title, figure.group, figure.kind, figure.note, figure.constants, metricsOf(figure), colouredBy(figure)]);
+function updateFigures(ids) {
+  const { figures } = page.data;
+  const same = figures.every((figure) => plotStructures.get(figure.id) === structureOf(figure)) && plotStructures.size === figures.length;
+  if (!same) drawFigures();
+  for (const figure of figures) if (plotsOf.has(figure.id)) plotsOf.get(figure.id).figure = figure;
+  measureGroups();
+  refreshFigures(ids);
+  for (const id of ids) if (plotsOf.has(id)) fillTable(plotsOf.get(id));
+  drawReset();
 }
 
 function refreshFigures(ids) {
@@ -180,15 +198,12 @@ function refreshFigures(ids) {
 
 whenChanged((changed) => {
   if (changed.has("theme")) canvasColours.clear();
+  if (page.data === null) return;
   plotsFont.value = axisFont();
   if (changed.has("settings") || changed.has("runs") || changed.has("language") || (changed.has("figures") && !page.changedFigures)) {
     drawFigures();
     refreshFigures(null);
   } else if (changed.has("figures")) {
-    if (page.data.figures.some((figure) => !isConstant(figure) && !plotsOf.has(figure.id))) drawFigures();
-    for (const figure of page.data.figures) if (plotsOf.has(figure.id)) plotsOf.get(figure.id).figure = figure;
-    measureGroups();
-    refreshFigures(new Set(page.changedFigures));
-    drawReset();
+    updateFigures(page.changedFigures);
   } else if (changed.has("theme")) redraw();
 });

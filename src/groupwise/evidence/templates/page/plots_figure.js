@@ -127,9 +127,9 @@ function describeFigure(plot) {
 // What must be known to read a figure, below it.
 function noteFigure(plot) {
   const { figure } = plot, lines = plot.kind === "lines" ? drawnIn(figure) : [], notes = [];
-  const seeds = [...new Set(lines.filter((line) => line.low).map((line) => line.seeds))].sort((a, b) => a - b);
+  const seeds = [...new Set(lines.filter((line) => line.low && (figure.band || line.seeds > 1)).map((line) => line.seeds))].sort((a, b) => a - b);
   if (figure.note) notes.push(say(figure.note));
-  if (seeds.length) notes.push(make("span", { class: "key" }, lineSwatch("band", seeds.length && colouredBy(figure) !== "setting" ? "var(--line-0)" : "var(--soft)", []), figure.band ? say(figure.band) : text("plots.band", { seeds: seeds.length > 1 ? `${seeds[0]}–${seeds.at(-1)}` : seeds[0] })));
+  if (seeds.length) notes.push(make("span", { class: "key" }, lineSwatch("band", colouredBy(figure) === "setting" ? "var(--soft)" : plot.styles[0]?.colour ?? "var(--line-0)", []), figure.band ? say(figure.band) : text("plots.band", { seeds: seeds.length > 1 ? `${seeds[0]}–${seeds.at(-1)}` : seeds[0] })));
   if (plot.marks.length) notes.push(make("span", { class: "key" }, lineSwatch("lines", "var(--watch)", [3, 3]), text("plots.marks")));
   if (plot.kind === "dots" && drawnIn(figure).some((series) => series.flags?.some(Boolean))) notes.push(make("span", { class: "key" }, lineSwatch("ring", "var(--soft)", []), text("plots.clipped")));
   if (plot.coincide) notes.push(text("plots.coincide"));
