@@ -14,7 +14,7 @@ GROUPS = ("learning", "health", "policy", "cost")
 
 def line(steps: Any, values: Any, *, setting: str, label: str, dash: int = 0, run: str | None = None, seeds: int = 1) -> Line:
     """A line; of several seeds with an interval."""
-    half = np.full(len(values), 0.05) if seeds > 2 else None
+    half = np.full(len(values), 0.1 * float(np.std(values))) if seeds > 2 else None
     return {
         "id": f"{setting}/{run}/{label}",
         "setting": setting,
@@ -140,8 +140,9 @@ def dots(names: list[str], random: Any) -> Figure:
     for name in names[:4]:
         p = random.beta(2, 0.5, 600)
         ratio = np.exp(0.1 * random.standard_normal(600) / np.sqrt(p))
+        flags = [bool(far) for far in abs(ratio - 1) > 0.2]
         series.append({"id": name, "setting": name, "label": same("tokens").as_json(), "dash": 0,
-                       "x": short(p), "y": short(ratio), "tips": [f"token {i}" for i in range(600)], "flags": [bool(abs(r - 1) > 0.2) for r in ratio]})  # fmt: skip
+                       "x": short(p), "y": short(ratio), "tips": [f"token {i}" for i in range(600)], "flags": flags})  # fmt: skip
     more: dict[str, Any] = {"kind": "dots", "series": series, "x": _axis("π_old")}
     return figure("ratio", "policy", "Token ratios by probability", [], "ratio π / π_old", log=True, **more)
 

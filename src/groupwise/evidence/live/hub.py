@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from groupwise.errors import first_line
+from groupwise.errors import UserError, first_line
 from groupwise.evidence.document import document
 from groupwise.evidence.following import Following
 from groupwise.evidence.live.patches import patches
@@ -180,16 +180,20 @@ class Hub:
             await asyncio.to_thread(self.following.add, path)
         self._now()
 
-    async def remove(self, wanted: str) -> bool:
-        """Follow a run no longer; returns whether it was followed. `wanted`: its id in the document, or its path while it has none."""
+    async def remove(self, wanted: str) -> None:
+        """Follow a run no longer. `wanted`: its id in the document, or its path while it has none.
+
+        Raises:
+            UserError: it is not followed.
+        """
         async with self._reading:
             names = {
                 run_id(one.run) if one.run is not None else str(one.path): key for key, one in self.following.followed.items()
             }
-            if wanted in names:
-                self.following.remove(names[wanted])
+            if wanted not in names:
+                raise UserError("it is not followed any more")
+            self.following.remove(names[wanted])
         self._now()
-        return wanted in names
 
     def run(self, wanted: str) -> Run | None:
         """The run with an id."""

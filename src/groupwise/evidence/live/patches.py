@@ -5,6 +5,8 @@ from typing import Any
 
 from groupwise.evidence.shapes import Document, Figure, Line, Patch
 
+MEMBERS = ("settings", "runs")
+"""Parts of the document of which few fields change with every step."""
 LISTS = ("steps", "values", "low", "high")
 """Of a line: one entry for each point."""
 SCALARS = ("seeds", "stretch")
@@ -15,16 +17,19 @@ def patches(before: Document, after: Document) -> Patch:
     """What makes `after` of `before`; empty if they are alike.
 
     Returns:
-        "parts": keys of the document with their new values; "runs": {run id: {field: new value}}, where the runs are the same;
-        "figures": {"order": ids, if they are others; "whole": {id: figure}; "lines": {id: {line id: points}}}, points being how
+        "parts": keys of the document with their new values; "runs" and "settings": {id: {field: new value}}, where they are the same
+        ones; "figures": {"order": ids, if they are others; "whole": {id: figure}; "lines": {id: {line id: points}}}, points being how
         many to "keep" and what comes after these in each list.
     """
     found: Patch = {}
-    parts = {key: value for key, value in after.items() if key not in ("figures", "runs") and value != before.get(key)}
-    if [run["id"] for run in before["runs"]] != [run["id"] for run in after["runs"]]:
-        parts["runs"] = after["runs"]
-    elif fields := _fields(before["runs"], after["runs"]):
-        found["runs"] = fields
+    old, new = dict(before), dict(after)
+    parts = {key: value for key, value in new.items() if key not in ("figures", *MEMBERS) and value != old.get(key)}
+    for key in MEMBERS:
+        fields = _fields(old[key], new[key])
+        if fields is None:
+            parts[key] = new[key]
+        elif fields:
+            found[key] = fields
     if parts:
         found["parts"] = parts
     if figures := _figures(before["figures"], after["figures"]):
@@ -32,7 +37,10 @@ def patches(before: Document, after: Document) -> Patch:
     return found
 
 
-def _fields(before: Sequence[Any], after: Sequence[Any]) -> dict[str, dict[str, Any]]:
+def _fields(before: Any, after: Any) -> dict[str, dict[str, Any]] | None:
+    """What changed in each of the members; None: they are others."""
+    if [member["id"] for member in before] != [member["id"] for member in after]:
+        return None
     found = {}
     for old, new in zip(before, after, strict=True):
         if changed := {key: value for key, value in new.items() if value != old.get(key)}:

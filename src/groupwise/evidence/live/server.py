@@ -10,12 +10,14 @@ import base64
 import hashlib
 import hmac
 import ipaddress
+import re
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -26,8 +28,11 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from groupwise.errors import RunError, UserError
+from groupwise.evidence.completions import Source, step_to_read
 from groupwise.evidence.live.hub import Hub
 from groupwise.evidence.runs_page import live_page
+from groupwise.evidence.shapes import StepToRead
+from groupwise.text import json_line, visible
 
 LONGEST_BODY = 8192
 """Bytes of a request's body, which is a path."""
@@ -69,24 +74,52 @@ def make_app(hub: Hub, token: str, host: str, title: str) -> ASGIApp:
     async def follow(request: Request) -> Response:
         return StreamingResponse(hub.messages(request.query_params.get("since", "")), media_type="application/x-ndjson")
 
+    async def step(request: Request) -> Response:
+        return await answered(partial(asyncio.to_thread, read_step, hub, request.query_params))
+
     async def add(request: Request) -> Response:
-        try:
-            await hub.add(checked_path(await _body(request)))
-        except UserError as error:
-            return JSONResponse({"error": str(error)}, 400)
-        return JSONResponse({})
+        body = await _body(request)
+        return await answered(lambda: hub.add(checked_path(body)))
 
     async def remove(request: Request) -> Response:
-        known = await hub.remove(await _body(request))
-        return JSONResponse({} if known else {"error": "not followed (any more)"}, 200 if known else 404)
+        body = await _body(request)
+        return await answered(lambda: hub.remove(body))
 
     routes = [
         Route("/", page),
         Route("/follow", follow),
+        Route("/step", step),
         Route("/runs/add", add, methods=["POST"]),
         Route("/runs/remove", remove, methods=["POST"]),
     ]
     return Guard(Router(routes), token, host, policy(html))
+
+
+async def answered(work: Callable[[], Awaitable[Any]]) -> Response:
+    """What some work gives, as JSON, or what is wrong with what it was asked for."""
+    try:
+        found = await work()
+    except UserError as error:
+        return JSONResponse({"error": visible(str(error))}, 400)
+    return Response(json_line(found, (",", ":")), media_type="application/json")
+
+
+def read_step(hub: Hub, wanted: Mapping[str, str]) -> StepToRead:
+    """Completions of a step of a run that is followed.
+
+    Raises:
+        UserError: there are none.
+    """
+    run, source = hub.run(wanted.get("run", "")), wanted.get("source", "")
+    numbers = [wanted.get(name, "0") for name in ("step", "first")]
+    if (
+        run is None
+        or source not in get_args(Source)
+        or not all(re.fullmatch(r"\d{1,12}", number, re.ASCII) for number in numbers)
+    ):
+        raise UserError("the run is not followed (any more), or has no such completions")
+    step, first = map(int, numbers)
+    return step_to_read(run, step, cast(Source, source), first)
 
 
 class Guard:

@@ -1,3 +1,5 @@
+// Mathematics as text, and one plot as SVG.
+
 function make(name, attributes = {}, ...children) {
   const svg = ["svg", "g", "path", "line", "circle", "text"].includes(name);
   const element = svg ? document.createElementNS("http://www.w3.org/2000/svg", name) : document.createElement(name);

@@ -1,7 +1,13 @@
-// Numbers and mathematics as text, and one plot as SVG.
+// Numbers as text.
 
 const minus = (text) => text.replace("-", "−");
 const raised = (digits) => [...digits].map((digit) => (digit === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit])).join("");
+
+const formatters = new Map();
+function rounded(x, key, options) {
+  if (!formatters.has(key)) formatters.set(key, new Intl.NumberFormat("en-US", options));
+  return formatters.get(key).format(x);
+}
 
 // A number with four significant digits, an integer whole.
 function format(x, digits = 4) {
@@ -11,7 +17,8 @@ function format(x, digits = 4) {
     const [factor, power] = x.toExponential(3).split("e");
     return minus(`${Number(factor)} × 10${raised(power.replace("+", ""))}`);
   }
-  return minus(x.toLocaleString("en-US", { maximumSignificantDigits: Number.isInteger(x) ? 7 : digits }).replace(/^-0$/, "0"));
+  const most = Number.isInteger(x) ? 7 : digits;
+  return minus(rounded(x, `most ${most}`, { maximumSignificantDigits: most }).replace(/^-0$/, "0"));
 }
 const percent = (x) => `${format(100 * x)} %`;
 
@@ -22,7 +29,7 @@ function ticks(from, to, count, integer = false) {
   const places = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
   const found = [];
   for (let i = Math.ceil(from / step - 1e-9); i * step <= to + step * 1e-9; i += 1) {
-    const label = (i * step).toLocaleString("en-US", { minimumFractionDigits: places, maximumFractionDigits: places });
+    const label = rounded(i * step, `places ${places}`, { minimumFractionDigits: places, maximumFractionDigits: places });
     found.push({ at: i * step, label: minus(label.replace(/^-(?=[0.]+$)/, "")) });
   }
   return found;

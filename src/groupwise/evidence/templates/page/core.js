@@ -8,7 +8,8 @@ const page = { data: null, language: "en", theme: "light" };
 const listeners = [];
 
 // Call `listener(changed)` after every change. `changed` is a set of keys of the document, or of "language", "theme"; of figures the
-// set has "figures", and `page.changedFigures` their ids (null: all).
+// set has "figures", and `page.changedFigures` their ids (null: all). Of a live page also "status", "readable" and "clock": only these
+// fields of runs and settings changed.
 const whenChanged = (listener) => listeners.push(listener);
 function tell(...changed) {
   for (const listener of listeners) listener(new Set(changed));

@@ -4,6 +4,9 @@ const SILENCE = 25_000; // milliseconds without a line, which comes every 10 s, 
 const AWAY = 60_000; // milliseconds after which a page that nobody sees lets go of the server
 const connection = { state: "connecting", instance: "", version: -1, interval: 0, heard: 0, at: null, control: null, wake: null, extra: {} };
 
+// Fields of runs and settings that change with every step. Parts are told of them by name, and not that runs or settings changed.
+const growing = new Set(["status", "readable", "clock"]);
+
 // Follow the server for as long as the page is open: over its restarts, a sleep of the machine, and being hidden.
 async function follow() {
   let pause = 500;
@@ -96,9 +99,11 @@ function applyPatch(data, patch, changed) {
     data[key] = value;
     changed.add(key);
   }
-  for (const [id, fields] of Object.entries(patch.runs ?? {})) {
-    Object.assign(data.runs.find((run) => run.id === id), fields);
-    changed.add("runs");
+  for (const part of ["settings", "runs"]) {
+    for (const [id, fields] of Object.entries(patch[part] ?? {})) {
+      Object.assign(data[part].find((member) => member.id === id), fields);
+      for (const field of Object.keys(fields)) changed.add(growing.has(field) ? field : part);
+    }
   }
   const figures = patch.figures;
   if (!figures) return;

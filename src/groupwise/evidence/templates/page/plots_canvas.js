@@ -1,4 +1,5 @@
-// How lines, bars and dots become paths on the canvas of uPlot, which draws the axes and keeps the scales.
+// How lines, bars and dots are drawn on the canvas of uPlot, which keeps its size and scales and draws the axes. They are not series of
+// uPlot: those share one column of x, and many lines would be clipped one by one, which takes most of the time.
 
 // A function from values to pixels of the canvas along one axis, kept within what a canvas can hold.
 function toPixels(u, key) {
@@ -16,6 +17,7 @@ function toPixels(u, key) {
 function tracePath(u, x, y, lone) {
   const path = new Path2D(), toX = toPixels(u, "x"), toY = toPixels(u, "y"), log = u.scales.y.distr === 3, ratio = uPlot.pxRatio;
   const from = Math.max(0, placeOf(x, u.scales.x.min) - 1), to = Math.min(x.length - 1, placeOf(x, u.scales.x.max));
+  const bucket = to - from > u.bbox.width ? 0.5 : 1;  // columns of two pixels where there are more points than pixels
   const dotted = lone && (to - from) * 14 * ratio < u.bbox.width;
   let pen = false, column = NaN, before = 0, first = 0, low = 0, high = 0, last = 0, count = 0, run = 0;
   const flush = (ends) => {
@@ -23,9 +25,9 @@ function tracePath(u, x, y, lone) {
       if (pen) path.lineTo(before, first);
       else path.moveTo(before, first);
       if (count > 1) {
-        path.lineTo(column, low);
-        path.lineTo(column, high);
-        path.lineTo(column, last);
+        path.lineTo(before, low);
+        path.lineTo(before, high);
+        path.lineTo(before, last);
       }
       pen = true;
       if (lone && (dotted || (ends && run === 1))) addDot(lone, before, last, 2.6 * ratio);
@@ -41,7 +43,7 @@ function tracePath(u, x, y, lone) {
       continue;
     }
     run += 1;
-    const at = toX(x[i]), height = toY(value), pixel = Math.round(at);
+    const at = toX(x[i]), height = toY(value), pixel = Math.round(at * bucket);
     if (count > 0 && pixel === column && !dotted) {
       if (height < low) low = height;
       if (height > high) high = height;
@@ -98,35 +100,49 @@ function dotsPath(u, { of, x, y }, flagged) {
   return path;
 }
 
-// The series of uPlot for each of the figure's columns: first what lies behind (intervals, what is smoothed), then the lines.
-function seriesOf(plot) {
-  const facets = [{ scale: "x", auto: false }, { scale: "y", auto: false }], none = { flags: 0 };
-  const shownOf = (k) => plot.shown[k];
-  const behind = plot.columns.map((columns, k) => ({
-    facets, alpha: 0.22, width: 1.5, stroke: () => canvasColour(plot.styles[k].colour), fill: () => canvasColour(plot.styles[k].colour),
-    paths: (u) => {
+// Draw what the figure shows into the plot of uPlot: first what lies behind (intervals, what is smoothed), then the lines. While it
+// moves and the machine cannot keep up, thin lines without intervals do.
+function drawLines(plot, u) {
+  const { ctx, bbox } = u, ratio = uPlot.pxRatio, shown = plot.columns.map((_, k) => k).filter((k) => plot.shown[k]), hasty = plotsChosen.hasty;
+  ctx.save();
+  ctx.beginPath();
+  ctx.rect(Math.round(bbox.left), Math.round(bbox.top - 2 * ratio), Math.round(bbox.width), Math.round(bbox.height + 3 * ratio));
+  ctx.clip();
+  ctx.lineJoin = "bevel";
+  const faint = (k) => plot.faded !== null && !plot.styles[k].keys.includes(plot.faded);
+  const brush = (k, alpha, width, dash) => {
+    ctx.strokeStyle = ctx.fillStyle = canvasColour(plot.styles[k].colour);
+    ctx.globalAlpha = alpha * (faint(k) ? 0.15 : 1);
+    ctx.lineWidth = width * ratio;
+    ctx.setLineDash(dash.map((length) => length * ratio));
+  };
+  if (plot.kind === "bars" || plot.kind === "dots") for (const [place, k] of shown.entries()) plot.kind === "bars" ? drawBars(plot, u, k, place, shown.length, brush) : drawDots(plot, u, k, brush);
+  else {
+    for (const k of hasty ? [] : shown) {
       const { x, y, low, high, mean } = plot.columns[k];
-      if (!shownOf(k) || plot.kind === "bars") return null;
-      if (plot.kind === "dots") return { ...none, stroke: null, fill: dotsPath(u, plot.columns[k], false) };
-      return { ...none, stroke: mean ? tracePath(u, x, y, null) : null, fill: low && high ? bandPath(u, x, low, high) : null };
-    },
-  }));
-  const before = plot.columns.map((columns, k) => ({
-    facets, alpha: 1, width: 2, dash: plot.kind === "lines" || plot.kind === "curve" ? plot.styles[k].dash : [],
-    stroke: () => canvasColour(plot.styles[k].colour), fill: () => canvasColour(plot.styles[k].colour),
-    paths: (u) => {
-      const { x, y, mean } = plot.columns[k];
-      if (!shownOf(k)) return null;
-      if (plot.kind === "dots") return { ...none, stroke: dotsPath(u, plot.columns[k], true), fill: null };
-      if (plot.kind === "bars") {
-        const places = plot.columns.map((_, i) => i).filter(shownOf), bars = barsPath(u, plot.columns[k], places.indexOf(k), places.length);
-        return { ...none, stroke: bars, fill: bars };
-      }
-      const lone = new Path2D();
-      return { ...none, stroke: tracePath(u, x, mean ?? y, lone), fill: lone };
-    },
-  }));
-  return [...behind, ...before];
+      brush(k, 0.2, 1, []);
+      if (low && high) ctx.fill(bandPath(u, x, low, high));
+      if (mean) ctx.stroke(tracePath(u, x, y, null));
+    }
+    for (const k of shown) {
+      const { x, y, mean, of } = plot.columns[k], over = hasty ? 0 : Math.min(2, plot.widths[k]), lone = hasty ? null : new Path2D();
+      brush(k, over ? 0.55 : 1, hasty ? 1 : (of.run && shown.length > 6 ? 1.3 : 2) + 3 * over, plot.styles[k].dash);
+      ctx.stroke(tracePath(u, x, mean ?? y, lone));
+      if (lone) ctx.fill(lone);
+    }
+  }
+  ctx.restore();
+}
+function drawBars(plot, u, k, place, of, brush) {
+  const bars = barsPath(u, plot.columns[k], place, of);
+  brush(k, barOpacity(plot.styles[k].shade), 1, []);
+  u.ctx.fill(bars);
+}
+function drawDots(plot, u, k, brush) {
+  brush(k, 0.45, 1.5, []);
+  u.ctx.fill(dotsPath(u, plot.columns[k], false));
+  brush(k, 1, 1.5, []);
+  u.ctx.stroke(dotsPath(u, plot.columns[k], true));
 }
 
 // Vertical lines where something was noted, behind the lines.
@@ -206,8 +222,8 @@ function uplotOptions(plot, width, height) {
   });
   const scale = (key) => ({ time: false, auto: false, range: (u, low, high) => [low, high], ...((key === "x" ? plot.xAxis : plot.yAxis).log ? { distr: 3, log: 10 } : { distr: 1 }) });
   return {
-    mode: 2, width, height, padding: [10, EDGE, 0, 0], pxAlign: 0, legend: { show: false }, cursor: { show: false }, focus: { alpha: 1 },
-    scales: { x: scale("x"), y: scale("y") }, axes: [axis("x"), axis("y")], series: [null, ...seriesOf(plot)],
-    hooks: { drawAxes: [(u) => drawMarks(plot, u)] },
+    width, height, padding: [10, EDGE, 0, 0], pxAlign: 0, legend: { show: false }, cursor: { show: false }, focus: { alpha: 1 },
+    scales: { x: scale("x"), y: scale("y") }, axes: [axis("x"), axis("y")], series: [{}],
+    hooks: { drawAxes: [(u) => drawMarks(plot, u)], draw: [(u) => drawLines(plot, u)] },
   };
 }

@@ -1,7 +1,7 @@
 // One figure: its element, its columns, and drawing it when it is in view.
 
 // What the reader of the page chose for all figures.
-const plotsChosen = { axis: "step", window: 1, height: "own", hidden: new Set() };
+const plotsChosen = { axis: "step", window: 1, height: "own", hidden: new Set(), hasty: false };
 const plotsOf = new Map();
 const groupsOf = new Map();
 let framePlanned = false;
@@ -12,9 +12,29 @@ function planFrame() {
   framePlanned = true;
   requestAnimationFrame(() => {
     framePlanned = false;
-    for (const plot of plotsOf.values()) if (plot.visible && plot.stale) drawFigure(plot);
+    const drawn = [...plotsOf.values()].filter((plot) => plot.visible && plot.stale);
+    for (const plot of drawn) drawFigure(plot);
     drawPointer();
+    if (drawn.length) keepUp(drawn);
   });
+}
+// Whether drawing takes longer than a frame should: then lines are drawn in haste until nothing has moved for a while.
+const plotsPace = { slow: 0, timer: 0 };
+function keepUp(drawn) {
+  const start = performance.now();
+  requestAnimationFrame(() => {
+    plotsPace.slow = performance.now() - start > 30 ? plotsPace.slow + 1 : 0;
+    if (plotsPace.slow > 1) plotsChosen.hasty = true;
+  });
+  if (!plotsChosen.hasty) return;
+  for (const plot of drawn) plot.drawnInHaste = true;
+  clearTimeout(plotsPace.timer);
+  plotsPace.timer = setTimeout(() => {
+    plotsChosen.hasty = false;
+    plotsPace.slow = 0;
+    redraw([...plotsOf.values()].filter((plot) => plot.drawnInHaste));
+    for (const plot of plotsOf.values()) plot.drawnInHaste = false;
+  }, 250);
 }
 function redraw(plots = plotsOf.values()) {
   for (const plot of plots) plot.stale = true;
@@ -24,7 +44,7 @@ function redraw(plots = plotsOf.values()) {
 const plotWatcher = new IntersectionObserver((entries) => {
   for (const { target, isIntersecting } of entries) plotsOf.get(target.dataset.figure).visible = isIntersecting;
   planFrame();
-}, { rootMargin: "200px" });
+}, { rootMargin: "40px" });
 const plotSizes = new ResizeObserver((entries) => {
   for (const { target } of entries) { const plot = plotsOf.get(target.dataset.figure); if (plot.width !== target.clientWidth) redraw([plot]); }
 });
@@ -32,8 +52,9 @@ const plotSizes = new ResizeObserver((entries) => {
 function newPlot(figure) {
   const plot = {
     id: figure.id, group: figure.group, figure, kind: figure.kind, columns: [], styles: [], shown: [], marks: [], ticks: { x: [], y: [] }, u: null,
-    stale: true, visible: false, fresh: false, log: null, wide: false, width: 0, xUnit: { size: 1 }, xAxis: {}, yAxis: {}, faded: null, range: null,
+    stale: true, visible: false, fresh: false, log: null, wide: false, width: 0, xUnit: { size: 1 }, xAxis: {}, yAxis: {}, faded: null, range: null, widths: [], coincide: false, leftOut: 0,
   };
+  Object.defineProperty(plot, "box", { get: () => inPixels(plot.u.bbox) });
   plot.area = make("div", { class: "plot-area", tabindex: 0, role: "slider", "data-figure": figure.id, "aria-orientation": "horizontal", "aria-valuemin": 0, "aria-valuenow": 0 });
   plot.title = make("h4", { id: `title-${figure.id}` });
   plot.yTitle = make("span", { class: "axis-title" });
@@ -55,6 +76,11 @@ function newPlot(figure) {
   plotWatcher.observe(plot.area);
   plotSizes.observe(plot.area);
   return plot;
+}
+// Where in its area a figure is plotted, in pixels of the page.
+function inPixels({ left, top, width, height }) {
+  const ratio = uPlot.pxRatio;
+  return { left: left / ratio, top: top / ratio, width: width / ratio, height: height / ratio };
 }
 function dropPlot(plot) {
   plotWatcher.unobserve(plot.area);
@@ -138,7 +164,6 @@ function prepareColumns(plot) {
   const setting = drawnIn(figure)[0]?.setting, marks = lines ? (figure.marks ?? []) : [];
   const x = marks.length ? onAxis(setting, Float64Array.from(marks, (mark) => mark.step), plotsChosen.axis) : null;
   plot.marks = x ? marks.map((mark, i) => ({ ...mark, x: x[i] })) : [];
-  plot.outline = plot.columns.map(({ of }) => of.id).join("\n");
   plot.compared = null;
 }
 
@@ -147,7 +172,6 @@ function drawFigure(plot) {
   plot.stale = false;
   const width = plot.area.clientWidth;
   if (!width || !plot.figure.kind) return;
-  const before = plot.outline;
   prepareColumns(plot);
   if (!plot.columns.length) return;
   const group = groupsOf.get(plot.group), log = isLog(plot), height = Math.round(plot.wide ? Math.min(480, Math.max(300, width * 0.4)) : Math.min(280, Math.max(200, width * 0.5)));
@@ -161,7 +185,7 @@ function drawFigure(plot) {
   plot.xUnit = plot.kind === "lines" && plotsChosen.axis === "seconds" ? group.unit : { size: 1 };
   plot.turned = plot.kind === "bars" && Math.max(...plot.figure.bins.map(widthOf)) + 10 > (width - 80) / plot.figure.bins.length;
   plot.range = { x: [x0, x1], y: [y.from, y.to] };
-  if (plot.u && (before !== plot.outline || plot.u.scales.y.distr !== (log ? 3 : 1) || plot.builtTurned !== plot.turned)) {
+  if (plot.u && (plot.u.scales.y.distr !== (log ? 3 : 1) || plot.builtTurned !== plot.turned)) {
     plot.u.destroy();
     plot.u = null;
   }
@@ -175,7 +199,7 @@ function drawFigure(plot) {
   }
 }
 
-// Lines that others coincide with are drawn wider below them, and others than the one pointed at in the legend faint.
+// Lines that others coincide with are drawn wider below them.
 function widen(plot, columns, y, log, height) {
   const key = plot.shown.join() + log;
   if (plot.compared !== key && (plot.kind === "lines" || plot.kind === "curve")) {
@@ -187,33 +211,20 @@ function widen(plot, columns, y, log, height) {
 }
 
 function showRange(plot, width, height) {
-  const { x, y } = plot.range, count = plot.columns.length, lines = plot.kind === "lines" || plot.kind === "curve";
-  const settle = (u) => {
-    for (let k = 0; k < count; k += 1) {
-      const faint = plot.faded !== null && !plot.styles[k].keys.includes(plot.faded);
-      const over = lines ? Math.min(3, plot.widths?.[k] ?? 0) : 0;
-      u.series[1 + k].alpha = (plot.kind === "dots" ? 0.45 : 0.22) * (faint ? 0.3 : 1);
-      u.series[1 + count + k].alpha = (plot.kind === "bars" ? barOpacity(plot.styles[k].shade) : over ? 0.55 : 1) * (faint ? 0.15 : 1);
-      u.series[1 + count + k].width = plot.kind === "bars" ? 0 : plot.kind === "dots" ? 1.5 : (plot.columns[k].of.run && count > 6 ? 1.4 : 2) + 3.5 * over;
-    }
-    u.setScale("x", { min: x[0], max: x[1] });
-    u.setScale("y", { min: y[0], max: y[1] });
-  };
+  const { x, y } = plot.range;
   if (!plot.u) {
-    const data = [null, ...Array.from({ length: 2 * count }, () => [[0], [0]])];  // uPlot draws no series without points; the paths read the columns
     plot.builtTurned = plot.turned;
-    plot.u = new uPlot(uplotOptions(plot, width, height), data, (u, start) => {
+    plot.u = new uPlot(uplotOptions(plot, width, height), [x], (u, start) => {
       plot.area.replaceChildren(u.root, plot.crosshair, plot.selection, plot.points);
       start();
     });
-    plot.width = width;
-    plot.height = height;
-  } else if (plot.width !== width || plot.height !== height) {
-    plot.width = width;
-    plot.height = height;
-    plot.u.setSize({ width, height });
-  }
-  plot.u.batch(() => settle(plot.u));
+  } else if (plot.width !== width || plot.height !== height) plot.u.setSize({ width, height });
+  plot.width = width;
+  plot.height = height;
+  plot.u.batch(() => {
+    plot.u.setScale("x", { min: x[0], max: x[1] });
+    plot.u.setScale("y", { min: y[0], max: y[1] });
+  });
 }
 
 // The part of the x axis that is shown.

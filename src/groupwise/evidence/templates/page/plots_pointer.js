@@ -2,22 +2,22 @@
 
 const plotsPointed = { plot: null, x: null, y: null, at: null, keyed: false };
 const plotTip = make("div", { class: "plot-tip", role: "tooltip", hidden: true });
-const MOST_ROWS = 60, GROUP_ROWS = 24;
+const GROUP_ROWS = 24;  // up to so many lines, the tooltip tells of all figures of the group
 
 const groupPlots = (plot) => (plot.kind === "lines" ? [...plotsOf.values()].filter((one) => one.kind === "lines" && one.group === plot.group) : [plot]);
 
 // Pixels of the page to values of a figure, and back; both from the left or the top of the plot.
 function plotToX(plot, x) {
   const [from, to] = plot.range.x, at = Math.log10(from), share = (plot.xAxis.log ? (Math.log10(x) - at) / (Math.log10(to) - at) : (x - from) / (to - from));
-  return share * plot.u.over.clientWidth;
+  return share * plot.box.width;
 }
 function plotFromX(plot, pixel) {
-  const [from, to] = plot.range.x, share = pixel / plot.u.over.clientWidth;
+  const [from, to] = plot.range.x, share = pixel / plot.box.width;
   return plot.xAxis.log ? from * (to / from) ** share : from + share * (to - from);
 }
 function plotToY(plot, y) {
   const [from, to] = plot.range.y, share = plot.yAxis.log ? Math.log(y / from) / Math.log(to / from) : (y - from) / (to - from);
-  return (1 - share) * plot.u.over.clientHeight;
+  return (1 - share) * plot.box.height;
 }
 
 function listenToPointer(plot) {
@@ -26,7 +26,7 @@ function listenToPointer(plot) {
   plot.points = make("div", { class: "points" });
   const fingers = new Map();
   let start = null, panned = null;
-  const inside = (event) => { const box = plot.u.over.getBoundingClientRect(); return [event.clientX - box.left, event.clientY - box.top, box.width]; };
+  const inside = (event) => { const box = plot.area.getBoundingClientRect(); return [event.clientX - box.left - plot.box.left, event.clientY - box.top - plot.box.top, plot.box.width]; };
   const zooms = () => plot.kind === "lines" && plot.u;
   plot.area.addEventListener("pointerdown", (event) => {
     if (!plot.u || event.button > 0) return;
@@ -53,7 +53,7 @@ function listenToPointer(plot) {
     fingers.delete(event.pointerId);
     panned = null;
     if (start === null) return;
-    const from = start, to = Math.min(plot.u.over.clientWidth, Math.max(0, inside(event)[0]));
+    const from = start, to = Math.min(plot.box.width, Math.max(0, inside(event)[0]));
     start = null;
     plot.selection.hidden = true;
     if (event.type === "pointerup" && Math.abs(to - from) > 5) zoomTo(plot, plotFromX(plot, Math.min(from, to)), plotFromX(plot, Math.max(from, to)));
@@ -73,15 +73,15 @@ function listenToPointer(plot) {
 }
 
 function placeSelection(plot, from, to) {
-  const left = plot.u.over.offsetLeft + Math.min(from, to);
+  const left = plot.box.left + Math.min(from, to);
   plot.selection.hidden = Math.abs(to - from) < 3;
-  Object.assign(plot.selection.style, { left: `${left}px`, width: `${Math.abs(to - from)}px`, top: `${plot.u.over.offsetTop}px`, height: `${plot.u.over.clientHeight}px` });
+  Object.assign(plot.selection.style, { left: `${left}px`, width: `${Math.abs(to - from)}px`, top: `${plot.box.top}px`, height: `${plot.box.height}px` });
 }
 
 function pinch(plot, fingers, moved, x) {
   if (plot.kind !== "lines") return;
   const [other] = [...fingers].filter(([id]) => id !== moved).map(([, at]) => at), before = fingers.get(moved);
-  const a = plotFromX(plot, before), b = plotFromX(plot, other), [from, to] = plot.range.x, width = plot.u.over.clientWidth;
+  const a = plotFromX(plot, before), b = plotFromX(plot, other), [from, to] = plot.range.x, width = plot.box.width;
   fingers.set(moved, x);
   if (Math.abs(x - other) < 10 || (x - other) * (before - other) <= 0) return;
   const scale = (a - b) / (x - other);
@@ -160,8 +160,9 @@ function drawPointer() {
   if (found === null) { plotTip.hidden = true; hidePointer(plot); return; }
   plotsPointed.at = found;
   const all = groupPlots(plot).filter((one) => one.u && (one.visible || one === plot));
-  const rows = new Map(all.map((one) => [one, rowsAt(one, plotsPointed.at)]));
-  for (const one of all) placeCrosshair(one, plotsPointed.at, rows.get(one));
+  const together = all.reduce((sum, one) => sum + one.shown.filter(Boolean).length, 0) <= GROUP_ROWS;
+  const rows = new Map((together ? [plot, ...all.filter((one) => one !== plot)] : [plot]).map((one) => [one, rowsAt(one, plotsPointed.at)]));
+  for (const one of all) placeCrosshair(one, plotsPointed.at, one === plot ? rows.get(plot) : []);
   fillTip(plot, rows);
 }
 function hidePointer(plot) {
@@ -202,19 +203,19 @@ function rowsAt(plot, x) {
   return rows.sort((a, b) => shownValue(b) - shownValue(a));
 }
 
+// The crosshair in every figure of the group, and points on the lines of the one that is pointed at.
 function placeCrosshair(plot, x, rows) {
-  const over = plot.u.over, at = plotToX(plot, x), seen = at >= -1 && at <= over.clientWidth + 1;
-  plot.crosshair.hidden = !seen || plot.kind === "dots";
-  plot.crosshair.style.transform = `translate(${over.offsetLeft + at}px, ${over.offsetTop}px)`;
-  plot.crosshair.style.height = `${over.clientHeight}px`;
-  if (plot.kind === "bars") return;
-  while (plot.points.children.length > rows.length) plot.points.lastChild.remove();
-  while (plot.points.children.length < rows.length) plot.points.append(make("i", {}));
-  rows.forEach(({ k, i }, place) => {
+  const { left, top, width, height } = plot.box, at = plotToX(plot, x);
+  plot.crosshair.hidden = at < -1 || at > width + 1 || plot.kind === "dots";
+  plot.crosshair.style.transform = `translate(${left + at}px, ${top}px)`;
+  plot.crosshair.style.height = `${height}px`;
+  const dots = plot.kind === "bars" ? [] : rows;
+  while (plot.points.children.length > dots.length) plot.points.lastChild.remove();
+  while (plot.points.children.length < dots.length) plot.points.append(make("i", {}));
+  dots.forEach(({ k, i }, place) => {
     const { x: columnX, y, mean } = plot.columns[k], px = plotToX(plot, columnX[i]), py = plotToY(plot, (mean ?? y)[i]), dot = plot.points.children[place];
-    const outside = !(px >= -1 && px <= over.clientWidth + 1 && py >= -1 && py <= over.clientHeight + 1);
-    dot.hidden = outside;
-    if (!outside) dot.style.transform = `translate(${over.offsetLeft + px}px, ${over.offsetTop + py}px)`;
+    dot.hidden = !(px >= -1 && px <= width + 1 && py >= -1 && py <= height + 1);
+    if (!dot.hidden) dot.style.transform = `translate(${left + px}px, ${top + py}px)`;
     dot.style.background = plot.styles[k].colour;
   });
 }
@@ -238,37 +239,62 @@ function headOf(plot, x) {
 }
 
 function fillTip(plot, rows) {
-  const x = plotsPointed.at, all = [...rows.keys()], total = all.reduce((sum, one) => sum + rows.get(one).length, 0);
-  const shown = total <= GROUP_ROWS ? [plot, ...all.filter((one) => one !== plot)] : [plot];
-  const parts = [make("div", { class: "tip-head" }, headOf(plot, x))], spoken = [headOf(plot, x)];
-  for (const { text: noted, x: at } of plot.marks) if (Math.abs(plotToX(plot, at) - plotToX(plot, x)) < 6) parts.push(make("div", { class: "tip-mark" }, noted));
+  const x = plotsPointed.at, shown = [...rows.keys()];
+  const most = Math.floor((innerHeight - 90) / 19.5), columns = Math.max(1, Math.min(3, Math.floor(innerWidth / 420), Math.ceil(rows.get(plot).length / 16)));
+  const tips = [{ kind: "tip-head", said: headOf(plot, x) }];
+  for (const { text: noted, x: at } of plot.marks) if (Math.abs(plotToX(plot, at) - plotToX(plot, x)) < 6) tips.push({ kind: "tip-mark", said: noted });
   for (const one of shown) {
-    if (!rows.get(one).length) continue;
-    if (shown.length > 1) parts.push(make("div", { class: "tip-title" }, say(one.figure.title)));
-    for (const row of rows.get(one).slice(0, MOST_ROWS)) {
-      const { name, value, more } = valueAt(one, row, x), { colour, dash, shade } = one.styles[row.k];
-      if (one === plot) spoken.push([name, value, more].filter(Boolean).join(" "));
-      const who = name === say(one.figure.title) && shown.length > 1 ? "" : name;
-      parts.push(make("div", { class: "tip-row" }, lineSwatch(one.kind, colour, dash, shade), make("b", {}, value), make("span", {}, [who, more].filter(Boolean).join(text("plots.comma")))));
+    const found = rows.get(one);
+    if (found.length && shown.length > 1) tips.push({ kind: "tip-title", said: say(one.figure.title) });
+    for (const row of found.slice(0, most * columns)) {
+      const { name, value, more } = valueAt(one, row, x), who = name === say(one.figure.title) && shown.length > 1 ? "" : name;
+      tips.push({ kind: "tip-row", value, said: [who, more].filter(Boolean).join(text("plots.comma")), swatch: [one.kind, one.styles[row.k]], own: one === plot });
     }
-    if (rows.get(one).length > MOST_ROWS) parts.push(make("div", {}, text("plots.more", { count: rows.get(one).length - MOST_ROWS })));
+    if (found.length > most * columns) tips.push({ kind: "tip-title", said: text("plots.more", { count: found.length - most * columns }) });
   }
-  plotTip.replaceChildren(...parts);
+  plotTip.style.columnCount = String(columns);
+  showTips(tips);
   plotTip.hidden = false;
-  placeTip(plot);
+  placeTip(plot, tips.length);
   if (plotsPointed.keyed) {
-    plot.area.setAttribute("aria-valuetext", spoken.slice(0, 12).join(text("plots.comma")));
+    plot.area.setAttribute("aria-valuetext", tips.filter(({ kind, own }) => kind !== "tip-title" && own !== false).slice(0, 12).map(({ said, value }) => [value, said].filter(Boolean).join(" ")).join(text("plots.comma")));
     plot.area.setAttribute("aria-valuemax", String(plot.range.x[1]));
     plot.area.setAttribute("aria-valuenow", String(x));
   }
 }
 
-// Beside the crosshair, inside the window.
-function placeTip(plot) {
-  const over = plot.u.over.getBoundingClientRect(), at = over.left + plotToX(plot, plotsPointed.at), tip = plotTip.getBoundingClientRect();
-  const right = at + 16 + tip.width <= innerWidth - 8, left = at - 16 - tip.width >= 8;
-  const x = right ? at + 16 : left ? at - 16 - tip.width : Math.max(8, Math.min(innerWidth - tip.width - 8, at - tip.width / 2));
-  const beside = right || left, middle = over.top + (plotsPointed.y ?? over.height / 3);
-  const y = beside ? Math.max(8, Math.min(innerHeight - tip.height - 8, middle - tip.height / 2)) : over.top - tip.height - 8 >= 8 ? over.top - tip.height - 8 : over.bottom + 30;
-  plotTip.style.transform = `translate(${Math.round(x)}px, ${Math.round(y)}px)`;
+// The lines of the tooltip, in elements that are used again: they change with every movement of the pointer.
+function showTips(tips) {
+  while (plotTip.children.length > tips.length) plotTip.lastChild.remove();
+  tips.forEach(({ kind, said, value, swatch }, i) => {
+    let element = plotTip.children[i];
+    if (element?.className !== kind) {
+      const made = kind === "tip-row" ? make("div", { class: kind }, make("i", {}), make("b", {}), make("span", {})) : make("div", { class: kind });
+      if (element) element.replaceWith(made);
+      else plotTip.append(made);
+      element = made;
+    }
+    if (kind !== "tip-row") { element.textContent = said; return; }
+    const [mark, number, rest] = element.children, look = `${swatch[0]} ${swatch[1].colour} ${swatch[1].dash} ${swatch[1].shade}`;
+    if (mark.dataset.look !== look) {
+      mark.dataset.look = look;
+      mark.replaceChildren(lineSwatch(swatch[0], swatch[1].colour, swatch[1].dash, swatch[1].shade));
+    }
+    number.textContent = value;
+    rest.textContent = said;
+  });
+}
+
+// Beside the crosshair on the side that has more space, or above or below the plot in a narrow window. It is measured only when it gets
+// another number of lines: the browser would lay out the page for it.
+const tipHeights = new Map();
+function placeTip(plot, count) {
+  const key = `${count} ${innerWidth} ${plot.id}`;
+  if (!tipHeights.has(key)) tipHeights.set(key, plotTip.offsetHeight);
+  const height = tipHeights.get(key), area = plot.area.getBoundingClientRect(), above = area.top + plot.box.top;
+  const at = area.left + plot.box.left + plotToX(plot, plotsPointed.at), narrow = innerWidth < 800, right = at < innerWidth / 2;
+  const middle = above + (plotsPointed.y ?? plot.box.height / 3);
+  const beside = Math.max(8, Math.min(innerHeight - height - 8, middle - height / 2)), over = above - height - 8;
+  const x = narrow ? "8px" : right ? `min(${at + 16}px, 100vw - 8px - 100%)` : `max(8px, ${at - 16}px - 100%)`, y = !narrow ? beside : over >= 8 ? over : above + plot.box.height + 30;
+  plotTip.style.transform = `translate(${x}, ${y}px)`;
 }
