@@ -158,11 +158,12 @@ def test_the_stated_number_of_seeds_shows_the_difference_in_four_of_five(effect:
 
 
 def write_run(path: Path, name: str, seed: int, score: float, **options: float) -> Path:
-    """A run of twenty steps, evaluated every five, whose score rises to a value; `done` steps of it, `per_step` completions."""
+    """A run of twenty `steps`, evaluated every five, whose score rises to a value; `done` steps of it, `per_step` completions."""
     done, problems, per_step = int(options.get("done", 20)), int(options.get("problems", 500)), options.get("per_step", 256.0)
     path.mkdir(parents=True)
     task = "[task]\nname = 'arithmetic'\ngrades = [1]\n" if options.get("easy") else ""
-    recipe = f"seed = {seed}\n[algorithm]\nname = '{name}'\n[training]\nsteps = 20\n{task}"
+    steps = int(options.get("steps", 20))
+    recipe = f"seed = {seed}\n[algorithm]\nname = '{name}'\n[training]\nsteps = {steps}\n{task}"
     (path / "recipe.toml").write_text(recipe)
     lines = []
     for step in range(done + 1):
@@ -235,6 +236,8 @@ def test_other_problems_and_equal_settings_are_said(tmp_path: Path) -> None:
     line = said(easy)[0]
     assert "With every seed the two are equal" in line or "probability" in line
     assert "The settings differ in task.grades" in line
+    short = setting(tmp_path / "short", "dapo", CLEAR, done=15, steps=15)
+    assert "After 15 training steps against 20." in said([*easy[:4], *short])[0]
 
 
 def test_a_ladder_is_compared_as_ablate_does(tmp_path: Path) -> None:
