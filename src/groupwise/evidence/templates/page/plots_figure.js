@@ -62,7 +62,7 @@ function newPlot(figure) {
   plot.legend = make("div", { class: "keys" });
   plot.notes = make("div", { class: "plot-notes" });
   plot.caption = make("figcaption", {});
-  plot.table = make("div", { class: "scroll" });
+  plot.table = make("div", { class: "scroll", tabindex: 0, role: "region" });
   plot.details = make("details", { ontoggle: () => fillTable(plot) }, make("summary", {}), plot.table);
   plot.logButton = make("button", { type: "button", class: "small", onclick: () => chooseLog(plot) });
   plot.wideButton = make("button", { type: "button", class: "small", onclick: () => { plot.wide = !plot.wide; describeFigure(plot); redraw([plot]); } });
@@ -117,6 +117,7 @@ function describeFigure(plot) {
   plot.logButton.hidden = bars;
   plot.wideButton.textContent = text(plot.wide ? "plots.narrow" : "plots.wide");
   plot.wideButton.setAttribute("aria-label", text(plot.wide ? "plots.narrow_of" : "plots.wide_of", { title: say(figure.title) }));
+  plot.table.setAttribute("aria-label", text("plots.table_of", { title: say(figure.title) }));
   plot.details.firstChild.textContent = text("plots.table");
   plot.element.classList.toggle("wide", plot.wide);
   plot.legend.replaceChildren(...legendOf(plot));
