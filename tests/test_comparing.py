@@ -253,6 +253,18 @@ def test_a_ladder_is_compared_as_ablate_does(tmp_path: Path) -> None:
         assert len(compare(pairs)) >= 3
 
 
+def test_absurd_numbers_of_a_damaged_file_are_compared_like_others(tmp_path: Path) -> None:
+    paths = setting(tmp_path, "grpo", [0.8, 0.8, 0.8]) + setting(tmp_path, "dapo", [0.9, 0.9, 0.9])
+    for value, problems in ((1e299, -3), (-1e299, 0), (5e-324, 10**18), (7.0, 1)):
+        for path in paths[1:5]:
+            evaluations = [
+                {"step": step, "eval/pass@1": value * (step == 20), "eval_problems": problems} for step in range(0, 21, 5)
+            ]
+            (path / "metrics.jsonl").write_text("\n".join(map(json.dumps, evaluations)))
+        shapes = comparisons(grouped(map(open_run, paths)))
+        assert shapes and json.dumps(shapes, allow_nan=False)
+
+
 @needs_browser
 def test_the_page_draws_each_interval_and_folds_what_is_not_known(tmp_path: Path) -> None:
     paths = setting(tmp_path, "grpo", [0.80, 0.81, 0.82, 0.80]) + setting(tmp_path, "dapo", CLEAR)

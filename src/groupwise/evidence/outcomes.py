@@ -106,7 +106,7 @@ def score_at(run: Run, scored: Measure, step: int | None) -> float:
 def problems_of(run: Run) -> int:
     """How many problems its last evaluation had; 0: not recorded."""
     counts = run.column("eval_problems")[1]
-    return int(counts[-1]) if len(counts) else 0
+    return max(0, int(counts[-1])) if len(counts) else 0
 
 
 def noise(run: Run, scored: Measure) -> float:
