@@ -1,5 +1,6 @@
 """groupwise train, sft and check."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from groupwise.cli.common import Out, Overrides, app, console, exit_codes
+from groupwise.cli.watch import watched
 from groupwise.config import Recipe, SftRecipe, find_recipe, is_sft, load
 from groupwise.text import shortened
 
@@ -22,6 +24,7 @@ def train(
     overrides: Overrides = None,
     out: Out = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="Go on with the run in this directory.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Serve a page of this machine that follows the run.")] = False,
 ) -> None:
     """Train a model. Without a recipe: the embedded default."""
     from groupwise.training.interrupts import Interrupted, survive_save
@@ -35,7 +38,8 @@ def train(
             console.print(torchrun.ANNOUNCED, soft_wrap=True)
         plan = session.plan(recipe, overrides=overrides or [], out=out, resume=resume)
         try:
-            result = session.run(plan, console, ends=True, launch=launch or launch_of(plan.recipe))
+            with watched(plan.path) if watch else nullcontext():
+                result = session.run(plan, console, ends=True, launch=launch or launch_of(plan.recipe))
         except Interrupted as interrupted:
             raise typer.Exit(interrupted.exit_code) from interrupted
         _print_result(result, plan.path)

@@ -1,9 +1,13 @@
-"""groupwise watch."""
+"""groupwise watch, and groupwise train --watch."""
 
 import asyncio
 import os
 import secrets
+import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +19,8 @@ from groupwise.errors import UserError
 PORT = 8420
 LEAST_TOKEN = 16
 """Characters of a token that a user chose."""
+PATIENCE = 5.0
+"""Seconds that the page's server has to end."""
 
 
 @app.command()
@@ -62,6 +68,39 @@ def watch(
 
         number = asyncio.run(main())
     raise typer.Exit(exit_code(number))
+
+
+@contextmanager
+def watched(run: Path) -> Iterator[None]:
+    """Within: a process of its own serves the page about a run, and the console says where. The run does not wait for it and
+    goes on without it; it ends with this process, however that ends, after it has sent the page the last step."""
+    others = ("WORLD_SIZE", "RANK", "LOCAL_RANK")  # of torchrun, whose process it is not
+    environment = {key: value for key, value in os.environ.items() if key not in others}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "groupwise.experiments.child", str(os.getpid()), "watch", str(run), "--no-open"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        start_new_session=True,  # Ctrl-C in the terminal is for the run, which may finish its step
+    )
+    threading.Thread(target=_say, args=(process,), daemon=True).start()
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _say(process: "subprocess.Popen[str]") -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        console.print(line.rstrip(), soft_wrap=True)
 
 
 def _token(text: str | None) -> str:

@@ -22,7 +22,7 @@ class Followed:
         self.run: Run | None = None
         """As it was read last; it stays when its directory goes."""
         self.reason = ""
-        """Why it cannot be read."""
+        """Why it cannot be read; empty: its directory is not there yet."""
         self._metrics, self._events = Metrics(), list[Noted]()
         self._of_metrics, self._of_events = LeftOut(), LeftOut()
         self._metrics_file, self._events_file = Tail(path / "metrics.jsonl"), Tail(path / "events.jsonl")
@@ -33,7 +33,7 @@ class Followed:
         """Read what is new; returns whether anything is."""
         try:
             if not self.path.is_dir():
-                return self._refused("is not there yet")
+                return self._refused("")
             if self.run is None:
                 check_run(self.path)
             grown = self._metrics_file.read(self._take_metrics, self._forget_metrics)
@@ -94,13 +94,12 @@ class Following:
 
     def look(self) -> bool:
         """Look for runs in the places; returns whether there are others than before. A run whose directory has gone stays."""
+        known = [(key, one) for key, one in self.followed.items() if one.run is not None]
         wanted: dict[Path, Path] = {}
         for place in self.places:
-            for path in runs_in(place) or [place]:
-                wanted.setdefault(path.resolve(), path)
-        for key, one in self.followed.items():
-            if one.run is not None and any(key.is_relative_to(place.resolve()) for place in self.places):
-                wanted.setdefault(key, one.path)
+            inside = {path.resolve(): path for path in runs_in(place)}
+            inside |= {key: one.path for key, one in known if key not in inside and key.is_relative_to(place.resolve())}
+            wanted |= inside or {place.resolve(): place}
         kept = {key: self.followed.get(key) or Followed(path) for key, path in wanted.items() if key not in self.left_out}
         changed = kept.keys() != self.followed.keys()
         self.followed = kept

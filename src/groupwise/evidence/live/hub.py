@@ -18,9 +18,9 @@ from groupwise.evidence.runs import Run
 from groupwise.evidence.shapes import Document
 from groupwise.text import json_line
 
-QUICKEST, USUAL = 0.5, 1.5
+QUICKEST, USUAL = 0.5, 1.0
 """Seconds between two looks at the runs: at least, and at most where looking is cheap."""
-AIM, LIMIT = 0.01, 0.1
+AIM, LIMIT = 0.02, 0.1
 """Which share of a core looking should take, for which it may wait up to `USUAL`; and the share that it never exceeds."""
 NEW_RUNS = 5.0
 """Seconds between two looks for new runs."""

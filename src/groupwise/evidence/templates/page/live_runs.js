@@ -73,7 +73,7 @@ function makeLiveRow(key) {
 function fillLiveRow(row, run) {
   setText(row.name, run.name);
   row.name.title = run.path;
-  const about = run.about ?? text(`live.about.${run.state}`);
+  const about = run.about || text(`live.about.${run.state}`);
   setText(row.state, text(`live.states.${run.state}`) + (about ? `: ${about}` : ""));
   row.state.className = `wide state ${run.state}`;
   const number = (value) => value.toLocaleString(page.language === "zh" ? "zh-CN" : "en");
