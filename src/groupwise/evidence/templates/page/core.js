@@ -53,12 +53,15 @@ function section(id, heading, keys, build) {
   });
 }
 
-// A table: heads are texts, rows are lists of cells, each a node, a text or a list of them; `classes` of the columns.
+// A table: heads are texts, rows are lists of cells, each a node, a text or a list of them; `classes` of the columns. The roles are
+// said, so that a style sheet may lay a table out as blocks.
 function tableOf(heads, rows, classes = []) {
-  const cells = (name) => (cell, i) => make(name, { class: classes[i] || false, scope: name === "th" ? "col" : false }, ...[cell].flat());
-  const body = rows.map((row) => make("tr", {}, ...row.map(cells("td"))));
-  const table = make("table", {}, make("thead", {}, make("tr", {}, ...heads.map(cells("th")))), make("tbody", {}, ...body));
-  return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": heads.join(", ") }, table);
+  const names = heads.map((head) => head.textContent ?? head);
+  const cells = (name, role) => (cell, i) => make(name, { role, class: classes[i] || false, ...(name === "th" ? { scope: "col" } : { "data-head": names[i] }) }, ...[cell].flat());
+  const body = rows.map((row) => make("tr", { role: "row" }, ...row.map(cells("td", "cell"))));
+  const head = make("thead", { role: "rowgroup" }, make("tr", { role: "row" }, ...heads.map(cells("th", "columnheader"))));
+  const table = make("table", { role: "table" }, head, make("tbody", { role: "rowgroup" }, ...body));
+  return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": names.join(", ") }, table);
 }
 
 // JSON that is embedded as base64 of gzip.
