@@ -165,6 +165,16 @@ def test_hostile_names_of_components_and_many_of_them() -> None:
     assert found["note"]["en"] == "30 more components are not drawn."
 
 
+def test_numbers_of_any_size_can_be_drawn() -> None:
+    bins: Metric = lambda step: [1e299 if step % 2 else -1e299] * 16  # noqa: E731
+    wild: Metric = lambda step: 9e299 if step % 3 else -9e299  # noqa: E731
+    names = ("entropy", "seconds/learner", "rollouts/completions", "groups/mixed", "reward/shaped_mean")
+    metrics = {**dict.fromkeys(names, wild), **{f"by_length/{name}": bins for name in ("rows", "mean_square", "sum_square")}}
+    runs = [made(f"r{k}", 50, metrics, seed=k, scores={0: 9e299, 2**52: -9e299}) for k in range(3)]
+    assert len(drawn(*runs)["entropy"]["lines"]) == 1 and len(drawn(runs[0])["accuracy"]["lines"]) == 1
+    json.dumps(clock(grouped(runs)[0]), allow_nan=False)
+
+
 def test_binned_metrics_become_shares_and_root_mean_squares() -> None:
     metrics: dict[str, Metric] = {
         "by_probability/tokens": lambda _: [10.0] * 10 + [0.0], "by_probability/clipped_high": lambda _: [1.0] * 11,
