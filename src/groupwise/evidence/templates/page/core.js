@@ -42,6 +42,22 @@ function refill(element, ...children) {
   if (focused !== undefined) element.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
 }
 
+// The same, but children that look as before stay, with where they are scrolled to and what is open in them.
+function settle(element, children) {
+  const focused = element.contains(document.activeElement) ? document.activeElement.dataset.key : undefined;
+  children.forEach((child, i) => {
+    const old = element.childNodes[i];
+    if (!old) element.append(child);
+    else if (old !== child && !child.isEqualNode(old)) {
+      const across = old.scrollLeft;
+      old.replaceWith(child);
+      child.scrollLeft = across;
+    }
+  });
+  while (element.childNodes.length > children.length) element.lastChild.remove();
+  if (focused !== undefined && !element.contains(document.activeElement)) element.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
+}
+
 // Draw a section of the page whenever one of these keys of the document changes. `build()` gives what stands under its heading;
 // null or nothing hides the section. `heading` is a key of a text.
 function section(id, heading, keys, build) {
@@ -49,7 +65,7 @@ function section(id, heading, keys, build) {
     if (!changed.has("language") && !keys.some((key) => changed.has(key))) return;
     const element = document.getElementById(id), contents = (build() ?? []).filter((child) => child !== null);
     element.hidden = contents.length === 0;
-    refill(element, ...(contents.length ? [make("h2", {}, text(heading)), ...contents] : []));
+    settle(element, contents.length ? [make("h2", {}, text(heading)), ...contents] : []);
   });
 }
 
