@@ -72,8 +72,8 @@ def watch(
 
 @contextmanager
 def watched(run: Path) -> Iterator[None]:
-    """Within: a process of its own serves the page about a run, and the console says where. The run does not wait for it, and goes
-    on without it; it ends with this process, however that ends, after it has sent the page the last step."""
+    """Within: a process of its own serves the page about a run, and the console says where. The run does not wait for it and
+    goes on without it; it ends with this process, however that ends, after it has sent the page the last step."""
     others = ("WORLD_SIZE", "RANK", "LOCAL_RANK")  # of torchrun, whose process it is not
     environment = {key: value for key, value in os.environ.items() if key not in others}
     process = subprocess.Popen(

@@ -35,9 +35,13 @@ def sentences(parts: Iterable[Phrase]) -> Phrase:
     return Phrase(" ".join(part.en for part in parts if part.en), "".join(part.zh for part in parts))
 
 
-def measure_name(measure: Measure) -> Phrase:
-    """What held-out results are measured by, in a sentence."""
-    return say("words.pass_rate" if measure is PASS_RATE else "words.mean_reward")
+def measure_name(measure: Measure, *, within: bool = False) -> Phrase:
+    """What held-out results are measured by.
+
+    Args:
+        within: it stands between Chinese characters, from which Latin letters are set apart.
+    """
+    return say(f"words.{'pass_rate' if measure is PASS_RATE else 'mean_reward'}{'_within' if within else ''}")
 
 
 def setting(run: Run, key: str) -> Any:
@@ -47,6 +51,11 @@ def setting(run: Run, key: str) -> Any:
     own = run.recipe.get("algorithm", {}).get(key, usual)
     damaged = isinstance(usual, int | float) and not isinstance(own, int | float)
     return usual if damaged else own
+
+
+def under_way(run: Run) -> bool:
+    """Whether steps are left to do."""
+    return run.last_step < int(run.recipe.get("training", {}).get("steps", 0))
 
 
 def warned_of(run: Run, name: str) -> bool:

@@ -94,13 +94,12 @@ class Following:
 
     def look(self) -> bool:
         """Look for runs in the places; returns whether there are others than before. A run whose directory has gone stays."""
+        known = [(key, one) for key, one in self.followed.items() if one.run is not None]
         wanted: dict[Path, Path] = {}
         for place in self.places:
-            for path in runs_in(place) or [place]:
-                wanted.setdefault(path.resolve(), path)
-        for key, one in self.followed.items():
-            if one.run is not None and any(key.is_relative_to(place.resolve()) for place in self.places):
-                wanted.setdefault(key, one.path)
+            inside = {path.resolve(): path for path in runs_in(place)}
+            inside |= {key: one.path for key, one in known if key not in inside and key.is_relative_to(place.resolve())}
+            wanted |= inside or {place.resolve(): place}
         kept = {key: self.followed.get(key) or Followed(path) for key, path in wanted.items() if key not in self.left_out}
         changed = kept.keys() != self.followed.keys()
         self.followed = kept

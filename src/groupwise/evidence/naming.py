@@ -89,7 +89,7 @@ def _setting(run: Run) -> dict[str, Any]:
     usual = {key: "none" if value is None else list(value) if isinstance(value, tuple) else value for key, value in usual.items()}
     algorithm = flat({"algorithm": {**usual, **own, "name": run.algorithm}})
     others = flat({key: value for key, value in run.recipe.items() if key != "algorithm"})
-    tree = {**_defaults(), **others, **algorithm, **run.course}
+    tree = {"algorithm.name": run.algorithm, **_defaults(), **others, **algorithm, **run.course}
     return {key: value for key, value in tree.items() if value is not None and _tells(key)}
 
 

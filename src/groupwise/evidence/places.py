@@ -1,13 +1,15 @@
 """Which runs a path means: a run, a ladder (`groupwise ablate`), or a directory with either in it."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 from groupwise.errors import UserError
 
 MOST_ENTRIES = 10_000
-"""Entries of a directory in which runs are looked for."""
+"""Directories in which runs are looked for at most."""
+DEEPEST = 3
+"""How far below a directory runs are looked for: those of a ladder are two below it, and it may be in a directory of runs."""
 RECORDS = ("metrics.jsonl", "segments.jsonl", "rollouts")
 """What a run has besides its settings, from its beginning on."""
 
@@ -23,12 +25,18 @@ def runs_in(path: Path) -> list[Path]:
 
     Empty: there are none (yet). Directories that cannot be read have none.
     """
+    return list(_runs(path, DEEPEST, count(MOST_ENTRIES, -1)))
+
+
+def _runs(path: Path, deeper: int, left: Iterator[int]) -> Iterator[Path]:
+    """`left`: counts how many entries may still be looked at."""
     if is_run(path):
-        return [path]
-    found = []
-    for inner in _directories(path):
-        found += [inner] if is_run(inner) else [run for run in _directories(inner) if is_run(run)]
-    return found
+        yield path
+    elif deeper:
+        for inner in _directories(path):
+            if next(left) < 0:
+                return
+            yield from _runs(inner, deeper - 1, left)
 
 
 def _directories(path: Path) -> Iterator[Path]:

@@ -11,18 +11,23 @@ function choice(key, values, now, choose, disabled = () => false) {
   return make("span", { class: "choice", role: "group", "aria-label": text(`plots.${key}`) }, make("span", { class: "soft" }, text(`plots.${key}`)), ...buttons);
 }
 
-function drawControls() {
+// What can be chosen: windows of at most half the steps, and axes for which there is a clock.
+function controlsNow() {
   const clocked = page.data.settings.some(({ clock }) => clock.steps.length > 1);
   const most = Math.max(1, ...page.data.figures.flatMap((figure) => (figure.kind === "lines" ? drawnIn(figure) : []).map((line) => line.steps.at(-1) ?? 0)));
-  const sizes = windowSizes.filter((size) => size === 1 || size <= most / 2), place = Math.max(0, sizes.indexOf(plotsChosen.window));
+  return { clocked, sizes: windowSizes.filter((size) => size === 1 || size <= most / 2) };
+}
+
+function drawControls() {
+  const { clocked, sizes } = controlsNow(), place = Math.max(0, sizes.indexOf(plotsChosen.window));
   const slider = make("input", { type: "range", id: "smoothing", min: 0, max: sizes.length - 1, value: place, disabled: sizes.length < 2, oninput: (event) => chooseWindow(sizes[event.target.value]) });
   const said = make("output", { for: "smoothing", id: "smoothing-said" });
   plotControls.setAttribute("aria-label", text("plots.controls"));
   plotControls.replaceChildren(
     choice("x", xAxes, plotsChosen.axis, chooseAxis, (axis) => axis !== "step" && !clocked),
     choice("y", ["own", "linear", "log"], plotsChosen.height, chooseHeight),
-    make("span", { class: "choice" }, make("label", { for: "smoothing", class: "soft" }, text("plots.smoothing")), slider, said),
     make("button", { type: "button", class: "small", id: "reset-zoom", onclick: resetAll }, text("plots.reset")),
+    make("span", { class: "choice" }, make("label", { for: "smoothing", class: "soft" }, text("plots.smoothing")), slider, said),
   );
   saySmoothing();
   drawReset();
@@ -156,12 +161,13 @@ function drawFigures() {
   for (const plot of [...plotsOf.values()]) if (!kept.has(plot.id)) dropPlot(plot);
   const sections = plotGroups.map((id) => drawGroup(id, figures.filter((figure) => figure.group === id)));
   if (!plotsHolder.contains(plotControls)) {
-    plotsHolder.append(make("h2", { id: "plots-heading" }), plotControls, make("p", { class: "soft plots-help" }), make("div", { id: "plots-groups" }));
+    plotsHolder.append(make("h2", { id: "plots-heading" }), plotControls, make("details", { class: "plots-help" }, make("summary", {}), make("p", { class: "soft" })), make("div", { id: "plots-groups" }));
     document.body.append(plotTip);
   }
   plotsHolder.hidden = figures.length === 0;
   document.getElementById("plots-heading").textContent = text("plots.figures");
-  plotsHolder.querySelector(".plots-help").textContent = text("plots.help");
+  plotsHolder.querySelector(".plots-help summary").textContent = text("plots.help_title");
+  plotsHolder.querySelector(".plots-help p").textContent = text("plots.help");
   const holder = document.getElementById("plots-groups");
   if (!holder.children.length) holder.append(...sections);
   measureGroups();
@@ -169,26 +175,37 @@ function drawFigures() {
   for (const plot of plotsOf.values()) describeFigure(plot);
 }
 
+// Draw figures anew from their data; null: all.
 function refreshFigures(ids) {
   for (const plot of plotsOf.values()) {
     if (ids && !ids.has(plot.id)) continue;
     plot.fresh = false;
     plot.stale = true;
+    fillTable(plot);
   }
   planFrame();
 }
 
+// What is said around the lines, which is built anew only where it changed, so that the focus stays where it is.
+const structureOf = (figure) => [isConstant(figure), figure.title, figure.group, figure.kind, figure.note, figure.constants, figure.bins, metricsOf(figure), colouredBy(figure)];
+function structureOfFigures() {
+  const { settings, runs, figures } = page.data, named = ({ id, name }) => [id, name];
+  return JSON.stringify([page.language, settings.map(named), runs.map(named), controlsNow(), figures.map((figure) => [figure.id, structureOf(figure)])]);
+}
+let drawnStructure = "";
+
 whenChanged((changed) => {
   if (changed.has("theme")) canvasColours.clear();
-  plotsFont.value = axisFont();
-  if (changed.has("settings") || changed.has("runs") || changed.has("language") || (changed.has("figures") && !page.changedFigures)) {
-    drawFigures();
-    refreshFigures(null);
-  } else if (changed.has("figures")) {
-    if (page.data.figures.some((figure) => !isConstant(figure) && !plotsOf.has(figure.id))) drawFigures();
+  if (page.data === null) return;
+  if (["settings", "runs", "figures", "language"].some((key) => changed.has(key))) {
+    plotsFont.value = axisFont();
+    const structure = structureOfFigures(), same = structure === drawnStructure;
+    drawnStructure = structure;
     for (const figure of page.data.figures) if (plotsOf.has(figure.id)) plotsOf.get(figure.id).figure = figure;
+    if (!same) drawFigures();
     measureGroups();
-    refreshFigures(new Set(page.changedFigures));
+    const all = !same || (changed.has("settings") && plotsChosen.axis !== "step") || (changed.has("figures") && !page.changedFigures);
+    refreshFigures(all ? null : new Set(changed.has("figures") ? page.changedFigures : []));
     drawReset();
   } else if (changed.has("theme")) redraw();
 });

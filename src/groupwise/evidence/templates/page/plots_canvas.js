@@ -18,7 +18,7 @@ function tracePath(u, x, y, lone) {
   const path = new Path2D(), toX = toPixels(u, "x"), toY = toPixels(u, "y"), log = u.scales.y.distr === 3, ratio = uPlot.pxRatio;
   const from = Math.max(0, placeOf(x, u.scales.x.min) - 1), to = Math.min(x.length - 1, placeOf(x, u.scales.x.max));
   const bucket = to - from > u.bbox.width ? 0.5 : 1;  // columns of two pixels where there are more points than pixels
-  const dotted = lone && (to - from) * 14 * ratio < u.bbox.width;
+  const dotted = lone && to > from && toX(x[to]) - toX(x[from]) > (to - from) * 14 * ratio;
   let pen = false, column = NaN, before = 0, first = 0, low = 0, high = 0, last = 0, count = 0, run = 0;
   const flush = (ends) => {
     if (count > 0) {

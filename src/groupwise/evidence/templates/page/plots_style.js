@@ -47,8 +47,8 @@ function styled(figure, of) {
   const who = by === "setting" ? (of.run ? runName(of.run) : settingName(of.setting)) : by === "run" ? runName(of.run) : "";
   return {
     colour: by === "setting" ? settingColour(of.setting) : lineColour(place),
-    dash: by === "label" ? [] : strokeDashes[of.dash % strokeDashes.length],
-    shade: by === "label" ? 0 : of.dash,
+    dash: by === "label" || !several ? [] : strokeDashes[of.dash % strokeDashes.length],
+    shade: by === "label" || !several ? 0 : of.dash,
     keys: keys.filter((key) => key !== null),
     name: () => [who, several || !who ? say(of.label) : ""].filter(Boolean).join(" · "),
   };

@@ -15,7 +15,7 @@ const runLabel = (id) => make("bdi", {}, runOf(id)?.name ?? "");
 
 // The header: drawn once, its texts set again in the other language.
 const heading = make("h1"), subtitle = make("p", { class: "soft" });
-const languageButton = make("button", { type: "button", id: "language", onclick: () => setLanguage(page.language === "zh" ? "en" : "zh") });
+const languageButton = make("button", { type: "button", id: "language", onclick: () => setLanguage(remembered("language", page.language === "zh" ? "en" : "zh")) });
 const themeButton = make("button", { type: "button", id: "theme", onclick: () => setTheme(remembered("theme", page.theme === "dark" ? "light" : "dark")) });
 document.getElementById("header").append(make("div", {}, heading, subtitle), make("span", { class: "controls" }, languageButton, themeButton));
 whenChanged((changed) => {

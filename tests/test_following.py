@@ -1,0 +1,207 @@
+"""Following runs: whatever is written, killed, torn and undone meanwhile, what was followed is what the directory holds."""
+
+import json
+import os
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from groupwise.errors import UserError
+from groupwise.evidence.document import document
+from groupwise.evidence.following import Followed, Following
+from groupwise.evidence.live.patches import patches
+from groupwise.evidence.places import expanded, runs_in
+from groupwise.evidence.runs import Run, open_run
+from groupwise.evidence.shapes import Document, Patch
+from groupwise.evidence.status import status
+from groupwise.evidence.tail import Tail
+from tests.written import WrittenRun
+
+OPERATIONS = ("step", "step", "step", "evaluate", "note", "tear", "resume", "poll", "poll")
+
+
+def applied(before: Document, patch: Patch) -> dict[str, Any]:
+    """What the page makes of a patch; live.js does the same."""
+    before, patch = json.loads(json.dumps([before, patch]))
+    data: dict[str, Any] = dict(before) | patch.get("parts", {})
+    for part in ("settings", "runs"):
+        for member in data[part]:
+            member |= patch.get(part, {}).get(member["id"], {})
+    figures = {figure["id"]: figure for figure in data["figures"]} | patch.get("figures", {}).get("whole", {})
+    for figure, lines in patch.get("figures", {}).get("lines", {}).items():
+        for line in figures[figure]["lines"]:
+            points = dict(lines.get(line["id"], {"keep": 0}))
+            keep = points.pop("keep")
+            line |= {key: line[key][:keep] + value if isinstance(value, list) else value for key, value in points.items()}
+    data["figures"] = [figures[figure] for figure in patch.get("figures", {}).get("order", figures)]
+    return data
+
+
+def same(followed: Run | None, opened: Run) -> None:
+    assert followed is not None
+    assert list(followed.steps) == list(opened.steps)
+    assert list(followed.evaluations) == list(opened.evaluations)
+    assert followed.events == opened.events and followed.recipe == opened.recipe
+    assert len(followed.segments) == len(opened.segments)
+    assert sorted(followed.left_out) == sorted(opened.left_out)
+
+
+@settings(max_examples=25)
+@given(operations=st.lists(st.sampled_from(OPERATIONS), max_size=30), data=st.data())
+def test_what_was_followed_is_what_was_written(
+    tmp_path_factory: pytest.TempPathFactory, operations: list[str], data: Any
+) -> None:
+    """Each document is also the one before with its patch."""
+    path = tmp_path_factory.mktemp("followed") / "run"
+    followed, written = Followed(path), WrittenRun(path)
+    followed.poll()
+    written.evaluate()
+    shown = document([open_run(path)])
+    for operation in [*operations, "poll"]:
+        if operation == "poll":
+            followed.poll()
+            same(followed.run, open_run(path))
+            assert followed.run is not None
+            now = document([followed.run])
+            assert applied(shown, patches(shown, now)) == json.loads(json.dumps(now))
+            shown = now
+        elif operation == "resume":
+            written = WrittenRun(path, resume_at=data.draw(st.integers(0, written.last)))
+        elif operation == "note":
+            written.note("something was seen")
+        else:
+            getattr(written, operation)()
+    assert not followed.poll()
+
+
+def test_a_resume_that_has_overtaken_is_noticed(tmp_path: Path) -> None:
+    """Between two looks the file was cut, and is longer now than it was, with the same inode number."""
+    written, followed = WrittenRun(tmp_path / "run"), Followed(tmp_path / "run")
+    for _ in range(8):
+        written.step()
+    followed.poll()
+    kept = (tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:5]
+    with (tmp_path / "run" / "metrics.jsonl").open("r+b") as file:
+        file.truncate(sum(map(len, kept)))
+    written.metrics.rewind(5, [])
+    written.last = 5
+    for _ in range(7):
+        written.step()
+    assert followed.poll()
+    same(followed.run, open_run(tmp_path / "run"))
+
+
+def test_lines_are_read_once_and_whole(tmp_path: Path) -> None:
+    path, lines = tmp_path / "lines", []
+    tail = Tail(path)
+
+    def read() -> bool:
+        return tail.read(lambda number, line: lines.append((number, line)), lines.clear)
+
+    assert not read()
+    path.write_bytes(b"a\nb")
+    assert read() and lines == [(1, b"a\n")]
+    assert not read()
+    with path.open("ab") as file:
+        file.write(b"c\nd\n")
+    assert read() and lines == [(1, b"a\n"), (2, b"bc\n"), (3, b"d\n")]
+    path.write_bytes(b"")
+    assert read() and lines == []
+    path.unlink()
+    assert not read()
+
+
+def test_a_run_whose_directory_goes_stays_and_is_said_to_be_gone(tmp_path: Path) -> None:
+    written = WrittenRun(tmp_path / "runs" / "a")
+    written.step()
+    following = Following([tmp_path / "runs"])
+    assert following.look() and following.poll()
+    shutil.rmtree(tmp_path / "runs" / "a")
+    assert not following.look() and not following.poll()
+    (one,) = following
+    assert one.run is not None and one.run.last_step == 1
+    assert status(one.run, time.time())["state"] == "gone"
+    again = WrittenRun(tmp_path / "runs" / "a")  # another run in the same place
+    again.evaluate()
+    assert following.poll() and one.run.last_step == 0
+
+
+def test_new_runs_appear_and_removed_ones_stay_away(tmp_path: Path) -> None:
+    following = Following([tmp_path / "runs", tmp_path / "later"])
+    following.look()
+    assert [one.path.name for one in following] == ["runs", "later"] and not following.poll()
+    for name in ("runs/a", "runs/ladder/1-grpo/seed-0", "runs/ladder/1-grpo/seed-10", "runs/ladder/1-grpo/seed-2", "later"):
+        WrittenRun(tmp_path / name).step()
+    (tmp_path / "runs" / "ladder" / "ladder.toml").write_text("")
+    assert following.look() and following.poll()
+    assert [one.path.name for one in following] == ["a", "seed-0", "seed-2", "seed-10", "later"]
+    following.remove((tmp_path / "runs" / "a").resolve())
+    assert following.look() and not following.look()
+    assert [one.path.name for one in following] == ["seed-0", "seed-2", "seed-10", "later"]
+    following.add(tmp_path / "runs" / "a")
+    following.look()
+    assert "a" in [one.path.name for one in following]
+    for nothing in (tmp_path / "nothing", tmp_path / "runs" / "a" / "rollouts"):
+        with pytest.raises(UserError, match="not a run directory"):
+            following.add(nothing)
+
+
+def test_a_path_means_its_runs(tmp_path: Path) -> None:
+    WrittenRun(tmp_path / "runs" / "ladder" / "2-b" / "seed-0")
+    WrittenRun(tmp_path / "runs" / "ladder" / "10-c" / "seed-0")
+    (tmp_path / "runs" / "ladder" / "ladder.toml").write_text("")
+    found = [path.relative_to(tmp_path).as_posix() for path in runs_in(tmp_path / "runs" / "ladder")]
+    assert found == ["runs/ladder/2-b/seed-0", "runs/ladder/10-c/seed-0"]
+    assert expanded([tmp_path / "none"]) == [tmp_path / "none"]
+    (tmp_path / "other" / "inner").mkdir(parents=True)
+    with pytest.raises(UserError, match="neither a run"):
+        expanded([tmp_path / "other"])
+
+
+@pytest.fixture
+def timed(tmp_path: Path) -> WrittenRun:
+    """Twelve steps of 10 s each, and 30 s more where an evaluation came before, the last one just now."""
+    written, now = WrittenRun(tmp_path / "run", steps=20), time.time()
+    written.evaluate()
+    moments = {}
+    clock = 0.0
+    for step in range(1, 13):
+        written.step()
+        clock += 10 + (30 if (step - 1) % 5 == 0 else 0)
+        moments[step] = clock
+    for step, moment in moments.items():
+        moment += now - clock
+        os.utime(written.path / "rollouts" / f"step-{step:06d}.jsonl", (moment, moment))
+    return written
+
+
+def test_states_and_time_left(timed: WrittenRun) -> None:
+    def found(owner: str | None, later: float = 0.0) -> Any:
+        lock = timed.path / ".lock"
+        lock.unlink(missing_ok=True)
+        if owner is not None:
+            lock.write_text(owner)
+            os.utime(lock, (1e9, 1e9))
+        return status(open_run(timed.path), time.time() + later)
+
+    here, elsewhere = f"pid {os.getpid()} on {socket.gethostname()}\n", "pid 7 on another-machine\n"
+    training = found(here)
+    assert training["state"] == "training" and (training["step"], training["steps"]) == (12, 20)
+    assert training["seconds_per_step"] == pytest.approx(10, abs=0.1)
+    assert training["seconds_left"] == pytest.approx(8 * 10 + 2 * 30, abs=2)  # evaluations after steps 15 and 20
+    assert found(here, 20)["seconds_left"] == pytest.approx(120, abs=2)
+    assert found(here, 1000)["state"] == "silent"
+    assert found(elsewhere)["state"] == "training" and found(elsewhere, 1000)["state"] == "silent"
+    assert found(elsewhere, 1e6)["state"] == "stopped"
+    assert found(None)["state"] == "stopped" and found(f"pid {2**22 + 1} on {socket.gethostname()}\n")["state"] == "stopped"
+    while timed.last < 20:
+        timed.step()
+    assert found(here)["state"] == "training"  # the last evaluation, and the model
+    (timed.path / "model").mkdir()
+    assert found(here)["state"] == "finished" and found(None)["seconds_left"] is None
