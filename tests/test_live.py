@@ -157,8 +157,10 @@ def eventually(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
 
 def rows(page: Any) -> list[str]:
     """The followed runs as the page lists them: name, state and steps."""
-    found = "[...document.querySelectorAll('.followed tbody tr')].map((row) => [...row.cells].slice(0, 3).map((one) => one.textContent))"
-    listed: list[list[str]] = page.evaluate(found)
+    cells = (
+        "[...document.querySelector('.followed tbody').rows].map((row) => [...row.cells].slice(0, 3).map((at) => at.textContent))"
+    )
+    listed: list[list[str]] = page.evaluate(cells)
     return [" | ".join(cells) for cells in listed]
 
 
@@ -192,9 +194,11 @@ def test_a_run_is_followed_over_a_kill_and_a_resume(browser: Any, port: int, hom
     written.evaluate()
     assert eventually(shows(page, "11 of 20"))
     fresh, wrong_there = opened(browser, port)
-    eventually(lambda: time.sleep(2) or True)
-    difference = "\n".join(unified_diff(said(page), said(fresh), n=0, lineterm=""))
-    assert not difference, difference
+
+    def differences() -> str:
+        return "\n".join(unified_diff(said(page), said(fresh), n=0, lineterm=""))
+
+    eventually(lambda: not differences())
     text = "\n".join(said(page))
     assert "<b>seen</b>" in text and "\u202e" not in text
     assert not wrong and not wrong_there

@@ -134,10 +134,12 @@ class Hub:
                     await self._changed.wait_for(lambda: self.data is not None or self.closing)
             instance, _, number = since.partition("-")
             version = int(number) if instance == self.instance and number.isascii() and number.isdecimal() else -1
-            while not self.closing:
+            while True:
                 for line in self._news(version):
                     yield line
                 version = self.version
+                if self.closing:
+                    break
                 yield _line({"alive": self.interval})
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._news_after(version), HEARTBEAT)

@@ -250,5 +250,5 @@ new IntersectionObserver((entries) => {
 whenChanged((changed) => {
   if (changed.has("language") || changed.has("runs")) reader.elements.heading.textContent = text("summary.heading.completions");
   if (changed.has("language") ? reader.near : reader.near && !reader.open) openReader();
-  else if (reader.open && changed.has("runs")) followNewest();
+  else if (reader.open && (changed.has("runs") || changed.has("readable"))) followNewest();
 });
