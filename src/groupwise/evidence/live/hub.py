@@ -75,8 +75,9 @@ class Hub:
         while not self.closing:
             self._wake.clear()
             if self.watchers:
-                cost = await self.refresh()
-                self.interval = max(QUICKEST, min(cost / AIM, USUAL), cost / LIMIT)
+                first, cost = self.data is None, await self.refresh()
+                if not first:  # which reads everything there is, and loads what reads it
+                    self.interval = max(QUICKEST, min(cost / AIM, USUAL), cost / LIMIT)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), self.interval if self.watchers else None)
 
