@@ -9,9 +9,10 @@ READY := $(VENV)/.ready
 train: setup
 	$(BIN)/groupwise train
 
-# A process a core, each with one thread: threads of several processes would wait for each other.
+# Each process has one thread: threads of several processes would wait for each other. tests/conftest.py says how many and in what
+# order: the longest files first, which are not those with the most tests.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

@@ -76,7 +76,7 @@ HEALTHY: dict[str, Settings] = {
         "training": {"steps": 30, "eval_every": 10},
     },
     "graded: a length": {**data("verdict_parts.py:ends_at_nine"), "algorithm": {"name": "dapo", "beta": None}},
-    "graded: near the answer": data("verdict_parts.py:near", "chains"),
+    "graded: near the answer": {**data("verdict_parts.py:near", "chains"), "learner": {"learning_rate": 1e-4}},
     "graded: certain of the best": {**data("verdict_parts.py:sevens"), "training": {"steps": 40, "eval_every": 20}},
     "graded: varied": {**data("verdict_parts.py:varied"), "training": {"steps": 30, "eval_every": 10}},
     "graded: learns to be short": {**data("verdict_parts.py:short", "chains"), "rollouts": {"max_tokens": 6}},
@@ -142,7 +142,7 @@ def problems() -> dict[str, list[tuple[str, int]]]:
     }
 
 
-def train(name: str, case: Case, out: Path) -> float:
+def train(name: str, case: Case, out: Path, seed: int) -> float:
     """Train a run; returns its seconds."""
     home = out / name.replace(" ", "-").replace(":", "")
     shutil.rmtree(home, ignore_errors=True)
@@ -151,7 +151,7 @@ def train(name: str, case: Case, out: Path) -> float:
     for table, rows in problems().items():
         lines = [json.dumps({"prompt": prompt, "answer": answer}) for prompt, answer in rows]
         (home / f"{table}.jsonl").write_text("\n".join(lines) + "\n")
-    (home / "recipe.toml").write_text(dump(recipe(case)))
+    (home / "recipe.toml").write_text(dump({"seed": seed, **recipe(case)}))
     began = time.perf_counter()
     with (home / "log").open("w") as log:
         command = [sys.executable, "-m", "groupwise", "train", str(home / "recipe.toml"), "--out", str(home / "run")]
@@ -193,6 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/verdicts"))
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--judge", action="store_true", help="Read runs that are there already.")
     parser.add_argument("--record", type=Path, metavar="DIRECTORY")
     arguments = parser.parse_args()
@@ -200,7 +201,7 @@ def main() -> None:
     for name in arguments.only:
         case = CASES[name]
         run = arguments.out / name.replace(" ", "-").replace(":", "") / "run"
-        seconds = 0.0 if arguments.judge else train(name, case, arguments.out)
+        seconds = 0.0 if arguments.judge else train(name, case, arguments.out, arguments.seed)
         found = findings(open_run(run))
         good += right(case, found)
         print(

@@ -6,7 +6,7 @@
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
     const node = walker.currentNode, parent = node.parentElement, text = node.textContent.trim();
-    if (!text || parent.closest("script, style, option") || !shown(parent)) continue;
+    if (!text || parent.closest("script, style, option, .unseen") || !shown(parent)) continue;
     const size = parseFloat(getComputedStyle(parent).fontSize);
     if (size < smallest) found.push(`${size} px: ${text}`);
     const range = document.createRange();
@@ -21,7 +21,9 @@
         if (style.overflowX !== "visible" && outer !== document.body && box.right > limit.right + 0.5) found.push(`cut off: ${text}`);
       }
       const margin = 0.22 * box.height;  // a line box is taller than its letters
-      boxes.push({ text, owner: parent, left: box.left, right: box.right, top: box.top + margin, bottom: box.bottom - margin });
+      const view = parent.closest(".scroll")?.getBoundingClientRect();  // what is scrolled out of view covers nothing
+      const left = Math.max(box.left, view?.left ?? -Infinity), right = Math.min(box.right, view?.right ?? Infinity);
+      if (left < right) boxes.push({ text, owner: parent, left, right, top: box.top + margin, bottom: box.bottom - margin });
     }
   }
   const brush = document.createElement("canvas").getContext("2d");

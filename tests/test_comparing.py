@@ -19,6 +19,7 @@ from groupwise.evidence.runs import open_run
 from groupwise.evidence.statistics import Difference, detectable, difference, holm, seeds_needed
 from groupwise.evidence.student import critical, power, shift_needed, two_sided
 from groupwise.evidence.verdicts import as_text, comparisons
+from tests.pages import chromium, needs_browser, opened
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(400)
 
@@ -157,11 +158,12 @@ def test_the_stated_number_of_seeds_shows_the_difference_in_four_of_five(effect:
 
 
 def write_run(path: Path, name: str, seed: int, score: float, **options: float) -> Path:
-    """A run of twenty steps, evaluated every five, whose score rises to a value; `done` steps of it, `per_step` completions."""
+    """A run of twenty `steps`, evaluated every five, whose score rises to a value; `done` steps of it, `per_step` completions."""
     done, problems, per_step = int(options.get("done", 20)), int(options.get("problems", 500)), options.get("per_step", 256.0)
     path.mkdir(parents=True)
     task = "[task]\nname = 'arithmetic'\ngrades = [1]\n" if options.get("easy") else ""
-    recipe = f"seed = {seed}\n[algorithm]\nname = '{name}'\n[training]\nsteps = 20\n{task}"
+    steps = int(options.get("steps", 20))
+    recipe = f"seed = {seed}\n[algorithm]\nname = '{name}'\n[training]\nsteps = {steps}\n{task}"
     (path / "recipe.toml").write_text(recipe)
     lines = []
     for step in range(done + 1):
@@ -217,7 +219,9 @@ def test_too_few_seeds_are_said_instead_of_compared(tmp_path: Path) -> None:
     begun = setting(tmp_path / "begun", "grpo", [0.8] * 3, done=3) + setting(tmp_path / "begun", "dapo", CLEAR, done=3)
     assert said(begun) == ["unknown  dapo against grpo: There is no evaluation of both after a training step."]
     many = [path for name in ("grpo", "dapo", "gspo", "dcpo") for path in setting(tmp_path / "many", name, [0.8])]
-    assert said(many) == ["unknown  3 other pairs have too few seeds to be compared: at least 3 of each setting are needed."]
+    assert said(many) == [
+        "unknown  3 pairs of settings have too few seeds to be compared: at least 3 of each setting are needed."
+    ]
 
 
 def test_runs_that_have_not_finished_are_compared_where_all_are(tmp_path: Path) -> None:
@@ -232,6 +236,8 @@ def test_other_problems_and_equal_settings_are_said(tmp_path: Path) -> None:
     line = said(easy)[0]
     assert "With every seed the two are equal" in line or "probability" in line
     assert "The settings differ in task.grades" in line
+    short = setting(tmp_path / "short", "dapo", CLEAR, done=15, steps=15)
+    assert "After 15 training steps against 20." in said([*easy[:4], *short])[0]
 
 
 def test_a_ladder_is_compared_as_ablate_does(tmp_path: Path) -> None:
@@ -245,3 +251,26 @@ def test_a_ladder_is_compared_as_ablate_does(tmp_path: Path) -> None:
         pairs = contrasts(grouped(open_run(path) for path in reversed(paths)))
         assert [(first.name, second.name) for first, second in pairs] == list(zip(against, names[1:], strict=True))
         assert len(compare(pairs)) >= 3
+
+
+@needs_browser
+def test_the_page_draws_each_interval_and_folds_what_is_not_known(tmp_path: Path) -> None:
+    paths = setting(tmp_path, "grpo", [0.80, 0.81, 0.82, 0.80]) + setting(tmp_path, "dapo", CLEAR)
+    paths += setting(tmp_path, "gspo", [0.80, 0.84, 0.80, 0.83])
+    paths += [path for name in ("dcpo", "rloo", "ppo", "cispo") for path in setting(tmp_path, name, [0.8])]
+    assert CliRunner().invoke(app, ["report", *map(str, paths), "--out", str(tmp_path / "page.html")]).exit_code == 0
+    with chromium() as browser:
+        page, wrong = opened(browser, tmp_path / "page.html", viewport={"width": 390, "height": 800}, locale="zh-CN")
+        part = page.locator("#comparing")
+        part.locator(".compared").first.wait_for()
+        assert part.locator(".compared.better").count() >= 1 and part.locator("details .compared.unknown").count() == 4
+        assert part.locator("details .compared.unknown").first.is_hidden()
+        part.locator("summary").click()
+        page.click("#language")  # another language, and what was opened stays open
+        assert part.locator("details .compared.unknown").first.is_visible()
+        assert "Differences between seeds do not explain that." in part.inner_text()
+        better, still_open = (part.locator(f".compared.{verdict}").first for verdict in ("better", "open"))
+        for row, excludes_zero in ((better, True), (still_open, False)):
+            zero, whisker = (row.locator(f".{name}").bounding_box() for name in ("zero", "whisker"))
+            assert (zero["x"] < whisker["x"] or zero["x"] > whisker["x"] + whisker["width"]) == excludes_zero
+        assert wrong == []

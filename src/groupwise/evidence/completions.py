@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from groupwise.errors import UserError
 from groupwise.evidence.naming import run_id
-from groupwise.evidence.reading import LeftOut, number, read_objects, read_tokens, token_groups
+from groupwise.evidence.reading import LeftOut, number, read_objects, read_tokens, step_of, token_groups
 from groupwise.evidence.runs import Run
 from groupwise.evidence.runs_page import packed
 from groupwise.evidence.shapes import Completion, GroupToRead, Readable, StepToRead, TurnToRead
@@ -224,11 +224,11 @@ def _of_line(row: int, line: Mapping[str, Any]) -> Completion:
     turns = list(_spoken(line.get("turns"), len(whole)))
     before = [0, *(end + 1 for _, _, end in turns)]
     texts = [whole[start:end] for _, start, end in turns] or [whole]
-    reward, correct, tokens = number(line.get("reward")), line.get("correct"), number(line.get("tokens"))
+    reward, correct = number(line.get("reward")), line.get("correct")
     return {
         "row": row,
         "text": [visible(shortened(text, LONGEST_TEXT // len(texts)), lines=True) for text in texts],
-        "tokens": None if tokens is None else int(tokens),
+        "tokens": step_of(line.get("tokens")),
         "reward": _reward(parts, reward),
         "parts": _some(parts),
         "correct": correct if isinstance(correct, bool) else None,

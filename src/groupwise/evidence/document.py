@@ -81,8 +81,8 @@ def _run(run: Run, group: Group, names: Mapping[str, str], now: float) -> RunSha
 
 
 def events(runs: Sequence[Run]) -> list[Noted]:
-    """What the runs noted, the last `MOST_EVENTS` of each."""
-    return [
+    """What the runs noted, in the order of time: the last `MOST_EVENTS` of each."""
+    found: list[Noted] = [
         {
             "run": run_id(run),
             "step": event.step,
@@ -94,6 +94,7 @@ def events(runs: Sequence[Run]) -> list[Noted]:
         for run in runs
         for event in run.events[-MOST_EVENTS:]
     ]
+    return sorted(found, key=lambda event: event["time"]) if len(runs) > 1 else found
 
 
 def segments(runs: Sequence[Run]) -> list[SegmentShape]:

@@ -153,9 +153,9 @@ def _figure(wanted: _Wanted, groups: Sequence[Group], noted: list[Mark], most: i
     if not found:
         return None
     notes = [wanted.note] if wanted.note else []
+    band: Phrase | None = None
     if wanted.id == "accuracy":
-        found, noise = _with_noise(found)
-        notes += [noise] if noise else []
+        found, band = _with_noise(found)
     lines: list[Line] = []
     constants: list[Constant] = []
     for dash, (metric, label) in enumerate(wanted.labels.items()):
@@ -186,6 +186,8 @@ def _figure(wanted: _Wanted, groups: Sequence[Group], noted: list[Mark], most: i
         "marks": noted if lines else [],
         "constants": constants,
     }
+    if band:
+        figure["band"] = band.as_json()
     if notes:
         figure["note"] = joined(notes).as_json()
     return figure
@@ -262,8 +264,7 @@ def _seed_notes(drawn: Sequence[_Drawn]) -> list[Phrase]:
     for group in {one.group.id: one.group for one in drawn if one.run is None}.values():
         ends = sorted(run.last_step for run in group.runs)
         if ends[-1] - ends[0] > UNEQUAL * ends[-1]:
-            values = {"first": f"{ends[0]:,}", "last": f"{ends[-1]:,}"}
-            notes.append(phrase("figures", "unequal", name=group.name, **values))
+            notes.append(phrase("figures", "unequal", name=group.name))
     return notes[: 1 + MOST_NAMED]
 
 

@@ -35,18 +35,32 @@ def sentences(parts: Iterable[Phrase]) -> Phrase:
     return Phrase(" ".join(part.en for part in parts if part.en), "".join(part.zh for part in parts))
 
 
-def measure_name(measure: Measure) -> Phrase:
-    """What held-out results are measured by, in a sentence."""
-    return say("words.pass_rate" if measure is PASS_RATE else "words.mean_reward")
+def measure_name(measure: Measure, *, within: bool = False) -> Phrase:
+    """What held-out results are measured by.
+
+    Args:
+        within: it stands between Chinese characters, from which Latin letters are set apart.
+    """
+    return say(f"words.{'pass_rate' if measure is PASS_RATE else 'mean_reward'}{'_within' if within else ''}")
 
 
 def setting(run: Run, key: str) -> Any:
     """A setting of the run's algorithm: from its recipe, else the named algorithm's own value; None where it is not in use."""
     name = run.algorithm
-    usual = named(name if name in NAMED else "custom").settings().get(key)
+    usual = _usual(name if name in NAMED else "custom").get(key)
     own = run.recipe.get("algorithm", {}).get(key, usual)
     damaged = isinstance(usual, int | float) and not isinstance(own, int | float)
     return usual if damaged else own
+
+
+@cache
+def _usual(algorithm: str) -> dict[str, Any]:
+    return named(algorithm).settings()
+
+
+def under_way(run: Run) -> bool:
+    """Whether steps are left to do."""
+    return run.last_step < int(run.recipe.get("training", {}).get("steps", 0))
 
 
 def warned_of(run: Run, name: str) -> bool:

@@ -11,7 +11,14 @@ from groupwise.evidence.runs import Run
 
 def findings(run: Run) -> list[Finding]:
     """Apply every rule to a run; the worst findings come first."""
-    return worst_first([finding for rule in RULES if (finding := rule(run)) is not None])
+    found = []
+    for rule in RULES:
+        finding = rule(run)
+        if finding is not None and finding.kind == "unhealthy" and rule in SYMPTOMS and len(run.steps) < EARLY:
+            finding = replace(finding, kind="watch")
+        if finding is not None:
+            found.append(finding)
+    return worst_first(found)
 
 
 def shared_findings(runs: Sequence[Run]) -> list[Finding]:
@@ -48,3 +55,12 @@ RULES: tuple[Callable[[Run], Finding | None], ...] = (
     policy.sampler_mismatch,
     learning.length_growth,
 )
+SYMPTOMS = {
+    learning.constant_reward,
+    policy.updates_too_large,
+    learning.truncated_completions,
+    policy.clip_too_tight,
+    policy.entropy_explosion,
+}
+"""Rules whose findings may pass: they call no run unhealthy before it has done `EARLY` steps."""
+EARLY = 5

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -154,13 +155,19 @@ def _progress(statuses: Sequence[Status]) -> Tile | None:
         return None
     label = phrase("summary", "progress.label")
     if len(statuses) > 1:
-        done = sum(status["state"] == "finished" for status in statuses)
-        steps = [status["step"] for status in statuses]
-        detail = phrase("summary", "progress.steps", spread=_spread(steps, lambda step: f"{step:,.0f}"))
-        return _tile("progress", label, phrase("summary", "progress.runs", done=done, all=len(statuses)), detail)
+        return _progress_of_all(statuses, label)
     status = statuses[0]
     value = f"{status['step']:,} / {status['steps']:,}" if status["steps"] else f"{status['step']:,}"
     return _tile("progress", label, same(value), phrase("summary", f"states.{status['state']}"))
+
+
+def _progress_of_all(statuses: Sequence[Status], label: Phrase) -> Tile:
+    counts = Counter(status["state"] for status in statuses)
+    steps = _spread([status["step"] for status in statuses], lambda step: f"{step:,.0f}")
+    others = [phrase("summary", f"progress.{state}", count=count) for state, count in counts.items() if state != "finished"]
+    parts = [phrase("summary", "progress.steps", spread=steps), *others]
+    detail = Phrase("; ".join(part.en for part in parts), "；".join(part.zh for part in parts))
+    return _tile("progress", label, phrase("summary", "progress.runs", done=counts["finished"], all=len(statuses)), detail)
 
 
 def _time(groups: Sequence[Group]) -> Tile | None:

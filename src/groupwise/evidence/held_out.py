@@ -97,9 +97,9 @@ def _verdict(scores: Sequence[float], errors: Sequence[float], freedom: int, sma
 
 
 def improves(run: Run) -> bool:
-    """Whether held-out results rose and stayed up; before there are any to compare, whether the rewards of training did."""
+    """Whether held-out results rose and stayed up; where these cannot tell yet, whether the rewards of training rose."""
     found = change(run)
-    if found is not None:
+    if found is not None and found.verdict != "open":
         return found.verdict == "rose"
     rewards = run.values("reward/mean")
     third = len(rewards) // 3

@@ -20,7 +20,7 @@ MOST_POINTS, FEWEST_POINTS = 4096, 64
 """Of a line."""
 PAGE_POINTS = 800_000
 """Of all lines of a page: 2.5 MB of it."""
-CLOCK_POINTS = 512
+CLOCK_POINTS = 256
 MOST_MARKS, LONGEST_MARK = 40, 120
 """How many events are marked in a figure, and characters of each."""
 MARKED_RUNS = 4
@@ -62,7 +62,8 @@ def mean_over_seeds(runs: Sequence[Run], metric: str, *, percent: bool = False) 
     known = ~np.isnan(table)
     counts = known.sum(axis=0)
     mean = np.where(known, table, 0.0).sum(axis=0) / counts
-    squares = (np.where(known, table - mean, 0.0) ** 2).sum(axis=0)
+    with np.errstate(over="ignore"):  # a damaged run may hold anything
+        squares = (np.where(known, table - mean, 0.0) ** 2).sum(axis=0)
     factors = np.array([math.nan] * FEWEST_SEEDS + [critical(LEVEL, n - 1) for n in range(FEWEST_SEEDS, len(columns) + 1)])
     half = factors[counts] * np.sqrt(squares / np.maximum(counts - 1, 1) / counts)
     low, high = mean - half, mean + half

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from groupwise.algorithms import NAMED, named
-from groupwise.config import Recipe, dump
+from groupwise.config import Recipe, dump, read_toml
 from groupwise.config.effects import HARMLESS
 from groupwise.config.trees import flat
+from groupwise.errors import UserError
 from groupwise.evidence.history import value_text
 from groupwise.evidence.runs import Run
 from groupwise.evidence.shapes import Differences
@@ -42,9 +43,8 @@ def grouped(runs: Iterable[Run]) -> list[Group]:
     Runs of one ladder (`groupwise ablate`) are grouped by its rungs, and called by their names.
     """
     runs = list({run.path.resolve(): run for run in runs}.values())
-    ladders = {run.path.resolve().parent.parent for run in runs}
     keys: list[Hashable]
-    if len(ladders) == 1 and all((ladder / "ladder.toml").is_file() for ladder in ladders):
+    if _ladder(runs):
         keys = [run.path.resolve().parent for run in runs]
         groups = _by_key(keys, runs)
         names = [members[0].path.resolve().parent.name.split("-", 1)[-1] for members in groups.values()]
@@ -56,6 +56,20 @@ def grouped(runs: Iterable[Run]) -> list[Group]:
     return [
         Group(id=_id("s", str(key)), name=name, runs=members) for (key, members), name in zip(groups.items(), names, strict=True)
     ]
+
+
+def _ladder(runs: Iterable[Run]) -> Path | None:
+    """The directory of the ladder that all the runs are of."""
+    homes = {run.path.resolve().parent.parent for run in runs}
+    return next((home for home in homes if len(homes) == 1 and (home / "ladder.toml").is_file()), None)
+
+
+def _title_of(ladder: Path) -> str:
+    try:
+        found = read_toml(ladder)[0].get("title")
+    except UserError:
+        return ""
+    return found if isinstance(found, str) else ""
 
 
 def _by_key(keys: Sequence[Hashable], runs: Sequence[Run]) -> dict[Hashable, list[Run]]:
@@ -75,7 +89,7 @@ def _setting(run: Run) -> dict[str, Any]:
     usual = {key: "none" if value is None else list(value) if isinstance(value, tuple) else value for key, value in usual.items()}
     algorithm = flat({"algorithm": {**usual, **own, "name": run.algorithm}})
     others = flat({key: value for key, value in run.recipe.items() if key != "algorithm"})
-    tree = {**_defaults(), **others, **algorithm, **run.course}
+    tree = {"algorithm.name": run.algorithm, **_defaults(), **others, **algorithm, **run.course}
     return {key: value for key, value in tree.items() if value is not None and _tells(key)}
 
 
@@ -159,15 +173,18 @@ def differences(groups: Sequence[Group]) -> Differences:
 
 
 def _value(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return cut(visible(text), LONGEST_VALUE)
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    return cut(visible(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)), LONGEST_VALUE)
 
 
 def title(groups: Sequence[Group]) -> str:
-    """What a page about them is called: the run's name where there is one, else the settings'."""
+    """What a page about them is called: a ladder's title, the run's name where there is one, else the settings'."""
     names = list(run_names(groups).values())
     if len(names) == 1:
         return names[0]
+    if (ladder := _ladder(run for group in groups for run in group.runs)) and (given := _title_of(ladder / "ladder.toml")):
+        return cut(visible(given), LONGEST_TITLE)
     joined = " · ".join(group.name for group in groups)
     return joined if len(joined) <= LONGEST_TITLE else f"{joined[:LONGEST_TITLE].rsplit(' · ', 1)[0]} · … ({len(groups)})"
 

@@ -2,7 +2,7 @@
 
 import math
 
-from groupwise.evidence.finding import NOTHING, Finding, Kind, measure_name, say, sentences, setting, warned_of
+from groupwise.evidence.finding import NOTHING, Finding, Kind, measure_name, say, sentences, setting, under_way, warned_of
 from groupwise.evidence.held_out import change, improves
 from groupwise.evidence.history import Noted
 from groupwise.evidence.phrases import Phrase, texts
@@ -71,7 +71,7 @@ def learned(run: Run) -> Finding | None:
         return None
     percent, text_of = found.measure.percent, found.measure.text
     shown = {name: text_of(getattr(found, name)) for name in ("first", "last", "noise", "best")}
-    values = {**shown, "measure": measure_name(found.measure), "steps": found.last_step, "problems": found.problems}
+    values = {**shown, "measure": measure_name(found.measure, within=True), "steps": found.last_step, "problems": found.problems}
     said = say("learned.change", **values)
 
     def finding(kind: Kind, title: str, text: str) -> Finding:
@@ -90,7 +90,8 @@ def learned(run: Run) -> Finding | None:
         return finding("healthy", "little_to_learn", "plain")
     if found.verdict == "open":
         return finding("watch", "open", "open_text")
-    return finding("watch", "did_not_learn", "same_text" if found.first == found.last else "did_not_learn_text")
+    title = "not_yet" if under_way(run) else "did_not_learn"
+    return finding("watch", title, "same_text" if found.first == found.last else "did_not_learn_text")
 
 
 def constant_reward(run: Run) -> Finding | None:
@@ -126,7 +127,7 @@ def truncated_completions(run: Run) -> Finding | None:
     right = run.last("train/pass_rate", max(5, len(run.steps) // 4))
     if not share > 0.2:
         return None
-    found = say("truncated.found", share=share, limit=run.recipe.get("rollouts", {}).get("max_tokens"))
+    found = say("truncated.found", share=share, limit=run.recipe.get("rollouts", {}).get("max_tokens", "?"))
     if before < 0.5 * share:
         text = say("truncated.growing_text", found=found, before=before)
         return Finding(kind="unhealthy", title=say("truncated.growing"), text=text, figure="truncated")
@@ -181,5 +182,5 @@ def length_growth(run: Run) -> Finding | None:
     if found is None or found.verdict == "rose" or len(run.values(run.measure.key)) < 3 or not last > 2 * first:
         return None
     title = say("length.accuracy" if run.measure.percent else "length.reward")
-    text = say("length.text", first=first, last=last, measure=measure_name(run.measure))
+    text = say("length.text", first=first, last=last, measure=measure_name(run.measure, within=True))
     return Finding(kind="watch", title=title, text=text, figure="length")

@@ -1,7 +1,7 @@
 """Rules about the policy and its updates: KL, clipping, entropy, sampler and learner. One rule, one function."""
 
 from groupwise.algorithms.diagnostics import PROBABILITY_EDGES
-from groupwise.evidence.finding import NOTHING, Finding, say, setting, warned_of
+from groupwise.evidence.finding import NOTHING, Finding, say, setting, under_way, warned_of
 from groupwise.evidence.held_out import change, improves
 from groupwise.evidence.runs import Run
 from groupwise.thresholds import ENTROPY_LEFT, LARGEST_GAP, SOLVED
@@ -28,7 +28,7 @@ def updates_too_large(run: Run) -> Finding | None:
     if not skipped > 0 and not large:
         return None
     found = change(run)
-    harmed = found is not None and (found.ruined or (found.verdict == "level" and typical > LARGE_KL))
+    harmed = found is not None and (found.ruined or (found.verdict == "level" and typical > LARGE_KL and not under_way(run)))
     unhealthy = skipped > 0.1 * taken or typical > RUINOUS_KL or (large and harmed)
     rate = run.recipe.get("learner", {}).get("learning_rate", "?")
     moved = say("updates.moved", typical=typical, peak=peak)

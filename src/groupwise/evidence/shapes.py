@@ -73,6 +73,8 @@ class Figure(TypedDict):
     marks: NotRequired[list[Mark]]
     constants: NotRequired[list[Constant]]
     """A figure all of whose lines are constant has only these, and is a line of text."""
+    band: NotRequired[Text]
+    """What the intervals of its lines are, where they are not those of means over seeds."""
     note: NotRequired[Text]
     """What must be known to read it: too few seeds for an interval."""
 

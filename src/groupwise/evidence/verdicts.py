@@ -191,6 +191,9 @@ def _cautions(item: Compared) -> list[Phrase]:
     groups = (item.first, item.second)
     counted = [evaluated(group.runs, item.scored) for group in groups]
     left_out = sum(len(group.runs) - len(runs) for group, runs in zip(groups, counted, strict=True))
+    lengths = [max((run.last_step for run in runs), default=0) for runs in counted]
+    if item.outcomes.step is None and all(lengths) and lengths[0] != lengths[1]:
+        found.append(say("caution.lengths", first=f"{lengths[0]:,}", second=f"{lengths[1]:,}"))
     if left_out and all(counted):
         found.append(say("caution.left_out", count=left_out))
     if any(len({run.seed for run in runs}) < len(runs) for runs in counted):

@@ -362,26 +362,29 @@ def as_markdown(ladder: Ladder, rows: Sequence[Row]) -> str:
 
 
 def picture(ladder: Ladder, rows: Sequence[Row]) -> Any:
-    """Each seed as a dot, each mean with its interval."""
+    """Each seed as a dot, each mean as a tick, with its interval where there are enough seeds for one."""
     order = [row.name for row in rows]
-    dots = [{"rung": row.name, "score": score, "seed": seed} for row in rows for seed, score in row.scores.items()]
-    means = [
-        {"rung": row.name, "mean": row.score.mean, "low": row.score.low, "high": row.score.high}
-        for row in rows
-        if not math.isnan(row.score.half)
-    ]
-    y = alt.Y("rung:N", sort=order, title=None, axis=alt.Axis(labelLimit=300))
     scored = rows[0].measure
-    axis = alt.Axis(format="%") if scored.percent else alt.Axis()
-    points = (
-        alt.Chart(data(dots))
-        .mark_circle(size=45, opacity=0.5)
-        .encode(
-            y=y,
-            x=alt.X("score:Q", title=f"held-out {scored.name}", scale=alt.Scale(zero=False), axis=axis),
-            tooltip=["seed:N", "score:Q"],
-        )
+    dots = [{"rung": row.name, "score": score} for row in rows for score in row.scores.values()]
+    means = [{"rung": row.name, "mean": row.score.mean} for row in rows if row.score.count]
+    ends = [(row.name, row.score.low, row.score.high) for row in rows if not math.isnan(row.score.half)]
+    if scored.percent:
+        ends = [(name, max(low, 0.0), min(high, 1.0)) for name, low, high in ends]
+    y = alt.Y("rung:N", sort=order, title=None, axis=alt.Axis(labelLimit=300))
+    x = alt.X(
+        "score:Q",
+        title=f"held-out {scored.name}",
+        scale=alt.Scale(zero=False),
+        axis=alt.Axis(format="%") if scored.percent else alt.Axis(),
     )
-    bars = alt.Chart(data(means)).mark_rule(strokeWidth=2, color="#c8553d").encode(y=y, x="low:Q", x2="high:Q")
+    points = alt.Chart(data(dots)).mark_circle(size=45, opacity=0.5).encode(y=y, x=x)
     ticks = alt.Chart(data(means)).mark_tick(thickness=3, size=18, color="#c8553d").encode(y=y, x="mean:Q")
-    return alt.layer(points, bars, ticks).properties(width=520, height=alt.Step(34), title=ladder.title)
+    bars = alt.Chart(data([{"rung": name, "low": low, "high": high} for name, low, high in ends]))
+    bars = bars.mark_rule(strokeWidth=2, color="#c8553d").encode(y=y, x="low:Q", x2="high:Q")
+    said = ["Dots: seeds. Ticks: means."]
+    if ends:
+        said.append("Bars: 95 % intervals of the means.")
+    if len(ends) < len(means):
+        said.append(f"Fewer than {FEWEST_SEEDS} seeds: no interval.")
+    title = alt.Title(ladder.title, subtitle=" ".join(said), anchor="start", subtitleColor="#666")
+    return alt.layer(points, bars, ticks).properties(width=520, height=alt.Step(34), title=title)

@@ -1,7 +1,7 @@
 // Start the page: language and theme, then the data, then every part draws itself.
 
 function setLanguage(language) {
-  page.language = remembered("language", language);
+  page.language = language;
   root.lang = language === "zh" ? "zh-Hans" : "en";
   if (page.data) tell("language");
 }
@@ -12,8 +12,7 @@ function setTheme(theme) {
   if (page.data) tell("theme");
 }
 
-// Draw the document. The parts above the fold come first, and the browser shows them before the others are drawn.
-async function begin(data) {
+function begin(data) {
   page.data = data;
   tell(...Object.keys(data));
   root.dataset.drawn = "1";

@@ -3,7 +3,6 @@
 const plotGroups = ["learning", "health", "policy", "cost"];
 const plotsHolder = document.getElementById("figures");
 const plotControls = make("div", { class: "controls plot-controls", role: "group" });
-const plotStructures = new Map();
 const windowSizes = [1, 3, 5, 11, 21, 51, 101, 201, 501, 1001, 2001, 5001];
 
 // One of several, as buttons.
@@ -12,10 +11,15 @@ function choice(key, values, now, choose, disabled = () => false) {
   return make("span", { class: "choice", role: "group", "aria-label": text(`plots.${key}`) }, make("span", { class: "soft" }, text(`plots.${key}`)), ...buttons);
 }
 
-function drawControls() {
+// What can be chosen: windows of at most half the steps, and axes for which there is a clock.
+function controlsNow() {
   const clocked = page.data.settings.some(({ clock }) => clock.steps.length > 1);
   const most = Math.max(1, ...page.data.figures.flatMap((figure) => (figure.kind === "lines" ? drawnIn(figure) : []).map((line) => line.steps.at(-1) ?? 0)));
-  const sizes = windowSizes.filter((size) => size === 1 || size <= most / 2), place = Math.max(0, sizes.indexOf(plotsChosen.window));
+  return { clocked, sizes: windowSizes.filter((size) => size === 1 || size <= most / 2) };
+}
+
+function drawControls() {
+  const { clocked, sizes } = controlsNow(), place = Math.max(0, sizes.indexOf(plotsChosen.window));
   const slider = make("input", { type: "range", id: "smoothing", min: 0, max: sizes.length - 1, value: place, disabled: sizes.length < 2, oninput: (event) => chooseWindow(sizes[event.target.value]) });
   const said = make("output", { for: "smoothing", id: "smoothing-said" });
   plotControls.setAttribute("aria-label", text("plots.controls"));
@@ -153,10 +157,7 @@ function plotOf(figure) {
 
 // All figures from the data; those that stay keep their zoom, hidden lines and what is pointed at.
 function drawFigures() {
-  const { figures } = page.data;
-  plotStructures.clear();
-  for (const figure of figures) plotStructures.set(figure.id, structureOf(figure));
-  const kept = new Set(figures.filter((figure) => !isConstant(figure)).map(({ id }) => id));
+  const { figures } = page.data, kept = new Set(figures.filter((figure) => !isConstant(figure)).map(({ id }) => id));
   for (const plot of [...plotsOf.values()]) if (!kept.has(plot.id)) dropPlot(plot);
   const sections = plotGroups.map((id) => drawGroup(id, figures.filter((figure) => figure.group === id)));
   if (!plotsHolder.contains(plotControls)) {
@@ -174,36 +175,37 @@ function drawFigures() {
   for (const plot of plotsOf.values()) describeFigure(plot);
 }
 
-// New data of some figures. What is said of them is said anew only where it changed, so that the focus stays where it is.
-const structureOf = (figure) => JSON.stringify([isConstant(figure), figure.title, figure.group, figure.kind, figure.note, figure.constants, metricsOf(figure), colouredBy(figure)]);
-function updateFigures(ids) {
-  const { figures } = page.data;
-  const same = figures.every((figure) => plotStructures.get(figure.id) === structureOf(figure)) && plotStructures.size === figures.length;
-  if (!same) drawFigures();
-  for (const figure of figures) if (plotsOf.has(figure.id)) plotsOf.get(figure.id).figure = figure;
-  measureGroups();
-  refreshFigures(ids);
-  for (const id of ids) if (plotsOf.has(id)) fillTable(plotsOf.get(id));
-  drawReset();
-}
-
+// Draw figures anew from their data; null: all.
 function refreshFigures(ids) {
   for (const plot of plotsOf.values()) {
     if (ids && !ids.has(plot.id)) continue;
     plot.fresh = false;
     plot.stale = true;
+    fillTable(plot);
   }
   planFrame();
 }
 
+// What is said around the lines, which is built anew only where it changed, so that the focus stays where it is.
+const structureOf = (figure) => [isConstant(figure), figure.title, figure.group, figure.kind, figure.note, figure.constants, figure.bins, metricsOf(figure), colouredBy(figure)];
+function structureOfFigures() {
+  const { settings, runs, figures } = page.data, named = ({ id, name }) => [id, name];
+  return JSON.stringify([page.language, settings.map(named), runs.map(named), controlsNow(), figures.map((figure) => [figure.id, structureOf(figure)])]);
+}
+let drawnStructure = "";
+
 whenChanged((changed) => {
   if (changed.has("theme")) canvasColours.clear();
   if (page.data === null) return;
-  plotsFont.value = axisFont();
-  if (changed.has("settings") || changed.has("runs") || changed.has("language") || (changed.has("figures") && !page.changedFigures)) {
-    drawFigures();
-    refreshFigures(null);
-  } else if (changed.has("figures")) {
-    updateFigures(page.changedFigures);
+  if (["settings", "runs", "figures", "language"].some((key) => changed.has(key))) {
+    plotsFont.value = axisFont();
+    const structure = structureOfFigures(), same = structure === drawnStructure;
+    drawnStructure = structure;
+    for (const figure of page.data.figures) if (plotsOf.has(figure.id)) plotsOf.get(figure.id).figure = figure;
+    if (!same) drawFigures();
+    measureGroups();
+    const all = !same || (changed.has("settings") && plotsChosen.axis !== "step") || (changed.has("figures") && !page.changedFigures);
+    refreshFigures(all ? null : new Set(changed.has("figures") ? page.changedFigures : []));
+    drawReset();
   } else if (changed.has("theme")) redraw();
 });

@@ -62,7 +62,7 @@ function newPlot(figure) {
   plot.legend = make("div", { class: "keys" });
   plot.notes = make("div", { class: "plot-notes" });
   plot.caption = make("figcaption", {});
-  plot.table = make("div", { class: "scroll" });
+  plot.table = make("div", { class: "scroll", tabindex: 0, role: "region" });
   plot.details = make("details", { ontoggle: () => fillTable(plot) }, make("summary", {}), plot.table);
   plot.logButton = make("button", { type: "button", class: "small", onclick: () => chooseLog(plot) });
   plot.wideButton = make("button", { type: "button", class: "small", onclick: () => { plot.wide = !plot.wide; describeFigure(plot); redraw([plot]); } });
@@ -117,6 +117,7 @@ function describeFigure(plot) {
   plot.logButton.hidden = bars;
   plot.wideButton.textContent = text(plot.wide ? "plots.narrow" : "plots.wide");
   plot.wideButton.setAttribute("aria-label", text(plot.wide ? "plots.narrow_of" : "plots.wide_of", { title: say(figure.title) }));
+  plot.table.setAttribute("aria-label", text("plots.table_of", { title: say(figure.title) }));
   plot.details.firstChild.textContent = text("plots.table");
   plot.element.classList.toggle("wide", plot.wide);
   plot.legend.replaceChildren(...legendOf(plot));
@@ -127,9 +128,9 @@ function describeFigure(plot) {
 // What must be known to read a figure, below it.
 function noteFigure(plot) {
   const { figure } = plot, lines = plot.kind === "lines" ? drawnIn(figure) : [], notes = [];
-  const seeds = [...new Set(lines.filter((line) => line.low && line.seeds > 1).map((line) => line.seeds))].sort((a, b) => a - b);
+  const seeds = [...new Set(lines.filter((line) => line.low && (figure.band || line.seeds > 1)).map((line) => line.seeds))].sort((a, b) => a - b);
   if (figure.note) notes.push(say(figure.note));
-  if (seeds.length) notes.push(make("span", { class: "key" }, lineSwatch("band", colouredBy(figure) === "setting" ? "var(--soft)" : plot.styles[0]?.colour ?? "var(--line-0)", []), text("plots.band", { seeds: seeds.length > 1 ? `${seeds[0]}–${seeds.at(-1)}` : seeds[0] })));
+  if (seeds.length) notes.push(make("span", { class: "key" }, lineSwatch("band", colouredBy(figure) === "setting" ? "var(--soft)" : plot.styles[0]?.colour ?? "var(--line-0)", []), figure.band ? say(figure.band) : text("plots.band", { seeds: seeds.length > 1 ? `${seeds[0]}–${seeds.at(-1)}` : seeds[0] })));
   if (plot.marks.length) notes.push(make("span", { class: "key" }, lineSwatch("lines", "var(--watch)", [3, 3]), text("plots.marks")));
   if (plot.kind === "dots" && drawnIn(figure).some((series) => series.flags?.some(Boolean))) notes.push(make("span", { class: "key" }, lineSwatch("ring", "var(--soft)", []), text("plots.clipped")));
   if (plot.coincide) notes.push(text("plots.coincide"));

@@ -2,7 +2,7 @@
 
 const plotsPointed = { plot: null, x: null, y: null, at: null, keyed: false };
 const plotTip = make("div", { class: "plot-tip", role: "tooltip", hidden: true });
-const GROUP_ROWS = 24;  // up to so many lines, the tooltip tells of all figures of the group
+const GROUP_ROWS = 12;  // up to so many lines, the tooltip tells of all figures of the group
 
 const groupPlots = (plot) => (plot.kind === "lines" ? [...plotsOf.values()].filter((one) => one.kind === "lines" && one.group === plot.group) : [plot]);
 
@@ -190,14 +190,15 @@ function nearestDot(plot) {
   return best === null ? null : best.x;
 }
 
-// The value of every shown line at x: its nearest point.
+// The value of every shown line at x: its nearest point. A line that has ended before has none.
 function rowsAt(plot, x) {
   if (plot.kind === "dots") return [{ k: plot.dot.k, i: plot.dot.i }];
   const rows = [];
   plot.columns.forEach((columns, k) => {
     if (!plot.shown[k] || !columns.x.length) return;
-    const i = nearestPlace(columns.x, x), value = columns.y[i];
-    if (value === value) rows.push({ k, i });
+    const i = nearestPlace(columns.x, x), value = columns.y[i], end = columns.x.length - 1;
+    const reach = end > 0 ? Math.max(columns.x[1] - columns.x[0], columns.x[end] - columns.x[end - 1]) : Infinity;
+    if (value === value && (plot.kind !== "lines" || Math.abs(columns.x[i] - x) <= reach || (i > 0 && i < end))) rows.push({ k, i });
   });
   const shownValue = ({ k, i }) => (plot.columns[k].mean ?? plot.columns[k].y)[i];
   return rows.sort((a, b) => shownValue(b) - shownValue(a));
@@ -248,7 +249,7 @@ function fillTip(plot, rows) {
     if (found.length && shown.length > 1) tips.push({ kind: "tip-title", said: say(one.figure.title) });
     for (const row of found.slice(0, most * columns)) {
       const { name, value, more } = valueAt(one, row, x), who = name === say(one.figure.title) && shown.length > 1 ? "" : name;
-      tips.push({ kind: "tip-row", value, said: [who, more].filter(Boolean).join(text("plots.comma")), swatch: [one.kind, one.styles[row.k]], own: one === plot });
+      tips.push({ kind: "tip-row", value, said: [who, one === plot ? more : ""].filter(Boolean).join(text("plots.comma")), swatch: [one.kind, one.styles[row.k]], own: one === plot });
     }
     if (found.length > most * columns) tips.push({ kind: "tip-title", said: text("plots.more", { count: found.length - most * columns }) });
   }
@@ -269,7 +270,7 @@ function showTips(tips) {
   tips.forEach(({ kind, said, value, swatch }, i) => {
     let element = plotTip.children[i];
     if (element?.className !== kind) {
-      const made = kind === "tip-row" ? make("div", { class: kind }, make("i", {}), make("b", {}), make("span", {})) : make("div", { class: kind });
+      const made = kind === "tip-row" ? make("div", { class: kind }, make("i", {}), make("b", {}), " ", make("span", {})) : make("div", { class: kind });
       if (element) element.replaceWith(made);
       else plotTip.append(made);
       element = made;

@@ -26,7 +26,7 @@ async function load(side, further = false) {
     const found = await readStep(side.run, side.step, side.source, first);
     if (side.request !== request) return;
     side.groups = [...side.groups, ...found.groups];
-    side.leftOut = isLive ? found.left_out - first : 0;
+    side.leftOut = found.left_out - first;
   } catch (error) {
     if (side.request !== request) return;
     side.error = error.message;
@@ -177,10 +177,15 @@ function drawStatus(pairs = null, found = []) {
   else {
     const of = (entry) => entry[1].length + entry[3].length;
     const completions = reader.sides.flatMap((one) => one.groups).reduce((sum, group) => sum + group.completions.length, 0);
-    const common = !other || pairs.some((pair) => pair[0] && pair[1]) ? "" : ` ${text("reader.no_common")}`;
+    const common = !other || pairs.some((pair) => pair[0] && pair[0].key === pair[1]?.key) ? "" : ` ${text("reader.no_common")}`;
     const values = { shown: grouped(found.reduce((sum, entry) => sum + of(entry), 0)), completions: grouped(completions), groups: grouped(found.length), all: grouped(pairs.length) };
-    status.textContent = (found.length ? text("reader.count", values) : text("reader.none_found")) + common;
+    status.textContent = (found.length ? text("reader.count", values) : text("reader.none_found")) + common + notHere();
   }
+}
+
+function notHere() {
+  const count = isLive ? 0 : Math.max(...reader.sides.map((side) => side.leftOut));
+  return count > 0 ? ` ${text("reader.not_here", { count: grouped(count) })}` : "";
 }
 
 function embeddedNote(side) {
@@ -191,7 +196,7 @@ function embeddedNote(side) {
 }
 
 function drawMore(found) {
-  const unread = reader.sides.filter((side) => side.leftOut > 0);
+  const unread = reader.sides.filter((side) => isLive && side.leftOut > 0);
   const further = found.length > reader.shown ? make("button", { type: "button", "data-key": "more", onclick: () => { reader.shown += GROUPS_SHOWN; drawList(); } }, text("reader.more_groups")) : null;
   const read = !further && unread.length ? make("button", { type: "button", "data-key": "more", onclick: () => { reader.shown += GROUPS_SHOWN; for (const side of unread) load(side, true); } }, text("reader.more_read")) : null;
   refill(reader.elements.more, further, read);

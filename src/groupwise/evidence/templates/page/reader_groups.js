@@ -26,7 +26,7 @@ const inOrder = (completions, order) => {
 function selected(pairs, filters, query, order, comparing) {
   const found = [];
   for (const [group, other] of pairs) {
-    if (filters.changed && comparing && (!group || !other || verdictOf(group) === verdictOf(other))) continue;
+    if (filters.changed && comparing && (group?.key !== other?.key || verdictOf(group) === verdictOf(other))) continue;
     const [ours, theirs] = [group, other].map((one) => (one ? inOrder(one.completions.filter((item) => matches(item, one, filters, query)), order) : []));
     if (ours.length || theirs.length) found.push([group, ours, other, theirs]);
   }
@@ -37,20 +37,17 @@ function selected(pairs, filters, query, order, comparing) {
 
 // A prompt, and its completions of one side or of both beside each other.
 function groupCard([group, ours, other, theirs], view) {
-  const either = group ?? other;
-  const card = make("article", { class: "group" }, promptText(either, view));
-  if (either.answer) card.append(make("p", { class: "answer" }, make("span", { class: "soft" }, `${text("reader.answer")} `), make("bdi", {}, either.answer)));
-  if (!view.comparing) {
-    card.append(sideOf(group, ours, view));
-    return card;
-  }
-  const columns = [[group, ours, "A"], [other, theirs, "B"]].map(([one, shown, side]) => {
-    const column = make("div", { class: "side" }, make("p", { class: "side-name" }, view.names[side]));
-    column.append(one ? sideOf(one, shown, view) : make("p", { class: "soft" }, text("reader.other_side", { side })));
-    return column;
-  });
-  card.append(make("div", { class: "sides" }, ...columns));
-  return card;
+  if (!view.comparing) return make("article", { class: "group" }, problemOf(group, view), sideOf(group, ours, view));
+  const unlike = group && other && group.key !== other.key;
+  const columns = [[group, ours, "A"], [other, theirs, "B"]].map(([one, shown, side]) =>
+    make("div", { class: "side" }, make("p", { class: "side-name" }, view.names[side]), unlike ? problemOf(one, view) : null,
+      one ? sideOf(one, shown, view) : make("p", { class: "soft" }, text("reader.other_side", { side }))));
+  return make("article", { class: "group" }, unlike ? null : problemOf(group ?? other, view), make("div", { class: "sides" }, ...columns));
+}
+
+function problemOf(group, view) {
+  const answer = make("p", { class: "answer" }, make("span", { class: "soft" }, `${text("reader.answer")} `), make("bdi", {}, group.answer));
+  return make("div", {}, promptText(group, view), group.answer ? answer : null);
 }
 
 function promptText(group, view) {

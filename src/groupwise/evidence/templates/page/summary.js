@@ -8,14 +8,14 @@ const severalRuns = () => page.data.runs.length > 1;
 // A setting's name with the colour that its lines have in the figures.
 function settingLabel(id) {
   const colour = make("span", { class: "colour", "aria-hidden": "true" });
-  colour.style.background = typeof settingColour === "function" ? settingColour(id) : "var(--accent)";
+  colour.style.background = settingColour(id);
   return make("span", { class: "setting" }, severalSettings() ? colour : null, make("bdi", {}, settingOf(id)?.name ?? ""));
 }
 const runLabel = (id) => make("bdi", {}, runOf(id)?.name ?? "");
 
 // The header: drawn once, its texts set again in the other language.
 const heading = make("h1"), subtitle = make("p", { class: "soft" });
-const languageButton = make("button", { type: "button", id: "language", onclick: () => setLanguage(page.language === "zh" ? "en" : "zh") });
+const languageButton = make("button", { type: "button", id: "language", onclick: () => setLanguage(remembered("language", page.language === "zh" ? "en" : "zh")) });
 const themeButton = make("button", { type: "button", id: "theme", onclick: () => setTheme(remembered("theme", page.theme === "dark" ? "light" : "dark")) });
 document.getElementById("header").append(make("div", {}, heading, subtitle), make("span", { class: "controls" }, languageButton, themeButton));
 whenChanged((changed) => {
@@ -85,9 +85,12 @@ function leftOutBox() {
   return make("div", { class: "finding watch", id: "left-out" }, make("h4", {}, text("summary.heading.left_out")), make("ul", {}, ...shown), rest);
 }
 
+// The findings by setting, those with the worst ones first.
 section("findings", "summary.heading.findings", ["findings", "left_out", "settings"], () => {
-  const drawn = page.data.settings.map((setting) => {
-    const found = page.data.findings.filter((finding) => finding.setting === setting.id);
+  const foundOf = (setting) => page.data.findings.filter((finding) => finding.setting === setting.id);
+  const worst = (setting) => Math.min(3, ...foundOf(setting).map((finding) => ["unhealthy", "watch", "healthy"].indexOf(finding.kind)));
+  const drawn = [...page.data.settings].sort((a, b) => worst(a) - worst(b)).map((setting) => {
+    const found = foundOf(setting);
     const boxes = found.length ? found.map(findingBox) : [make("p", { class: "soft" }, text("summary.finding.none"))];
     return make("div", {}, severalSettings() ? make("h3", {}, settingLabel(setting.id)) : null, ...boxes);
   });

@@ -1,0 +1,275 @@
+"""The figures' numbers: means and intervals over seeds by hand, peaks that stay, lines that grow at their end only."""
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from groupwise.evidence import lines
+from groupwise.evidence.figures import GROUPS, figures
+from groupwise.evidence.history import Noted, Segment
+from groupwise.evidence.lines import FEWEST_POINTS, MOST_POINTS, clock, mean_over_seeds, points_of, thinned
+from groupwise.evidence.naming import grouped
+from groupwise.evidence.phrases import texts
+from groupwise.evidence.pictures import charts
+from groupwise.evidence.reading import LeftOut
+from groupwise.evidence.records import Metrics, Records
+from groupwise.evidence.runs import Run
+from groupwise.evidence.shapes import Figure
+
+Metric = Callable[[int], float | list[float] | None]
+
+
+def made(
+    name: str,
+    steps: int,
+    metrics: Mapping[str, Metric],
+    *,
+    seed: int = 0,
+    rate: float = 1e-4,
+    scores: Mapping[int, float] | None = None,
+    **more: Any,
+) -> Run:
+    """A run whose metrics are functions of the step."""
+    records = [
+        {"step": step, "reward/mean": 0.5, **{key: of(step) for key, of in metrics.items()}} for step in range(1, steps + 1)
+    ]
+    evaluated = [{"step": step, "eval/pass@1": score, "eval_problems": 100.0} for step, score in (scores or {}).items()]
+    recipe = {"seed": seed, "algorithm": {"name": "dapo"}, "learner": {"learning_rate": rate}}
+    return Run(path=Path(name), recipe=recipe, steps=Records(records), evaluations=Records(evaluated), **more)
+
+
+def drawn(*runs: Run) -> dict[str, Figure]:
+    found = figures(grouped(runs))
+    json.dumps(found, allow_nan=False)
+    return {figure["id"]: figure for figure in found}
+
+
+def test_the_mean_over_three_seeds_by_hand() -> None:
+    """At step 2 the seeds have 1, 2 and 3: mean 2, standard deviation 1, t = 4.303, so ± 4.303 / √3 = 2.484."""
+    runs = [made(f"r{k}", 3, {"entropy": lambda step, k=k: 1.0 + k if step == 2 else 5.0}, seed=k) for k in range(3)]
+    (line,) = drawn(*runs)["entropy"]["lines"]
+    assert (line["steps"], line["values"], line["seeds"], line["run"]) == ([1, 2, 3], [5.0, 2.0, 5.0], 3, None)
+    assert line["low"] == [5.0, pytest.approx(2 - 2.4841, abs=1e-3), 5.0]
+    assert line["high"] == [5.0, pytest.approx(2 + 2.4841, abs=1e-3), 5.0]
+    shares = [made(f"s{k}", 3, {"length/truncated": lambda step, k=k: k / 2 / step}, seed=k) for k in range(3)]
+    (share,) = drawn(*shares)["truncated"]["lines"]
+    assert share["low"] == [0.0, 0.0, 0.0] and share["high"] is not None and share["high"][0] == 1.0
+
+
+def test_a_second_calculation_of_means_where_seeds_have_other_steps() -> None:
+    rng = np.random.default_rng(3)
+    recorded = [{int(step): float(rng.normal()) for step in rng.permutation(40)[: 10 + 7 * k] + 1} for k in range(5)]
+    curve = mean_over_seeds([made(f"r{k}", 40, {"m": values.get}, seed=k) for k, values in enumerate(recorded)], "m")
+    assert curve.low is not None
+    for step, mean, low in zip(curve.steps.tolist(), curve.values, curve.low, strict=True):
+        own = [values[step] for values in recorded if step in values]
+        assert mean == pytest.approx(statistics.fmean(own))
+        t = {3: 4.3027, 4: 3.1824, 5: 2.7764}.get(len(own), math.nan)
+        half = t * statistics.stdev(own) / math.sqrt(len(own)) if len(own) > 2 else math.nan
+        assert low == pytest.approx(mean - half, rel=1e-4, nan_ok=True)
+
+
+def test_two_seeds_have_a_line_each_and_a_note() -> None:
+    metrics: dict[str, Metric] = {"entropy": lambda step: 1 / step}
+    two = [made(f"two{k}", 5, metrics, seed=k) for k in range(2)]
+    three = [made(f"three{k}", 5, metrics, seed=k, rate=1e-3) for k in range(3)]
+    figure = drawn(*two, *three)["entropy"]
+    assert [(line["seeds"], line["run"] is None, line["low"] is None) for line in figure["lines"]] == [
+        (1, False, True), (1, False, True), (3, True, False),
+    ]  # fmt: skip
+    assert figure["note"]["en"].startswith("Two seeds are too few for an interval: each run of dapo, learning_rate 0.0001 has")
+    assert "note" not in drawn(two[0])["entropy"] and "note" not in drawn(*three)["entropy"]
+    stopped = [*three[:2], made("three2", 2, metrics, seed=2, rate=1e-3)]
+    figure = drawn(*stopped)["entropy"]
+    assert "where some have ended" in figure["note"]["en"]
+    assert (
+        figure["lines"][0]["low"] is not None and [end is None for end in figure["lines"][0]["low"]] == [False] * 2 + [True] * 3
+    )
+
+
+def test_a_single_runs_evaluations_have_their_own_interval() -> None:
+    """60 % of 100 problems: (60 + 2) / 104 = 0.596, so ± 1.96 √(0.596 · 0.404 / 104) = 0.0943."""
+    one = made("a", 4, {}, scores={0: 0.6, 4: 0.7, 5: 0.0})
+    figure = drawn(one)["accuracy"]
+    assert figure["band"]["en"] == "95 % interval of each evaluation by itself, from its 100 problems"
+    (line,) = figure["lines"]
+    assert line["low"] and line["high"] and line["low"][0] == pytest.approx(0.5057, abs=1e-4) and line["low"][2] == 0.0
+    others = [made(f"b{k}", 4, {}, seed=k, rate=1e-3, scores={0: 0.6, 4: 0.7 + k / 10}) for k in range(3)]
+    figure = drawn(one, *others)["accuracy"]
+    assert "band" not in figure and [line["low"] is None for line in figure["lines"]] == [True, False]
+
+
+def test_long_lines_keep_their_peaks_and_change_at_their_end_only() -> None:
+    values = np.random.default_rng(0).normal(size=100_000)
+    values[54_321] = 9.0
+    chosen, stretch = thinned(values, 4096)
+    assert len(chosen) <= 4096 and 54_321 in chosen and chosen[0] == 0 and chosen[-1] == 99_999 and (np.diff(chosen) > 0).all()
+    for start in range(0, 100_000, stretch):
+        part = values[start : start + stretch]
+        assert {start + int(part.argmin()), start + int(part.argmax())} <= set(chosen.tolist())
+    longer, same_stretch = thinned(np.append(values, [50.0, -50.0]), 4096)
+    assert same_stretch == stretch and 100_000 in longer and 100_001 in longer
+    alike = int(np.searchsorted(chosen, 100_000 // stretch * stretch))
+    assert (longer[:alike] == chosen[:alike]).all() and alike > 3000
+    assert thinned(values[:4096], 4096)[1] == 1
+
+
+def test_all_lines_of_a_page_share_its_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert points_of(1) == points_of(60) == MOST_POINTS and points_of(10**9) == FEWEST_POINTS
+    assert all(points_of(count) & (points_of(count) - 1) == 0 for count in range(1, 3000, 7))
+    monkeypatch.setattr(lines, "PAGE_POINTS", 400)
+    wave: Metric = lambda step: math.sin(step)  # noqa: E731
+    runs = [made(f"r{k}", 500, {"entropy": wave, "grad_norm": wave}, rate=10.0**-k) for k in range(4)]
+    shown = [line for figure in drawn(*runs).values() for line in figure.get("lines", [])]
+    assert all(len(line["steps"]) <= FEWEST_POINTS and line["stretch"] == 32 for line in shown) and len(shown) == 8
+
+
+def test_what_never_changes_is_said_and_not_drawn() -> None:
+    metrics: dict[str, Metric] = {
+        "groups/mixed": lambda step: step / 10,
+        "groups/all_wrong": lambda _: 0.25,
+        "dropped/surplus": lambda _: 0.0,
+    }
+    found = drawn(made("a", 4, metrics), made("b", 4, metrics, rate=1e-3))
+    assert {line["label"]["en"] for line in found["groups"]["lines"]} == {"mixed"}
+    assert [(constant["label"]["zh"], constant["value"]) for constant in found["groups"]["constants"]] == [("全部错误", "25%")]
+    assert found["dropped"]["lines"] == [] and found["dropped"]["constants"][0]["value"] == "0"
+    other = {**metrics, "groups/all_wrong": lambda _: 0.5}
+    assert len(drawn(made("a", 4, metrics), made("b", 4, other, rate=1e-3))["groups"]["lines"]) == 4
+    assert drawn(made("a", 2, metrics))["groups"]["constants"] == []  # too soon to say
+
+
+def test_marks_name_what_was_noted() -> None:
+    event = Noted(step=3, time="", kind="warning", name="n", text="entropy \u202efell", advice="")
+    late = Noted(step=9, time="", kind="fault", name="n", text="beyond the last step", advice="")
+    changed = Segment(first_step=4, started="", version="", changed={"learner.learning_rate": (1, 2)}, recipe={})
+    run = made("a", 5, {"entropy": float}, events=[event, late], segments=[changed])
+    expected = [{"step": 3, "text": "entropy \\u202efell"}, {"step": 4, "text": "learner.learning_rate"}]
+    assert drawn(run)["entropy"]["marks"] == expected
+    two = drawn(run, made("b", 5, {"entropy": float}, rate=1e-3))["entropy"]["marks"]
+    assert two[0]["text"].startswith("a · dapo") and two[0]["text"].endswith(": entropy \\u202efell")
+
+
+def test_hostile_names_of_components_and_many_of_them() -> None:
+    names = ["<b>\u202ex", "y" * 500, *(f"part {i}" for i in range(40))]
+    found = drawn(made("a", 4, {f"reward/part/{name}": float for name in names} | {"reward/shaped_mean": float}))["rewards"]
+    labels = [line["label"]["en"] for line in found["lines"]]
+    assert len(labels) == 13 and labels[1] == "<b>\\u202ex" and len(labels[2]) < 100
+    assert found["note"]["en"] == "30 more components are not drawn."
+
+
+def test_numbers_of_any_size_can_be_drawn() -> None:
+    bins: Metric = lambda step: [1e299 if step % 2 else -1e299] * 16  # noqa: E731
+    wild: Metric = lambda step: 9e299 if step % 3 else -9e299  # noqa: E731
+    names = ("entropy", "seconds/learner", "rollouts/completions", "groups/mixed", "reward/shaped_mean")
+    metrics = {**dict.fromkeys(names, wild), **{f"by_length/{name}": bins for name in ("rows", "mean_square", "sum_square")}}
+    runs = [made(f"r{k}", 50, metrics, seed=k, scores={0: 9e299, 2**52: -9e299}) for k in range(3)]
+    assert len(drawn(*runs)["entropy"]["lines"]) == 1 and len(drawn(runs[0])["accuracy"]["lines"]) == 1
+    json.dumps(clock(grouped(runs)[0]), allow_nan=False)
+
+
+def test_binned_metrics_become_shares_and_root_mean_squares() -> None:
+    metrics: dict[str, Metric] = {
+        "by_probability/tokens": lambda _: [10.0] * 10 + [0.0], "by_probability/clipped_high": lambda _: [1.0] * 11,
+        "by_probability/clipped_low": lambda _: [5.0] * 11, "by_length/rows": lambda _: [10.0, 10.0, *[1.0] * 14],
+        "by_length/mean_square": lambda _: [40.0, 90.0, *[1.0] * 14], "by_length/sum_square": lambda _: [0.0] * 16,
+    }  # fmt: skip
+    found = drawn(made("a", 3, metrics))
+    high, low = found["clip-by-probability"]["series"]
+    assert high["y"] == [0.1] * 10 + [None] and low["y"][0] == 0.5 and len(found["clip-by-probability"]["bins"]) == 11
+    (mean,) = found["spread-length"]["series"]
+    assert mean["y"] == [2.0, 3.0]  # the square roots of 40 / 10 and 90 / 10
+
+
+def test_the_clock_is_the_mean_of_what_each_step_took() -> None:
+    """The first run takes 2 s and 10 completions a step and ends after 2 steps; the second takes 4 s and 20, for 3 steps."""
+    kinds = ("seconds/rollouts", "seconds/learner")
+    runs = [
+        made("first", 2, {**dict.fromkeys(kinds, lambda _: 1.0), "rollouts/completions": lambda _: 10.0}),
+        made("second", 3, {**dict.fromkeys(kinds, lambda _: 2.0), "rollouts/completions": lambda _: 20.0}, seed=1),
+    ]
+    found = clock(grouped(runs)[0])
+    assert found == {"steps": [0, 1, 2, 3], "completions": [0.0, 15.0, 30.0, 50.0], "seconds": [0.0, 3.0, 6.0, 10.0]}
+    long = clock(grouped([made("long", 5000, {"seconds/learner": lambda _: 1.0})])[0])
+    assert len(long["steps"]) <= lines.CLOCK_POINTS + 1 and long["steps"][-1] == 5000 and long["seconds"][-1] == 5000.0
+
+
+def test_records_may_come_again_and_be_forgotten() -> None:
+    records, bins = Records(), [1.0, 2.0]
+    for step in range(1, 1201):
+        records.append(step, {"a": float(step), "bins": bins} if step % 2 else {"a": float(step)})
+    assert len(records) == 1200 and records[-1] == {"step": 1200, "a": 1200.0}
+    kept = records.column("a")[1]
+    records.append(1100, {"a": -1.0})
+    assert len(records) == 1200 and records[1099] == {"step": 1100, "a": -1.0} and kept[1099] == 1100.0
+    records.truncate(1000)
+    assert len(records) == 1000 and records.column("a")[0][-1] == 1000
+    records.append(1001, {"late": 3.0})
+    assert records[-1] == {"step": 1001, "late": 3.0} and records.names() == ["a", "bins", "late"]
+    steps, values = records.column("bins")
+    assert values.shape == (500, 2) and steps[1] == 3 and records.column("unknown")[1].size == 0
+    assert records == Records(list(records)) and records != Records()
+
+
+def test_one_by_one_metrics_are_as_all_at_once() -> None:
+    lines_of_file = [
+        {"step": 1, "reward/mean": 1, "groups/dead": 0.5, "by_length/rows": [1.0] * 16, "no": None, "inf": math.inf, "b": [1.0]},
+        {"step": 1, "eval/reward": 0.5},
+        {"step": 2, "reward/mean": 0.5, "by_length/rows": [math.nan] * 16, "flag": True},
+        {"step": 2, "reward/mean": 0.25, "huge": 10**400},
+    ]  # fmt: skip
+    metrics, left_out = Metrics(), LeftOut()
+    for number, found in enumerate(lines_of_file, start=1):
+        metrics.add(found, left_out, line=number)
+        assert len(metrics.steps) == (1 if number < 3 else 2)
+    assert metrics.steps[0] == {"step": 1, "reward/mean": 1.0, "groups/zero_variance": 0.5, "by_length/rows": [1.0] * 16}
+    assert metrics.steps[1] == {"step": 2, "reward/mean": 0.25} and list(metrics.evaluations) == [{"step": 1, "eval/reward": 0.5}]
+    assert [re.sub(r" is not.*", "", line) for line in left_out] == [
+        "metrics.jsonl, line 3: 'by_length/rows'",
+        "metrics.jsonl, line 3: 'flag'",
+    ]
+
+
+def test_every_kind_of_figure_has_a_picture() -> None:
+    metrics: dict[str, Metric] = {
+        "entropy": lambda step: 1 / step,
+        "grad_norm": lambda step: step - 2.0,
+        "groups/equal": lambda _: 0.0,
+    }
+    for name in ("tokens", "clipped_high", "clipped_low"):
+        metrics[f"by_probability/{name}"] = lambda _: [10.0] * 11
+    for name in ("rows", "mean_square", "sum_square"):
+        metrics[f"by_length/{name}"] = lambda _: [10.0] * 16
+    runs = [made(f"r{k}", 5, metrics, seed=k % 3, rate=10.0 ** -(k // 3), scores={0: 0.1, 5: 0.2 + k / 10}) for k in range(4)]
+    found = charts(runs)
+    assert {"accuracy", "accuracy-rollouts", "accuracy-time", "entropy", "clip-by-probability", "spread-length"} <= found.keys()
+    assert "groups" not in found  # constant
+    said = found["entropy"].to_dict()["title"]["subtitle"]
+    assert said == ["Bands: 95 % interval of the mean over 3 seeds."]
+
+
+def test_every_text_is_there_in_both_languages() -> None:
+    def leaves(table: Mapping[str, Any], above: str = "") -> dict[str, Mapping[str, str]]:
+        found: dict[str, Mapping[str, str]] = {}
+        for key, value in table.items():
+            found |= {above + key: value} if "en" in value else leaves(value, f"{above}{key}.")
+        return found
+
+    for key, text in leaves(texts("figures")).items():
+        fields = [set(re.findall(r"{(\w+)", text[language])) for language in ("en", "zh")]
+        assert fields[1] <= fields[0] | {"all"}, key
+        if key not in ("sentence",):
+            assert text["zh"] and not re.search(r"[\u4e00-\u9fff][,;:!?()]|[,;:!?()][\u4e00-\u9fff]", text["zh"]), key
+
+
+def test_figures_of_a_heading_are_together() -> None:
+    metrics: dict[str, Metric] = {"entropy": float, "tokens_per_second": float, "groups/mixed": float, "clip_fraction_low": float}
+    groups = [figure["group"] for figure in drawn(made("a", 3, metrics)).values()]
+    assert groups == sorted(groups, key=GROUPS.index) and len(set(groups)) == 4

@@ -1,0 +1,166 @@
+"""The top of the page about runs: names, tiles and tables, and that its parts fit together."""
+
+import json
+import re
+import tomllib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import groupwise
+from groupwise.config import Recipe, dump
+from groupwise.evidence.document import LONGEST_RECIPE, document
+from groupwise.evidence.headline import duration
+from groupwise.evidence.naming import differences, grouped, run_names, title
+from groupwise.evidence.runs import Run, open_run
+from groupwise.evidence.runs_page import report_page
+from groupwise.evidence.shapes import Tile
+
+RECIPE = Recipe().model_dump(by_alias=True)
+TEMPLATES = Path(groupwise.__file__).parent / "evidence" / "templates"
+
+
+def made(path: Path, last: float | None = 0.7, *, key: str = "eval/pass@1", **settings: Any) -> Run:
+    """A run of forty steps with two evaluations, or one; settings are dotted with two underscores."""
+    tree = json.loads(json.dumps(RECIPE))
+    for name, value in {"training__steps": 40, **settings}.items():
+        *tables, name = name.split("__")
+        (tree[tables[0]] if tables else tree)[name] = value
+    path.mkdir(parents=True)
+    (path / "recipe.toml").write_text(dump(tree))
+    measured = {"reward/mean": 0.5, "tokens_per_second": 1000.0, "seconds/rollouts": 3.0, "seconds/learner": 2.0}
+    records = [{"step": step, "rollouts/completions": 8.0, **measured} for step in range(1, 41)]
+    scores = [(0, 0.2)] if last is None else [(0, 0.2), (40, last)]
+    evaluated = [{"step": step, key: score, "eval_problems": 100.0, "eval/reward_std": 0.5} for step, score in scores]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [*evaluated, *records]))
+    return open_run(path)
+
+
+def tile_of(runs: list[Run], id: str) -> Tile:
+    return next(tile for tile in document(runs)["tiles"] if tile["id"] == id)
+
+
+def test_settings_are_called_by_what_tells_them_apart(tmp_path: Path) -> None:
+    dapo, again = made(tmp_path / "a"), made(tmp_path / "b", seed=1, training__keep_checkpoints=9)
+    (group,) = grouped([dapo, again])
+    assert (group.name, len(group.runs)) == ("dapo", 2)
+    rates = [dapo, again, made(tmp_path / "c", learner__learning_rate=1e-5), made(tmp_path / "d", algorithm__name="grpo")]
+    usual = RECIPE["learner"]["learning_rate"]
+    groups = grouped(rates)
+    assert [group.name for group in groups] == [f"dapo, learning_rate {usual:g}", "dapo, learning_rate 1e-05", "grpo"]
+    keys = differences(groups)["keys"]
+    assert keys[:2] == ["algorithm.name", "learner.learning_rate"]
+    assert "algorithm.dynamic_sampling" in keys, "what an algorithm's name stands for"
+    assert list(run_names(groups).values())[2:] == ["c · dapo, learning_rate 1e-05", "d · grpo"]
+    groups = grouped([dapo, made(tmp_path / "e", model__system_prompt="Think. " * 30)])
+    assert [group.name for group in groups] == ["dapo 1", "dapo 2"] and title(groups) == "dapo 1 · dapo 2"
+    assert grouped([dapo])[0].id == grouped(rates)[0].id, "the id of a setting depends on no other run"
+
+
+def test_recipes_of_earlier_versions_are_no_other_setting(tmp_path: Path) -> None:
+    new, old = made(tmp_path / "new"), made(tmp_path / "old", seed=1)
+    tree = tomllib.loads((old.path / "recipe.toml").read_text())
+    del tree["rollouts"]["min_p"], tree["trackers"]
+    (old.path / "recipe.toml").write_text(dump(tree))
+    assert len(grouped([new, open_run(old.path)])) == 1
+
+
+def test_runs_of_a_ladder_have_its_title_and_the_names_of_its_rungs(tmp_path: Path) -> None:
+    ladder = tmp_path / "ladder"
+    runs = [made(ladder / f"{i}-{name}" / f"seed-{seed}", seed=seed) for i, name in ((1, "one"), (2, "two")) for seed in (0, 1)]
+    (ladder / "ladder.toml").write_text('title = "One or two?"')
+    groups = grouped(runs)
+    assert [group.name for group in groups] == ["one", "two"] and title(groups) == "One or two?"
+    assert list(run_names(groups).values()) == ["seed-0 · one", "seed-1 · one", "seed-0 · two", "seed-1 · two"]
+
+
+def test_the_score_says_how_sure_it_is(tmp_path: Path) -> None:
+    runs = [made(tmp_path / f"seed-{seed}", 0.5 + 0.1 * seed, seed=seed) for seed in range(3)]
+    one, two, three = (tile_of(runs[:count], "score") for count in (1, 2, 3))
+    assert one["value"]["en"] == "20.0% → 50.0%" and "one evaluation (100 problems)" in one["detail"]["en"]
+    assert two["value"]["en"] == "20.0% → 55.0%" and "2 seeds (50.0% · 60.0%): too few" in two["detail"]["en"]
+    assert (
+        three["detail"]["en"].startswith("±\N{NO-BREAK SPACE}24.8%") and "over 3 seeds" in three["detail"]["en"]
+    )  # 4.30 × 0.1 / √3
+    assert "3 个种子" in three["detail"]["zh"]
+    other = made(tmp_path / "other", 0.9, learner__learning_rate=1e-5)
+    best = tile_of([*runs, other], "score")
+    assert best["value"]["en"] == "20.0% → 90.0%" and best["label"]["en"] == "Best held-out pass@1"
+    assert "the other setting: 60.0%" in best["detail"]["en"]
+    rows = document([*runs, other])["summary"]
+    assert [(row["seeds"], row["after"], row["completions"]) for row in rows] == [
+        (3, "60.0% ± 24.8%", "320"),
+        (1, "90.0%", "320"),
+    ]
+
+
+def test_tiles_of_a_run_that_says_little(tmp_path: Path) -> None:
+    begun = made(tmp_path / "begun", None)
+    assert tile_of([begun], "score")["value"]["en"] == "20.0%"
+    graded = made(tmp_path / "graded", 0.9, key="eval/reward")
+    score = tile_of([graded], "score")
+    assert score["value"]["en"] == "0.2 → 0.9" and score["detail"]["en"].startswith(
+        "±\N{NO-BREAK SPACE}0.098"
+    )  # 1.96 × 0.5 / √100
+    (begun.path / "metrics.jsonl").write_text("")
+    tiles = {tile["id"]: tile for tile in document([open_run(begun.path)])["tiles"]}
+    assert list(tiles) == ["health", "progress"] and tiles["progress"]["value"]["en"] == "0 / 40"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "en", "zh"),
+    [
+        (0.123, "0.12 s", "0.12 秒"), (9.97, "10 s", "10 秒"), (59.4, "59 s", "59 秒"), (59.6, "1 min 0 s", "1 分 0 秒"),
+        (3599.7, "1 h 0 min", "1 小时 0 分"), (7261, "2 h 1 min", "2 小时 1 分"), (86_390, "1 d 0 h", "1 天 0 小时"),
+    ],
+)  # fmt: skip
+def test_durations(seconds: float, en: str, zh: str) -> None:
+    assert duration(seconds).as_json() == {"en": en, "zh": zh}
+
+
+def test_long_and_hostile_settings_stay_short_and_visible(tmp_path: Path) -> None:
+    prompt = "\u202e\x1b[31m</script><b>" * 50_000
+    runs = [made(tmp_path / "a\u202eb", model__system_prompt=prompt), made(tmp_path / "c", algorithm__name="\u202e" * 100)]
+    for run in runs:
+        note = {"step": 3, "kind": "warn\u202eing", "name": "x", "text": "\x1b[31m" * 9000, "advice": "</script>"}
+        (run.path / "events.jsonl").write_text(json.dumps(note))
+    found = document([open_run(run.path) for run in runs])
+    text = json.dumps(found, ensure_ascii=False)
+    assert len(text) < 200_000 and not set("\u202e\x1b") & set(text)
+    assert all(len(run["recipe"]) < 5 * LONGEST_RECIPE and len(run["name"]) < 200 for run in found["runs"])
+    page = report_page(found, [])
+    assert page.count("</script>") == page.count("<script"), "only the page's own scripts end"
+
+
+def leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[str, str]]]:
+    for key, value in table.items():
+        if all(isinstance(inner, str) for inner in value.values()):
+            yield f"{prefix}{key}", value
+        else:
+            yield from leaves(value, f"{prefix}{key}.")
+
+
+def test_the_words_of_every_part_are_there_in_both_languages() -> None:
+    words = {
+        path.name.removesuffix("_text.toml"): tomllib.loads(path.read_text("utf-8")) for path in TEMPLATES.glob("*_text.toml")
+    }
+    known = {f"{table}.{key}": value for table, texts in words.items() for key, value in leaves(texts)}
+    for key, value in known.items():
+        if key == "findings.events.names":
+            continue  # by the name of an event, whose English the run writes
+        assert set(value) == {"en", "zh"}, key
+        assert not re.search(r"[\u4e00-\u9fff][,;:?!()]|[,;:?!()][\u4e00-\u9fff]", value["zh"]), f"{key}: half-width punctuation"
+    scripts = "".join(path.read_text("utf-8") for path in (TEMPLATES / "page").glob("*.js"))
+    used = re.findall(r'\btext\("([\w.]+)"', scripts)
+    assert len(used) > 20 and not [key for key in used if key not in known]
+
+
+def test_no_two_scripts_of_the_page_declare_one_name() -> None:
+    """They are one module."""
+    names: Counter[str] = Counter()
+    for path in [*(TEMPLATES / "page").glob("*.js"), TEMPLATES / "numbers.js"]:
+        names.update(re.findall(r"^(?:async )?(?:function\*?|const|let|class) (\w+)", path.read_text("utf-8"), re.M))
+    assert len(names) > 50 and not [name for name, count in names.items() if count > 1]
