@@ -172,6 +172,10 @@ def test_axes_and_smoothing(browser: Any, written: Path) -> None:
     assert "smoothed" in tip(page)
     assert page.evaluate("[...movingMean([1, 2, 3, 10], [1, 2, 6, 8], 3)]") == [1.5, 3, 4, 8]
     assert page.evaluate("[...movingMean([1, 2, 3], [1, NaN, 3], 3)].map(Number.isNaN)") == [False, True, False]
+    spiky = "[1e300, ...Array.from({ length: 200 }, (_, i) => 1 / (i + 1))]"
+    assert page.evaluate(f"movingMean(Array.from({{ length: 201 }}, (_, i) => i), {spiky}, 3)[150]") == pytest.approx(
+        1 / 150, rel=1e-4
+    )
     page.locator("#figure-rewards").get_by_role("button", name="log").click()
     page.wait_for_function("plotsOf.get('rewards').u?.scales.y.distr === 3")
     area(page, "gradient")
