@@ -102,14 +102,15 @@ def _write_tokens(path: Path, step: int, texts: Sequence[str], groups: int = 4, 
     found = []
     for row in range(groups * rows):
         for place in range(length):
-            ratio = math.exp(draw.gauss(0, 0.2))
+            ours, ratio = place > 5, math.exp(draw.gauss(0, 0.2))
+            learnt = {"advantage": (-1.0) ** (row + 1), "logprob": draw.uniform(-3, 0), "old_logprob": draw.uniform(-3, 0), "ratio": ratio,
+                      "low": 0.8, "high": 1.28, "entropy": draw.random(), "clipped": not 0.8 < ratio < 1.28}  # fmt: skip
             found.append(
                 {"group": row // rows, "row": row, "position": place, "token": place, "text": texts[(row * length + place) % len(texts)][:1000],
                  "prompt": texts[row // rows % len(texts)][:20_000], "answer": texts[(row // rows + 1) % len(texts)][:1000],
                  "reward": float(row % 2), "reward_parts": json.dumps({texts[row % len(texts)][:200]: float(row % 2)}),
-                 "correct": row % 2 == 1, "stop": "stop", "advantage": (-1.0) ** (row + 1), "logprob": draw.uniform(-3, 0),
-                 "old_logprob": draw.uniform(-3, 0), "ratio": ratio, "low": 0.8, "high": 1.28, "entropy": draw.random(), "trained": True,
-                 "clipped": not 0.8 < ratio < 1.28, "role": "assistant" if place > 5 else texts[row % len(texts)][:80], "turn": int(place > 5)}
+                 "correct": row % 2 == 1, "stop": "stop", "trained": ours, "turn": int(ours),
+                 "role": "assistant" if ours else texts[row % len(texts)][:80], **{name: value if ours else None for name, value in learnt.items()}}
             )  # fmt: skip
     pq.write_table(pa.Table.from_pylist(found), path / "tokens" / f"step-{step:06d}.parquet")
 
