@@ -9,7 +9,7 @@ import numpy as np
 
 from groupwise.evidence.finding import measure_name
 from groupwise.evidence.naming import Group
-from groupwise.evidence.outcomes import noise, problems_of
+from groupwise.evidence.outcomes import by_seed, noise, problems_of
 from groupwise.evidence.phrases import Phrase, phrase, same
 from groupwise.evidence.runs import Measure, Run, finite, measure
 from groupwise.evidence.shapes import Finding, Status, SummaryRow, Tile
@@ -44,7 +44,7 @@ def summary(groups: Sequence[Group]) -> list[SummaryRow]:
         rows.append(
             {
                 "setting": group.id,
-                "seeds": len(group.runs),
+                "seeds": len({run.seed for run in group.runs}),
                 "steps": max((run.last_step for run in group.runs), default=0),
                 "before": _with_interval(before, scored),
                 "after": _with_interval(after, scored),
@@ -57,13 +57,14 @@ def summary(groups: Sequence[Group]) -> list[SummaryRow]:
 
 
 def _before(group: Group, scored: Measure) -> list[float]:
-    """Each run's first held-out score."""
-    return finite(run.first(scored.key, 1) for run in group.runs)
+    """Each seed's first held-out score."""
+    return finite(by_seed(group.runs, lambda run: run.first(scored.key, 1)).values())
 
 
 def _after(group: Group, scored: Measure) -> list[float]:
-    """The last held-out score of each run that was evaluated more than once."""
-    return finite(run.last(scored.key, 1) for run in group.runs if len(run.evaluations) > 1)
+    """The last held-out score of each seed whose runs were evaluated more than once."""
+    runs = [run for run in group.runs if len(run.evaluations) > 1]
+    return finite(by_seed(runs, lambda run: run.last(scored.key, 1)).values())
 
 
 def _with_interval(scores: Sequence[float], scored: Measure) -> str:

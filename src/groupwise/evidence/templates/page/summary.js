@@ -54,7 +54,7 @@ whenChanged((changed) => {
   place.setAttribute("aria-label", text("summary.heading.tiles"));
   const drawn = page.data.tiles.map((tile) => make("div", { class: `tile ${tile.kind}`, id: `tile-${tile.id}` },
     make("dt", {}, say(tile.label)), make("dd", { class: "value" }, say(tile.value)), make("dd", { class: "soft" }, say(tile.detail))));
-  refill(place, make("dl", { class: "tiles" }, ...drawn));
+  settle(place, [make("dl", { class: "tiles" }, ...drawn)]);
 });
 
 // The place of a page that shows what a finding is about.
@@ -169,6 +169,6 @@ section("recipes", "summary.heading.recipes", ["runs"], () => page.data.runs.map
     recipeBoxes.set(run.id, { recipe: run.recipe, box });
   }
   const { box } = recipeBoxes.get(run.id);
-  refill(box.querySelector("summary"), name);
+  settle(box.querySelector("summary"), [name]);
   return box;
 }));
