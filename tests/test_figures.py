@@ -84,7 +84,7 @@ def test_two_seeds_have_a_line_each_and_a_note() -> None:
     assert [(line["seeds"], line["run"] is None, line["low"] is None) for line in figure["lines"]] == [
         (1, False, True), (1, False, True), (3, True, False),
     ]  # fmt: skip
-    assert figure["note"]["en"].startswith("Two seeds are too few for an interval: each run of dapo, learning_rate 0.0001 has")
+    assert figure["note"]["en"] == "dapo, learning_rate 0.0001: two seeds, too few for an interval; a line for each run."
     assert "note" not in drawn(two[0])["entropy"] and "note" not in drawn(*three)["entropy"]
     stopped = [*three[:2], made("three2", 2, metrics, seed=2, rate=1e-3)]
     figure = drawn(*stopped)["entropy"]

@@ -157,8 +157,10 @@ def eventually(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
 
 def rows(page: Any) -> list[str]:
     """The followed runs as the page lists them: name, state and steps."""
-    found = "[...document.querySelectorAll('.followed tbody tr')].map((row) => [...row.cells].slice(0, 3).map((one) => one.textContent))"
-    listed: list[list[str]] = page.evaluate(found)
+    cells = (
+        "[...document.querySelector('.followed tbody').rows].map((row) => [...row.cells].slice(0, 3).map((at) => at.textContent))"
+    )
+    listed: list[list[str]] = page.evaluate(cells)
     return [" | ".join(cells) for cells in listed]
 
 
@@ -192,9 +194,11 @@ def test_a_run_is_followed_over_a_kill_and_a_resume(browser: Any, port: int, hom
     written.evaluate()
     assert eventually(shows(page, "11 of 20"))
     fresh, wrong_there = opened(browser, port)
-    eventually(lambda: time.sleep(2) or True)
-    difference = "\n".join(unified_diff(said(page), said(fresh), n=0, lineterm=""))
-    assert not difference, difference
+
+    def differences() -> str:
+        return "\n".join(unified_diff(said(page), said(fresh), n=0, lineterm=""))
+
+    eventually(lambda: not differences())
     text = "\n".join(said(page))
     assert "<b>seen</b>" in text and "\u202e" not in text
     assert not wrong and not wrong_there
@@ -247,3 +251,31 @@ def test_a_server_that_ends_and_comes_back_is_followed_again(browser: Any, tmp_p
         assert eventually(shows(page, "5 of 20"), 30)
         assert "Live" in page.inner_text("#live .connection")
     page.context.close()
+
+
+def test_train_watch_serves_the_run_and_ends_with_it(tmp_path: Path) -> None:
+    """The page's server answers while the run goes on, has its last step, and is gone after it."""
+    small = ("steps=1", "eval_problems=2", "checkpoint_every=1")
+    settings = [f"--set=training.{value}" for value in small] + [
+        "--set=rollouts.prompts_per_step=1",
+        "--set=rollouts.group_size=2",
+    ]
+    command = [sys.executable, "-m", "groupwise", "train", "quick", *settings, "--watch", "--out", str(tmp_path / "run")]
+    environment = {**os.environ, "GROUPWISE_WATCH_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
+    lines: list[str] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if found := re.search(rf"http://127.0.0.1:(\d+)/{TOKEN}/", line):
+                break
+        else:
+            raise AssertionError("".join(lines))
+        with asked(int(found[1]), f"/{TOKEN}/follow") as followed:
+            said = followed.read().decode().splitlines()  # to its end
+        assert json.loads(said[-1]) == {"ended": True}
+        lines += process.stdout
+    assert process.returncode == 0, "".join(lines)
+    assert any('"step":1,' in line for line in said)
+    with pytest.raises(ConnectionRefusedError):
+        asked(int(found[1]), "/")

@@ -1,5 +1,6 @@
 """A run directory that grows as training writes it, with numbers made up: for tests of who reads it meanwhile."""
 
+import json
 import math
 import random
 import time
@@ -45,7 +46,11 @@ class WrittenRun:
         wave = math.sin(self.last / 7) + 0.1 * self.random.random()
         values = {"reward/mean": 0.5 + 0.1 * wave, "entropy": 0.4 + 0.1 * wave, "clip_fraction": 0.01, "loss": wave}
         values |= {"seconds/rollouts": 0.5 + self.random.random(), "seconds/learner": 0.5, "rollouts/completions": 64.0}
-        (self.path / "rollouts" / f"step-{self.last:06d}.jsonl").write_text("")
+        said = {"prompt": "1+1=", "answer": "2", "completion": f"2 in step {self.last}", "reward": 1.0, "correct": True}
+        lines = [
+            json.dumps({"rank": rank, **said, "stop": "stop", "tokens": 2, "turns": []}) + "\n" for rank in ("best", "worst")
+        ]
+        write_atomically(self.path / "rollouts" / f"step-{self.last:06d}.jsonl", "".join(lines), durable=False)
         self.metrics.append(self.last, values)
         return self.last
 

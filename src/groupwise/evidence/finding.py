@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 from groupwise.algorithms import NAMED, named
@@ -47,10 +48,15 @@ def measure_name(measure: Measure, *, within: bool = False) -> Phrase:
 def setting(run: Run, key: str) -> Any:
     """A setting of the run's algorithm: from its recipe, else the named algorithm's own value; None where it is not in use."""
     name = run.algorithm
-    usual = named(name if name in NAMED else "custom").settings().get(key)
+    usual = _usual(name if name in NAMED else "custom").get(key)
     own = run.recipe.get("algorithm", {}).get(key, usual)
     damaged = isinstance(usual, int | float) and not isinstance(own, int | float)
     return usual if damaged else own
+
+
+@cache
+def _usual(algorithm: str) -> dict[str, Any]:
+    return named(algorithm).settings()
 
 
 def under_way(run: Run) -> bool:

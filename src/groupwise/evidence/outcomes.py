@@ -10,7 +10,6 @@ import numpy as np
 
 from groupwise.evidence.reading import step_of
 from groupwise.evidence.runs import Measure, Run
-from groupwise.evidence.statistics import binomial
 
 WAY = 0.9
 """How much of the way from the first score to the one that every run reached the target of `costs` is."""
@@ -106,7 +105,7 @@ def score_at(run: Run, scored: Measure, step: int | None) -> float:
 def problems_of(run: Run) -> int:
     """How many problems its last evaluation had; 0: not recorded."""
     counts = run.column("eval_problems")[1]
-    return int(counts[-1]) if len(counts) else 0
+    return max(0, int(counts[-1])) if len(counts) else 0
 
 
 def noise(run: Run, scored: Measure) -> float:
@@ -114,10 +113,8 @@ def noise(run: Run, scored: Measure) -> float:
     problems = problems_of(run)
     if not problems:
         return 0.0
-    if scored.percent:
-        return binomial(run.last(scored.key, 1), problems)
-    spread = run.last("eval/reward_std", 1)
-    return 1.96 * spread / math.sqrt(problems) if math.isfinite(spread) else 0.0
+    half = scored.noise(run.last(scored.key, 1), problems, run.last("eval/reward_std", 1))
+    return half if math.isfinite(half) else 0.0
 
 
 def _evaluations(run: Run, scored: Measure) -> set[int]:

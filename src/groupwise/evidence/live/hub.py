@@ -75,8 +75,9 @@ class Hub:
         while not self.closing:
             self._wake.clear()
             if self.watchers:
-                cost = await self.refresh()
-                self.interval = max(QUICKEST, min(cost / AIM, USUAL), cost / LIMIT)
+                first, cost = self.data is None, await self.refresh()
+                if not first:  # which reads everything there is, and loads what reads it
+                    self.interval = max(QUICKEST, min(cost / AIM, USUAL), cost / LIMIT)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), self.interval if self.watchers else None)
 
@@ -134,10 +135,12 @@ class Hub:
                     await self._changed.wait_for(lambda: self.data is not None or self.closing)
             instance, _, number = since.partition("-")
             version = int(number) if instance == self.instance and number.isascii() and number.isdecimal() else -1
-            while not self.closing:
+            while True:
                 for line in self._news(version):
                     yield line
                 version = self.version
+                if self.closing:
+                    break
                 yield _line({"alive": self.interval})
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._news_after(version), HEARTBEAT)

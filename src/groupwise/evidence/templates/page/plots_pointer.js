@@ -6,13 +6,19 @@ const GROUP_ROWS = 12;  // up to so many lines, the tooltip tells of all figures
 
 const groupPlots = (plot) => (plot.kind === "lines" ? [...plotsOf.values()].filter((one) => one.kind === "lines" && one.group === plot.group) : [plot]);
 
+// From where to where a figure is to be shown: of several movements before the next frame, each goes on from the one before.
+function shownRange(plot) {
+  const group = groupsOf.get(plot.group);
+  return plot.kind === "lines" ? (group.zoom ?? group.extent) : plot.range.x;
+}
+
 // Pixels of the page to values of a figure, and back; both from the left or the top of the plot.
 function plotToX(plot, x) {
   const [from, to] = plot.range.x, at = Math.log10(from), share = (plot.xAxis.log ? (Math.log10(x) - at) / (Math.log10(to) - at) : (x - from) / (to - from));
   return share * plot.box.width;
 }
 function plotFromX(plot, pixel) {
-  const [from, to] = plot.range.x, share = pixel / plot.box.width;
+  const [from, to] = shownRange(plot), share = pixel / plot.box.width;
   return plot.xAxis.log ? from * (to / from) ** share : from + share * (to - from);
 }
 function plotToY(plot, y) {
@@ -30,12 +36,14 @@ function listenToPointer(plot) {
   const zooms = () => plot.kind === "lines" && plot.u;
   plot.area.addEventListener("pointerdown", (event) => {
     if (!plot.u || event.button > 0) return;
-    fingers.set(event.pointerId, inside(event)[0]);
+    const [x, y] = inside(event);
+    fingers.set(event.pointerId, x);
+    if (event.pointerType !== "mouse" && fingers.size === 1) point(plot, Math.min(plot.box.width, Math.max(0, x)), y);
     if (!zooms()) return;
     if (event.pointerType === "mouse") {
       plot.area.setPointerCapture(event.pointerId);
-      if (event.shiftKey) panned = { pixel: inside(event)[0], range: [...plot.range.x] };
-      else start = inside(event)[0];
+      if (event.shiftKey) panned = { pixel: x, range: [...shownRange(plot)] };
+      else start = x;
       event.preventDefault();
       plot.area.focus({ preventScroll: true });
     }
@@ -72,6 +80,8 @@ function listenToPointer(plot) {
   plot.area.addEventListener("blur", unpoint);
 }
 
+addEventListener("scroll", () => { if (plotsPointed.plot) planFrame(); }, { passive: true });
+
 function placeSelection(plot, from, to) {
   const left = plot.box.left + Math.min(from, to);
   plot.selection.hidden = Math.abs(to - from) < 3;
@@ -81,12 +91,12 @@ function placeSelection(plot, from, to) {
 function pinch(plot, fingers, moved, x) {
   if (plot.kind !== "lines") return;
   const [other] = [...fingers].filter(([id]) => id !== moved).map(([, at]) => at), before = fingers.get(moved);
-  const a = plotFromX(plot, before), b = plotFromX(plot, other), [from, to] = plot.range.x, width = plot.box.width;
+  const a = plotFromX(plot, before), b = plotFromX(plot, other), width = plot.box.width;
   fingers.set(moved, x);
   if (Math.abs(x - other) < 10 || (x - other) * (before - other) <= 0) return;
   const scale = (a - b) / (x - other);
   zoomTo(plot, b - other * scale, b + (width - other) * scale);
-  if (to > from) unpoint();
+  unpoint();
 }
 
 // Zoom of all figures of a group; never beyond the data, never closer than two steps.
@@ -98,7 +108,7 @@ function zoomTo(plot, from, to) {
   redraw(groupPlots(plot));
   drawReset();
 }
-const zoomBy = (plot, at, factor) => { const [from, to] = plot.range.x; zoomTo(plot, at - (at - from) * factor, at + (to - at) * factor); };
+const zoomBy = (plot, at, factor) => { const [from, to] = shownRange(plot); zoomTo(plot, at - (at - from) * factor, at + (to - at) * factor); };
 function resetZoom(plot) {
   if (plot.kind !== "lines") return;
   groupsOf.get(plot.group).zoom = null;
@@ -119,7 +129,7 @@ function unpoint() {
 function pressed(plot, event) {
   if (!plot.u || event.altKey || event.ctrlKey || event.metaKey) return;
   const stops = stopsOf(plot), now = plotsPointed.plot === plot && plotsPointed.at !== null ? nearestPlace(stops, plotsPointed.at) : -1;
-  const size = Math.max(1, event.shiftKey ? Math.round(stops.length / 20) : 1), lines = plot.kind === "lines", [from, to] = plot.range.x;
+  const size = Math.max(1, event.shiftKey ? Math.round(stops.length / 20) : 1), lines = plot.kind === "lines", [from, to] = shownRange(plot);
   const at = now < 0 ? (from + to) / 2 : plotsPointed.at;
   if (event.key === "ArrowRight" || event.key === "ArrowUp") goTo(plot, stops, now < 0 ? placeOf(stops, from) : now + size);
   else if (event.key === "ArrowLeft" || event.key === "ArrowDown") goTo(plot, stops, now < 0 ? placeOf(stops, to) : now - size);
@@ -137,7 +147,7 @@ function pressed(plot, event) {
 function goTo(plot, stops, place) {
   const at = stops[Math.min(stops.length - 1, Math.max(0, place))];
   if (at === undefined) return;
-  const [from, to] = plot.range.x;
+  const [from, to] = shownRange(plot);
   if (plot.kind === "lines" && (at < from || at > to)) zoomTo(plot, at < from ? at : at - (to - from), at < from ? at + (to - from) : at);
   Object.assign(plotsPointed, { plot, at, x: null, y: null, keyed: true });
   planFrame();
@@ -259,6 +269,7 @@ function fillTip(plot, rows) {
   placeTip(plot, tips.length);
   if (plotsPointed.keyed) {
     plot.area.setAttribute("aria-valuetext", tips.filter(({ kind, own }) => kind !== "tip-title" && own !== false).slice(0, 12).map(({ said, value }) => [value, said].filter(Boolean).join(" ")).join(text("plots.comma")));
+    plot.area.setAttribute("aria-valuemin", String(plot.range.x[0]));
     plot.area.setAttribute("aria-valuemax", String(plot.range.x[1]));
     plot.area.setAttribute("aria-valuenow", String(x));
   }

@@ -1,0 +1,149 @@
+"""The page about runs as a whole, in Chromium: every text legible in both languages and themes at three widths, every control reached
+by keys, and texts of users that attack it shown and nothing more; the offline page, and the live one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from groupwise.evidence.report import write_page
+from groupwise.evidence.runs import open_run
+from tests.hostile_texts import harms
+from tests.page_runs import hostile_runs, write_run
+from tests.pages import chromium, illegible, inaccessible, needs_browser, opened
+from tests.served import free_port
+from tests.test_live import TOKEN, watching
+
+pytestmark = needs_browser
+WIDTHS = (390, 1024, 1600)
+TALL = 9000
+"""Pixels in which the whole page is in view: figures out of view are not drawn."""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of five runs of two settings, one with enough seeds for intervals."""
+    home = tmp_path_factory.mktemp("usual")
+    names = {"grpo": 3, "dapo": 2}
+    runs = [
+        write_run(home / f"{name}-{seed}", seed=seed, steps=40, sections={"algorithm": {"name": name}}, notes=["Entropy fell."])
+        for name, seeds in names.items()
+        for seed in range(seeds)
+    ]
+    write_page([open_run(run) for run in runs], home / "page.html")
+    return home / "page.html"
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return hostile_runs(tmp_path_factory.mktemp("hostile"))
+
+
+def drawn(page: Any) -> None:
+    """Wait until the page has drawn what is in view."""
+    page.wait_for_function("document.documentElement.dataset.drawn !== undefined", timeout=60_000)
+    settled(page)
+
+
+def settled(page: Any) -> None:
+    """Wait until a change has been drawn: a size is noticed in one frame, and drawn in the next."""
+    page.evaluate("() => new Promise((done) => { let left = 4; const next = () => (left-- ? requestAnimationFrame(next) : done()); next(); })")
+
+
+def faults(page: Any) -> list[str]:
+    beyond = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+    return illegible(page) + ([f"{beyond} px wider than the screen"] if beyond > 0 else [])
+
+
+def test_every_text_is_legible(usual: Path, browser: Any) -> None:
+    page, wrong = opened(browser, usual, viewport={"width": WIDTHS[0], "height": TALL}, locale="en-GB", color_scheme="light")
+    drawn(page)
+    found = {}
+    for language in ("en", "zh-Hans"):
+        for theme in ("light", "dark"):
+            state = page.evaluate("[document.documentElement.lang, document.documentElement.dataset.theme]")
+            assert state == [language, theme]
+            for width in WIDTHS:
+                page.set_viewport_size({"width": width, "height": TALL})
+                settled(page)
+                found[language, theme, width] = faults(page)
+            page.click("#theme")
+        page.click("#language")
+    assert {key: texts for key, texts in found.items() if texts} == {}
+    figures = page.locator("figure").count()
+    assert figures >= 10 and page.evaluate("[...drawnTexts].filter(([canvas, texts]) => canvas.isConnected && texts.length).length") >= figures
+    assert wrong == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_nothing_serious_for_those_who_cannot_see(theme: str, usual: Path, browser: Any) -> None:
+    page, _ = opened(browser, usual, viewport={"width": 1024, "height": TALL}, color_scheme=theme)
+    drawn(page)
+    assert inaccessible(page) == []
+
+
+def test_every_control_is_reached_by_keys(usual: Path, browser: Any) -> None:
+    page, _ = opened(browser, usual, viewport={"width": 1024, "height": TALL}, locale="en-GB", color_scheme="light")
+    drawn(page)
+    unreached = page.evaluate("""() => [...document.querySelectorAll("a[href], button, select, input, textarea, summary, [tabindex='0']")]
+        .filter((one) => one.checkVisibility({ visibilityProperty: true }) && !one.disabled && one.tabIndex >= 0)
+        .map((one, i) => { one.dataset.number = i; return i; })""")
+    reached = set()
+    for _ in range(len(unreached) + 5):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("Number(document.activeElement.dataset.number ?? -1)"))
+    radios = page.evaluate("[...document.querySelectorAll('input[type=radio]:not(:checked)')].map((one) => Number(one.dataset.number ?? -1))")
+    assert set(unreached) - reached - set(radios) == set()
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "x"
+    page.focus("#theme")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    page.focus("#language")
+    page.keyboard.press("Space")
+    assert page.evaluate("document.documentElement.lang") == "zh-Hans"
+
+
+def check_harmless(page: Any, wrong: list[str]) -> None:
+    """Nothing of a user's text ran, became an element, or made the page wider than the screen."""
+    assert wrong == []
+    assert not harms(page.locator("body").inner_text().replace("\t", " "))
+    assert page.evaluate("window.owned === undefined && !document.querySelector('body :is(img, iframe, style, link, main script)')")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.parametrize("width", [390, 1600])
+def test_hostile_texts_are_shown_and_nothing_more(width: int, hostile: list[Path], browser: Any, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    write_page([open_run(run) for run in hostile], path)
+    assert not harms(path.read_text(encoding="utf-8").split("<style>")[0]) and path.stat().st_size < 8_000_000
+    page, wrong = opened(browser, path, viewport={"width": width, "height": 900})
+    drawn(page)
+    check_harmless(page, wrong)
+    read_everything(page, wrong)
+
+
+def read_everything(page: Any, wrong: list[str]) -> None:
+    """Choose every kind of completions in turn."""
+    source = page.locator("#completions select").nth(1)
+    for value in source.locator("option").evaluate_all("options => options.map((option) => option.value)"):
+        source.select_option(value)
+        page.wait_for_function("document.querySelector('#completions').innerText.length > 500", timeout=60_000)
+        settled(page)
+        check_harmless(page, wrong)
+
+
+def test_hostile_texts_on_the_live_page(hostile: list[Path], browser: Any) -> None:
+    port = free_port()
+    with watching(*hostile, "--port", str(port)):
+        page, wrong = opened(browser, f"http://127.0.0.1:{port}/{TOKEN}/", viewport={"width": 1024, "height": 900})
+        drawn(page)
+        check_harmless(page, wrong)
+        read_everything(page, wrong)
+        page.goto("about:blank")  # follows no longer
