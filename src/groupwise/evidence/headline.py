@@ -159,15 +159,24 @@ def _progress(statuses: Sequence[Status]) -> Tile | None:
         return _progress_of_all(statuses, label)
     status = statuses[0]
     value = f"{status['step']:,} / {status['steps']:,}" if status["steps"] else f"{status['step']:,}"
-    return _tile("progress", label, same(value), phrase("summary", f"states.{status['state']}"))
+    return _tile("progress", label, same(value), _listed([phrase("summary", f"states.{status['state']}"), *_left(statuses)]))
+
+
+def _left(statuses: Sequence[Status]) -> list[Phrase]:
+    """How long the run that takes longest will take."""
+    left = [status["seconds_left"] for status in statuses if status["seconds_left"] is not None]
+    return [phrase("summary", "progress.left", left=duration(max(left)))] if left else []
+
+
+def _listed(parts: Sequence[Phrase]) -> Phrase:
+    return Phrase("; ".join(part.en for part in parts), "；".join(part.zh for part in parts))
 
 
 def _progress_of_all(statuses: Sequence[Status], label: Phrase) -> Tile:
     counts = Counter(status["state"] for status in statuses)
     steps = _spread([status["step"] for status in statuses], lambda step: f"{step:,.0f}")
     others = [phrase("summary", f"progress.{state}", count=count) for state, count in counts.items() if state != "finished"]
-    parts = [phrase("summary", "progress.steps", spread=steps), *others]
-    detail = Phrase("; ".join(part.en for part in parts), "；".join(part.zh for part in parts))
+    detail = _listed([phrase("summary", "progress.steps", spread=steps), *others, *_left(statuses)])
     return _tile("progress", label, phrase("summary", "progress.runs", done=counts["finished"], all=len(statuses)), detail)
 
 

@@ -97,7 +97,7 @@ section("findings", "summary.heading.findings", ["findings", "left_out", "settin
   return [make("div", { class: severalSettings() ? "by-setting" : false }, ...drawn), leftOutBox()];
 });
 
-const summaryColumns = ["setting", "seeds", "steps", "before", "after", "completions", "seconds", "tokens_per_second"];
+const summaryColumns = ["setting", "before", "after", "seeds", "steps", "completions", "seconds", "tokens_per_second"];
 section("summary", "summary.heading.summary", ["summary", "differences", "settings", "measure"], () => {
   const measure = say(page.data.measure);
   const heads = summaryColumns.map((name) => text(`summary.column.${name}`, { measure }));
