@@ -63,7 +63,7 @@ function secondSide() {
   const other = page.data.runs.find((run) => run.id !== side.run && sourcesOf(run.id).includes(side.source));
   const second = newSide(other?.id ?? side.run, side.source, side.step);
   const ranges = rangesOf(second);
-  second.step = other ? stepAt(ranges, placeInRanges(ranges, side.step)) : ranges[0][0];
+  second.step = other ? stepAt(ranges, placeInRanges(ranges, side.step)) : ranges[0]?.[0] ?? 0;
   return second;
 }
 
@@ -153,7 +153,7 @@ function drawReaderControls(chosen = false) {
   const quantities = ["none", ...QUANTITIES].map((name) => [name, text(`reader.quantities.${name}`)]);
   const newest = isLive ? tick(text("reader.follow"), "follow", reader.follow, (on) => { setFollow(on); if (on) followNewest(); }) : null;
   refill(elements.choices,
-    make("button", { type: "button", "data-key": "compare", "aria-pressed": String(comparing), onclick: compare }, text(comparing ? "reader.single" : "reader.compare")), newest,
+    make("button", { type: "button", "data-key": "compare", onclick: compare }, text(comparing ? "reader.single" : "reader.compare")), newest,
     picker(text("reader.order"), "order", reader.order, orders, (order) => { reader.order = order; drawList(); }),
     make("fieldset", {}, make("legend", {}, text("reader.only")), ...filters),
     numbered ? picker(text("reader.colour"), "quantity", reader.quantity, quantities, (name) => { reader.quantity = name; drawColours(); recolour(elements.list); }) : null);
