@@ -170,10 +170,11 @@ function drawPointer() {
   if (found === null) { plotTip.hidden = true; hidePointer(plot); return; }
   plotsPointed.at = found;
   const all = groupPlots(plot).filter((one) => one.u && (one.visible || one === plot));
+  const area = plot.area.getBoundingClientRect();  // before anything changes, or the page would be laid out for it
   const together = all.reduce((sum, one) => sum + one.shown.filter(Boolean).length, 0) <= GROUP_ROWS;
   const rows = new Map((together ? [plot, ...all.filter((one) => one !== plot)] : [plot]).map((one) => [one, rowsAt(one, plotsPointed.at)]));
   for (const one of all) placeCrosshair(one, plotsPointed.at, one === plot ? rows.get(plot) : []);
-  fillTip(plot, rows);
+  fillTip(plot, rows, area);
 }
 function hidePointer(plot) {
   plot.crosshair.hidden = true;
@@ -249,9 +250,9 @@ function headOf(plot, x) {
   return text(`plots.head_${plotsChosen.axis}`, { value: format(plotsChosen.axis === "seconds" ? x / plot.xUnit.size : Math.round(x)), unit: text(`plots.unit_${plot.xUnit.key ?? "seconds"}`) });
 }
 
-function fillTip(plot, rows) {
+function fillTip(plot, rows, area) {
   const x = plotsPointed.at, shown = [...rows.keys()];
-  const most = Math.floor((innerHeight - 90) / 19.5), columns = Math.max(1, Math.min(3, Math.floor(innerWidth / 420), Math.ceil(rows.get(plot).length / 16)));
+  const most = Math.min(24, Math.floor((innerHeight - 90) / 19.5)), columns = Math.max(1, Math.min(2, Math.floor(innerWidth / 500), Math.ceil(rows.get(plot).length / 16)));
   const tips = [{ kind: "tip-head", said: headOf(plot, x) }];
   for (const { text: noted, x: at } of plot.marks) if (Math.abs(plotToX(plot, at) - plotToX(plot, x)) < 6) tips.push({ kind: "tip-mark", said: noted });
   for (const one of shown) {
@@ -266,7 +267,7 @@ function fillTip(plot, rows) {
   plotTip.style.columnCount = String(columns);
   showTips(tips);
   plotTip.hidden = false;
-  placeTip(plot, tips.length);
+  placeTip(plot, area, tips.length);
   if (plotsPointed.keyed) {
     plot.area.setAttribute("aria-valuetext", tips.filter(({ kind, own }) => kind !== "tip-title" && own !== false).slice(0, 12).map(({ said, value }) => [value, said].filter(Boolean).join(" ")).join(text("plots.comma")));
     plot.area.setAttribute("aria-valuemin", String(plot.range.x[0]));
@@ -300,10 +301,10 @@ function showTips(tips) {
 // Beside the crosshair on the side that has more space, or above or below the plot in a narrow window. It is measured only when it gets
 // another number of lines: the browser would lay out the page for it.
 const tipHeights = new Map();
-function placeTip(plot, count) {
+function placeTip(plot, area, count) {
   const key = `${count} ${innerWidth} ${plot.id}`;
   if (!tipHeights.has(key)) tipHeights.set(key, plotTip.offsetHeight);
-  const height = tipHeights.get(key), area = plot.area.getBoundingClientRect(), above = area.top + plot.box.top;
+  const height = tipHeights.get(key), above = area.top + plot.box.top;
   const at = area.left + plot.box.left + plotToX(plot, plotsPointed.at), narrow = innerWidth < 800, right = at < innerWidth / 2;
   const middle = above + (plotsPointed.y ?? plot.box.height / 3);
   const beside = Math.max(8, Math.min(innerHeight - height - 8, middle - height / 2)), over = above - height - 8;
