@@ -177,7 +177,8 @@ def record(name: str, case: Case, run: Path, directory: Path) -> int:
         "events.jsonl": (run / "events.jsonl").read_text() if (run / "events.jsonl").exists() else "",
     }
     path = directory / f"{run.parent.name}.json.gz"
-    path.write_bytes(gzip.compress(json.dumps(kept).encode(), mtime=0))
+    text = json.dumps(kept).replace(f"{run.parent.resolve()}/", "")  # where it was trained is nobody's business
+    path.write_bytes(gzip.compress(text.encode(), mtime=0))
     return path.stat().st_size
 
 

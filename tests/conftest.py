@@ -1,4 +1,4 @@
-"""Tiny real models: random weights, one per architecture, and the shipped one. In which order files run, over how many processes."""
+"""Tiny real models: random weights, one per architecture, and the shipped one; the order in which files of tests run."""
 
 import os
 import signal

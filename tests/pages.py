@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,19 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-def opened(browser: Any, path: Path, **settings: Any) -> tuple[Any, list[str]]:
-    """Open a file in the browser; returns the page and a list that collects console errors and network requests."""
+def opened(browser: Any, path: Path | str, **settings: Any) -> tuple[Any, list[str]]:
+    """Open a file, or a page at an address, in the browser; returns the page and a list that collects console errors, dialogs,
+    and requests that leave the file or the address."""
     page = browser.new_context(**settings).new_page()
+    page.add_init_script(path=Path(__file__).parent / "drawn_texts.js")
+    address = path if isinstance(path, str) else path.as_uri()
+    own = ("file:", "data:", "blob:") if isinstance(path, Path) else ("data:", "blob:", address)
     wrong: list[str] = []
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith(("file:", "data:")) else wrong.append(request.url))
-    page.goto(path.as_uri())
+    page.on("request", lambda request: None if request.url.startswith(own) else wrong.append(request.url))
+    page.on("dialog", lambda dialog: (wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+    page.goto(address)
     return page, wrong
 
 
@@ -46,7 +52,8 @@ def data_of(path: Path, id: str = "document") -> Any:
 
 
 def illegible(page: Any, smallest: float = 13) -> list[str]:
-    """Texts below a size in CSS pixels, cut off (by the page, a plot, a box or a list), or drawn over one another."""
+    """Texts below a size in CSS pixels, cut off (by the page, a plot, a box or a list), or drawn over one another; also those on
+    canvases of pages that `opened` opened."""
     script = (Path(__file__).parent / "illegible.js").read_text(encoding="utf-8")
     found: list[str] = page.evaluate(script.split("\n", 1)[1], smallest)
     return found
@@ -63,3 +70,26 @@ def inaccessible(page: Any) -> list[str]:
         if item["impact"] in ("serious", "critical")
         for node in item["nodes"]
     ]
+
+
+def heap(page: Any) -> int:
+    """Bytes of JavaScript's heap after a garbage collection (Chromium)."""
+    session = page.context.new_cdp_session(page)
+    session.send("HeapProfiler.collectGarbage")
+    used = int(session.send("Runtime.getHeapUsage")["usedSize"])
+    session.detach()
+    return used
+
+
+@contextmanager
+def frames(page: Any) -> Iterator[list[float]]:
+    """Milliseconds between the frames that the page drew within; they are in the list afterwards."""
+    found: list[float] = []
+    page.evaluate("""() => {
+      const times = window.frameTimes = [];
+      const next = (now) => { times.push(now); if (window.frameTimes === times) requestAnimationFrame(next); };
+      requestAnimationFrame(next);
+    }""")
+    yield found
+    times = page.evaluate("() => { const times = window.frameTimes; window.frameTimes = null; return times; }")
+    found += [after - before for before, after in pairwise(times)]

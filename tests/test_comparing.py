@@ -19,6 +19,8 @@ from groupwise.evidence.runs import open_run
 from groupwise.evidence.statistics import Difference, detectable, difference, holm, seeds_needed
 from groupwise.evidence.student import critical, power, shift_needed, two_sided
 from groupwise.evidence.verdicts import as_text, comparisons
+from groupwise.experiments.ladder import Ladder, Rung, as_markdown, cells, plan
+from groupwise.experiments.ladder import compare as ladder_rows
 from tests.pages import chromium, needs_browser, opened
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(400)
@@ -251,6 +253,36 @@ def test_a_ladder_is_compared_as_ablate_does(tmp_path: Path) -> None:
         pairs = contrasts(grouped(open_run(path) for path in reversed(paths)))
         assert [(first.name, second.name) for first, second in pairs] == list(zip(against, names[1:], strict=True))
         assert len(compare(pairs)) >= 3
+
+
+def test_a_ladder_stars_what_seeds_do_not_explain(tmp_path: Path) -> None:
+    rungs = [Rung(name=name) for name in ("GRPO", "far", "near", "not run")]
+    ladder = Ladder(title="Four rungs", rungs=rungs)
+    jobs = plan(ladder, tmp_path, seeds=4)
+    scores = {0: [0.80, 0.81, 0.82, 0.80], 1: CLEAR, 2: [0.80, 0.84, 0.80, 0.83]}
+    for job in jobs:
+        if job.rung in scores:
+            write_run(job.path, f"rung{job.rung}", job.seed, scores[job.rung][job.seed])
+            (job.path / "model").mkdir()
+    rows = ladder_rows(ladder, jobs)
+    assert [cells(row)[3] for row in rows] == ["", "+0.101 ± 0.008 *", "+0.010 ± 0.039", ""]
+    assert [row.score.count for row in rows] == [4, 4, 4, 0]
+    written = as_markdown(ladder, rows)
+    assert (
+        "- near against GRPO: Held-out pass@1 80.8% against 79.8%" in written and "seeds of each setting instead of 4" in written
+    )
+
+
+def test_absurd_numbers_of_a_damaged_file_are_compared_like_others(tmp_path: Path) -> None:
+    paths = setting(tmp_path, "grpo", [0.8, 0.8, 0.8]) + setting(tmp_path, "dapo", [0.9, 0.9, 0.9])
+    for value, problems in ((1e299, -3), (-1e299, 0), (5e-324, 10**18), (7.0, 1)):
+        for path in paths[1:5]:
+            evaluations = [
+                {"step": step, "eval/pass@1": value * (step == 20), "eval_problems": problems} for step in range(0, 21, 5)
+            ]
+            (path / "metrics.jsonl").write_text("\n".join(map(json.dumps, evaluations)))
+        shapes = comparisons(grouped(map(open_run, paths)))
+        assert shapes and json.dumps(shapes, allow_nan=False)
 
 
 @needs_browser

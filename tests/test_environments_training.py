@@ -220,7 +220,10 @@ def test_same_bits_also_across_a_resume(tmp_path: Path, recipe: str) -> None:
     assert turns == sorted(turns) and turns[0] == 0
     report = run("report", cut, "--out", tmp_path / "report.html")
     assert report.exit_code == 0, report.output
-    assert data_of(tmp_path / "report.html")["runs"][0]["readable"]["tokens"] == [1, 2]
+    assert "turns" in [figure["id"] for figure in data_of(tmp_path / "report.html")["figures"]]
+    read = [step for step in data_of(tmp_path / "report.html", "reading") if step["source"] == "tokens"]
+    completions = [completion for step in read for group in step["groups"] for completion in group["completions"]]
+    assert {turn["role"] for completion in completions for turn in completion["turns"]} == {"assistant", "tool"}
 
 
 GAME = '''

@@ -84,7 +84,7 @@ def test_two_seeds_have_a_line_each_and_a_note() -> None:
     assert [(line["seeds"], line["run"] is None, line["low"] is None) for line in figure["lines"]] == [
         (1, False, True), (1, False, True), (3, True, False),
     ]  # fmt: skip
-    assert figure["note"]["en"].startswith("Two seeds are too few for an interval: each run of dapo, learning_rate 0.0001 has")
+    assert figure["note"]["en"] == "dapo, learning_rate 0.0001: two seeds, too few for an interval; a line for each run."
     assert "note" not in drawn(two[0])["entropy"] and "note" not in drawn(*three)["entropy"]
     stopped = [*three[:2], made("three2", 2, metrics, seed=2, rate=1e-3)]
     figure = drawn(*stopped)["entropy"]
@@ -119,6 +119,18 @@ def test_long_lines_keep_their_peaks_and_change_at_their_end_only() -> None:
     alike = int(np.searchsorted(chosen, 100_000 // stretch * stretch))
     assert (longer[:alike] == chosen[:alike]).all() and alike > 3000
     assert thinned(values[:4096], 4096)[1] == 1
+
+
+def test_a_line_is_broken_where_it_has_no_value_for_long() -> None:
+    """Values at every second step, none from 22 to 60; the break stands at the step after 20."""
+    recorded: Metric = lambda step: float(step) if step % 2 == 0 and not 20 < step < 61 else None  # noqa: E731
+    (line,) = drawn(made("a", 100, {"clip/high_probability": recorded}))["clip-probability"]["lines"]
+    at = line["steps"].index(21)
+    assert line["values"][at - 1 : at + 2] == [20.0, None, 62.0] and line["values"].count(None) == 1
+    assert list(line["steps"]) == sorted(line["steps"])
+    long: Metric = lambda step: math.sin(step) if not 20_000 < step < 60_000 else None  # noqa: E731
+    (line,) = drawn(made("b", 100_000, {"entropy": long}))["entropy"]["lines"]
+    assert line["values"].count(None) == 1 and line["steps"][line["values"].index(None)] == 20_001
 
 
 def test_all_lines_of_a_page_share_its_points(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,28 @@ def test_keys_move_the_crosshair_and_a_screen_reader_is_told(browser: Any, writt
     assert not page.wrong
 
 
+def test_fingers_point_and_zoom(browser: Any, written: Path) -> None:
+    page = shown(browser, written / "one.html", viewport={"width": 390, "height": 800}, has_touch=True)
+    box = area(page, "rewards").bounding_box()
+    touch = page.context.new_cdp_session(page)
+
+    def send(kind: str, *places: float) -> None:
+        points = [{"x": box["x"] + x, "y": box["y"] + 90, "id": i} for i, x in enumerate(places)]
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    send("touchStart", 150)
+    send("touchEnd")
+    assert tip(page).startswith("Step ")
+    send("touchStart", 150, 200)
+    for away in (10, 20, 40):
+        send("touchMove", 150 - away, 200 + away)
+    send("touchEnd")
+    page.wait_for_function("groupsOf.get('learning').zoom !== null")
+    low, high = extent(page, "learning")
+    assert 0.3 < (high - low) / 120 < 0.5  # the fingers are 2.6 times as far apart
+    assert not page.wrong
+
+
 def test_a_legend_hides_what_it_stands_for_in_every_figure(browser: Any, written: Path) -> None:
     page = shown(browser, written / "three.html")
     keys = page.locator("#group-learning ~ .keys button.key")
@@ -150,6 +172,10 @@ def test_axes_and_smoothing(browser: Any, written: Path) -> None:
     assert "smoothed" in tip(page)
     assert page.evaluate("[...movingMean([1, 2, 3, 10], [1, 2, 6, 8], 3)]") == [1.5, 3, 4, 8]
     assert page.evaluate("[...movingMean([1, 2, 3], [1, NaN, 3], 3)].map(Number.isNaN)") == [False, True, False]
+    spiky = "[1e300, ...Array.from({ length: 200 }, (_, i) => 1 / (i + 1))]"
+    assert page.evaluate(f"movingMean(Array.from({{ length: 201 }}, (_, i) => i), {spiky}, 3)[150]") == pytest.approx(
+        1 / 150, rel=1e-4
+    )
     page.locator("#figure-rewards").get_by_role("button", name="log").click()
     page.wait_for_function("plotsOf.get('rewards').u?.scales.y.distr === 3")
     area(page, "gradient")

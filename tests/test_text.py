@@ -248,6 +248,8 @@ def test_its_report_in_a_browser(hostile: tuple[Path, str], browser: Any, tmp_pa
     page, wrong = opened(browser, page_path, viewport={"width": 800, "height": 900})
     page.on("dialog", lambda dialog: wrong.append(f"dialog {dialog.message}"))
     page.wait_for_function("document.documentElement.dataset.drawn !== undefined", timeout=20_000)
+    page.locator("#completions").scroll_into_view_if_needed()
+    page.wait_for_selector("#completions .tokens span")
     assert not harms(page.locator("body").inner_text().replace("\t", " "))
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert page.evaluate("window.owned === undefined && !document.querySelector('main :is(script, img, iframe, style)')")

@@ -21,8 +21,8 @@ from groupwise.text import shortened, visible
 
 MOST_EVENTS, MOST_CHANGES, MOST_LEFT_OUT = 200, 50, 200
 """How many events and changed settings of a run the page lists, and how many lines about what could not be read."""
-LONGEST_RECIPE, LONGEST_PATH = 30_000, 400
-"""Characters of a recipe and of a path on the page."""
+LONGEST_RECIPE, LONGEST_PATH, LONGEST_EVENT, LONGEST_FINDING = 30_000, 400, 600, 3000
+"""Characters of a recipe, of a path, and of the texts of an event and of a finding on the page."""
 
 
 def document(runs: Sequence[Run]) -> Document:
@@ -59,7 +59,7 @@ def told(group: Group) -> list[Finding]:
 
 
 def _shown(text: Phrase) -> Text:
-    return {language: visible(written) for language, written in text.as_json().items()}
+    return {language: visible(shortened(written, LONGEST_FINDING)) for language, written in text.as_json().items()}
 
 
 def _setting(group: Group) -> Setting:
@@ -88,8 +88,8 @@ def events(runs: Sequence[Run]) -> list[Noted]:
             "step": event.step,
             "time": visible(event.time[:40]),
             "kind": visible(event.kind[:40]),
-            "text": visible(event.text),
-            "advice": visible(event.advice),
+            "text": visible(shortened(event.text, LONGEST_EVENT)),
+            "advice": visible(shortened(event.advice, LONGEST_EVENT)),
         }
         for run in runs
         for event in run.events[-MOST_EVENTS:]

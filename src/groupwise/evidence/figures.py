@@ -17,7 +17,7 @@ from groupwise.evidence.naming import Group, run_id
 from groupwise.evidence.phrases import Phrase, phrase, same
 from groupwise.evidence.runs import Run, measure
 from groupwise.evidence.shapes import Axis, Constant, Figure, Line, Mark
-from groupwise.evidence.statistics import FEWEST_SEEDS, binomial
+from groupwise.evidence.statistics import FEWEST_SEEDS
 from groupwise.text import shortened, visible
 
 GROUPS = ("learning", "health", "policy", "cost")
@@ -165,7 +165,7 @@ def _figure(wanted: _Wanted, groups: Sequence[Group], noted: list[Mark], most: i
             continue
         lines += [
             line(one.curve, id=f"{one.group.id}/{run_id(one.run) if one.run else ''}/{metric}", setting=one.group.id,
-                 run=run_id(one.run) if one.run else None, label=label, dash=dash, seeds=one.seeds, most=most)
+                 run=run_id(one.run) if one.run else None, label=label, dash=dash, seeds=one.seeds, most=most, broken=not metric.startswith("eval/"))
             for one in drawn
         ]  # fmt: skip
     if lines:
@@ -248,7 +248,7 @@ def _evaluated(one: _Drawn, metric: str, problems: set[int]) -> Curve:
     for i, (step, value) in enumerate(zip(steps.tolist(), values.tolist(), strict=True)):
         count = int(counts.get(step, 0))
         if count > 1:
-            half[i] = binomial(value, count) if scored.percent else 1.96 * spreads.get(step, np.nan) / count**0.5
+            half[i] = scored.noise(value, count, spreads.get(step, np.nan))
             problems.add(count)
     low, high = values - half, values + half
     return Curve(steps, values, *((np.maximum(low, 0.0), np.minimum(high, 1.0)) if scored.percent else (low, high)))

@@ -9,7 +9,7 @@ import numpy as np
 
 from groupwise.evidence.finding import measure_name
 from groupwise.evidence.naming import Group
-from groupwise.evidence.outcomes import noise, problems_of
+from groupwise.evidence.outcomes import by_seed, noise, problems_of
 from groupwise.evidence.phrases import Phrase, phrase, same
 from groupwise.evidence.runs import Measure, Run, finite, measure
 from groupwise.evidence.shapes import Finding, Status, SummaryRow, Tile
@@ -44,7 +44,7 @@ def summary(groups: Sequence[Group]) -> list[SummaryRow]:
         rows.append(
             {
                 "setting": group.id,
-                "seeds": len(group.runs),
+                "seeds": len({run.seed for run in group.runs}),
                 "steps": max((run.last_step for run in group.runs), default=0),
                 "before": _with_interval(before, scored),
                 "after": _with_interval(after, scored),
@@ -57,13 +57,14 @@ def summary(groups: Sequence[Group]) -> list[SummaryRow]:
 
 
 def _before(group: Group, scored: Measure) -> list[float]:
-    """Each run's first held-out score."""
-    return finite(run.first(scored.key, 1) for run in group.runs)
+    """Each seed's first held-out score."""
+    return finite(by_seed(group.runs, lambda run: run.first(scored.key, 1)).values())
 
 
 def _after(group: Group, scored: Measure) -> list[float]:
-    """The last held-out score of each run that was evaluated more than once."""
-    return finite(run.last(scored.key, 1) for run in group.runs if len(run.evaluations) > 1)
+    """The last held-out score of each seed whose runs were evaluated more than once."""
+    runs = [run for run in group.runs if len(run.evaluations) > 1]
+    return finite(by_seed(runs, lambda run: run.last(scored.key, 1)).values())
 
 
 def _with_interval(scores: Sequence[float], scored: Measure) -> str:
@@ -158,15 +159,24 @@ def _progress(statuses: Sequence[Status]) -> Tile | None:
         return _progress_of_all(statuses, label)
     status = statuses[0]
     value = f"{status['step']:,} / {status['steps']:,}" if status["steps"] else f"{status['step']:,}"
-    return _tile("progress", label, same(value), phrase("summary", f"states.{status['state']}"))
+    return _tile("progress", label, same(value), _listed([phrase("summary", f"states.{status['state']}"), *_left(statuses)]))
+
+
+def _left(statuses: Sequence[Status]) -> list[Phrase]:
+    """How long the run that takes longest will take."""
+    left = [status["seconds_left"] for status in statuses if status["seconds_left"] is not None]
+    return [phrase("summary", "progress.left", left=duration(max(left)))] if left else []
+
+
+def _listed(parts: Sequence[Phrase]) -> Phrase:
+    return Phrase("; ".join(part.en for part in parts), "；".join(part.zh for part in parts))
 
 
 def _progress_of_all(statuses: Sequence[Status], label: Phrase) -> Tile:
     counts = Counter(status["state"] for status in statuses)
     steps = _spread([status["step"] for status in statuses], lambda step: f"{step:,.0f}")
     others = [phrase("summary", f"progress.{state}", count=count) for state, count in counts.items() if state != "finished"]
-    parts = [phrase("summary", "progress.steps", spread=steps), *others]
-    detail = Phrase("; ".join(part.en for part in parts), "；".join(part.zh for part in parts))
+    detail = _listed([phrase("summary", "progress.steps", spread=steps), *others, *_left(statuses)])
     return _tile("progress", label, phrase("summary", "progress.runs", done=counts["finished"], all=len(statuses)), detail)
 
 

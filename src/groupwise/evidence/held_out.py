@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from groupwise.evidence.runs import Measure, Run
-from groupwise.evidence.statistics import binomial, interval
+from groupwise.evidence.statistics import interval
 from groupwise.evidence.student import critical
 
 ERROR = 0.05
@@ -54,13 +54,8 @@ def change(run: Run) -> Change | None:
     known = run.evaluations[-1].get("eval_problems") or run.recipe.get("training", {}).get("eval_problems", 500)
     problems = max(1, int(known))
     deviations = dict(run.series("eval/reward_std"))
-    if measure.percent:
-        errors = [binomial(score, problems) for score in scores]
-        small = SMALL
-    else:
-        t = critical(ERROR, max(1, problems - 1))
-        errors = [t * deviations.get(step, 0.0) / math.sqrt(problems) for step in steps]
-        small = SMALL_EFFECT * max(deviations.get(steps[0], 0.0), deviations.get(steps[-1], 0.0))
+    errors = [measure.noise(score, problems, deviations.get(step, 0.0)) for step, score in series]
+    small = SMALL if measure.percent else SMALL_EFFECT * max(deviations.get(steps[0], 0.0), deviations.get(steps[-1], 0.0))
     return Change(
         measure=measure,
         first=scores[0],

@@ -10,7 +10,6 @@ import numpy as np
 
 from groupwise.evidence.reading import step_of
 from groupwise.evidence.runs import Measure, Run
-from groupwise.evidence.statistics import binomial
 
 WAY = 0.9
 """How much of the way from the first score to the one that every run reached the target of `costs` is."""
@@ -49,8 +48,8 @@ def scores(first: Sequence[Run], second: Sequence[Run], scored: Measure) -> Outc
     problems = [count for run in runs if (count := problems_of(run))]
     return Outcomes(
         measure="score",
-        first=_by_seed(first, lambda run: score_at(run, scored, step)),
-        second=_by_seed(second, lambda run: score_at(run, scored, step)),
+        first=by_seed(first, lambda run: score_at(run, scored, step)),
+        second=by_seed(second, lambda run: score_at(run, scored, step)),
         resolution=1 / min(problems) if problems and scored.percent else 0.0,
         step=step,
     )
@@ -77,7 +76,7 @@ def costs(first: Sequence[Run], second: Sequence[Run], scored: Measure) -> list[
     places: tuple[tuple[Literal["completions", "seconds"], int], ...] = (("completions", 1), ("seconds", 2))
     for measure, place in places:
         values = [
-            _by_seed(members, lambda run, place=place: _log(_until(run, scored, target, place)))  # type: ignore[misc]
+            by_seed(members, lambda run, place=place: _log(_until(run, scored, target, place)))  # type: ignore[misc]
             for members in (first, second)
         ]
         if all(math.isfinite(value) for of in values for value in of.values()):
@@ -106,7 +105,7 @@ def score_at(run: Run, scored: Measure, step: int | None) -> float:
 def problems_of(run: Run) -> int:
     """How many problems its last evaluation had; 0: not recorded."""
     counts = run.column("eval_problems")[1]
-    return int(counts[-1]) if len(counts) else 0
+    return max(0, int(counts[-1])) if len(counts) else 0
 
 
 def noise(run: Run, scored: Measure) -> float:
@@ -114,10 +113,8 @@ def noise(run: Run, scored: Measure) -> float:
     problems = problems_of(run)
     if not problems:
         return 0.0
-    if scored.percent:
-        return binomial(run.last(scored.key, 1), problems)
-    spread = run.last("eval/reward_std", 1)
-    return 1.96 * spread / math.sqrt(problems) if math.isfinite(spread) else 0.0
+    half = scored.noise(run.last(scored.key, 1), problems, run.last("eval/reward_std", 1))
+    return half if math.isfinite(half) else 0.0
 
 
 def _evaluations(run: Run, scored: Measure) -> set[int]:
@@ -125,7 +122,7 @@ def _evaluations(run: Run, scored: Measure) -> set[int]:
     return {step for step in run.column(scored.key)[0].tolist() if step > 0}
 
 
-def _by_seed(runs: Sequence[Run], value: Callable[[Run], float]) -> dict[int, float]:
+def by_seed(runs: Sequence[Run], value: Callable[[Run], float]) -> dict[int, float]:
     """Runs of the same seed repeat each other more or less, and are no further seeds: they are one value."""
     values: dict[int, list[float]] = {}
     for run in runs:

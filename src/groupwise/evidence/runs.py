@@ -14,6 +14,8 @@ from groupwise.errors import UserError
 from groupwise.evidence.history import Noted, Segment, course, read_events, read_segments
 from groupwise.evidence.reading import LeftOut, read_recipe, read_tokens
 from groupwise.evidence.records import EVALUATED, TRAINED, Metrics, Records, Steps, Values, read_metrics
+from groupwise.evidence.statistics import LEVEL, binomial
+from groupwise.evidence.student import critical
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +32,16 @@ class Measure:
     def text(self, value: float) -> str:
         """A value of it, for a person to read."""
         return f"{value:.1%}" if self.percent else f"{value:.3g}"
+
+    def noise(self, score: float, problems: int, spread: float) -> float:
+        """Half the width of the 95 % interval of one evaluation: which other scores as many problems of the same kind could give.
+
+        Args:
+            spread: the standard deviation over problems, which a pass rate does not need.
+        """
+        if self.percent:
+            return binomial(score, problems)
+        return critical(LEVEL, max(1, problems - 1)) * spread / math.sqrt(problems)
 
 
 PASS_RATE = Measure(key=EVALUATED[0], name="pass@1", percent=True)

@@ -42,6 +42,22 @@ function refill(element, ...children) {
   if (focused !== undefined) element.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
 }
 
+// The same, but children that look as before stay, with where they are scrolled to and what is open in them.
+function settle(element, children) {
+  const focused = element.contains(document.activeElement) ? document.activeElement.dataset.key : undefined;
+  children.forEach((child, i) => {
+    const old = element.childNodes[i];
+    if (!old) element.append(child);
+    else if (old !== child && !child.isEqualNode(old)) {
+      const across = old.scrollLeft;
+      old.replaceWith(child);
+      child.scrollLeft = across;
+    }
+  });
+  while (element.childNodes.length > children.length) element.lastChild.remove();
+  if (focused !== undefined && !element.contains(document.activeElement)) element.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
+}
+
 // Draw a section of the page whenever one of these keys of the document changes. `build()` gives what stands under its heading;
 // null or nothing hides the section. `heading` is a key of a text.
 function section(id, heading, keys, build) {
@@ -49,16 +65,19 @@ function section(id, heading, keys, build) {
     if (!changed.has("language") && !keys.some((key) => changed.has(key))) return;
     const element = document.getElementById(id), contents = (build() ?? []).filter((child) => child !== null);
     element.hidden = contents.length === 0;
-    refill(element, ...(contents.length ? [make("h2", {}, text(heading)), ...contents] : []));
+    settle(element, contents.length ? [make("h2", {}, text(heading)), ...contents] : []);
   });
 }
 
-// A table: heads are texts, rows are lists of cells, each a node, a text or a list of them; `classes` of the columns.
+// A table: heads are texts, rows are lists of cells, each a node, a text or a list of them; `classes` of the columns. The roles are
+// said, so that a style sheet may lay a table out as blocks.
 function tableOf(heads, rows, classes = []) {
-  const cells = (name) => (cell, i) => make(name, { class: classes[i] || false, scope: name === "th" ? "col" : false }, ...[cell].flat());
-  const body = rows.map((row) => make("tr", {}, ...row.map(cells("td"))));
-  const table = make("table", {}, make("thead", {}, make("tr", {}, ...heads.map(cells("th")))), make("tbody", {}, ...body));
-  return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": heads.join(", ") }, table);
+  const names = heads.map((head) => head.textContent ?? head);
+  const cells = (name, role) => (cell, i) => make(name, { role, class: classes[i] || false, ...(name === "th" ? { scope: "col" } : { "data-head": names[i] }) }, ...[cell].flat());
+  const body = rows.map((row) => make("tr", { role: "row" }, ...row.map(cells("td", "cell"))));
+  const head = make("thead", { role: "rowgroup" }, make("tr", { role: "row" }, ...heads.map(cells("th", "columnheader"))));
+  const table = make("table", { role: "table" }, head, make("tbody", { role: "rowgroup" }, ...body));
+  return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": names.join(", ") }, table);
 }
 
 // JSON that is embedded as base64 of gzip.

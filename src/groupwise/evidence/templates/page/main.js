@@ -23,4 +23,7 @@ const dark = window.matchMedia("(prefers-color-scheme: dark)");
 setTheme(remembered("theme") ?? (dark.matches ? "dark" : "light"));
 dark.addEventListener("change", () => { if (!remembered("theme")) setTheme(dark.matches ? "dark" : "light"); });
 if ("live" in root.dataset) follow();
-else unpacked("document").then(begin);
+else {
+  const failed = () => document.querySelector("main").prepend(make("p", { role: "alert" }, text("core.failed")));
+  unpacked("document").then(begin, failed);
+}

@@ -202,7 +202,7 @@ const EDGE = 22;  // pixels to the right of a plot
 // The options of uPlot for a figure: its axes with ticks, no cursor or legend of its own.
 function uplotOptions(plot, width, height) {
   const axis = (key) => ({
-    scale: key, side: key === "x" ? 2 : 3, font: plotsFont.value, stroke: () => canvasColour("var(--soft)"), gap: 6,
+    scale: key, side: key === "x" ? 2 : 3, font: plotsFont.value, stroke: () => canvasColour("var(--soft)"), gap: key === "x" && plot.turned ? 10 : 6,
     grid: { stroke: () => canvasColour("var(--line)"), width: 1, show: key === "y" || plot.kind !== "bars" }, ticks: { show: false },
     space: 20,
     splits: (u, i, from, to) => {
@@ -216,7 +216,7 @@ function uplotOptions(plot, width, height) {
       if (!labels) return 40;
       const widest = Math.max(0, ...labels.map(widthOf));
       if (key === "y") return Math.ceil(widest) + 12;
-      return plot.turned ? Math.ceil(widest * Math.SQRT1_2) + 24 : 28;
+      return plot.turned ? Math.ceil(widest * Math.SQRT1_2) + 28 : 28;
     },
     rotate: key === "x" && plot.turned ? 45 : 0,
   });

@@ -41,15 +41,19 @@ function onAxis(setting, steps, axis) {
   return column;
 }
 
-// The mean over the points within half a window of steps on either side.
+// The mean over the points within half a window of steps on either side. The sum goes along with the window, and is summed anew now and
+// then, and after a value left that was far greater than what stays: its rounding error would stay too.
 function movingMean(steps, values, window) {
   const half = (window - 1) / 2, means = new Float64Array(values.length);
-  let from = 0, to = 0;
+  let from = 0, to = 0, sum = 0, count = 0;
   for (let i = 0; i < values.length; i += 1) {
-    while (steps[from] < steps[i] - half) from += 1;
-    while (to < steps.length && steps[to] <= steps[i] + half) to += 1;
-    let sum = 0, count = 0;
-    for (let k = from; k < to; k += 1) if (values[k] === values[k]) { sum += values[k]; count += 1; }
+    let left = 0;
+    for (; to < steps.length && steps[to] <= steps[i] + half; to += 1) if (values[to] === values[to]) { sum += values[to]; count += 1; }
+    for (; steps[from] < steps[i] - half; from += 1) if (values[from] === values[from]) { sum -= values[from]; count -= 1; left = Math.max(left, Math.abs(values[from])); }
+    if (i % 64 === 0 || left > 1000 * Math.abs(sum)) {
+      sum = 0;
+      for (let k = from; k < to; k += 1) if (values[k] === values[k]) sum += values[k];
+    }
     means[i] = values[i] === values[i] ? sum / count : NaN;
   }
   return means;

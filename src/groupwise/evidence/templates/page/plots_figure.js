@@ -180,7 +180,7 @@ function drawFigure(plot) {
   const drawn = plot.columns.filter((_, k) => plot.shown[k]), columns = drawn.length ? drawn : plot.columns;
   const xLog = plot.kind !== "lines" && plot.figure.x.log;
   const [x0, x1] = xExtent(plot, group, xLog);
-  const y = padded(yRange(columns, x0, x1, log) ?? { low: 0, high: 1, leftOut: 0 }, log, plot);
+  const y = padded(yRange(columns, ...(plot.kind === "lines" ? [x0, x1] : [-Infinity, Infinity]), log) ?? { low: 0, high: 1, leftOut: 0 }, log, plot);
   plot.xAxis = { log: xLog, percent: plot.kind !== "lines" && plot.figure.x.percent, whole: plot.kind === "lines" && plotsChosen.axis !== "seconds" };
   plot.yAxis = { log, percent: plot.figure.y.percent };
   plot.xUnit = plot.kind === "lines" && plotsChosen.axis === "seconds" ? group.unit : { size: 1 };

@@ -83,7 +83,7 @@ function logTicks(from, to, length, apart) {
   for (let power = Math.ceil(first / every) * every - every; 10 ** power <= to; power += every) {
     for (const factor of factors) {
       const at = Number(`${factor}e${power}`);
-      if (at >= from * 0.999999 && at <= to * 1.000001) found.push({ at, label: power < -4 || power > 5 ? `${factor === 1 ? "" : `${factor}×`}10${raised(String(power))}` : format(at) });
+      if (at >= from * 0.999999 && at <= to * 1.000001) found.push({ at, label: power < -3 || power > 5 ? `${factor === 1 ? "" : `${factor}×`}10${raised(String(power))}` : format(at) });
     }
   }
   return found;

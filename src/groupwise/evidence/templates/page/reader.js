@@ -4,13 +4,13 @@ const GROUPS_SHOWN = 10; // at once
 const HIDDEN_WHEN_EMPTY = ["sides", "choices", "search", "key", "list", "more"];
 const reader = {
   sides: [], quantity: "advantage", query: "", order: "recorded", filters: { wrong: false, truncated: false, changed: false },
-  shown: GROUPS_SHOWN, near: false, open: false, follow: isLive, elements: null,
+  shown: GROUPS_SHOWN, near: false, open: false, offered: "", follow: isLive, elements: null,
 };
 
 // --- the two sides
 
 function newSide(run, source, step) {
-  return { run, source, step, groups: [], leftOut: 0, error: "", request: null };
+  return { run, source, step, groups: [], leftOut: 0, error: "", request: null, controls: null };
 }
 
 function rangesOf(side) {
@@ -25,7 +25,7 @@ async function load(side, further = false) {
   try {
     const found = await readStep(side.run, side.step, side.source, first);
     if (side.request !== request) return;
-    side.groups = [...side.groups, ...found.groups];
+    side.groups = [...side.groups, ...found.groups.map((group) => ({ ...group, all: side.source !== "texts" }))];
     side.leftOut = found.left_out - first;
   } catch (error) {
     if (side.request !== request) return;
@@ -41,7 +41,7 @@ function setSide(side, changes) {
   if (!sourcesOf(side.run).includes(side.source)) side.source = sourcesOf(side.run)[0] ?? "tokens";
   const ranges = rangesOf(side);
   side.step = stepAt(ranges, placeInRanges(ranges, side.step));
-  drawReaderControls();
+  drawReaderControls(true);
   return load(side);
 }
 
@@ -63,7 +63,7 @@ function secondSide() {
   const other = page.data.runs.find((run) => run.id !== side.run && sourcesOf(run.id).includes(side.source));
   const second = newSide(other?.id ?? side.run, side.source, side.step);
   const ranges = rangesOf(second);
-  second.step = other ? stepAt(ranges, placeInRanges(ranges, side.step)) : ranges[0][0];
+  second.step = other ? stepAt(ranges, placeInRanges(ranges, side.step)) : ranges[0]?.[0] ?? 0;
   return second;
 }
 
@@ -94,37 +94,66 @@ function sideControls(side, i) {
   return box;
 }
 
+// The controls of a side's step look up which steps there are when they are used: more come while a run goes on.
 function stepControls(side, i) {
-  const ranges = rangesOf(side), count = countSteps(ranges), place = placeInRanges(ranges, side.step);
-  const go = (step) => { if (i === 0) reader.follow = false; setSide(side, { step }); };
-  const button = (sign, label, to) => make("button", {
-    type: "button", "data-key": `${label}${i}`, "aria-label": text(`reader.${label}`), title: text(`reader.${label}`), disabled: to < 0 || to >= count,
-    onclick: () => go(stepAt(ranges, to)),
+  const go = (step) => { if (i === 0) setFollow(false); setSide(side, { step }); };
+  const by = (places) => () => go(stepAt(rangesOf(side), Math.max(0, placeInRanges(rangesOf(side), side.step) + places)));
+  const at = (event) => stepAt(rangesOf(side), Number(event.target.value));
+  const button = (sign, label, places) => make("button", {
+    type: "button", "data-key": `${label}${i}`, "aria-label": text(`reader.${label}`), title: text(`reader.${label}`), onclick: by(places),
   }, sign);
-  const typed = make("input", { type: "number", "data-key": `step${i}`, min: ranges[0]?.[0] ?? 0, max: newestStep(side), value: side.step, onchange: (event) => go(Number(event.target.value)) });
+  const typed = make("input", { type: "number", "data-key": `step${i}`, onchange: (event) => go(Number(event.target.value)) });
   const slider = make("input", {
-    type: "range", "data-key": `slider${i}`, min: 0, max: Math.max(0, count - 1), "aria-label": text("reader.steps"), "aria-valuetext": String(side.step),
-    oninput: (event) => { typed.value = stepAt(ranges, Number(event.target.value)); }, onchange: (event) => go(stepAt(ranges, Number(event.target.value))),
+    type: "range", "data-key": `slider${i}`, min: 0, "aria-label": text("reader.steps"), oninput: (event) => { typed.value = at(event); }, onchange: (event) => go(at(event)),
   });
+  side.controls = { typed, slider, earlier: button("‹", "earlier", -1), later: button("›", "later", 1) };
+  const { earlier, later } = side.controls;
+  showStep(side);
+  return make("span", { class: "steps" }, make("label", {}, `${text("reader.step")} `, typed), earlier, slider, later);
+}
+
+// `chosen`: it was chosen just now; otherwise what somebody is typing stays.
+function showStep(side, chosen = false) {
+  const { typed, slider, earlier, later } = side.controls, ranges = rangesOf(side), count = countSteps(ranges), place = placeInRanges(ranges, side.step);
+  Object.assign(typed, { min: ranges[0]?.[0] ?? 0, max: newestStep(side) });
+  slider.max = Math.max(0, count - 1);
+  if (chosen || document.activeElement !== typed) typed.value = side.step;
   slider.value = place;
-  return make("span", { class: "steps" }, make("label", {}, `${text("reader.step")} `, typed), button("‹", "earlier", place - 1), slider, button("›", "later", place + 1));
+  slider.setAttribute("aria-valuetext", String(side.step));
+  earlier.setAttribute("aria-disabled", String(place <= 0));
+  later.setAttribute("aria-disabled", String(place >= count - 1));
+}
+
+function setFollow(on) {
+  reader.follow = on;
+  const box = reader.elements.choices.querySelector("[data-key=follow]");
+  if (box) box.checked = on;
 }
 
 function tick(label, key, checked, onchange) {
   return make("label", { class: "tick" }, make("input", { type: "checkbox", "data-key": key, checked, onchange: (event) => onchange(event.target.checked) }), ` ${label}`);
 }
 
-function drawReaderControls() {
+// What the controls offer; they are made again only when this changes, so that a list that is open stays open.
+function offered() {
+  const runs = page.data.runs.map((run) => [run.id, run.name, sourcesOf(run.id)]);
+  return JSON.stringify([page.language, runs, reader.sides.map((side) => [side.run, side.source])]);
+}
+
+function drawReaderControls(chosen = false) {
   const { elements } = reader, comparing = reader.sides.length > 1;
+  reader.sides.forEach((side) => side.controls && showStep(side, chosen));
+  if (reader.offered === offered() && reader.sides.every((side) => side.controls)) return;
+  reader.offered = offered();
   const numbered = reader.sides.some((side) => side.source === "tokens");
   refill(elements.sides, ...reader.sides.map(sideControls));
   const filters = ["wrong", "truncated", ...(comparing ? ["changed"] : [])].map((name) =>
     tick(text(`reader.filters.${name}`), name, reader.filters[name], (on) => { reader.filters[name] = on; reader.shown = GROUPS_SHOWN; drawList(); }));
   const orders = ["recorded", ...(numbered ? ["ratio"] : []), "high", "low", "long"].map((order) => [order, text(`reader.orders.${order}`)]);
   const quantities = ["none", ...QUANTITIES].map((name) => [name, text(`reader.quantities.${name}`)]);
-  const newest = isLive ? tick(text("reader.follow"), "follow", reader.follow, (on) => { reader.follow = on; if (on) followNewest(); }) : null;
+  const newest = isLive ? tick(text("reader.follow"), "follow", reader.follow, (on) => { setFollow(on); if (on) followNewest(); }) : null;
   refill(elements.choices,
-    make("button", { type: "button", "data-key": "compare", "aria-pressed": String(comparing), onclick: compare }, text(comparing ? "reader.single" : "reader.compare")), newest,
+    make("button", { type: "button", "data-key": "compare", onclick: compare }, text(comparing ? "reader.single" : "reader.compare")), newest,
     picker(text("reader.order"), "order", reader.order, orders, (order) => { reader.order = order; drawList(); }),
     make("fieldset", {}, make("legend", {}, text("reader.only")), ...filters),
     numbered ? picker(text("reader.colour"), "quantity", reader.quantity, quantities, (name) => { reader.quantity = name; drawColours(); recolour(elements.list); }) : null);
@@ -158,6 +187,7 @@ function sideName(side, letter) {
 }
 
 function drawList() {
+  inView.disconnect();  // from what is replaced
   drawColours();
   hideTip();
   const view = viewOf(), [side, other] = reader.sides;
@@ -213,7 +243,7 @@ function buildReader() {
   } });
   const elements = {
     heading: make("h2"), about: make("p", { class: "soft" }), sides: make("div"), choices: make("div", { class: "controls" }), search,
-    key: make("div"), status: make("p", { class: "soft", role: "status" }), list: make("div"), more: make("div", { class: "controls" }),
+    key: make("div"), status: make("p", { class: "soft", role: "status" }), list: make("div", { onpointerleave: () => { if (reader.follow) followNewest(); } }), more: make("div", { class: "controls" }),
   };
   reader.elements = elements;
   for (const name of HIDDEN_WHEN_EMPTY) elements[name].hidden = true;
@@ -243,7 +273,8 @@ function followNewest() {
   if (!side) return openReader();
   reader.sides = reader.sides.filter((one) => page.data.runs.some((run) => run.id === one.run)); // others were removed
   if (!reader.sides.includes(side)) return openReader();
-  if (reader.follow && newestStep(side) !== side.step) return setSide(side, { step: newestStep(side) });
+  const reading = reader.elements.list.matches(":hover, :focus-within"); // what somebody reads stays
+  if (reader.follow && !reading && newestStep(side) !== side.step) return setSide(side, { step: newestStep(side) });
   return drawReaderControls();
 }
 

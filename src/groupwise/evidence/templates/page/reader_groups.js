@@ -62,7 +62,7 @@ function opener(thing, label, view) {
 }
 
 function sideOf(group, shown, view) {
-  const box = make("div", {}, make("p", { class: "soft" }, groupFacts(group)));
+  const box = make("div", {}, group.all ? make("p", { class: "soft" }, groupFacts(group)) : null);
   const all = openedParts.get(group) || shown.length <= SHOWN_COMPLETIONS + 1;
   const half = SHOWN_COMPLETIONS / 2; // as recorded the best and the worst, in another order the first ones
   const part = view.order === "recorded" ? [...shown.slice(0, half), ...shown.slice(-half)] : shown.slice(0, SHOWN_COMPLETIONS);

@@ -47,7 +47,7 @@ function colourKey() {
   }
   const strip = make("span", { class: "strip", "aria-hidden": "true" }, ...swatches);
   const labels = make("span", { class: "ends" }, ...ends.filter((end) => end !== null).map((end) => make("span", {}, end)));
-  const outlined = make("span", { class: "clipped" }, text("reader.quantities.clipped"));
+  const outlined = make("span", { class: "clipped" }, text("reader.underlined"));
   return make("div", { class: "colour-key" }, make("span", { class: "scale" }, strip, labels), quantity === "clipped" ? null : outlined);
 }
 

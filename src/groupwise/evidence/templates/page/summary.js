@@ -54,7 +54,7 @@ whenChanged((changed) => {
   place.setAttribute("aria-label", text("summary.heading.tiles"));
   const drawn = page.data.tiles.map((tile) => make("div", { class: `tile ${tile.kind}`, id: `tile-${tile.id}` },
     make("dt", {}, say(tile.label)), make("dd", { class: "value" }, say(tile.value)), make("dd", { class: "soft" }, say(tile.detail))));
-  refill(place, make("dl", { class: "tiles" }, ...drawn));
+  settle(place, [make("dl", { class: "tiles" }, ...drawn)]);
 });
 
 // The place of a page that shows what a finding is about.
@@ -97,7 +97,7 @@ section("findings", "summary.heading.findings", ["findings", "left_out", "settin
   return [make("div", { class: severalSettings() ? "by-setting" : false }, ...drawn), leftOutBox()];
 });
 
-const summaryColumns = ["setting", "seeds", "steps", "before", "after", "completions", "seconds", "tokens_per_second"];
+const summaryColumns = ["setting", "before", "after", "seeds", "steps", "completions", "seconds", "tokens_per_second"];
 section("summary", "summary.heading.summary", ["summary", "differences", "settings", "measure"], () => {
   const measure = say(page.data.measure);
   const heads = summaryColumns.map((name) => text(`summary.column.${name}`, { measure }));
@@ -169,6 +169,6 @@ section("recipes", "summary.heading.recipes", ["runs"], () => page.data.runs.map
     recipeBoxes.set(run.id, { recipe: run.recipe, box });
   }
   const { box } = recipeBoxes.get(run.id);
-  refill(box.querySelector("summary"), name);
+  settle(box.querySelector("summary"), [name]);
   return box;
 }));
