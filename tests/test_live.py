@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -204,6 +205,10 @@ def test_a_run_is_followed_over_a_kill_and_a_resume(browser: Any, port: int, hom
     assert not wrong and not wrong_there
     assert not inaccessible(page) and not illegible(page)
     fresh.context.close()
+    (home / "later" / ".lock").write_text(f"pid {os.getpid()} on {socket.gethostname()}\n")  # nothing that a page is told of
+    assert eventually(shows(page, "later", "training"))
+    (home / "later" / ".lock").unlink()
+    assert eventually(shows(page, "later", "stopped"))
     page.context.close()
 
 
