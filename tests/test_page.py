@@ -76,7 +76,7 @@ def test_what_is_wrong_with_texts_on_a_canvas_is_found(browser: Any, tmp_path: P
         brush.fillText("gone", 50, 100); brush.clearRect(0, 0, 400, 400);
         brush.fillText("good", 50, 100); brush.fillText("over", 60, 105); brush.fillText("edge", 380, 200);
         for (const x of [100, 140]) {
-          brush.setTransform(0.7, -0.7, 0.7, 0.7, x, 300);
+          brush.setTransform(Math.SQRT1_2, -Math.SQRT1_2, Math.SQRT1_2, Math.SQRT1_2, x, 300);
           brush.fillText("oblique", 0, 0);
         }
         brush.resetTransform();
