@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from groupwise.evidence.live.server import known_host
 from tests.pages import chromium, illegible, inaccessible, needs_browser
 from tests.served import free_port
 from tests.written import WrittenRun
@@ -204,6 +206,10 @@ def test_a_run_is_followed_over_a_kill_and_a_resume(browser: Any, port: int, hom
     assert not wrong and not wrong_there
     assert not inaccessible(page) and not illegible(page)
     fresh.context.close()
+    (home / "later" / ".lock").write_text(f"pid {os.getpid()} on {socket.gethostname()}\n")  # nothing that a page is told of
+    assert eventually(shows(page, "later", "training"))
+    (home / "later" / ".lock").unlink()
+    assert eventually(shows(page, "later", "stopped"))
     page.context.close()
 
 
@@ -276,3 +282,11 @@ def test_train_watch_serves_the_run_and_ends_with_it(tmp_path: Path) -> None:
     assert any('"step":1,' in line for line in said)
     with pytest.raises(ConnectionRefusedError):
         asked(int(found[1]), "/")
+
+
+def test_everywhere_is_asked_by_addresses_and_the_machine_s_name() -> None:
+    """What is printed for --host 0.0.0.0 is answered, and no name of others'."""
+    here = socket.gethostname()
+    assert all(known_host(host, "0.0.0.0") for host in ("192.168.1.7:8420", "[fe80::1]:8420", f"{here}:8420", "localhost"))
+    assert not any(known_host(host, "0.0.0.0") for host in ("evil.example", f"{here}.evil.example", ""))
+    assert known_host("box.local:8420", "box.local") and not known_host(here, "192.168.1.7")

@@ -5,9 +5,11 @@ import os
 import secrets
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +19,8 @@ from groupwise.cli.common import app, console, exit_codes
 from groupwise.errors import UserError
 
 PORT = 8420
+TOKEN = "GROUPWISE_WATCH_TOKEN"
+"""The environment variable that sets the token in the page's address; others would see an option in the list of processes."""
 LEAST_TOKEN = 16
 """Characters of a token that a user chose."""
 PATIENCE = 5.0
@@ -32,10 +36,6 @@ def watch(
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help=f"0 takes a free one. Left out: {PORT}, or a free one.")
     ] = None,
-    token: Annotated[
-        str | None,
-        typer.Option(envvar="GROUPWISE_WATCH_TOKEN", help="Part of the page's address. Left out: random."),
-    ] = None,
     show: Annotated[
         bool | None, typer.Option("--open/--no-open", help="Open the page in the browser. Left out: where there is a screen.")
     ] = None,
@@ -47,7 +47,7 @@ def watch(
     from groupwise.training.interrupts import STOPS, exit_code
 
     with exit_codes():
-        token = _token(token)
+        token = _token(os.environ.get(TOKEN))
         try:
             listening = listen(host, PORT if port is None else port)
         except UserError:
@@ -56,15 +56,17 @@ def watch(
             listening = listen(host, 0)
         os.nice(10)  # a run on this machine comes first
 
-        def ready() -> None:
+        def ready(closing: ExitStack) -> None:
             page = address(listening, token)
             console.print(f"watching {', '.join(map(str, runs))} at {page}", soft_wrap=True, highlight=False)
             if show or (show is None and _has_screen()):
-                typer.launch(page)
+                typer.launch(closing.enter_context(_leading_to(page)))
 
         async def main() -> int:
             hub = Hub(Following(runs))
-            return await serve(hub, make_app(hub, token, host, ", ".join(run.name for run in runs)), listening, STOPS, ready)
+            app = make_app(hub, token, host, ", ".join(run.name for run in runs))
+            with ExitStack() as closing:
+                return await serve(hub, app, listening, STOPS, partial(ready, closing))
 
         number = asyncio.run(main())
     raise typer.Exit(exit_code(number))
@@ -103,6 +105,15 @@ def _say(process: "subprocess.Popen[str]") -> None:
         console.print(line.rstrip(), soft_wrap=True)
 
 
+@contextmanager
+def _leading_to(address: str) -> Iterator[str]:
+    """A file of this user's alone that leads a browser to an address: an argument of its process would be seen by others."""
+    with tempfile.TemporaryDirectory(prefix="groupwise-watch-") as private:
+        path = Path(private) / "open.html"
+        path.write_text(f'<meta http-equiv="refresh" content="0; url={address}">')
+        yield path.as_uri()
+
+
 def _token(text: str | None) -> str:
     """
     Raises:
@@ -111,7 +122,7 @@ def _token(text: str | None) -> str:
     if text is None:
         return secrets.token_urlsafe(18)
     if len(text) < LEAST_TOKEN or not all(sign.isascii() and (sign.isalnum() or sign in "-_") for sign in text):
-        raise UserError(f"--token: at least {LEAST_TOKEN} letters (a to z), digits, - and _")
+        raise UserError(f"{TOKEN}: at least {LEAST_TOKEN} letters (a to z), digits, - and _")
     return text
 
 

@@ -129,5 +129,10 @@ class Following:
         self.places = [place for place in self.places if place.resolve() != key]
         self.left_out.add(key)
 
+    @property
+    def runs(self) -> list[Run]:
+        """Those that could be read."""
+        return [one.run for one in self if one.run is not None]
+
     def __iter__(self) -> Iterator[Followed]:
         return iter(self.followed.values())

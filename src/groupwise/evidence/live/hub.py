@@ -1,6 +1,8 @@
 """What is served: the page's data, kept up to date while somebody looks at it, and its changes for each who does."""
 
 import asyncio
+import hashlib
+import os
 import secrets
 import time
 from collections import deque
@@ -11,12 +13,13 @@ from typing import Any
 
 from groupwise.errors import UserError, first_line
 from groupwise.evidence.document import document
-from groupwise.evidence.following import Following
+from groupwise.evidence.following import Followed, Following
 from groupwise.evidence.live.patches import patches
 from groupwise.evidence.naming import run_id
 from groupwise.evidence.runs import Run
 from groupwise.evidence.shapes import Document
-from groupwise.text import json_line
+from groupwise.evidence.status import status
+from groupwise.text import json_line, visible
 
 QUICKEST, USUAL = 0.5, 1.0
 """Seconds between two looks at the runs: at least, and at most where looking is cheap."""
@@ -24,6 +27,8 @@ AIM, LIMIT = 0.02, 0.1
 """Which share of a core looking should take, for which it may wait up to `USUAL`; and the share that it never exceeds."""
 NEW_RUNS = 5.0
 """Seconds between two looks for new runs."""
+STATES = 2.0
+"""Seconds between two looks whether runs still go on, where they write nothing."""
 HEARTBEAT = 10.0
 """Seconds after which something is sent even if nothing changed, so that the page knows that the server lives."""
 KEPT = 50
@@ -66,7 +71,7 @@ class Hub:
         self.closing = False
         self._changed, self._reading = asyncio.Condition(), asyncio.Lock()
         self._wake = asyncio.Event()
-        self._looked = -NEW_RUNS
+        self._looked, self._states_seen = -NEW_RUNS, -STATES
 
     # --- keeping it up to date
 
@@ -95,20 +100,30 @@ class Hub:
 
     def _read(self) -> tuple[tuple[Document, dict[str, Any]] | None, float]:
         """The data and what is beside it, None if nothing changed, and the processor seconds of finding out."""
-        started, changed = time.thread_time(), False
-        if time.monotonic() - self._looked >= NEW_RUNS:
-            changed, self._looked = self.following.look(), time.monotonic()
-        changed = self.following.poll() or changed or self.data is None
-        found = self._document() if changed else None
+        started, found = time.thread_time(), None
+        try:
+            if self._has_changed() or self.data is None:
+                found = self._document(), self._beside()
+        except Exception as error:  # a run can hold what nobody foresaw; the page then shows what it had, and says so
+            found = self.data or EMPTY, self._beside(f"{type(error).__name__}: {first_line(error)}")
         return found, time.thread_time() - started
 
-    def _document(self) -> tuple[Document, dict[str, Any]]:
-        waiting = [[str(one.path), one.reason] for one in self.following if one.run is None]
-        runs = [one.run for one in self.following if one.run is not None]
-        try:
-            return self.make(runs) if runs else EMPTY, {"waiting": waiting, "problem": ""}
-        except Exception as error:  # a run can hold what nobody foresaw, and the page then shows what it had, and says so
-            return self.data or EMPTY, {"waiting": waiting, "problem": f"{type(error).__name__}: {first_line(error)}"}
+    def _has_changed(self) -> bool:
+        changed, now = False, time.monotonic()
+        if now - self._looked >= NEW_RUNS:
+            changed, self._looked = self.following.look(), now
+        changed = self.following.poll() or changed
+        if not changed and now - self._states_seen >= STATES:  # a run that ends, or is killed, need not write anything
+            self._states_seen, known = now, {run["id"]: run["status"]["state"] for run in (self.data or EMPTY)["runs"]}
+            changed = any(status(run, time.time())["state"] != known.get(run_id(run)) for run in self.following.runs)
+        return changed
+
+    def _document(self) -> Document:
+        return self.make(self.following.runs) if self.following.runs else EMPTY
+
+    def _beside(self, problem: str = "") -> dict[str, Any]:
+        waiting = [[waiting_id(one), visible(str(one.path)), visible(one.reason)] for one in self.following if one.run is None]
+        return {"waiting": waiting, "problem": visible(problem)}
 
     def _take(self, found: tuple[Document, dict[str, Any]]) -> None:
         (data, extra), before = found, self.data
@@ -185,14 +200,14 @@ class Hub:
         self._now()
 
     async def remove(self, wanted: str) -> None:
-        """Follow a run no longer. `wanted`: its id in the document, or its path while it has none.
+        """Follow a run no longer. `wanted`: its id in the document, or while it has none that of what is waited for.
 
         Raises:
             UserError: it is not followed.
         """
         async with self._reading:
             names = {
-                run_id(one.run) if one.run is not None else str(one.path): key for key, one in self.following.followed.items()
+                run_id(one.run) if one.run is not None else waiting_id(one): key for key, one in self.following.followed.items()
             }
             if wanted not in names:
                 raise UserError("it is not followed any more")
@@ -206,6 +221,11 @@ class Hub:
     def _now(self) -> None:
         self._looked = -NEW_RUNS
         self._wake.set()
+
+
+def waiting_id(one: Followed) -> str:
+    """Of a path at which there is no run (yet)."""
+    return "w" + hashlib.blake2b(os.fsencode(one.path), digest_size=5).hexdigest()
 
 
 def _line(value: dict[str, Any]) -> bytes:

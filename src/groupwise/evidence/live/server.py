@@ -154,16 +154,16 @@ class Guard:
 
 def known_host(header: str, listening: str) -> bool:
     """Whether a Host header is how this server is asked: by the address or name it was told to listen at, by this machine's loopback
-    address or, where it listens on every network, by any address. Other names could be led here by their owner."""
+    address or, where it listens on every network, by any address or its name. Other names could be led here by their owner."""
     try:
         name = urlsplit(f"//{header}").hostname or ""
     except ValueError:
         return False
-    if name in ("localhost", listening.lower()):
+    everywhere = listening in ("0.0.0.0", "::")
+    if name in ("localhost", listening.lower(), *([socket.gethostname().lower()] if everywhere else [])):
         return True
     try:
-        address = ipaddress.ip_address(name)
-        return address.is_loopback or ipaddress.ip_address(listening).is_unspecified
+        return ipaddress.ip_address(name).is_loopback or everywhere
     except ValueError:
         return False
 

@@ -46,7 +46,7 @@ function connectionText() {
 
 function drawLiveRows() {
   const runs = (page.data?.runs ?? []).map((run) => ({ key: run.id, name: run.name, path: run.path, ...run.status }));
-  const waiting = (connection.extra.waiting ?? []).map(([path, about]) => ({ key: path, name: path, path, state: "waiting", about, step: 0, steps: 0 }));
+  const waiting = (connection.extra.waiting ?? []).map(([key, path, about]) => ({ key, name: path, path, state: "waiting", about, step: 0, steps: 0 }));
   const all = [...runs, ...waiting], shown = listed(all);
   livePanel.more.hidden = shown.length === all.length;
   setText(livePanel.more, text("live.all", { count: all.length }));
