@@ -1,4 +1,4 @@
-"""Tiny real models: random weights, one per architecture, and the shipped one. Over how many processes files run, in which order."""
+"""Tiny real models: random weights, one per architecture, and the shipped one; the order in which files of tests run."""
 
 import os
 import signal

@@ -23,7 +23,8 @@
       const margin = 0.22 * box.height;  // a line box is taller than its letters
       const view = parent.closest(".scroll")?.getBoundingClientRect();  // what is scrolled out of view covers nothing
       const left = Math.max(box.left, view?.left ?? -Infinity), right = Math.min(box.right, view?.right ?? Infinity);
-      if (left < right) boxes.push({ text, owner: parent, left, right, top: box.top + margin, bottom: box.bottom - margin });
+      const top = Math.max(box.top + margin, view?.top ?? -Infinity), bottom = Math.min(box.bottom - margin, view?.bottom ?? Infinity);
+      if (left < right && top < bottom) boxes.push({ text, owner: parent, left, right, top, bottom });
     }
   }
   const brush = document.createElement("canvas").getContext("2d");

@@ -32,9 +32,9 @@ def metrics(step: int, steps: int, draw: random.Random, constant: bool = False) 
         "approx_kl": abs(noise) / 50, "clip_fraction": 0.01, "gradient_norm": math.exp(noise), "utilisation": 0.7 + noise,
         "groups/zero_variance": 0.3, "groups/all_correct": 0.2, "groups/all_wrong": 0.1, "length/mean": 12 + 30 * done + noise,
         "length/truncated": 0.0 if constant else 0.01 + abs(noise) / 9, "skipped_updates": 0.0, "sampler_gap_mean": 1e-6,
-        "spread/token": 0.1, "rollouts/completions": 64.0, "seconds/rollouts": 2.0 + noise, "seconds/learner": 1.0, "seconds/step": 3.0,
-        "tokens_per_second": 1000 + 99 * noise, "by_probability/tokens": [100.0] * 11, "by_probability/clipped_low": [1.0] * 11,
-        "by_probability/clipped_high": [2.0] * 11,
+        "spread/token": 0.1, "rollouts/completions": 64.0, "seconds/rollouts": 2.0 + noise, "seconds/learner": 1.0,
+        "seconds/step": 3.0, "tokens_per_second": 1000 + 99 * noise, "by_probability/tokens": [100.0] * 11,
+        "by_probability/clipped_low": [1.0] * 11, "by_probability/clipped_high": [2.0] * 11,
     }  # fmt: skip
 
 
@@ -51,7 +51,8 @@ def write_run(
 
     Args:
         sections: of its recipe, beside what a recipe has that sets nothing.
-        texts: its prompts, answers, completions, roles and the names of its rewards are these in turn.
+        texts: its prompts, answers, completions, roles and the names of its rewards are these in turn. A run of more than 1,000
+            steps has those of tokens/ only.
         notes: texts of events.
     """
     path.mkdir(parents=True)
@@ -73,7 +74,8 @@ def write_run(
     events = EventsFile(path / "events.jsonl")
     for i, note in enumerate(notes):
         events.record(Warned(step=1 + i % steps, name="entropy", text=note, advice=note))
-    _write_texts(path, steps, texts)
+    if steps <= 1000:
+        _write_texts(path, steps, texts)
     for step in (1, steps):
         _write_tokens(path, step, texts)
     return path
@@ -85,15 +87,18 @@ def _write_texts(path: Path, steps: int, texts: Sequence[str]) -> None:
     for i in range(2 * len(texts)):
         prompt, answer, said = (texts[(i // 2 + shift) % len(texts)] for shift in (0, 1, 2))
         lines.append(
-            {"prompt": prompt, "answer": answer, "completion": said, "reward": float(i % 2 == 0), "parts": {answer[:500]: 0.5, "task": 0.5},
-             "correct": i % 2 == 0, "stop": "length" if i % 3 else "stop", "tokens": len(said), "turns": [[prompt[:200], 0, len(said) // 2]]}
+            {"prompt": prompt, "answer": answer, "completion": said, "reward": float(i % 2 == 0), "tokens": len(said),
+             "parts": {answer[:500]: 0.5, "task": 0.5}, "correct": i % 2 == 0, "stop": "length" if i % 3 else "stop",
+             "turns": [[prompt[:200], 0, len(said) // 2]]}
         )  # fmt: skip
     for name, ranks in (("rollouts", ("best", "worst")), ("evaluations", None)):
         (path / name).mkdir()
         found = [line if ranks is None else {"rank": ranks[i % 2], **line} for i, line in enumerate(lines)]
         for step in range(1, steps + 1) if ranks else (0, steps):
             kept = found if step in (0, 1, steps) else found[:2]
-            (path / name / f"step-{step:06d}.jsonl").write_text("".join(json_line(line) + "\n" for line in kept), encoding="utf-8")
+            (path / name / f"step-{step:06d}.jsonl").write_text(
+                "".join(json_line(line) + "\n" for line in kept), encoding="utf-8"
+            )
 
 
 def _write_tokens(path: Path, step: int, texts: Sequence[str], groups: int = 4, rows: int = 3, length: int = 30) -> None:
@@ -101,17 +106,20 @@ def _write_tokens(path: Path, step: int, texts: Sequence[str], groups: int = 4, 
     draw = random.Random(step)
     found = []
     for row in range(groups * rows):
+        prompt, answer, word = (texts[(row // rows + shift) % len(texts)] for shift in (0, 1, 2))
+        of_row = {
+            "group": row // rows, "row": row, "prompt": prompt[:20_000], "answer": answer[:1000], "reward": float(row % 2),
+            "reward_parts": json.dumps({word[:200]: float(row % 2)}), "correct": row % 2 == 1, "stop": "stop",
+        }  # fmt: skip
         for place in range(length):
-            ours, ratio = place > 5, math.exp(draw.gauss(0, 0.2))
-            learnt = {"advantage": (-1.0) ** (row + 1), "logprob": draw.uniform(-3, 0), "old_logprob": draw.uniform(-3, 0), "ratio": ratio,
-                      "low": 0.8, "high": 1.28, "entropy": draw.random(), "clipped": not 0.8 < ratio < 1.28}  # fmt: skip
-            found.append(
-                {"group": row // rows, "row": row, "position": place, "token": place, "text": texts[(row * length + place) % len(texts)][:1000],
-                 "prompt": texts[row // rows % len(texts)][:20_000], "answer": texts[(row // rows + 1) % len(texts)][:1000],
-                 "reward": float(row % 2), "reward_parts": json.dumps({texts[row % len(texts)][:200]: float(row % 2)}),
-                 "correct": row % 2 == 1, "stop": "stop", "trained": ours, "turn": int(ours),
-                 "role": "assistant" if ours else texts[row % len(texts)][:80], **{name: value if ours else None for name, value in learnt.items()}}
-            )  # fmt: skip
+            ours, ratio, text = place > 5, math.exp(draw.gauss(0, 0.2)), texts[(row * length + place) % len(texts)]
+            learnt = {
+                "advantage": (-1.0) ** (row + 1), "logprob": draw.uniform(-3, 0), "old_logprob": draw.uniform(-3, 0),
+                "ratio": ratio, "low": 0.8, "high": 1.28, "entropy": draw.random(), "clipped": not 0.8 < ratio < 1.28,
+            }  # fmt: skip
+            said = {"position": place, "token": place, "text": text[:1000], "trained": ours, "turn": int(ours)}
+            learnt = {name: value if ours else None for name, value in learnt.items()}
+            found.append({**of_row, **said, **learnt, "role": "assistant" if ours else word[:80]})
     pq.write_table(pa.Table.from_pylist(found), path / "tokens" / f"step-{step:06d}.parquet")
 
 

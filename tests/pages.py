@@ -29,8 +29,8 @@ def chromium() -> Iterator[Any]:
 
 
 def opened(browser: Any, path: Path | str, **settings: Any) -> tuple[Any, list[str]]:
-    """Open a file, or a page at an address, in the browser; returns the page and a list that collects console errors, dialogs, and
-    requests that leave the file or the address."""
+    """Open a file, or a page at an address, in the browser; returns the page and a list that collects console errors, dialogs,
+    and requests that leave the file or the address."""
     page = browser.new_context(**settings).new_page()
     page.add_init_script(path=Path(__file__).parent / "drawn_texts.js")
     address = path if isinstance(path, str) else path.as_uri()

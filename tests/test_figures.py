@@ -121,6 +121,18 @@ def test_long_lines_keep_their_peaks_and_change_at_their_end_only() -> None:
     assert thinned(values[:4096], 4096)[1] == 1
 
 
+def test_a_line_is_broken_where_it_has_no_value_for_long() -> None:
+    """Values at every second step, none from 22 to 60; the break stands at the step after 20."""
+    recorded: Metric = lambda step: float(step) if step % 2 == 0 and not 20 < step < 61 else None  # noqa: E731
+    (line,) = drawn(made("a", 100, {"clip/high_probability": recorded}))["clip-probability"]["lines"]
+    at = line["steps"].index(21)
+    assert line["values"][at - 1 : at + 2] == [20.0, None, 62.0] and line["values"].count(None) == 1
+    assert list(line["steps"]) == sorted(line["steps"])
+    long: Metric = lambda step: math.sin(step) if not 20_000 < step < 60_000 else None  # noqa: E731
+    (line,) = drawn(made("b", 100_000, {"entropy": long}))["entropy"]["lines"]
+    assert line["values"].count(None) == 1 and line["steps"][line["values"].index(None)] == 20_001
+
+
 def test_all_lines_of_a_page_share_its_points(monkeypatch: pytest.MonkeyPatch) -> None:
     assert points_of(1) == points_of(60) == MOST_POINTS and points_of(10**9) == FEWEST_POINTS
     assert all(points_of(count) & (points_of(count) - 1) == 0 for count in range(1, 3000, 7))

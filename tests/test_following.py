@@ -1,12 +1,14 @@
 """Following runs: whatever is written, killed, torn and undone meanwhile, what was followed is what the directory holds."""
 
+import asyncio
 import json
 import os
 import shutil
 import socket
 import time
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from groupwise.errors import UserError
 from groupwise.evidence.document import document
 from groupwise.evidence.following import Followed, Following
+from groupwise.evidence.live.hub import Hub
 from groupwise.evidence.live.patches import patches
 from groupwise.evidence.places import expanded, runs_in
 from groupwise.evidence.runs import Run, open_run
@@ -205,3 +208,50 @@ def test_states_and_time_left(timed: WrittenRun) -> None:
     assert found(here)["state"] == "training"  # the last evaluation, and the model
     (timed.path / "model").mkdir()
     assert found(here)["state"] == "finished" and found(None)["seconds_left"] is None
+
+
+def test_a_page_that_was_away_gets_what_it_lacks(tmp_path: Path) -> None:
+    """Everything at first and from another server, else what changed since; and what cannot be put together is said."""
+    written = WrittenRun(tmp_path / "run")
+    written.step()
+    broken = False
+
+    def make(runs: Sequence[Run]) -> Document:
+        if broken:
+            raise ValueError("unforeseen")
+        return document(runs)
+
+    async def follow() -> None:
+        nonlocal broken
+        hub = Hub(Following([tmp_path / "run"]), make)
+
+        async def first(since: str) -> dict[str, Any]:
+            stream = cast(AsyncGenerator[bytes, None], hub.messages(since))
+            found: dict[str, Any] = json.loads(await anext(stream))
+            await stream.aclose()
+            return found
+
+        await hub.refresh()
+        whole = await first("")
+        here = whole["instance"]
+        assert whole["document"]["runs"][0]["status"]["step"] == 1 and whole["version"] == 1
+        written.step()
+        await hub.refresh()
+        written.step()
+        await hub.refresh()
+        assert (await first(f"{here}-2"))["version"] == 3 and "patch" in await first(f"{here}-2")
+        for other in ("", "another-2", f"{here}-0", f"{here}-99", f"{here}-x", f"{here}-²"):
+            assert (await first(other))["document"]["runs"][0]["status"]["step"] == 3, other
+        assert await first(f"{here}-3") == {"alive": hub.interval}
+        written.step()
+        broken = True
+        await hub.refresh()
+        assert (await first(f"{here}-3"))["patch"]["extra"]["problem"] == "ValueError: unforeseen"
+        broken = False
+        written.step()
+        await hub.refresh()
+        last = (await first(f"{here}-4"))["patch"]
+        assert last["extra"]["problem"] == "" and next(iter(last["runs"].values()))["status"]["step"] == 5
+        assert hub.watchers == 0
+
+    asyncio.run(follow())

@@ -255,11 +255,8 @@ def test_a_server_that_ends_and_comes_back_is_followed_again(browser: Any, tmp_p
 
 def test_train_watch_serves_the_run_and_ends_with_it(tmp_path: Path) -> None:
     """The page's server answers while the run goes on, has its last step, and is gone after it."""
-    small = ("steps=1", "eval_problems=2", "checkpoint_every=1")
-    settings = [f"--set=training.{value}" for value in small] + [
-        "--set=rollouts.prompts_per_step=1",
-        "--set=rollouts.group_size=2",
-    ]
+    small = ("training.steps=1", "training.eval_problems=2", "rollouts.prompts_per_step=1", "rollouts.group_size=2")
+    settings = [f"--set={value}" for value in (*small, "learner.minibatches=1")]
     command = [sys.executable, "-m", "groupwise", "train", "quick", *settings, "--watch", "--out", str(tmp_path / "run")]
     environment = {**os.environ, "GROUPWISE_WATCH_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
     lines: list[str] = []

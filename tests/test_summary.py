@@ -103,8 +103,8 @@ def test_tiles_of_a_run_that_says_little(tmp_path: Path) -> None:
     graded = made(tmp_path / "graded", 0.9, key="eval/reward")
     score = tile_of([graded], "score")
     assert score["value"]["en"] == "0.2 → 0.9" and score["detail"]["en"].startswith(
-        "±\N{NO-BREAK SPACE}0.098"
-    )  # 1.96 × 0.5 / √100
+        "±\N{NO-BREAK SPACE}0.0992"
+    )  # 1.984 × 0.5 / √100
     (begun.path / "metrics.jsonl").write_text("")
     tiles = {tile["id"]: tile for tile in document([open_run(begun.path)])["tiles"]}
     assert list(tiles) == ["health", "progress"] and tiles["progress"]["value"]["en"] == "0 / 40"

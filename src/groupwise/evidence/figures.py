@@ -165,7 +165,7 @@ def _figure(wanted: _Wanted, groups: Sequence[Group], noted: list[Mark], most: i
             continue
         lines += [
             line(one.curve, id=f"{one.group.id}/{run_id(one.run) if one.run else ''}/{metric}", setting=one.group.id,
-                 run=run_id(one.run) if one.run else None, label=label, dash=dash, seeds=one.seeds, most=most)
+                 run=run_id(one.run) if one.run else None, label=label, dash=dash, seeds=one.seeds, most=most, broken=not metric.startswith("eval/"))
             for one in drawn
         ]  # fmt: skip
     if lines:

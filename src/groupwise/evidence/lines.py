@@ -20,6 +20,8 @@ MOST_POINTS, FEWEST_POINTS = 4096, 64
 """Of a line."""
 PAGE_POINTS = 800_000
 """Of all lines of a page: 2.5 MB of it."""
+LONG_GAP = 4
+"""A line is broken where it has no value for longer than this many times its usual distance between values."""
 CLOCK_POINTS = 256
 MOST_MARKS, LONGEST_MARK = 40, 120
 """How many events are marked in a figure, and characters of each."""
@@ -99,12 +101,22 @@ def thinned(values: Values, most: int) -> tuple[NDArray[np.int64], int]:
     return np.unique(np.concatenate(chosen)), stretch
 
 
-def line(curve: Curve, *, id: str, setting: str, run: str | None, label: Phrase, dash: int, seeds: int, most: int) -> Line:
-    """A curve as JSON, of at most `most` points."""
+def line(
+    curve: Curve, *, id: str, setting: str, run: str | None, label: Phrase, dash: int, seeds: int, most: int, broken: bool
+) -> Line:
+    """A curve as JSON, of at most `most` points.
+
+    Args:
+        broken: whether it ends where it has no value for long, and begins anew: a point without a value stands in the gap.
+    """
     chosen, stretch = thinned(curve.values, most)
+    places, gaps = _gaps(curve.steps if broken else curve.steps[:0], chosen)
     apart = round((curve.steps[-1] - curve.steps[0]) / (len(curve.steps) - 1)) if stretch > 1 else 1
-    ends = [None if end is None or np.isnan(end).all() else numbers(end[chosen]) for end in (curve.low, curve.high)]
-    steps: list[int] = curve.steps[chosen].tolist()
+    values, low, high = (
+        None if part is None or np.isnan(part).all() else numbers(np.insert(part[chosen], places, np.nan))
+        for part in (curve.values, curve.low, curve.high)
+    )
+    steps: list[int] = np.insert(curve.steps[chosen], places, gaps).tolist()
     return {
         "id": id,
         "setting": setting,
@@ -112,12 +124,22 @@ def line(curve: Curve, *, id: str, setting: str, run: str | None, label: Phrase,
         "label": label.as_json(),
         "dash": dash,
         "steps": steps,
-        "values": numbers(curve.values[chosen]),
-        "low": ends[0],
-        "high": ends[1],
+        "values": values or [],
+        "low": low,
+        "high": high,
         "seeds": seeds,
         "stretch": stretch * max(1, apart),
     }
+
+
+def _gaps(steps: Steps, chosen: NDArray[np.int64]) -> tuple[NDArray[np.intp], Steps]:
+    """The places among the chosen points before which a line is broken, and the steps of its breaks."""
+    distances = np.diff(steps)
+    if len(distances) < LONG_GAP:
+        return np.empty(0, dtype=np.intp), np.empty(0, dtype=np.int64)
+    before = np.flatnonzero(distances > LONG_GAP * np.median(distances))
+    places, first = np.unique(np.searchsorted(chosen, before, side="right"), return_index=True)
+    return places, steps[before[first]] + 1
 
 
 def numbers(values: Values | Iterable[float]) -> list[float | None]:

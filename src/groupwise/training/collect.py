@@ -20,6 +20,8 @@ from groupwise.types import Group, Outcome
 
 SCORES = "Raise task.reward_timeout where scores came too late; what a reward prints is on standard error."
 """Advice on completions that could not be scored."""
+NOT_FINITE = "See for which completions the reward returns NaN or infinity: often it divides by what it did not find."
+"""Advice on rewards that are no numbers."""
 FEW = "Easier or harder problems, or a larger group_size, would differ more."
 """Advice on groups of which few are selected."""
 LARGEST_ROUND = 4
@@ -92,8 +94,9 @@ class Collected:
         failed = [score for group in self.seen for score in group.scores if score.failure is not None]
         if failed:
             total, causes = sum(len(group.scores) for group in self.seen), describe_failures(failed)
-            name = "nonfinite_reward" if all(score.failure == "not finite" for score in failed) else "failed_scores"
-            found.append((name, f"{len(failed)} of {total} completions could not be scored and are set aside: {causes}", SCORES))
+            text = f"{len(failed)} of {total} completions could not be scored and are set aside: {causes}"
+            not_finite = all(score.failure == "not finite" for score in failed)
+            found.append(("nonfinite_reward", text, NOT_FINITE) if not_finite else ("failed_scores", text, SCORES))
         if not self.full:
             found.append(("few_groups", f"dynamic sampling stopped at rollouts.max_rounds with {self.describe()}", FEW))
         return found

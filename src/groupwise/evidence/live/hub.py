@@ -119,7 +119,8 @@ class Hub:
         if before is not None and not patch:
             return
         self.version += 1
-        self.history.append((self.version, _line({"version": self.version, "patch": patch})))
+        if before is not None:
+            self.history.append((self.version, _line({"version": self.version, "patch": patch})))
         while len(self.history) > KEPT or sum(len(line) for _, line in self.history) > LARGEST:
             self.history.popleft()
 

@@ -2,6 +2,7 @@
 
 const liveRows = new Map();
 let livePanel = null;
+const LISTED = 8;
 
 function drawLive() {
   livePanel ??= makeLivePanel();
@@ -24,6 +25,7 @@ function makeLivePanel() {
   const panel = {
     title: make("h2"), connection: make("p", { class: "connection", role: "status" }), problem: make("p", { class: "connection lost", role: "alert" }),
     heads: ["run", "state", "steps", "left", "written"].map((key) => [key, make("th", { scope: "col" })]), body: make("tbody"),
+    more: make("button", { type: "button", onclick: () => { panel.all = true; drawLive(); panel.body.querySelector("button").focus({ preventScroll: true }); } }),
     none: make("p", { class: "soft" }), label: make("label", { for: "add-path" }), said: make("p", { role: "status" }), button: make("button", { type: "submit" }),
     path: make("input", { id: "add-path", type: "text", spellcheck: "false", autocomplete: "off", maxlength: "4096" }),
   };
@@ -32,7 +34,7 @@ function makeLivePanel() {
   const form = make("form", { class: "add", onsubmit: addRun }, panel.label, make("div", {}, panel.path, panel.button));
   const section = document.getElementById("live");
   section.hidden = false;
-  section.append(panel.title, panel.connection, panel.problem, panel.table, panel.none, form, panel.said);
+  section.append(panel.title, panel.connection, panel.problem, panel.table, panel.more, panel.none, form, panel.said);
   return panel;
 }
 
@@ -45,7 +47,9 @@ function connectionText() {
 function drawLiveRows() {
   const runs = (page.data?.runs ?? []).map((run) => ({ key: run.id, name: run.name, path: run.path, ...run.status }));
   const waiting = (connection.extra.waiting ?? []).map(([path, about]) => ({ key: path, name: path, path, state: "waiting", about, step: 0, steps: 0 }));
-  const shown = [...runs, ...waiting];
+  const all = [...runs, ...waiting], shown = listed(all);
+  livePanel.more.hidden = shown.length === all.length;
+  setText(livePanel.more, text("live.all", { count: all.length }));
   for (const [key, cell] of livePanel.heads) setText(cell, text(`live.${key}`));
   livePanel.table.hidden = !shown.length;
   livePanel.none.hidden = Boolean(shown.length) || connection.at === null;
@@ -63,6 +67,14 @@ function drawLiveRows() {
   });
 }
 
+// Of many runs those that go on, before those that are over, until all are asked for.
+function listed(runs) {
+  if (livePanel.all || runs.length <= LISTED) return runs;
+  const over = (run) => run.state === "finished" || run.state === "stopped";
+  const chosen = new Set([...runs.filter((run) => !over(run)), ...runs.filter(over)].slice(0, LISTED));
+  return runs.filter((run) => chosen.has(run));
+}
+
 function makeLiveRow(key) {
   const row = { name: make("td", { class: "wide" }), state: make("td", { class: "wide" }), step: make("span"), bar: make("progress"), left: make("td"), written: make("td") };
   row.button = make("button", { onclick: () => removeRun(key, row.name.textContent) });
@@ -74,7 +86,8 @@ function fillLiveRow(row, run) {
   setText(row.name, run.name);
   row.name.title = run.path;
   const about = run.about || text(`live.about.${run.state}`);
-  setText(row.state, text(`live.states.${run.state}`) + (about ? `: ${about}` : ""));
+  const state = text(`live.states.${run.state}`);
+  setText(row.state, about ? text("live.state_about", { state, about }) : state);
   row.state.className = `wide state ${run.state}`;
   const number = (value) => value.toLocaleString(page.language === "zh" ? "zh-CN" : "en");
   setText(row.step, run.steps ? text("live.of_steps", { step: number(run.step), steps: number(run.steps) }) : number(run.step));

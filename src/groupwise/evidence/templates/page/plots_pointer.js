@@ -2,7 +2,8 @@
 
 const plotsPointed = { plot: null, x: null, y: null, at: null, keyed: false };
 const plotTip = make("div", { class: "plot-tip", role: "tooltip", hidden: true });
-const GROUP_ROWS = 12;  // up to so many lines, the tooltip tells of all figures of the group
+// Up to so many lines, the tooltip tells of all figures of the group, and of intervals and values before smoothing.
+const GROUP_ROWS = 12, BRIEF_ROWS = 8;
 
 const groupPlots = (plot) => (plot.kind === "lines" ? [...plotsOf.values()].filter((one) => one.kind === "lines" && one.group === plot.group) : [plot]);
 
@@ -170,10 +171,11 @@ function drawPointer() {
   if (found === null) { plotTip.hidden = true; hidePointer(plot); return; }
   plotsPointed.at = found;
   const all = groupPlots(plot).filter((one) => one.u && (one.visible || one === plot));
+  const area = plot.area.getBoundingClientRect();  // before anything changes, or the page would be laid out for it
   const together = all.reduce((sum, one) => sum + one.shown.filter(Boolean).length, 0) <= GROUP_ROWS;
   const rows = new Map((together ? [plot, ...all.filter((one) => one !== plot)] : [plot]).map((one) => [one, rowsAt(one, plotsPointed.at)]));
   for (const one of all) placeCrosshair(one, plotsPointed.at, one === plot ? rows.get(plot) : []);
-  fillTip(plot, rows);
+  fillTip(plot, rows, area);
 }
 function hidePointer(plot) {
   plot.crosshair.hidden = true;
@@ -231,16 +233,16 @@ function placeCrosshair(plot, x, rows) {
   });
 }
 
-// What is said of one line at one of its points.
-function valueAt(plot, { k, i }, x) {
+// What is said of one line at one of its points. `brief`: of many lines, only the number that is drawn.
+function valueAt(plot, { k, i }, x, brief) {
   const { of, y, mean, steps, low, high, x: at } = plot.columns[k], isPercent = plot.figure.y.percent;
   const more = [];
-  if (low && low[i] === low[i]) more.push(text("plots.interval", { low: valueText(low[i], isPercent), high: valueText(high[i], isPercent) }));
-  if (mean) more.push(text("plots.smoothed", { value: valueText(mean[i], isPercent) }));
+  if (!brief && low && low[i] === low[i]) more.push(text("plots.interval", { low: valueText(low[i], isPercent), high: valueText(high[i], isPercent) }));
+  if (!brief && mean) more.push(text("plots.smoothed", { value: valueText(mean[i], isPercent) }));
   if (steps && (plotsChosen.axis !== "step" || at[i] !== x)) more.push(text("plots.of_step", { step: format(steps[i]) }));
   if (plot.kind === "dots") more.push(text("plots.at_x", { x: format(at[i]), title: say(plot.figure.x.title) }), of.tips?.[i] ?? "", of.flags?.[i] ? text("plots.clipped") : "");
   if (plot.kind === "bars" && of.tips?.[i]) more.push(of.tips[i]);
-  return { name: plot.styles[k].name(), value: valueText(y[i], isPercent), more: more.filter(Boolean).join(text("plots.comma")) };
+  return { name: plot.styles[k].name(), value: valueText((brief && mean ? mean : y)[i], isPercent), more: more.filter(Boolean).join(text("plots.comma")) };
 }
 
 function headOf(plot, x) {
@@ -249,16 +251,17 @@ function headOf(plot, x) {
   return text(`plots.head_${plotsChosen.axis}`, { value: format(plotsChosen.axis === "seconds" ? x / plot.xUnit.size : Math.round(x)), unit: text(`plots.unit_${plot.xUnit.key ?? "seconds"}`) });
 }
 
-function fillTip(plot, rows) {
+function fillTip(plot, rows, area) {
   const x = plotsPointed.at, shown = [...rows.keys()];
-  const most = Math.floor((innerHeight - 90) / 19.5), columns = Math.max(1, Math.min(3, Math.floor(innerWidth / 420), Math.ceil(rows.get(plot).length / 16)));
-  const tips = [{ kind: "tip-head", said: headOf(plot, x) }];
+  const most = Math.min(24, Math.floor((innerHeight - 90) / 19.5)), columns = Math.max(1, Math.min(2, Math.floor(innerWidth / 500), Math.ceil(rows.get(plot).length / 16)));
+  const brief = rows.get(plot).length > BRIEF_ROWS, means = brief && plotsChosen.window > 1 && plot.kind === "lines";
+  const tips = [{ kind: "tip-head", said: means ? text("plots.head_smoothed", { head: headOf(plot, x) }) : headOf(plot, x) }];
   for (const { text: noted, x: at } of plot.marks) if (Math.abs(plotToX(plot, at) - plotToX(plot, x)) < 6) tips.push({ kind: "tip-mark", said: noted });
   for (const one of shown) {
     const found = rows.get(one);
     if (found.length && shown.length > 1) tips.push({ kind: "tip-title", said: say(one.figure.title) });
     for (const row of found.slice(0, most * columns)) {
-      const { name, value, more } = valueAt(one, row, x), who = name === say(one.figure.title) && shown.length > 1 ? "" : name;
+      const { name, value, more } = valueAt(one, row, x, brief), who = name === say(one.figure.title) && shown.length > 1 ? "" : name;
       tips.push({ kind: "tip-row", value, said: [who, one === plot ? more : ""].filter(Boolean).join(text("plots.comma")), swatch: [one.kind, one.styles[row.k]], own: one === plot });
     }
     if (found.length > most * columns) tips.push({ kind: "tip-title", said: text("plots.more", { count: found.length - most * columns }) });
@@ -266,7 +269,7 @@ function fillTip(plot, rows) {
   plotTip.style.columnCount = String(columns);
   showTips(tips);
   plotTip.hidden = false;
-  placeTip(plot, tips.length);
+  placeTip(plot, area, tips.length);
   if (plotsPointed.keyed) {
     plot.area.setAttribute("aria-valuetext", tips.filter(({ kind, own }) => kind !== "tip-title" && own !== false).slice(0, 12).map(({ said, value }) => [value, said].filter(Boolean).join(" ")).join(text("plots.comma")));
     plot.area.setAttribute("aria-valuemin", String(plot.range.x[0]));
@@ -300,10 +303,10 @@ function showTips(tips) {
 // Beside the crosshair on the side that has more space, or above or below the plot in a narrow window. It is measured only when it gets
 // another number of lines: the browser would lay out the page for it.
 const tipHeights = new Map();
-function placeTip(plot, count) {
+function placeTip(plot, area, count) {
   const key = `${count} ${innerWidth} ${plot.id}`;
   if (!tipHeights.has(key)) tipHeights.set(key, plotTip.offsetHeight);
-  const height = tipHeights.get(key), area = plot.area.getBoundingClientRect(), above = area.top + plot.box.top;
+  const height = tipHeights.get(key), above = area.top + plot.box.top;
   const at = area.left + plot.box.left + plotToX(plot, plotsPointed.at), narrow = innerWidth < 800, right = at < innerWidth / 2;
   const middle = above + (plotsPointed.y ?? plot.box.height / 3);
   const beside = Math.max(8, Math.min(innerHeight - height - 8, middle - height / 2)), over = above - height - 8;

@@ -1,0 +1,169 @@
+"""A run followed on the live page from its start, killed, resumed: how late its steps are shown, and what it costs.
+
+    python benchmarks/watching.py [--steps 200] [--pairs 3] [--idle-minutes 0]
+
+Aims: every step is shown within 2 seconds of being written, no console error, no request that leaves the page's server, memory
+that does not grow, and at most 1 % of a step's time. The cost is measured by runs that are watched and not watched in turn.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests.pages import chromium, heap, opened
+
+from groupwise.evidence.runs import open_run
+
+TOKEN = "token-of-the-benchmark"
+SETTINGS = ["training.eval_every=25", "training.eval_problems=50", "training.checkpoint_every=20"]
+OBSERVER = """() => {
+  window.shownSteps = {};
+  const look = () => {
+    const step = parseInt((document.querySelector("#tile-progress .value")?.textContent ?? "").replaceAll(",", ""));
+    if (step >= 0 && !(step in window.shownSteps)) window.shownSteps[step] = Date.now() / 1000;
+  };
+  new MutationObserver(look).observe(document.getElementById("tiles"), { childList: true, subtree: true, characterData: true });
+  look();
+}"""
+
+
+def start(*arguments: object) -> "subprocess.Popen[bytes]":
+    environment = {**os.environ, "GROUPWISE_WATCH_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "groupwise", *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def train(out: Path, steps: int) -> "subprocess.Popen[bytes]":
+    settings = [part for item in [*SETTINGS, f"training.steps={steps}"] for part in ("--set", item)]
+    return start("train", "quick", *settings, "--out", out)
+
+
+@contextmanager
+def watched(browser: Any, out: Path, port: int) -> Iterator[tuple[Any, list[str]]]:
+    """A page that follows a run."""
+    server = start("watch", out, "--port", port, "--no-open")
+    try:
+        for _ in range(600):
+            if server.poll() is not None:
+                raise SystemExit("groupwise watch has ended")
+            try:
+                page, wrong = opened(browser, f"http://127.0.0.1:{port}/{TOKEN}/", viewport={"width": 1400, "height": 1000})
+                break
+            except Exception as error:  # it does not listen yet
+                if "ERR_CONNECTION_REFUSED" not in str(error):
+                    raise
+                time.sleep(0.1)
+        page.locator("html[data-drawn]").wait_for(state="attached", timeout=60_000)
+        page.evaluate(OBSERVER)
+        yield page, wrong
+        page.context.close()
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def written_steps(out: Path, known: dict[int, float]) -> None:
+    """Note when each step was seen in metrics.jsonl, to a tenth of a second."""
+    metrics = out / "metrics.jsonl"
+    if metrics.exists():
+        text, now = metrics.read_text(), time.time()
+        for line in text.splitlines():
+            if line.startswith('{"step": ') and '"reward/mean"' in line:
+                known.setdefault(int(line[9 : line.index(",")]), now)
+
+
+def follow(page: Any, run: "subprocess.Popen[bytes]", out: Path, known: dict[int, float], heaps: list[int], until: int) -> None:
+    """Until the run has ended, or has written step `until`."""
+    looked = time.monotonic()
+    while run.poll() is None and max(known, default=0) < until:
+        written_steps(out, known)
+        if time.monotonic() - looked > 10:
+            heaps.append(heap(page))
+            looked = time.monotonic()
+        page.wait_for_timeout(100)
+    written_steps(out, known)
+
+
+def delays(known: dict[int, float], shown: dict[int, float]) -> list[float]:
+    """For each step the seconds until the page showed it or a later one."""
+    late = {step: min((at for number, at in shown.items() if number >= step), default=float("inf")) for step in known}
+    return [max(0.0, late[step] - at) for step, at in known.items()]
+
+
+def followed(browser: Any, home: Path, steps: int, port: int, idle: float) -> None:
+    out = home / "run"
+    known: dict[int, float] = {}
+    heaps: list[int] = []
+    with watched(browser, out, port) as (page, wrong):
+        run = train(out, steps)
+        follow(page, run, out, known, heaps, steps // 2)
+        run.kill()
+        run.wait()
+        last = max(known)
+        page.wait_for_timeout(3000)
+        first = {int(step): at for step, at in page.evaluate("window.shownSteps").items()}
+        late = delays(known, first)
+        known.clear()
+        page.evaluate("window.shownSteps = {}")
+        run = start("train", "--resume", out)
+        follow(page, run, out, known, heaps, steps + 1)
+        page.wait_for_timeout(4000)
+        second = {int(step): at for step, at in page.evaluate("window.shownSteps").items()}
+        late += delays({step: at for step, at in known.items() if step > last}, second)
+        for _ in range(round(6 * idle)):
+            page.wait_for_timeout(10_000)
+            heaps.append(heap(page))
+        print(f"{len(late)} steps, killed after step {last}, resumed: ", end="")
+        print(f"shown after {statistics.median(late):.2f} s, at most {max(late):.2f} s")
+        print(f"page says {page.locator('#tile-progress').inner_text()!r}; errors and outside requests: {wrong}")
+        print("heap (MB): " + " ".join(f"{size / 1e6:.1f}" for size in heaps[:: max(1, len(heaps) // 12)]), flush=True)
+
+
+def step_seconds(out: Path) -> float:
+    """The median over steps; the first ones warm up."""
+    run = open_run(out)
+    values: Sequence[float] = run.column("seconds/step")[1].tolist() or [
+        a + b for a, b in zip(run.column("seconds/rollouts")[1], run.column("seconds/learner")[1], strict=True)
+    ]
+    return statistics.median(values[3:])
+
+
+def cost(browser: Any, home: Path, pairs: int, steps: int, port: int) -> None:
+    ratios = []
+    for i in range(pairs):
+        alone, seen = home / f"alone-{i}", home / f"watched-{i}"
+        if train(alone, steps).wait():
+            raise SystemExit("a run failed")
+        with watched(browser, seen, port) as (page, _):
+            run = train(seen, steps)
+            while run.poll() is None:
+                page.wait_for_timeout(500)
+        ratios.append(step_seconds(seen) / step_seconds(alone))
+        print(f"step time watched / not watched: {ratios[-1]:.3f}", flush=True)
+    print(f"median of {pairs} pairs: {statistics.median(ratios):.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--idle-minutes", type=float, default=0.0, help="how long the page stays open afterwards")
+    parser.add_argument("--port", type=int, default=8437)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, chromium() as browser:
+        followed(browser, Path(folder), asked.steps, asked.port, asked.idle_minutes)
+        if asked.pairs:
+            cost(browser, Path(folder), asked.pairs, 40, asked.port)
+
+
+if __name__ == "__main__":
+    main()
