@@ -88,7 +88,7 @@ UNHEALTHY: dict[str, tuple[tuple[str, ...], Settings]] = {
     ),
     "clip bounds too tight": (("Many tokens are clipped",), {"algorithm": {"clip_low": 1e-4, "clip_high": 1e-4}}),
     "token limit too low": (
-        ("Many completions are truncated",),
+        ("Many completions are truncated", "Many completions were truncated at first"),
         {"task": {"grades": [3, 4]}, "rollouts": {"max_tokens": 3}},
     ),
     "problems too hard": (("No completion was ever right", "Most groups have zero variance"), data("last_line", "products")),

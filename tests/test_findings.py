@@ -145,6 +145,13 @@ def test_truncation_that_does_no_harm_is_not_called_unhealthy() -> None:
     assert told(run([0.1, 0.6], **falls))["Many completions are truncated"] == "watch"
 
 
+def test_a_limit_that_the_policy_learned_to_stay_below() -> None:
+    shorter = {"length/truncated": [0.3] * 10 + [0.1] * 10}
+    assert told(run([0.15, 0.05], **shorter))["Many completions were truncated at first"] == "unhealthy"
+    assert told(run([0.15, 0.15], **shorter))["Many completions were truncated at first"] == "watch"
+    assert told(run([0.15, 0.6], **shorter)) == {"It learned": "healthy"}
+
+
 def test_completions_that_could_not_be_scored() -> None:
     for failed, expected in ((60.0, "unhealthy"), (5.0, "watch"), (0.5, None)):
         made = run([0.4, 0.8], **{"rollouts/completions": 128.0, "failed/not finite": failed})

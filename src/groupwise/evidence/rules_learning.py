@@ -126,7 +126,7 @@ def truncated_completions(run: Run) -> Finding | None:
     share, before = run.last("length/truncated", max(5, len(run.steps) // 4)), run.first("length/truncated")
     right = run.last("train/pass_rate", max(5, len(run.steps) // 4))
     if not share > 0.2:
-        return None
+        return _truncated_at_first(run, share)
     found = say("truncated.found", share=share, limit=run.recipe.get("rollouts", {}).get("max_tokens", "?"))
     if before < 0.5 * share:
         text = say("truncated.growing_text", found=found, before=before)
@@ -147,6 +147,16 @@ def truncated_completions(run: Run) -> Finding | None:
     text = say("truncated.graded_text" if graded else "truncated.many_text", found=found, remedies=joined)
     kind: Kind = "watch" if by_design or falls else "unhealthy"
     return Finding(kind=kind, title=say("truncated.many"), text=text, figure="truncated")
+
+
+def _truncated_at_first(run: Run, share: float) -> Finding | None:
+    """Report a limit that the policy has learned to stay below, where that did not make it better: it answers too soon."""
+    before, found = run.first("length/truncated", 5), change(run)
+    if not before > 0.2 or found is None or found.verdict == "rose":
+        return None
+    limit = run.recipe.get("rollouts", {}).get("max_tokens", "?")
+    text = say("truncated.first_text", before=before, share=share, limit=limit, measure=measure_name(run.measure, within=True))
+    return Finding(kind="unhealthy" if found.ruined else "watch", title=say("truncated.first"), text=text, figure="truncated")
 
 
 def zero_variance_groups(run: Run) -> Finding | None:
