@@ -36,6 +36,11 @@ def sentences(parts: Iterable[Phrase]) -> Phrase:
     return Phrase(" ".join(part.en for part in parts if part.en), "".join(part.zh for part in parts))
 
 
+def three_digits(value: float) -> str:
+    """A number in a sentence of any language."""
+    return f"{value:.3g}".replace("-", "−")
+
+
 def measure_name(measure: Measure, *, within: bool = False) -> Phrase:
     """What held-out results are measured by.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from groupwise.evidence.finding import measure_name
+from groupwise.evidence.finding import measure_name, three_digits
 from groupwise.evidence.naming import Group
 from groupwise.evidence.outcomes import by_seed, noise, problems_of
 from groupwise.evidence.phrases import Phrase, phrase, same
@@ -125,9 +125,9 @@ def _reward(groups: Sequence[Group]) -> Tile | None:
     last = [_mean([run.last("reward/mean") for run in runs]) for runs in known]
     label = phrase("summary", "reward.label")
     if len(known) > 1:
-        return _tile("reward", label, same(_spread(last, _three)), phrase("summary", "reward.settings", count=len(known)))
+        return _tile("reward", label, same(_spread(last, three_digits)), phrase("summary", "reward.settings", count=len(known)))
     first = _mean([run.first("reward/mean") for run in known[0]])
-    return _tile("reward", label, same(f"{_three(first)} → {_three(last[0])}"), phrase("summary", "reward.detail"))
+    return _tile("reward", label, same(f"{three_digits(first)} → {three_digits(last[0])}"), phrase("summary", "reward.detail"))
 
 
 def _health(groups: Sequence[Group], findings: Sequence[Finding]) -> Tile:
@@ -188,7 +188,7 @@ def _time(groups: Sequence[Group]) -> Tile | None:
         return None
     if len(groups) > 1:
         unit, size = next((unit, size) for unit, size in UNITS if max(seconds) >= 2 * size or size == 1)
-        value = phrase("summary", f"unit.{unit}", value=_spread([value / size for value in seconds], _three))
+        value = phrase("summary", f"unit.{unit}", value=_spread([value / size for value in seconds], three_digits))
         return _tile("time", label, value, phrase("summary", "time.settings", count=len(groups)))
     runs = groups[0].runs
     steps = sum(len(run.steps) for run in runs)
@@ -245,10 +245,6 @@ def _spread(values: Sequence[float], text: Callable[[float], str]) -> str:
     """The lowest and the highest, as text; one where they read the same."""
     low, high = text(min(values)), text(max(values))
     return low if low == high else f"{low} – {high}"
-
-
-def _three(value: float) -> str:
-    return f"{value:.3g}"
 
 
 def _number(value: float, form: str) -> str:

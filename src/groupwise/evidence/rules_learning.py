@@ -2,7 +2,18 @@
 
 import math
 
-from groupwise.evidence.finding import NOTHING, Finding, Kind, measure_name, say, sentences, setting, under_way, warned_of
+from groupwise.evidence.finding import (
+    NOTHING,
+    Finding,
+    Kind,
+    measure_name,
+    say,
+    sentences,
+    setting,
+    three_digits,
+    under_way,
+    warned_of,
+)
 from groupwise.evidence.held_out import change, improves
 from groupwise.evidence.history import Noted
 from groupwise.evidence.phrases import Phrase, texts
@@ -104,7 +115,7 @@ def constant_reward(run: Run) -> Finding | None:
         title = say("constant_reward.never_right")
         text = say("constant_reward.never_right_text", steps=steps, effect=effect)
         return Finding(kind="unhealthy", title=title, text=text, figure="groups")
-    text = say("constant_reward.same_text", steps=steps, reward=run.last("reward/shaped_mean"), effect=effect)
+    text = say("constant_reward.same_text", steps=steps, reward=three_digits(run.last("reward/shaped_mean")), effect=effect)
     return Finding(kind="unhealthy", title=say("constant_reward.same"), text=text, figure="rewards")
 
 
@@ -181,7 +192,7 @@ def zero_variance_groups(run: Run) -> Finding | None:
     advice = "tell_apart" if graded else "too_hard" if wrong > right else "too_easy"
     if graded and improves(run):
         advice = "best_or_stuck"  # The highest possible reward is not known.
-    text = say(f"groups.{advice}", which=which, reward=run.last("reward/mean"))
+    text = say(f"groups.{advice}", which=which, reward=three_digits(run.last("reward/mean")))
     return Finding(kind="watch", title=say("groups.title"), text=text, figure="groups")
 
 

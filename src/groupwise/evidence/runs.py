@@ -31,7 +31,7 @@ class Measure:
 
     def text(self, value: float) -> str:
         """A value of it, for a person to read."""
-        return f"{value:.1%}" if self.percent else f"{value:.3g}"
+        return (f"{value:.1%}" if self.percent else f"{value:.3g}").replace("-", "−")
 
     def noise(self, score: float, problems: int, spread: float) -> float:
         """Half the width of the 95 % interval of one evaluation: which other scores as many problems of the same kind could give.
