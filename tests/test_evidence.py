@@ -127,20 +127,13 @@ def test_figures_as_png(healthy: list[Path], tmp_path: Path) -> None:
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
 
 
-UNHEALTHY: dict[str, tuple[list[str], str]] = {
-    "learning rate 30x": (["learner.learning_rate=1e-2", "learner.max_bad_updates=1000"], "The updates are too large"),
-    "clip tiny": (["algorithm.clip_low=1e-4", "algorithm.clip_high=1e-4"], "Many tokens are clipped"),
-    "limit too short": (["rollouts.max_tokens=2", "algorithm.overlong_cache=0.0"], "Many completions are truncated"),
-}
-
-
-@pytest.mark.parametrize("fault", UNHEALTHY)
-def test_an_unhealthy_run_gets_the_finding_that_names_its_fault(fault: str, tmp_path: Path) -> None:
-    settings, title = UNHEALTHY[fault]
-    overrides = [part for setting in ["algorithm.name=grpo", "algorithm.beta=0.0", *settings] for part in ("--set", setting)]
+def test_an_unhealthy_run_gets_the_finding_that_names_its_fault(tmp_path: Path) -> None:
+    """From its training to its report; tests/test_findings.py has the recorded metrics of twelve such runs."""
+    settings = ["algorithm.name=grpo", "algorithm.beta=0.0", "algorithm.clip_low=1e-4", "algorithm.clip_high=1e-4"]
+    overrides = [part for setting in settings for part in ("--set", setting)]
     groupwise("train", "quick", *QUICK, *overrides, "--out", str(tmp_path / "run"))
     found = findings(open_run(tmp_path / "run"))
-    assert title in [finding.title.en for finding in found if finding.kind == "unhealthy"], found
+    assert "Many tokens are clipped" in [finding.title.en for finding in found if finding.kind == "unhealthy"], found
 
 
 def test_a_constant_reward_is_reported(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_tiles_of_a_run_that_says_little(tmp_path: Path) -> None:
     ("seconds", "en", "zh"),
     [
         (0.123, "0.12 s", "0.12 秒"), (9.97, "10 s", "10 秒"), (59.4, "59 s", "59 秒"), (59.6, "1 min 0 s", "1 分 0 秒"),
-        (3599.7, "1 h 0 min", "1 小时 0 分"), (7261, "2 h 1 min", "2 小时 1 分"), (86_390, "1 d 0 h", "1 天 0 小时"),
+        (3599.7, "1 h 0 min", "1 小时 0 分钟"), (7261, "2 h 1 min", "2 小时 1 分钟"), (86_390, "1 d 0 h", "1 天 0 小时"),
     ],
 )  # fmt: skip
 def test_durations(seconds: float, en: str, zh: str) -> None:

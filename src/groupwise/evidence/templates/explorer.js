@@ -204,7 +204,7 @@ function showRun() {
   if (!run.steps.length) return;
   const { step, p } = run.steps[state.step];
   const left = run.recorded > run.steps.length ? say("page", "left_out", { shown: run.steps.length, all: run.recorded }) : "";
-  byId("dots").textContent = `${p.length ? say("page", "dots", { count: p.length, step }) : say("page", "no_dots")} ${left}`;
+  byId("dots").textContent = `${p.length ? say("page", "dots", { count: p.length, step }) : say("page", "no_dots")}${language === "zh" ? "" : " "}${left}`;
 }
 
 function drawAll() {

@@ -20,7 +20,7 @@ function format(x, digits = 4) {
   const most = Number.isInteger(x) ? 7 : digits;
   return minus(rounded(x, `most ${most}`, { maximumSignificantDigits: most }).replace(/^-0$/, "0"));
 }
-const percent = (x) => `${format(100 * x)} %`;
+const percent = (x) => `${format(100 * x)}%`;
 
 // Round positions in an interval, about `count` of them, with their labels.
 function ticks(from, to, count, integer = false) {

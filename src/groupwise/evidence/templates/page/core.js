@@ -77,7 +77,7 @@ function tableOf(heads, rows, classes = []) {
   const body = rows.map((row) => make("tr", { role: "row" }, ...row.map(cells("td", "cell"))));
   const head = make("thead", { role: "rowgroup" }, make("tr", { role: "row" }, ...heads.map(cells("th", "columnheader"))));
   const table = make("table", { role: "table" }, head, make("tbody", { role: "rowgroup" }, ...body));
-  return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": names.join(", ") }, table);
+  return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": names.join(text("core.list")) }, table);
 }
 
 // JSON that is embedded as base64 of gzip.

@@ -94,7 +94,7 @@ function fillLiveRow(row, run) {
   row.bar.hidden = !run.steps;
   row.bar.max = run.steps || 1;
   row.bar.value = Math.min(run.step, run.steps);
-  row.bar.setAttribute("aria-label", `${run.name}: ${text("live.done")}`);
+  row.bar.setAttribute("aria-label", `${run.name}${text("core.colon")}${text("live.done")}`);
   const ago = run.since ? Math.max(0, (Date.now() - Date.parse(run.since)) / 1000) : null;
   if (row.toldLeft !== run.seconds_left) Object.assign(row, { toldLeft: run.seconds_left, toldAt: Date.now() });
   const counts = run.state === "training" && typeof run.seconds_left === "number"; // between two updates the page counts on

@@ -126,7 +126,7 @@ function groupLegend(figures) {
 const isConstant = (figure) => drawnIn(figure).length === 0;
 function constantLine(figure) {
   const said = (figure.constants ?? []).map(({ label, value }) => text("plots.constant", { label: say(label), value }));
-  return make("p", { id: `figure-${figure.id}`, class: "constant" }, make("b", {}, say(figure.title)), text("plots.colon"), said.join(text("plots.semicolon")));
+  return make("p", { id: `figure-${figure.id}`, class: "constant" }, make("b", {}, say(figure.title)), text("core.colon"), said.join(text("core.semicolon")));
 }
 
 function drawGroup(id, figures) {

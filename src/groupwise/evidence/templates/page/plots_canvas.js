@@ -175,7 +175,7 @@ function widthOf(label) {
 const plotsFont = { value: "13px sans-serif" };
 
 function linearTicks(from, to, count, whole, isPercent) {
-  if (isPercent) return ticks(100 * from, 100 * to, count).map(({ at, label }) => ({ at: at / 100, label: `${label} %` }));
+  if (isPercent) return ticks(100 * from, 100 * to, count).map(({ at, label }) => ({ at: at / 100, label: `${label}%` }));
   const most = Math.max(Math.abs(from), Math.abs(to));
   if (most >= 1e6 || most < 1e-3) {
     const power = Math.floor(Math.log10(most)), size = 10 ** power;

@@ -242,12 +242,12 @@ function valueAt(plot, { k, i }, x, brief) {
   if (steps && (plotsChosen.axis !== "step" || at[i] !== x)) more.push(text("plots.of_step", { step: format(steps[i]) }));
   if (plot.kind === "dots") more.push(text("plots.at_x", { x: format(at[i]), title: say(plot.figure.x.title) }), of.tips?.[i] ?? "", of.flags?.[i] ? text("plots.clipped") : "");
   if (plot.kind === "bars" && of.tips?.[i]) more.push(of.tips[i]);
-  return { name: plot.styles[k].name(), value: valueText((brief && mean ? mean : y)[i], isPercent), more: more.filter(Boolean).join(text("plots.comma")) };
+  return { name: plot.styles[k].name(), value: valueText((brief && mean ? mean : y)[i], isPercent), more: more.filter(Boolean).join(text("core.comma")) };
 }
 
 function headOf(plot, x) {
-  if (plot.kind === "bars") return `${say(plot.figure.x.title)}: ${plot.figure.bins[x] ?? ""}`;
-  if (plot.kind !== "lines") return plot.kind === "dots" ? say(plot.figure.y.title) : `${say(plot.figure.x.title)}: ${format(x)}`;
+  if (plot.kind === "bars") return `${say(plot.figure.x.title)}${text("core.colon")}${plot.figure.bins[x] ?? ""}`;
+  if (plot.kind !== "lines") return plot.kind === "dots" ? say(plot.figure.y.title) : `${say(plot.figure.x.title)}${text("core.colon")}${format(x)}`;
   return text(`plots.head_${plotsChosen.axis}`, { value: format(plotsChosen.axis === "seconds" ? x / plot.xUnit.size : Math.round(x)), unit: text(`plots.unit_${plot.xUnit.key ?? "seconds"}`) });
 }
 
@@ -262,7 +262,7 @@ function fillTip(plot, rows, area) {
     if (found.length && shown.length > 1) tips.push({ kind: "tip-title", said: say(one.figure.title) });
     for (const row of found.slice(0, most * columns)) {
       const { name, value, more } = valueAt(one, row, x, brief), who = name === say(one.figure.title) && shown.length > 1 ? "" : name;
-      tips.push({ kind: "tip-row", value, said: [who, one === plot ? more : ""].filter(Boolean).join(text("plots.comma")), swatch: [one.kind, one.styles[row.k]], own: one === plot });
+      tips.push({ kind: "tip-row", value, said: [who, one === plot ? more : ""].filter(Boolean).join(text("core.comma")), swatch: [one.kind, one.styles[row.k]], own: one === plot });
     }
     if (found.length > most * columns) tips.push({ kind: "tip-title", said: text("plots.more", { count: found.length - most * columns }) });
   }
@@ -271,7 +271,7 @@ function fillTip(plot, rows, area) {
   plotTip.hidden = false;
   placeTip(plot, area, tips.length);
   if (plotsPointed.keyed) {
-    plot.area.setAttribute("aria-valuetext", tips.filter(({ kind, own }) => kind !== "tip-title" && own !== false).slice(0, 12).map(({ said, value }) => [value, said].filter(Boolean).join(" ")).join(text("plots.comma")));
+    plot.area.setAttribute("aria-valuetext", tips.filter(({ kind, own }) => kind !== "tip-title" && own !== false).slice(0, 12).map(({ said, value }) => [value, said].filter(Boolean).join(" ")).join(text("core.comma")));
     plot.area.setAttribute("aria-valuemin", String(plot.range.x[0]));
     plot.area.setAttribute("aria-valuemax", String(plot.range.x[1]));
     plot.area.setAttribute("aria-valuenow", String(x));

@@ -159,7 +159,7 @@ function drawReaderControls(chosen = false) {
     numbered ? picker(text("reader.colour"), "quantity", reader.quantity, quantities, (name) => { reader.quantity = name; drawColours(); recolour(elements.list); }) : null);
   elements.search.setAttribute("aria-label", text("reader.search"));
   elements.search.placeholder = text("reader.search");
-  const about = [numbered ? text("reader.about") : "", ...reader.sides.slice(0, 1).map(embeddedNote)].filter(Boolean).join(" ");
+  const about = [numbered ? text("reader.about") : "", ...reader.sides.slice(0, 1).map(embeddedNote)].filter(Boolean).join(text("core.sentence"));
   elements.about.textContent = about;
   elements.about.hidden = !about;
   drawColours();
@@ -183,7 +183,7 @@ function viewOf() {
 
 function sideName(side, letter) {
   const run = page.data.runs.find((item) => item.id === side.run)?.name ?? "";
-  return `${letter}: ${run} · ${text("reader.step")} ${grouped(side.step)}`;
+  return `${letter}${text("core.colon")}${run} · ${text("reader.at_step", { step: grouped(side.step) })}`;
 }
 
 function drawList() {
@@ -202,12 +202,12 @@ function drawList() {
 function drawStatus(pairs = null, found = []) {
   const { status } = reader.elements, [, other] = reader.sides;
   const wrong = reader.sides.filter((one) => one.error).map((one) => text("reader.failed", { reason: one.error }));
-  if (wrong.length) status.textContent = wrong.join(" ");
+  if (wrong.length) status.textContent = wrong.join(text("core.sentence"));
   else if (!pairs || reader.sides.some((one) => one.request)) status.textContent = text("reader.loading");
   else {
     const of = (entry) => entry[1].length + entry[3].length;
     const completions = reader.sides.flatMap((one) => one.groups).reduce((sum, group) => sum + group.completions.length, 0);
-    const common = !other || pairs.some((pair) => pair[0] && pair[0].key === pair[1]?.key) ? "" : ` ${text("reader.no_common")}`;
+    const common = !other || pairs.some((pair) => pair[0] && pair[0].key === pair[1]?.key) ? "" : text("core.sentence") + text("reader.no_common");
     const values = { shown: grouped(found.reduce((sum, entry) => sum + of(entry), 0)), completions: grouped(completions), groups: grouped(found.length), all: grouped(pairs.length) };
     status.textContent = (found.length ? text("reader.count", values) : text("reader.none_found")) + common + notHere();
   }
@@ -215,7 +215,7 @@ function drawStatus(pairs = null, found = []) {
 
 function notHere() {
   const count = isLive ? 0 : Math.max(...reader.sides.map((side) => side.leftOut));
-  return count > 0 ? ` ${text("reader.not_here", { count: grouped(count) })}` : "";
+  return count > 0 ? text("core.sentence") + text("reader.not_here", { count: grouped(count) }) : "";
 }
 
 function embeddedNote(side) {

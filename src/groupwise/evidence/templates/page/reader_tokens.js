@@ -213,7 +213,7 @@ function showTip(span, aloud) {
   const above = at.top - size.height - 6, below = at.bottom + 6;
   tip.style.left = `${Math.max(4, Math.min(at.left, root.clientWidth - size.width - 4))}px`;
   tip.style.top = `${below + size.height > window.innerHeight && above > 0 ? above : below}px`;
-  if (aloud) spoken.textContent = [completion.text[i], place, ...rows.map((row) => row.join(" "))].join("; ");
+  if (aloud) spoken.textContent = [completion.text[i], place, ...rows.map((row) => row.join(" "))].join(text("core.semicolon"));
 }
 
 function tokenValue(completion, name, i) {

@@ -69,7 +69,7 @@ function findingLink(finding) {
 // A finding; where there are several settings, what is healthy is one line that can be opened.
 function findingBox(finding) {
   const kind = make("span", { class: "kind" }, text(`summary.kinds.${finding.kind}`));
-  const told = make("p", {}, say(finding.text), " ", findingLink(finding));
+  const told = make("p", {}, say(finding.text), text("core.sentence"), findingLink(finding));
   if (!severalSettings() || finding.kind !== "healthy") return make("div", { class: `finding ${finding.kind}` }, make("h4", {}, kind, " ", say(finding.title)), told);
   const key = `${finding.setting} ${finding.title.en}`;
   const toggled = ({ target }) => (target.open ? openFindings.add(key) : openFindings.delete(key));
