@@ -23,6 +23,8 @@ TOKEN = "GROUPWISE_WATCH_TOKEN"
 """The environment variable that sets the token in the page's address; others would see an option in the list of processes."""
 LEAST_TOKEN = 16
 """Characters of a token that a user chose."""
+NICE = 5
+"""Gives way to a run on the same machine, and is not starved by it: steps are to be shown within two seconds."""
 PATIENCE = 5.0
 """Seconds that the page's server has to end."""
 
@@ -54,7 +56,7 @@ def watch(
             if port is not None:
                 raise
             listening = listen(host, 0)
-        os.nice(10)  # a run on this machine comes first
+        os.nice(NICE)
 
         def ready(closing: ExitStack) -> None:
             page = address(listening, token)

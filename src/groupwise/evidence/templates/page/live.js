@@ -20,7 +20,7 @@ async function follow() {
     const heard = await stream().catch(() => false);
     pause = heard ? 500 : Math.min(2 * pause, 5000);
     connection.control = null;
-    if (connection.state === "live" || connection.state === "connecting") connection.state = "lost";
+    if (["live", "reading", "connecting"].includes(connection.state)) connection.state = "lost";
     drawLive();
     do await woken(pause); while (document.hidden);
   }
@@ -51,6 +51,10 @@ async function stream() {
   if (!response.ok) {
     connection.state = response.status === 404 ? "refused" : "lost";
     return false;
+  }
+  if (!page.data) {
+    connection.state = "reading";
+    drawLive();
   }
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let parts = [], heard = false;
