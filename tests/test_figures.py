@@ -16,7 +16,6 @@ from groupwise.evidence.figures import GROUPS, figures
 from groupwise.evidence.history import Noted, Segment
 from groupwise.evidence.lines import FEWEST_POINTS, MOST_POINTS, clock, mean_over_seeds, points_of, thinned
 from groupwise.evidence.naming import grouped
-from groupwise.evidence.phrases import texts
 from groupwise.evidence.pictures import charts
 from groupwise.evidence.reading import LeftOut
 from groupwise.evidence.records import Metrics, Records
@@ -265,20 +264,6 @@ def test_every_kind_of_figure_has_a_picture() -> None:
     assert "groups" not in found  # constant
     said = found["entropy"].to_dict()["title"]["subtitle"]
     assert said == ["Bands: 95 % interval of the mean over 3 seeds."]
-
-
-def test_every_text_is_there_in_both_languages() -> None:
-    def leaves(table: Mapping[str, Any], above: str = "") -> dict[str, Mapping[str, str]]:
-        found: dict[str, Mapping[str, str]] = {}
-        for key, value in table.items():
-            found |= {above + key: value} if "en" in value else leaves(value, f"{above}{key}.")
-        return found
-
-    for key, text in leaves(texts("figures")).items():
-        fields = [set(re.findall(r"{(\w+)", text[language])) for language in ("en", "zh")]
-        assert fields[1] <= fields[0] | {"all"}, key
-        if key not in ("sentence",):
-            assert text["zh"] and not re.search(r"[\u4e00-\u9fff][,;:!?()]|[,;:!?()][\u4e00-\u9fff]", text["zh"]), key
 
 
 def test_figures_of_a_heading_are_together() -> None:

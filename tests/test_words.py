@@ -11,9 +11,8 @@ import pytest
 from groupwise import evidence
 from groupwise.evidence.phrases import LANGUAGES, texts
 
-TABLES = sorted(
-    path.name.removesuffix("_text.toml") for path in (Path(evidence.__file__).parent / "templates").glob("*_text.toml")
-)
+TEMPLATES = Path(evidence.__file__).parent / "templates"
+TABLES = sorted(path.name.removesuffix("_text.toml") for path in TEMPLATES.glob("*_text.toml"))
 HAN = "[\u4e00-\u9fff]"
 OTHER_FIELDS = {
     "figures.and_more": {"count", "all"},  # "and 3 more", "等 5 种设置"
@@ -76,3 +75,9 @@ def test_one_word_for_one_thing() -> None:
     """None of the words that stand for a term elsewhere, where the pages have another."""
     others = "置信区间|补全|令牌(?!（token）)|提示词|剪裁|学习器|熵崩|双方|此报告|留出题目"
     assert not [f"{key}: {text['zh']}" for key, text in WORDS.items() if re.search(others, text["zh"])]
+
+
+def test_every_word_that_a_script_uses_is_there() -> None:
+    scripts = "".join(path.read_text("utf-8") for path in (TEMPLATES / "page").glob("*.js"))
+    used = re.findall(r'\btext\("([\w.]+)"', scripts)
+    assert len(used) > 20 and not [key for key in used if key not in WORDS]
