@@ -101,7 +101,10 @@ function endsBox(completion, from, to, size, tokens, characters, numbered) {
 function turnName(turn) {
   const name = ["assistant", "tool", "user"].includes(turn.role) ? text(`reader.roles.${turn.role}`) : turn.role;
   const more = turn.label.startsWith(turn.role) ? turn.label.slice(turn.role.length) : "";
-  return make("span", { class: "who" }, name + more);
+  const told = more // as rollout_text.py writes it
+    .replace(/, reward ([^\s,]+)/, (_, reward) => text("core.comma") + text("reader.reward", { reward: reward.replaceAll("-", "−") }))
+    .replace(/, (\d+) failed$/, (_, count) => text("core.comma") + text("reader.calls_failed", { count }));
+  return make("span", { class: "who" }, name + told);
 }
 
 // A long text in pieces, if possible whole lines: [place, piece].
