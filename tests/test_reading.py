@@ -248,6 +248,7 @@ def test_reading_tokens(browser: Any, page_path: Path) -> None:
     page, wrong = reading(browser, page_path, viewport={"width": 1024, "height": 900}, color_scheme="light")
     text = page.locator(".tokens").first
     tokens = text.locator(".block span")
+    tokens.first.wait_for()  # they are drawn when they come into view
     before = [token.get_attribute("class") for token in tokens.all()]
     assert page.locator("[data-key=step0]").input_value() == "2" and any("high" in name or "low" in name for name in before)
     page.select_option("[data-key=quantity]", "probability")
