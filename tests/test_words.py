@@ -18,7 +18,21 @@ OTHER_FIELDS = {
     "figures.and_more": {"count", "all"},  # "and 3 more", "等 5 种设置"
     "findings.events.named": {"name"},  # what a run notes is in English
 }
-OWN_SPACES = ("measure", "change", "effect", "found", "which", "advice", "remedies", "moved", "lost", "clip", "why", "head")
+OWN_SPACES = (
+    "measure",
+    "change",
+    "effect",
+    "found",
+    "which",
+    "advice",
+    "remedies",
+    "moved",
+    "lost",
+    "clip",
+    "why",
+    "head",
+    "keys",
+)
 """Fields that are filled with Chinese, or with Latin letters and the space that these need."""
 FILLED = {**dict.fromkeys(OWN_SPACES, ""), "time": "3 秒"}
 

@@ -244,7 +244,7 @@ def _mean(values: Sequence[float]) -> float:
 def _spread(values: Sequence[float], text: Callable[[float], str]) -> str:
     """The lowest and the highest, as text; one where they read the same."""
     low, high = text(min(values)), text(max(values))
-    return low if low == high else f"{low} – {high}"
+    return low if low == high else f"{low}\N{NO-BREAK SPACE}–\N{NO-BREAK SPACE}{high}"
 
 
 def _number(value: float, form: str) -> str:

@@ -200,6 +200,7 @@ def _cautions(item: Compared) -> list[Phrase]:
         found.append(say("caution.repeated"))
     keys = [key for key in differences(groups)["keys"] if key.startswith(SCORE_KEYS)]
     if keys:
-        shown = ", ".join(keys[:MOST_KEYS]) + (" …" if len(keys) > MOST_KEYS else "")
+        more, named = len(keys) > MOST_KEYS, keys[:MOST_KEYS]
+        shown = Phrase(", ".join(named) + (" …" if more else ""), f" {'、'.join(named)} {'等' if more else ''}")
         found.append(say("caution.problems", keys=shown))
     return found
