@@ -94,12 +94,12 @@ def test_two_seeds_have_a_line_each_and_a_note() -> None:
 
 
 def test_a_single_runs_evaluations_have_their_own_interval() -> None:
-    """60 % of 100 problems: (60 + 2) / 104 = 0.596, so ± 1.96 √(0.596 · 0.404 / 104) = 0.0943."""
+    """60 % of 100 problems, with z² = 3.84: (60 + 3.84 / 2) / 103.84 = 0.5963, ± 1.96 √(100 · 0.6 · 0.4 + 3.84 / 4) / 103.84 = 0.0943."""
     one = made("a", 4, {}, scores={0: 0.6, 4: 0.7, 5: 0.0})
     figure = drawn(one)["accuracy"]
     assert figure["band"]["en"] == "95 % interval of each evaluation by itself, from its 100 problems"
     (line,) = figure["lines"]
-    assert line["low"] and line["high"] and line["low"][0] == pytest.approx(0.5057, abs=1e-4) and line["low"][2] == 0.0
+    assert line["low"] and line["high"] and line["low"][0] == pytest.approx(0.5020, abs=1e-4) and line["low"][2] == 0.0
     others = [made(f"b{k}", 4, {}, seed=k, rate=1e-3, scores={0: 0.6, 4: 0.7 + k / 10}) for k in range(3)]
     figure = drawn(one, *others)["accuracy"]
     assert "band" not in figure and [line["low"] is None for line in figure["lines"]] == [True, False]

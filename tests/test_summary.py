@@ -4,6 +4,7 @@ import json
 import re
 import tomllib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,23 @@ RECIPE = Recipe().model_dump(by_alias=True)
 TEMPLATES = Path(groupwise.__file__).parent / "evidence" / "templates"
 
 
-def made(path: Path, last: float | None = 0.7, *, key: str = "eval/pass@1", **settings: Any) -> Run:
-    """A run of forty steps with two evaluations, or one; settings are dotted with two underscores."""
+def made(
+    path: Path,
+    last: float | None = 0.7,
+    *,
+    key: str = "eval/pass@1",
+    first: float = 0.2,
+    steps: int = 40,
+    scores: Sequence[tuple[int, float]] = (),
+    rewards: float = 0.0,
+    **settings: Any,
+) -> Run:
+    """A run of so many of forty steps with an evaluation before the first, `scores`, and one after the last unless `last` is None.
+
+    Args:
+        rewards: by which the reward rises in each step; 0: it stays 0.5.
+        settings: dotted with two underscores.
+    """
     tree = json.loads(json.dumps(RECIPE))
     for name, value in {"training__steps": 40, **settings}.items():
         *tables, name = name.split("__")
@@ -31,9 +47,11 @@ def made(path: Path, last: float | None = 0.7, *, key: str = "eval/pass@1", **se
     path.mkdir(parents=True)
     (path / "recipe.toml").write_text(dump(tree))
     measured = {"reward/mean": 0.5, "tokens_per_second": 1000.0, "seconds/rollouts": 3.0, "seconds/learner": 2.0}
-    records = [{"step": step, "rollouts/completions": 8.0, **measured} for step in range(1, 41)]
-    scores = [(0, 0.2)] if last is None else [(0, 0.2), (40, last)]
-    evaluated = [{"step": step, key: score, "eval_problems": 100.0, "eval/reward_std": 0.5} for step, score in scores]
+    records = [{"step": step, "rollouts/completions": 8.0, **measured} for step in range(1, steps + 1)]
+    if rewards:
+        records = [record | {"reward/mean": rewards * record["step"]} for record in records]
+    found = [(0, first), *scores, *([] if last is None else [(steps, last)])]
+    evaluated = [{"step": step, key: score, "eval_problems": 100.0, "eval/reward_std": 0.5} for step, score in found]
     (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [*evaluated, *records]))
     return open_run(path)
 
@@ -96,14 +114,59 @@ def test_the_score_says_how_sure_it_is(tmp_path: Path) -> None:
     ]
 
 
+def test_before_and_after_are_of_the_same_runs(tmp_path: Path) -> None:
+    runs = [made(tmp_path / "a", 0.5), made(tmp_path / "b", 0.5, seed=1), made(tmp_path / "c", None, first=0.9, seed=2)]
+    assert tile_of(runs, "score")["value"]["en"] == "20.0% → 50.0%"
+    (row,) = document(runs)["summary"]
+    assert (row["before"], row["after"], row["seeds"]) == ("20.0%", "50.0%", 3)
+
+
+def test_an_interval_of_a_share_ends_at_0_and_1(tmp_path: Path) -> None:
+    runs = [made(tmp_path / f"seed-{seed}", last, seed=seed) for seed, last in enumerate((0.1, 0.1, 0.9))]
+    (row,) = document(runs)["summary"]
+    assert row["after"].replace("\N{NO-BREAK SPACE}", " ") == "36.7% (0.0% – 100.0%)"
+    assert "0.0%\N{NO-BREAK SPACE}–\N{NO-BREAK SPACE}100.0%" in tile_of(runs, "score")["detail"]["en"]
+
+
+def test_no_setting_is_best_where_scores_are_of_other_problems(tmp_path: Path) -> None:
+    easy, hard = made(tmp_path / "easy", 0.9, task__grades=[1]), made(tmp_path / "hard", 0.4, task__grades=[3])
+    score = tile_of([easy, hard], "score")
+    assert score["label"]["en"] == "Held-out pass@1" and "other problems" in score["detail"]["en"]
+    assert score["value"]["en"].split() == ["40.0%", "–", "90.0%"]
+
+
+def test_the_best_setting_is_that_at_the_last_step_that_all_were_evaluated_after(tmp_path: Path) -> None:
+    done = made(tmp_path / "done", 0.9, scores=[(20, 0.4)])
+    begun = made(tmp_path / "begun", None, steps=20, scores=[(20, 0.6)], learner__learning_rate=1e-5)
+    score = tile_of([done, begun], "score")
+    assert score["value"]["en"] == "20.0% → 60.0%" and "after step 20" in score["detail"]["en"]
+
+
+@pytest.mark.parametrize(("steps", "value", "detail"), [
+    (1, "0.01", "one step so far"), (2, "0.01 → 0.02", "the first and the last step"),
+    (5, "0.015 → 0.045", "means of the first 2 and the last 2 steps"), (40, "0.02 → 0.38", "means of the first 3 and the last 5 steps"),
+])  # fmt: skip
+def test_rewards_at_both_ends_are_of_different_steps(tmp_path: Path, steps: int, value: str, detail: str) -> None:
+    tile = tile_of([made(tmp_path / "a", None, steps=steps, rewards=0.01)], "reward")
+    assert (tile["value"]["en"], tile["detail"]["en"]) == (value, detail)
+
+
+def test_what_was_not_recorded_is_no_zero(tmp_path: Path) -> None:
+    run = made(tmp_path / "a")
+    lines = (json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines())
+    kept = [{key: value for key, value in line.items() if "rollouts" not in key and "learner" not in key} for line in lines]
+    (run.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    (row,) = document([open_run(run.path)])["summary"]
+    assert (row["completions"], row["seconds"]) == ("–", "–")
+
+
 def test_tiles_of_a_run_that_says_little(tmp_path: Path) -> None:
     begun = made(tmp_path / "begun", None)
     assert tile_of([begun], "score")["value"]["en"] == "20.0%"
     graded = made(tmp_path / "graded", 0.9, key="eval/reward")
     score = tile_of([graded], "score")
-    assert score["value"]["en"] == "0.2 → 0.9" and score["detail"]["en"].startswith(
-        "±\N{NO-BREAK SPACE}0.0992"
-    )  # 1.984 × 0.5 / √100
+    assert score["value"]["en"] == "0.2 → 0.9"
+    assert score["detail"]["en"].startswith("0.801\N{NO-BREAK SPACE}–\N{NO-BREAK SPACE}0.999")  # ± 1.984 × 0.5 / √100
     (begun.path / "metrics.jsonl").write_text("")
     tiles = {tile["id"]: tile for tile in document([open_run(begun.path)])["tiles"]}
     assert list(tiles) == ["health", "progress"] and tiles["progress"]["value"]["en"] == "0 / 40"
