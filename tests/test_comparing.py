@@ -104,6 +104,14 @@ def test_differences_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])  # 4 x 0.01, 3 x 0.03, then not below that
 
 
+def test_few_shared_seeds_do_not_throw_the_others_away() -> None:
+    ten, three_of_them = {seed: seed % 3 for seed in range(10)}, {seed: seed % 4 for seed in range(7, 17)}
+    found = difference(ten, three_of_them)
+    assert found is not None and found.counts == (10, 10), "3 of 10 seeds are shared"
+    most = difference(ten, {seed: seed % 4 for seed in range(4, 14)})
+    assert most is not None and most.paired and most.counts == (6,)
+
+
 def test_seeds_that_are_equal_or_differ_by_one_problem_are_no_certainty() -> None:
     equal = difference({0: 0.5, 1: 0.5, 2: 0.5}, {0: 0.75, 1: 0.75, 2: 0.75}, least=0.25)
     assert equal is not None and equal.p > 0.2

@@ -93,6 +93,15 @@ def test_two_seeds_have_a_line_each_and_a_note() -> None:
     )
 
 
+def test_runs_of_one_seed_are_no_further_seeds() -> None:
+    again = [made(f"r{k}", 3, {"entropy": lambda step, k=k: 1.0 + k + step}, seed=k // 2) for k in range(4)]
+    lines = drawn(*again)["entropy"]["lines"]
+    assert [line["seeds"] for line in lines] == [1] * 4 and all(line["low"] is None for line in lines)
+    (line,) = drawn(*again, made("r4", 3, {"entropy": lambda step: 5.5 + step}, seed=2))["entropy"]["lines"]
+    assert line["seeds"] == 3 and line["values"] == pytest.approx([(1.5 + 3.5 + 5.5) / 3 + step for step in (1, 2, 3)], rel=1e-4)
+    assert line["low"] and line["low"][0] == pytest.approx(4.5 - 4.3027 * 2 / math.sqrt(3), abs=1e-3)
+
+
 def test_a_single_runs_evaluations_have_their_own_interval() -> None:
     """60 % of 100 problems, with z² = 3.84: (60 + 3.84 / 2) / 103.84 = 0.5963, ± 1.96 √(100 · 0.6 · 0.4 + 3.84 / 4) / 103.84 = 0.0943."""
     one = made("a", 4, {}, scores={0: 0.6, 4: 0.7, 5: 0.0})

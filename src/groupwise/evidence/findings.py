@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from groupwise.evidence import rules_learning as learning
 from groupwise.evidence import rules_policy as policy
-from groupwise.evidence.finding import Finding, say
+from groupwise.evidence.finding import EARLY, Finding, say
 from groupwise.evidence.runs import Run
 
 
@@ -45,14 +45,14 @@ RULES: tuple[Callable[[Run], Finding | None], ...] = (
     learning.events_recorded,
     learning.constant_reward,
     learning.failed_completions,
-    policy.updates_too_large,
+    policy.sampler_mismatch,
     learning.learned,
+    policy.updates_too_large,
     learning.truncated_completions,
     policy.clip_too_tight,
     policy.entropy_explosion,
     policy.entropy_collapse,
     learning.zero_variance_groups,
-    policy.sampler_mismatch,
     learning.length_growth,
 )
 SYMPTOMS = {
@@ -63,4 +63,3 @@ SYMPTOMS = {
     policy.entropy_explosion,
 }
 """Rules whose findings may pass: they call no run unhealthy before it has done `EARLY` steps."""
-EARLY = 5
