@@ -103,7 +103,7 @@ def test_runs_of_one_seed_are_no_further_seeds() -> None:
 
 
 def test_a_single_runs_evaluations_have_their_own_interval() -> None:
-    """60 % of 100 problems, with z² = 3.84: (60 + 3.84 / 2) / 103.84 = 0.5963, ± 1.96 √(100 · 0.6 · 0.4 + 3.84 / 4) / 103.84 = 0.0943."""
+    """60 % of 100 problems, z² = 3.84: (60 + 1.92) / 103.84 = 0.5963, ± 1.96 √(100 · 0.6 · 0.4 + 0.96) / 103.84 = 0.0943."""
     one = made("a", 4, {}, scores={0: 0.6, 4: 0.7, 5: 0.0})
     figure = drawn(one)["accuracy"]
     assert figure["band"]["en"] == "95 % interval of each evaluation by itself, from its 100 problems"
@@ -183,6 +183,16 @@ def test_hostile_names_of_components_and_many_of_them() -> None:
     labels = [line["label"]["en"] for line in found["lines"]]
     assert len(labels) == 13 and labels[1] == "<b>\\u202ex" and len(labels[2]) < 100
     assert found["note"]["en"] == "30 more components are not drawn."
+
+
+def test_components_of_the_reward_add_up_to_it() -> None:
+    """Weighted ones; of runs of earlier versions the task's reward as a whole, since its own components had no weights."""
+    older = {"reward/part/task": lambda step: 0.5 * step, "reward/part/overlong": lambda step: -0.1 * step}
+    older |= {"reward/part/task/exact": lambda step: 1.0 * step, "reward/shaped_mean": lambda step: 0.4 * step}
+    newer = {"reward/weighted/exact": lambda step: 0.5 * step, "reward/weighted/algorithm/kl": lambda step: -0.2 * step}
+    for metrics in (older, older | newer | {"reward/shaped_mean": lambda step: 0.3 * step}):
+        total, *parts = drawn(made("a", 4, metrics))["rewards"]["lines"]
+        assert len(parts) == 2 and np.sum([part["values"] for part in parts], axis=0) == pytest.approx(total["values"])
 
 
 def test_numbers_of_any_size_can_be_drawn() -> None:

@@ -23,6 +23,7 @@ from groupwise.training import session
 from groupwise.training.batching import make_batch
 from groupwise.training.checkpoints import Store
 from groupwise.training.credit import CreditAssigner, reward_parts, weighted_parts
+from groupwise.training.metrics import weighted_metrics
 from groupwise.training.output import make_console
 from groupwise.training.records import RunDirectory
 from groupwise.types import LogprobBatch, Score, upgrade
@@ -67,7 +68,10 @@ def test_the_kl_penalty_is_a_part() -> None:
     batch = upgrade(LogprobBatch, batch, old_logprobs_BT=zeros, ref_logprobs_BT=zeros - 0.5)
     rewards, assigner = reward_parts([group], algorithm, 8), CreditAssigner(algorithm, None, 8)
     training, _ = assigner.assign(batch, [group], rewards, policy_moved=True)
-    assert assigner.parts(training, [group], rewards) == [{"task": 1.0, "algorithm/kl": pytest.approx(-0.1)}, {}]
+    parts = assigner.parts(training, [group], rewards)
+    assert parts == [{"task": 1.0, "algorithm/kl": pytest.approx(-0.1)}, {}]
+    recorded = {"shaped_mean": 0.9, "weighted/task": 1.0, "weighted/algorithm/kl": -0.1}
+    assert weighted_metrics(parts) == pytest.approx({f"reward/{name}": value for name, value in recorded.items()})
 
 
 SMALL = ("training.steps=2", "training.eval_every=1", "training.eval_problems=120", "rollouts.prompts_per_step=4")
@@ -89,6 +93,8 @@ def test_a_run_records_what_the_reader_shows(run: Path) -> None:
     assert {tuple(completion["parts"]) for completion in completions} == {("task", "algorithm/overlong")}
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     trained = next(record for record in metrics if record["step"] == 2 and "reward/shaped_mean" in record)
+    weighted = [value for name, value in trained.items() if name.startswith("reward/weighted/")]
+    assert len(weighted) == 2 and sum(weighted) == pytest.approx(trained["reward/shaped_mean"])
     mean = sum(completion["reward"] or 0 for completion in completions) / len(completions)
     assert mean == pytest.approx(trained["reward/shaped_mean"], abs=1e-3)
     for group in texts["groups"]:  # the text of a completion is its tokens, without the end-of-sequence token

@@ -34,7 +34,7 @@ def made(
     rewards: float = 0.0,
     **settings: Any,
 ) -> Run:
-    """A run of so many of forty steps with an evaluation before the first, `scores`, and one after the last unless `last` is None.
+    """A run of so many of forty steps, evaluated before the first, as `scores` say, and after the last unless `last` is None.
 
     Args:
         rewards: by which the reward rises in each step; 0: it stays 0.5.
@@ -144,7 +144,8 @@ def test_the_best_setting_is_that_at_the_last_step_that_all_were_evaluated_after
 
 @pytest.mark.parametrize(("steps", "value", "detail"), [
     (1, "0.01", "one step so far"), (2, "0.01 → 0.02", "the first and the last step"),
-    (5, "0.015 → 0.045", "means of the first 2 and the last 2 steps"), (40, "0.02 → 0.38", "means of the first 3 and the last 5 steps"),
+    (5, "0.015 → 0.045", "means of the first 2 and the last 2 steps"),
+    (40, "0.02 → 0.38", "means of the first 3 and the last 5 steps"),
 ])  # fmt: skip
 def test_rewards_at_both_ends_are_of_different_steps(tmp_path: Path, steps: int, value: str, detail: str) -> None:
     tile = tile_of([made(tmp_path / "a", None, steps=steps, rewards=0.01)], "reward")

@@ -21,6 +21,8 @@ from groupwise.evidence.statistics import FEWEST_SEEDS
 from groupwise.text import shortened, visible
 
 GROUPS = ("learning", "health", "policy", "cost")
+WEIGHTED = "reward/weighted/"
+"""Beginning of the names of the reward's components, each times its weight."""
 MOST_COMPONENTS, LONGEST_COMPONENT = 12, 60
 """Components of the reward that are drawn, and characters of a name."""
 MOST_EVALUATED = 6
@@ -131,11 +133,13 @@ def _accuracy(groups: Sequence[Group]) -> _Wanted:
 
 def _rewards(groups: Sequence[Group]) -> _Wanted:
     """The reward and, where it is a sum of several, its components; which and how many is the user's choice."""
-    beginning = "reward/part/"
-    names = dict.fromkeys(
-        name for group in groups for run in group.runs for name in run.steps.names() if name.startswith(beginning)
-    )
-    shown = list(names)[:MOST_COMPONENTS] if len(names) > 1 else []
+    every = dict.fromkeys(name for group in groups for run in group.runs for name in run.steps.names())
+    beginning = WEIGHTED
+    names = [name for name in every if name.startswith(beginning)]
+    if not names:  # runs of earlier versions: the total and the task's part are before weights and a KL penalty, and add up
+        beginning = "reward/part/"
+        names = [name for name in every if name.startswith(beginning) and "/" not in name.removeprefix(beginning)]
+    shown = names[:MOST_COMPONENTS] if len(names) > 1 else []
     parts = {name: same(visible(shortened(name.removeprefix(beginning), LONGEST_COMPONENT))) for name in shown}
     left_out = len(names) - len(shown) if shown else 0
     return _Wanted(
