@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from groupwise.evidence import lines
+from groupwise.evidence.document import document
 from groupwise.evidence.figures import GROUPS, figures
 from groupwise.evidence.history import Noted, Segment
 from groupwise.evidence.lines import FEWEST_POINTS, MOST_POINTS, clock, mean_over_seeds, points_of, thinned
@@ -202,7 +203,7 @@ def test_numbers_of_any_size_can_be_drawn() -> None:
     metrics = {**dict.fromkeys(names, wild), **{f"by_length/{name}": bins for name in ("rows", "mean_square", "sum_square")}}
     runs = [made(f"r{k}", 50, metrics, seed=k, scores={0: 9e299, 2**52: -9e299}) for k in range(3)]
     assert len(drawn(*runs)["entropy"]["lines"]) == 1 and len(drawn(runs[0])["accuracy"]["lines"]) == 1
-    json.dumps(clock(grouped(runs)[0]), allow_nan=False)
+    json.dumps(clock(runs), allow_nan=False)
 
 
 def test_binned_metrics_become_shares_and_root_mean_squares() -> None:
@@ -225,10 +226,19 @@ def test_the_clock_is_the_mean_of_what_each_step_took() -> None:
         made("first", 2, {**dict.fromkeys(kinds, lambda _: 1.0), "rollouts/completions": lambda _: 10.0}),
         made("second", 3, {**dict.fromkeys(kinds, lambda _: 2.0), "rollouts/completions": lambda _: 20.0}, seed=1),
     ]
-    found = clock(grouped(runs)[0])
+    found = clock(runs)
     assert found == {"steps": [0, 1, 2, 3], "completions": [0.0, 15.0, 30.0, 50.0], "seconds": [0.0, 3.0, 6.0, 10.0]}
-    long = clock(grouped([made("long", 5000, {"seconds/learner": lambda _: 1.0})])[0])
+    long = clock([made("long", 5000, {"seconds/learner": lambda _: 1.0})])
     assert len(long["steps"]) <= lines.CLOCK_POINTS + 1 and long["steps"][-1] == 5000 and long["seconds"][-1] == 5000.0
+
+
+def test_a_run_that_is_drawn_by_itself_is_drawn_on_its_own_clock() -> None:
+    times = {"seconds/rollouts": lambda _: 1.0}, {"seconds/rollouts": lambda _: 9.0}
+    runs = [made(f"r{k}", 10, of, seed=k, scores={0: 0.2, 10: 0.5 + k / 10}) for k, of in enumerate(times)]
+    drawn_at = re.findall(r'"x": ([0-9.]+)', json.dumps(charts(runs)["accuracy-time"].to_dict()))
+    assert {float(seconds) for seconds in drawn_at} == {0.0, 10.0, 90.0}
+    assert [run["clock"]["seconds"][-1] for run in document(runs)["runs"]] == [10.0, 90.0]
+    assert "clock" not in document(runs[:1])["runs"][0]
 
 
 def test_records_may_come_again_and_be_forgotten() -> None:

@@ -11,7 +11,7 @@ from tests.figure_documents import document
 from tests.pages import chromium, illegible, inaccessible, needs_browser, opened
 
 pytestmark = needs_browser
-OPEN_UP = "\nObject.assign(globalThis, { page, tell, plotsOf, groupsOf, movingMean, logTicks, linearTicks });</script>"
+OPEN_UP = "\nObject.assign(globalThis, { page, tell, plotsOf, groupsOf, movingMean, logTicks, linearTicks, onAxis });</script>"
 """What tests see of the page's script, which is a module."""
 
 
@@ -165,6 +165,16 @@ def test_axes_and_smoothing(browser: Any, written: Path) -> None:
     assert head == f"{64 * step:,} completions"
     page.get_by_role("button", name="time", exact=True).click()
     assert page.locator("#figure-rewards .axis-title.across").inner_text() == "time (s)"
+    seconds = page.evaluate(
+        """() => {
+          const runs = page.data.runs, setting = page.data.settings[0].id;
+          page.data.runs = [{ id: "own", setting, clock: { steps: [0, 10], completions: [0, 1], seconds: [0, 50] } }];
+          const found = ["own", null].map((run) => onAxis({ run, setting }, [5], "seconds")[0]);
+          page.data.runs = runs;
+          return found;
+        }"""
+    )
+    assert seconds[0] == 25 != seconds[1], "a run is drawn on its own clock, a mean on that of its setting"
     page.get_by_role("button", name="step", exact=True).click()
     page.locator("#smoothing").fill("2")
     assert page.locator("#smoothing-said").inner_text() == "mean of 5 steps"

@@ -167,9 +167,9 @@ def short(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def clock(group: Group) -> Clock:
-    """Completions and seconds by step, means over the group's runs. Where runs have ended, the others' steps continue the mean."""
-    spent = [run.spent() for run in group.runs]
+def clock(runs: Sequence[Run]) -> Clock:
+    """Completions and seconds by step, means over the runs. Where runs have ended, the others' steps continue the mean."""
+    spent = [run.spent() for run in runs]
     steps = (
         max((own for own, _, _ in spent), key=len) if len(spent) == 1 else np.unique(np.concatenate([own for own, _, _ in spent]))
     )

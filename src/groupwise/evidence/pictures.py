@@ -29,7 +29,9 @@ def charts(runs: Sequence[Run]) -> dict[str, Any]:
     names = {group.id: group.name for group in groups} | run_names(groups)
     if any(len(group.runs) > 1 for group in groups):
         names |= {run_id(run): f"{group.name}, seed {run.seed}" for group in groups for run in group.runs}
-    clocks = {group.id: clock(group) for group in groups}
+    clocks = {group.id: clock(group.runs) for group in groups} | {
+        run_id(run): clock([run]) for group in groups for run in group.runs
+    }
     made: dict[str, Any] = {}
     for figure in figures(groups):
         if figure["kind"] == "lines" and not figure["lines"]:
@@ -82,7 +84,7 @@ def _on_clock(figure: Figure, clocks: Mapping[str, Clock], axis: Literal["comple
     """The figure of lines over completions or seconds in place of steps."""
     moved: list[Line] = []
     for line in figure["lines"]:
-        own = clocks[line["setting"]]
+        own = clocks[line["run"] or line["setting"]]
         at: Any = np.interp(line["steps"], own["steps"], own[axis]).tolist()
         moved.append({**line, "steps": at})
     return {**figure, "lines": moved, "marks": []}

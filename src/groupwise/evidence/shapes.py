@@ -95,7 +95,7 @@ class Series(TypedDict):
 
 
 class Clock(TypedDict):
-    """A setting's completions generated and seconds spent by step, means over its runs; between entries they are interpolated."""
+    """Completions generated and seconds spent by step, of a run or in the mean over a setting's; between entries they are interpolated."""
 
     steps: Sequence[int]
     completions: Sequence[float]
@@ -138,6 +138,8 @@ class RunShape(TypedDict):
     readable: "Readable"
     recipe: str
     """TOML."""
+    clock: NotRequired[Clock]
+    """Its own, where its setting has other runs."""
 
 
 class Readable(TypedDict):

@@ -80,7 +80,7 @@ function measureGroups() {
     for (const figure of page.data.figures) {
       for (const line of figure.group === id && figure.kind === "lines" ? drawnIn(figure) : []) {
         if (!line.steps.length) continue;
-        const ends = onAxis(line.setting, Float64Array.of(line.steps[0], line.steps.at(-1)), plotsChosen.axis);
+        const ends = onAxis(line, Float64Array.of(line.steps[0], line.steps.at(-1)), plotsChosen.axis);
         if (ends === null) continue;
         low = Math.min(low, ends[0]);
         high = Math.max(high, ends[1]);

@@ -26,10 +26,12 @@ function nearestPlace(column, value) {
   return value - column[after - 1] <= column[after] - value ? after - 1 : after;
 }
 
-// Steps as completions or seconds of a setting, from nothing before the first step on; null: they are not known.
-function onAxis(setting, steps, axis) {
+// Steps as completions or seconds of a line's run, or in the mean of its setting, from nothing before the first step on; null: they are
+// not known.
+function onAxis(line, steps, axis) {
   if (axis === "step") return steps;
-  const clock = page.data.settings.find((one) => one.id === setting)?.clock;
+  const run = page.data.runs.find((one) => one.id === line?.run), setting = page.data.settings.find((one) => one.id === line?.setting);
+  const clock = run?.clock ?? setting?.clock;
   if (!clock?.steps.length) return null;
   const known = clock.steps, at = clock[axis], column = new Float64Array(steps.length);
   for (let i = 0, k = 0; i < steps.length; i += 1) {
@@ -61,7 +63,7 @@ function movingMean(steps, values, window) {
 
 // A line of a figure over training steps as columns; null: its x axis is not known.
 function columnsOfLine(line, axis, window) {
-  const steps = numbersOf(line.steps), x = onAxis(line.setting, steps, axis), y = numbersOf(line.values);
+  const steps = numbersOf(line.steps), x = onAxis(line, steps, axis), y = numbersOf(line.values);
   if (x === null) return null;
   return {
     of: line, steps, x, y, low: line.low ? numbersOf(line.low) : null, high: line.high ? numbersOf(line.high) : null,
