@@ -90,7 +90,8 @@ function dropPlot(plot) {
   plotsOf.delete(plot.id);
 }
 
-const isLog = (plot) => (plotsChosen.height === "own" ? (plot.log ?? plot.figure.y.log) : plotsChosen.height === "log");
+// Bars stand on 0, which a logarithmic axis does not have.
+const isLog = (plot) => plot.kind !== "bars" && (plotsChosen.height === "own" ? (plot.log ?? plot.figure.y.log) : plotsChosen.height === "log");
 function chooseLog(plot) {
   const log = !isLog(plot);
   if (plotsChosen.height !== "own") for (const other of plotsOf.values()) other.log = isLog(other);

@@ -267,7 +267,7 @@ function fillTip(plot, rows, area) {
     if (found.length > most * columns) tips.push({ kind: "tip-title", said: text("plots.more", { count: found.length - most * columns }) });
   }
   plotTip.style.columnCount = String(columns);
-  plotTip.hidden = false;
+  plotTip.hidden = area.bottom < 0 || area.top > innerHeight;
   placeTip(plot, area, tips);
   if (plotsPointed.keyed) {
     plot.area.setAttribute("aria-valuetext", tips.filter(({ kind, own }) => kind !== "tip-title" && own !== false).slice(0, 12).map(({ said, value }) => [value, said].filter(Boolean).join(" ")).join(text("core.comma")));
