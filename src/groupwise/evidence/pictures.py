@@ -67,10 +67,13 @@ def _titled(figure: Figure, chart: Any) -> Any:
     """With what must be known to read it below its title."""
     banded = [line for line in figure.get("lines", []) if line["low"]]
     said = [figure["note"]["en"]] if "note" in figure else []
+    said += [about["text"]["en"] for about in figure.get("about", [])]
     if banded:
         seeds = sorted({line["seeds"] for line in banded})
         over = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-        said.append(f"Bands: {figure['band']['en'] if 'band' in figure else f'95 % interval of the mean over {over} seeds'}.")
+        said.append(
+            f"Bands: {figure['band']['en'] if 'band' in figure else f'95 % interval of the mean over {over} seeds' + (', of its logarithm' if figure['y']['log'] else '')}."
+        )
     said += [f"{constant['label']['en']}: {constant['value']} in all steps" for constant in figure.get("constants", [])]
     title = alt.Title(figure["title"]["en"], subtitle=said, anchor="start", subtitleColor="#666")
     return chart.properties(width=WIDTH, height=HEIGHT, title=title)
@@ -98,8 +101,6 @@ def _lines(figure: Figure, names: Names, x: str = "step") -> Any:
         for step, value, low, high in zip(line["steps"], line["values"], *(line[end] or [None] * len(line["steps"]) for end in ("low", "high")), strict=True)
         if value is not None and not (figure["y"]["log"] and value <= 0)
     ]  # fmt: skip
-    if figure["y"]["log"]:
-        rows = [{**row, "low": max(row["low"], row["y"] / 10)} if row["low"] is not None else row for row in rows]
     several = len({row["setting"] for row in rows}) > 1
     many = len({row["metric"] for row in rows}) > 1
     scale = _scale(figure["y"], zero=False)

@@ -49,6 +49,13 @@ class Axis(TypedDict):
     """Whether the figure opens with a logarithmic axis."""
 
 
+class About(TypedDict):
+    """What must be known of settings to read their lines; the page says it once for all figures of a group."""
+
+    settings: list[str]
+    text: Text
+
+
 class Constant(TypedDict):
     """A metric that had one value in all steps of all runs: said as a line of text, not drawn."""
 
@@ -76,7 +83,8 @@ class Figure(TypedDict):
     band: NotRequired[Text]
     """What the intervals of its lines are, where they are not those of means over seeds."""
     note: NotRequired[Text]
-    """What must be known to read it: too few seeds for an interval."""
+    """What must be known to read it."""
+    about: NotRequired[list[About]]
 
 
 class Series(TypedDict):
