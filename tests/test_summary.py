@@ -12,6 +12,7 @@ import pytest
 
 import groupwise
 from groupwise.config import Recipe, dump
+from groupwise.evidence.comparing import contrasts
 from groupwise.evidence.document import LONGEST_RECIPE, document
 from groupwise.evidence.headline import duration
 from groupwise.evidence.naming import differences, grouped, run_names, title
@@ -87,11 +88,22 @@ def test_recipes_of_earlier_versions_are_no_other_setting(tmp_path: Path) -> Non
 
 def test_runs_of_a_ladder_have_its_title_and_the_names_of_its_rungs(tmp_path: Path) -> None:
     ladder = tmp_path / "ladder"
-    runs = [made(ladder / f"{i}-{name}" / f"seed-{seed}", seed=seed) for i, name in ((1, "one"), (2, "two")) for seed in (0, 1)]
-    (ladder / "ladder.toml").write_text('title = "One or two?"')
+    rungs = ((1, "grpo"), (2, "clip-higher"))
+    runs = [made(ladder / f"{i}-{name}" / f"seed-{seed}", seed=seed) for i, name in rungs for seed in (0, 1)]
+    (ladder / "ladder.toml").write_text('title = "One or two?"\nrungs = [{ name = "GRPO" }, { name = "+ clip-higher" }]')
+    assert [group.name for group in grouped(runs)] == ["dapo"], "a ladder has a plan"
+    (ladder / "plan.json").write_text("{}")
     groups = grouped(runs)
-    assert [group.name for group in groups] == ["one", "two"] and title(groups) == "One or two?"
-    assert list(run_names(groups).values()) == ["seed-0 · one", "seed-1 · one", "seed-0 · two", "seed-1 · two"]
+    assert [group.name for group in groups] == ["GRPO", "+ clip-higher"] and title(groups) == "One or two?"
+    assert list(run_names(groups).values())[1:3] == ["seed-1 · GRPO", "seed-0 · + clip-higher"]
+
+
+def test_other_runs_beside_a_ladder_are_not_seeds_of_one_setting(tmp_path: Path) -> None:
+    (tmp_path / "ladder.toml").write_text('rungs = [{ name = "GRPO" }]')
+    (tmp_path / "plan.json").write_text("{}")
+    runs = [made(tmp_path / "runs" / name, algorithm__name=name) for name in ("grpo", "dapo")]
+    assert [group.name for group in grouped(runs)] == ["grpo", "dapo"]
+    assert [(first.name, second.name) for first, second in contrasts(grouped(runs))] == [("grpo", "dapo")]
 
 
 def test_the_score_says_how_sure_it_is(tmp_path: Path) -> None:

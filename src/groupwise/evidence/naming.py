@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from groupwise.algorithms import NAMED, named
-from groupwise.config import Recipe, dump, read_toml
+from groupwise.config import Recipe, dump
 from groupwise.config.effects import HARMLESS
 from groupwise.config.trees import flat
-from groupwise.errors import UserError
 from groupwise.evidence.history import value_text
+from groupwise.evidence.ladders import ladder_of
 from groupwise.evidence.runs import Run
 from groupwise.evidence.shapes import Differences
 from groupwise.text import visible
@@ -44,10 +44,10 @@ def grouped(runs: Iterable[Run]) -> list[Group]:
     """
     runs = list({run.path.resolve(): run for run in runs}.values())
     keys: list[Hashable]
-    if _ladder(runs):
+    if ladder := ladder_of(runs):
         keys = [run.path.resolve().parent for run in runs]
         groups = _by_key(keys, runs)
-        names = [members[0].path.resolve().parent.name.split("-", 1)[-1] for members in groups.values()]
+        names = [ladder.rungs[ladder.rung(members[0])] for members in groups.values()]
     else:
         keys = [json.dumps(tree, sort_keys=True, default=str) for tree in map(_setting, runs)]
         groups = _by_key(keys, runs)
@@ -56,20 +56,6 @@ def grouped(runs: Iterable[Run]) -> list[Group]:
     return [
         Group(id=_id("s", str(key)), name=name, runs=members) for (key, members), name in zip(groups.items(), names, strict=True)
     ]
-
-
-def _ladder(runs: Iterable[Run]) -> Path | None:
-    """The directory of the ladder that all the runs are of."""
-    homes = {run.path.resolve().parent.parent for run in runs}
-    return next((home for home in homes if len(homes) == 1 and (home / "ladder.toml").is_file()), None)
-
-
-def _title_of(ladder: Path) -> str:
-    try:
-        found = read_toml(ladder)[0].get("title")
-    except UserError:
-        return ""
-    return found if isinstance(found, str) else ""
 
 
 def _by_key(keys: Sequence[Hashable], runs: Sequence[Run]) -> dict[Hashable, list[Run]]:
@@ -183,8 +169,8 @@ def title(groups: Sequence[Group]) -> str:
     names = list(run_names(groups).values())
     if len(names) == 1:
         return names[0]
-    if (ladder := _ladder(run for group in groups for run in group.runs)) and (given := _title_of(ladder / "ladder.toml")):
-        return cut(visible(given), LONGEST_TITLE)
+    if (ladder := ladder_of(run for group in groups for run in group.runs)) and ladder.title:
+        return cut(visible(ladder.title), LONGEST_TITLE)
     joined = " · ".join(group.name for group in groups)
     return joined if len(joined) <= LONGEST_TITLE else f"{joined[:LONGEST_TITLE].rsplit(' · ', 1)[0]} · … ({len(groups)})"
 
