@@ -207,7 +207,7 @@ def test_report_says_which_is_better_and_what_would_decide_the_rest(tmp_path: Pa
     assert "better  dapo against grpo: Held-out pass@1 89.9% against 79.8%, a difference of +10.1 points" in output
     assert "worse  dapo against grpo" in output  # twice the completions in each step: more until the score was reached
     assert "open  gspo against grpo" in output and "worse  gspo against dapo" in output
-    assert "of each setting instead of 4 would show it with a probability of 80 %" in output
+    assert "of each setting instead of 4 would show it with a probability of 80%" in output
     shapes = comparisons(grouped(map(open_run, [*grpo, *dapo, *gspo])))
     assert [item["measure"] for item in shapes[:3]] == ["score", "completions", "seconds"]
     ends = [shapes[0]["low"], shapes[0]["middle"], shapes[0]["high"]]
