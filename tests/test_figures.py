@@ -100,7 +100,7 @@ def test_two_seeds_have_a_line_each_and_a_note() -> None:
         (1, False, True), (1, False, True), (3, True, False),
     ]  # fmt: skip
     (about,) = figure["about"]
-    assert about["settings"] == [figure["lines"][0]["setting"]] and about["text"]["en"].startswith("Two seeds are too few")
+    assert about["settings"] == [figure["lines"][0]["setting"]] and about["text"]["en"].startswith("Fewer than three seeds")
     assert drawn(two[0])["entropy"]["about"] == [] and drawn(*three)["entropy"]["about"] == []
     stopped = [*three[:2], made("three2", 2, metrics, seed=2, rate=1e-3)]
     figure = drawn(*stopped)["entropy"]
@@ -123,7 +123,7 @@ def test_a_single_runs_evaluations_have_their_own_interval() -> None:
     """60 % of 100 problems, z² = 3.84: (60 + 1.92) / 103.84 = 0.5963, ± 1.96 √(100 · 0.6 · 0.4 + 0.96) / 103.84 = 0.0943."""
     one = made("a", 4, {}, scores={0: 0.6, 4: 0.7, 5: 0.0})
     figure = drawn(one)["accuracy"]
-    assert figure["band"]["en"] == "95 % interval of each evaluation by itself, from its 100 problems"
+    assert figure["band"]["en"] == "95% interval of each evaluation by itself, from its 100 problems"
     (line,) = figure["lines"]
     assert line["low"] and line["high"] and line["low"][0] == pytest.approx(0.5020, abs=1e-4) and line["low"][2] == 0.0
     others = [made(f"b{k}", 4, {}, seed=k, rate=1e-3, scores={0: 0.6, 4: 0.7 + k / 10}) for k in range(3)]
@@ -308,7 +308,7 @@ def test_every_kind_of_figure_has_a_picture() -> None:
     assert {"accuracy", "accuracy-rollouts", "accuracy-time", "entropy", "clip-by-probability", "spread-length"} <= found.keys()
     assert "groups" not in found  # constant
     said = found["entropy"].to_dict()["title"]["subtitle"]
-    assert said == ["Bands: 95 % interval of the mean over 3 seeds."]
+    assert said == ["Bands: 95% interval of the mean over 3 seeds."]
 
 
 def test_figures_of_a_heading_are_together() -> None:

@@ -303,6 +303,39 @@ def test_two_evaluations_side_by_side(browser: Any, page_path: Path) -> None:
 
 
 @needs_browser
+def test_runs_without_common_prompts_are_compared_on_held_out_problems(browser: Any, run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    for file in (other / "tokens").iterdir():
+        table = pq.read_table(file)
+        prompts = pa.array([f"Work out {prompt}" for prompt in table["prompt"].to_pylist()]).dictionary_encode()
+        pq.write_table(table.set_column(table.column_names.index("prompt"), "prompt", prompts), file)
+    write_page([open_run(run), open_run(other)], tmp_path / "report.html")
+    page, wrong = reading(browser, tmp_path / "report.html", viewport={"width": 1024, "height": 900}, locale="en-GB")
+    assert page.locator("#completions .group").count() == 3, "further prompts are asked for"
+    folded = page.locator("#completions .facts b").first
+    assert folded.inner_text().endswith("× the same") and int(folded.inner_text().split()[0]) > 1
+    page.click("[data-key=compare]")
+    page.wait_for_function("document.querySelector('[data-key=source1]')?.value === 'held_out'")
+    page.wait_for_selector("[data-key=changed]")
+    assert page.locator("[data-key=source0]").input_value() == "held_out"
+    assert page.locator("#completions .group").first.locator(".side").count() == 2
+    for side in (0, 1):
+        page.select_option(f"[data-key=source{side}]", "tokens")
+    page.locator("#completions [role=status]").get_by_text("no prompt in common").wait_for()
+    groups = page.locator("#completions .group").all()
+    assert [group.locator(".side").count() for group in groups] == [1, 1, 1] and not page.locator("[data-key=changed]").count()
+    assert {group.locator(".side-name").inner_text()[0] for group in groups} == {"A", "B"}
+    page.locator(".tokens").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_selector("#token-tip:visible")
+    page.evaluate("scrollTo(0, 0)")
+    page.wait_for_selector("#token-tip", state="hidden")
+    assert wrong == []
+    page.close()
+
+
+@needs_browser
 def test_hostile_and_long_texts(browser: Any, run: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
     shutil.copytree(run, path)

@@ -12,6 +12,7 @@ import pytest
 
 import groupwise
 from groupwise.config import Recipe, dump
+from groupwise.evidence.comparing import contrasts
 from groupwise.evidence.document import LONGEST_RECIPE, document
 from groupwise.evidence.headline import duration
 from groupwise.evidence.naming import differences, grouped, run_names, title
@@ -73,7 +74,9 @@ def test_settings_are_called_by_what_tells_them_apart(tmp_path: Path) -> None:
     assert "algorithm.dynamic_sampling" in keys, "what an algorithm's name stands for"
     assert list(run_names(groups).values())[2:] == ["c · dapo, learning_rate 1e-05", "d · grpo"]
     groups = grouped([dapo, made(tmp_path / "e", model__system_prompt="Think. " * 30)])
-    assert [group.name for group in groups] == ["dapo 1", "dapo 2"] and title(groups) == "dapo 1 · dapo 2"
+    assert [group.name for group in groups] == ["a · dapo", "e · dapo"] and title(groups) == "a · dapo | e · dapo"
+    assert list(run_names(groups).values()) == ["a · dapo", "e · dapo"]
+    assert [group.name for group in grouped([dapo, again, *groups[1].runs])] == ["dapo 1", "e · dapo"]
     assert grouped([dapo])[0].id == grouped(rates)[0].id, "the id of a setting depends on no other run"
 
 
@@ -87,11 +90,22 @@ def test_recipes_of_earlier_versions_are_no_other_setting(tmp_path: Path) -> Non
 
 def test_runs_of_a_ladder_have_its_title_and_the_names_of_its_rungs(tmp_path: Path) -> None:
     ladder = tmp_path / "ladder"
-    runs = [made(ladder / f"{i}-{name}" / f"seed-{seed}", seed=seed) for i, name in ((1, "one"), (2, "two")) for seed in (0, 1)]
-    (ladder / "ladder.toml").write_text('title = "One or two?"')
+    rungs = ((1, "grpo"), (2, "clip-higher"))
+    runs = [made(ladder / f"{i}-{name}" / f"seed-{seed}", seed=seed) for i, name in rungs for seed in (0, 1)]
+    (ladder / "ladder.toml").write_text('title = "One or two?"\nrungs = [{ name = "GRPO" }, { name = "+ clip-higher" }]')
+    assert [group.name for group in grouped(runs)] == ["dapo"], "a ladder has a plan"
+    (ladder / "plan.json").write_text("{}")
     groups = grouped(runs)
-    assert [group.name for group in groups] == ["one", "two"] and title(groups) == "One or two?"
-    assert list(run_names(groups).values()) == ["seed-0 · one", "seed-1 · one", "seed-0 · two", "seed-1 · two"]
+    assert [group.name for group in groups] == ["GRPO", "+ clip-higher"] and title(groups) == "One or two?"
+    assert list(run_names(groups).values())[1:3] == ["seed-1 · GRPO", "seed-0 · + clip-higher"]
+
+
+def test_other_runs_beside_a_ladder_are_not_seeds_of_one_setting(tmp_path: Path) -> None:
+    (tmp_path / "ladder.toml").write_text('rungs = [{ name = "GRPO" }]')
+    (tmp_path / "plan.json").write_text("{}")
+    runs = [made(tmp_path / "runs" / name, algorithm__name=name) for name in ("grpo", "dapo")]
+    assert [group.name for group in grouped(runs)] == ["grpo", "dapo"]
+    assert [(first.name, second.name) for first, second in contrasts(grouped(runs))] == [("grpo", "dapo")]
 
 
 def test_the_score_says_how_sure_it_is(tmp_path: Path) -> None:
@@ -99,19 +113,32 @@ def test_the_score_says_how_sure_it_is(tmp_path: Path) -> None:
     one, two, three = (tile_of(runs[:count], "score") for count in (1, 2, 3))
     assert one["value"]["en"] == "20.0% → 50.0%" and "one evaluation (100 problems)" in one["detail"]["en"]
     assert two["value"]["en"] == "20.0% → 55.0%" and "2 seeds (50.0% · 60.0%): too few" in two["detail"]["en"]
-    assert (
-        three["detail"]["en"].startswith("±\N{NO-BREAK SPACE}24.8%") and "over 3 seeds" in three["detail"]["en"]
-    )  # 4.30 × 0.1 / √3
+    detail = three["detail"]["en"]  # 4.30 × 0.1 / √3
+    assert detail.startswith("±\N{NO-BREAK SPACE}24.8\N{NO-BREAK SPACE}points") and "over 3 seeds" in detail
     assert "3 个种子" in three["detail"]["zh"]
     other = made(tmp_path / "other", 0.9, learner__learning_rate=1e-5)
     best = tile_of([*runs, other], "score")
     assert best["value"]["en"] == "20.0% → 90.0%" and best["label"]["en"] == "Best held-out pass@1"
     assert "the other setting: 60.0%" in best["detail"]["en"]
     rows = document([*runs, other])["summary"]
-    assert [(row["seeds"], row["after"], row["completions"]) for row in rows] == [
-        (3, "60.0% ± 24.8%", "320"),
-        (1, "90.0%", "320"),
+    assert [(row["runs"], row["after"], row["completions"]) for row in rows] == [
+        (["seed-0", "seed-1", "seed-2"], "60.0% ± 24.8%", "320"),
+        (["other"], "90.0%", "320"),
     ]
+    assert rows[0]["seconds"] == duration(40 * 5.0).as_json()
+    assert tile_of([*runs, other], "time")["value"]["en"] == "3 min 20 s"
+
+
+def test_what_some_runs_of_a_setting_show_is_said_of_them(tmp_path: Path) -> None:
+    scores = [0.1, 0.7, 0.7]
+    several = [made(tmp_path / f"seed-{seed}", score, seed=seed) for seed, score in enumerate(scores)]
+    found = {finding["title"]["en"]: finding["text"] for finding in document(several)["findings"]}
+    learned = found["It learned, in 2 of 3 runs"]
+    assert learned["en"].startswith("seed-1: ") and learned["zh"].startswith("seed-1：")
+    other = made(tmp_path / "other", 0.1, algorithm__name="grpo")
+    health = tile_of([*several, other], "health")["detail"]["en"]
+    title = next(item["title"]["en"] for item in document([*several, other])["findings"] if item["kind"] != "healthy")
+    assert health == f"2 of 2 settings; dapo: {title}" and title.endswith("in 1 of 3 runs")
 
 
 def test_before_and_after_are_of_the_same_runs(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from groupwise.evidence import rules_learning as learning
 from groupwise.evidence import rules_policy as policy
 from groupwise.evidence.finding import EARLY, Finding, say
+from groupwise.evidence.naming import short_names
 from groupwise.evidence.runs import Run
 
 
@@ -22,10 +23,14 @@ def findings(run: Run) -> list[Finding]:
 
 
 def shared_findings(runs: Sequence[Run]) -> list[Finding]:
-    """Findings of runs that differ in their seed only, each title once: the numbers are of the first run that has it, the title says how many do."""
+    """Findings of runs that differ in their seed only, each title once: the numbers are of the first run that has it, which the text
+    names; the title says how many do.
+    """
     found: dict[str, list[Finding]] = {}
-    for run in runs:
+    for run, name in zip(runs, short_names(runs), strict=True):
         for finding in findings(run):
+            if len(runs) > 1:
+                finding = replace(finding, text=say("words.of_run", run=name, text=finding.text))
             found.setdefault(finding.title.en, []).append(finding)
     shown = [items[0] for items in found.values()]
     if len(runs) > 1:

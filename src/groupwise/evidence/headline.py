@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from groupwise.evidence.finding import measure_name, three_digits
-from groupwise.evidence.naming import Group, differences
+from groupwise.evidence.naming import Group, differences, short_names
 from groupwise.evidence.outcomes import by_seed, common_step, ends_of, problems_of, score_at
 from groupwise.evidence.phrases import Phrase, phrase, same
 from groupwise.evidence.runs import SCORE_KEYS, Measure, Run, finite, measure
@@ -17,7 +17,8 @@ from groupwise.evidence.statistics import FEWEST_SEEDS, Interval, interval
 
 SHOWN_SCORES = 4
 """How many seeds' scores a tile lists where they are too few for an interval."""
-UNITS = (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))
+SHOWN_RUNS = 8
+"""How many runs of a setting the table names."""
 REWARDED = (3, 5)
 """Steps at the start and at the end of a run that its rewards are means over, if there are so many."""
 KINDS = ("unhealthy", "watch", "healthy")
@@ -47,16 +48,21 @@ def summary(groups: Sequence[Group]) -> list[SummaryRow]:
         rows.append(
             {
                 "setting": group.id,
+                "runs": _some(short_names(group.runs)),
                 "seeds": len({run.seed for run in group.runs}),
                 "steps": max((run.last_step for run in group.runs), default=0),
                 "before": _with_interval(before, scored),
                 "after": _with_interval(after, scored),
                 "completions": _number(_mean(completions), ",.0f"),
-                "seconds": _number(_mean(_seconds(group.runs)) or math.nan, ",.0f"),
+                "seconds": duration(seconds).as_json() if (seconds := _mean(_seconds(group.runs))) else "–",
                 "tokens_per_second": _number(_mean(_speeds(group)), ",.0f"),
             }
         )
     return rows
+
+
+def _some(names: Sequence[str]) -> list[str]:
+    return [*names[:SHOWN_RUNS], *([f"… ({len(names)})"] if len(names) > SHOWN_RUNS else [])]
 
 
 def _before(group: Group, scored: Measure) -> list[float]:
@@ -139,7 +145,7 @@ def _sure(group: Group, scores: Sequence[float], scored: Measure, step: int | No
         found = interval(scores)
         if _leaves_range(found, scored):
             return phrase("summary", "score.seeds_range", count=len(scores), range=_range(found.low, found.high, scored))
-        return phrase("summary", "score.seeds", count=len(scores), half=scored.text(interval(scores).half))
+        return phrase("summary", "score.seeds", count=len(scores), half=_half(found.half, scored))
     if len(scores) > 1:
         shown = " · ".join(scored.text(score) for score in scores[:SHOWN_SCORES])
         return phrase("summary", "score.few_seeds", count=len(scores), scores=shown)
@@ -148,6 +154,11 @@ def _sure(group: Group, scores: Sequence[float], scored: Measure, step: int | No
     if problems < 2 or not all(map(math.isfinite, ends)):
         return phrase("summary", "score.no_interval")
     return phrase("summary", "score.problems", range=_range(*ends, scored), problems=f"{problems:,}")
+
+
+def _half(value: float, scored: Measure) -> Phrase:
+    """Half the width of an interval; of a share in percentage points."""
+    return phrase("comparing", "words.points", value=f"{100 * value:.1f}") if scored.percent else same(scored.text(value))
 
 
 def _reward(groups: Sequence[Group]) -> Tile | None:
@@ -180,7 +191,8 @@ def _health(groups: Sequence[Group], findings: Sequence[Finding]) -> Tile:
     first = Phrase(**of_kind[0]["title"])
     ill = len({finding["setting"] for finding in of_kind})
     if len(groups) > 1:
-        detail = phrase("summary", "health.settings", count=ill, all=len(groups), first=first)
+        setting = next(group.name for group in groups if group.id == of_kind[0]["setting"])
+        detail = phrase("summary", "health.settings", count=ill, all=len(groups), setting=setting, first=first)
     elif len(of_kind) > 1:
         detail = phrase("summary", "health.more", first=first, count=len(of_kind) - 1)
     else:
@@ -227,8 +239,8 @@ def _time(groups: Sequence[Group]) -> Tile | None:
     if not any(seconds):
         return None
     if len(groups) > 1:
-        unit, size = next((unit, size) for unit, size in UNITS if max(seconds) >= 2 * size or size == 1)
-        value = phrase("summary", f"unit.{unit}", value=_spread([value / size for value in seconds], three_digits))
+        low, high = duration(min(seconds)), duration(max(seconds))
+        value = low if low == high else phrase("summary", "time.range", low=low, high=high)
         return _tile("time", label, value, phrase("summary", "time.settings", count=len(groups)))
     runs = groups[0].runs
     steps = sum(len(run.steps) for run in runs)

@@ -120,7 +120,7 @@ def _end(item: Compared, value: float) -> str:
     if item.outcomes.measure != "score":
         return _ratio(value)
     shown = f"{100 * value:+.1f}" if item.scored.percent else f"{value:+.3g}"
-    return shown.replace("-", "−")
+    return shown.replace("-", "−") if shown.strip("+-0.") else shown.lstrip("+-")
 
 
 def _ratio(log: float) -> str:
