@@ -257,8 +257,8 @@ def test_the_tooltip_stays_in_the_window(browser: Any, written: Path) -> None:
 
 def test_growing_data_keeps_zoom_hidden_lines_and_what_is_pointed_at(browser: Any, written: Path) -> None:
     page = shown(browser, written / "one.html")
-    box = area(page, "rewards").bounding_box()
     page.locator("#figure-rewards .keys button.key").first.click()
+    box = area(page, "rewards").bounding_box()
     page.mouse.move(box["x"] + 100, box["y"] + 60)
     page.mouse.down()
     page.mouse.move(box["x"] + 200, box["y"] + 60)
