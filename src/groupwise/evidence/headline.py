@@ -19,6 +19,8 @@ SHOWN_SCORES = 4
 """How many seeds' scores a tile lists where they are too few for an interval."""
 SHOWN_RUNS = 8
 """How many runs of a setting the table names."""
+TO = "\N{NO-BREAK SPACE}–\N{WORD JOINER}\N{NO-BREAK SPACE}"
+"""Between the ends of an interval, which stays on one line: a line may be broken after a dash, even before a no-break space."""
 REWARDED = (3, 5)
 """Steps at the start and at the end of a run that its rewards are means over, if there are so many."""
 KINDS: tuple[Kind, ...] = ("unhealthy", "watch", "healthy")
@@ -100,7 +102,7 @@ def _leaves_range(found: Interval, scored: Measure) -> bool:
 def _range(low: float, high: float, scored: Measure) -> str:
     if scored.percent:
         low, high = max(low, 0.0), min(high, 1.0)
-    return f"{scored.text(low)}\N{NO-BREAK SPACE}–\N{NO-BREAK SPACE}{scored.text(high)}"
+    return f"{scored.text(low)}{TO}{scored.text(high)}"
 
 
 def _score(groups: Sequence[Group], scored: Measure) -> Tile | None:
@@ -297,7 +299,7 @@ def _mean(values: Sequence[float]) -> float:
 def _spread(values: Sequence[float], text: Callable[[float], str]) -> str:
     """The lowest and the highest, as text; one where they read the same."""
     low, high = text(min(values)), text(max(values))
-    return low if low == high else f"{low}\N{NO-BREAK SPACE}–\N{NO-BREAK SPACE}{high}"
+    return low if low == high else f"{low}\N{NO-BREAK SPACE}– {high}"
 
 
 def _number(value: float, form: str) -> str:
