@@ -19,8 +19,8 @@ SHOWN_SCORES = 4
 """How many seeds' scores a tile lists where they are too few for an interval."""
 SHOWN_RUNS = 8
 """How many runs of a setting the table names."""
-TO = "\N{NO-BREAK SPACE}–\N{WORD JOINER}\N{NO-BREAK SPACE}"
-"""Between the ends of an interval, which stays on one line: a line may be broken after a dash, even before a no-break space."""
+TO = "\N{NO-BREAK SPACE}– "
+"""Between the ends of a range. A line may be broken after a dash, even before a no-break space, which would indent the next."""
 REWARDED = (3, 5)
 """Steps at the start and at the end of a run that its rewards are means over, if there are so many."""
 KINDS: tuple[Kind, ...] = ("unhealthy", "watch", "healthy")
@@ -299,7 +299,7 @@ def _mean(values: Sequence[float]) -> float:
 def _spread(values: Sequence[float], text: Callable[[float], str]) -> str:
     """The lowest and the highest, as text; one where they read the same."""
     low, high = text(min(values)), text(max(values))
-    return low if low == high else f"{low}\N{NO-BREAK SPACE}– {high}"
+    return low if low == high else f"{low}{TO}{high}"
 
 
 def _number(value: float, form: str) -> str:
