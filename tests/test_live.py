@@ -109,6 +109,7 @@ def test_other_pages_change_and_read_nothing(port: int, home: Path) -> None:
     assert post("runs/remove", "no-such-run", origin=here, sec_fetch_site="same-origin") == 400
     assert post("runs/remove", "no-such-run", origin="http://evil.example") == 403
     assert post("runs/remove", "no-such-run", origin="null") == 403
+    assert post("runs/remove", "no-such-run", origin="http://[") == 403
     assert post("runs/remove", "no-such-run", sec_fetch_site="cross-site", sec_fetch_mode="navigate") == 403
     assert asked(port, f"/{TOKEN}/follow", sec_fetch_site="cross-site", sec_fetch_mode="no-cors").status == 403
     assert asked(port, f"/{TOKEN}/", sec_fetch_site="cross-site", sec_fetch_mode="navigate").status == 200  # a link
@@ -118,7 +119,7 @@ def test_nothing_but_runs_is_read(port: int, home: Path) -> None:
     (home / "secret").mkdir()
     (home / "secret" / "recipe.toml").write_text("password = 1")
     (home / "secret" / "step-000001.jsonl").write_text("{}")
-    for path in (home / "secret", Path("/etc/passwd"), Path("\0"), Path("x" * 5000), Path("~nobody-here/x")):
+    for path in (home / "secret", Path("/etc/passwd"), Path("\0"), Path("x" * 5000), Path("x" * 300), Path("~nobody-here/x")):
         answer = asked(port, f"/{TOKEN}/runs/add", method="POST", body=str(path))
         text = answer.read().decode()
         assert answer.status == 400 and "password" not in text and set(json.loads(text)) == {"error"}, path
