@@ -320,6 +320,10 @@ def test_paths_that_cannot_be_looked_at_hide_no_others(tmp_path: Path, monkeypat
             raise PermissionError(13, "Permission denied", str(path))
         return look(path, **arguments)
 
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    following = Following([tmp_path / "circle", tmp_path])
+    following.look()
+    assert [one.path.name for one in following] == ["circle", "a"]
     monkeypatch.setattr(Path, "stat", refused)
     assert runs_in(tmp_path) == expanded([tmp_path]) == [tmp_path / "a"]
     assert runs_in(tmp_path / ("x" * 300)) == []

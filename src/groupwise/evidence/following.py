@@ -131,7 +131,7 @@ class Following:
         gone: dict[Path, Path] = {}
         known = [(key, one.path) for key, one in self.followed.items() if one.run is not None]
         for place in self.places:
-            inside, at = {path.resolve(): path for path in runs_in(place)}, place.resolve()
+            inside, at = {resolved(path): path for path in runs_in(place)}, resolved(place)
             lost = {key: path for key, path in known if key not in inside and key.is_relative_to(at)}
             wanted |= inside or ({} if lost else {at: place})
             gone |= lost
@@ -159,12 +159,12 @@ class Following:
     def add(self, path: Path, found: Sequence[Path]) -> None:
         """Follow a path too. `found`: the runs there, of `addable`."""
         self.left_out = self.left_out - set(found)
-        if path.resolve() not in {place.resolve() for place in self.places}:
+        if resolved(path) not in {resolved(place) for place in self.places}:
             self.places.append(path)
 
     def remove(self, key: Path) -> None:
         """Follow a run no longer. `key`: its resolved path."""
-        self.places = [place for place in self.places if place.resolve() != key]
+        self.places = [place for place in self.places if resolved(place) != key]
         self.left_out = self.left_out | {key}  # another thread may be reading it
 
     @property
@@ -182,9 +182,17 @@ def addable(path: Path) -> list[Path]:
     Raises:
         UserError: there are none, or more than a page is for.
     """
-    found = [run.resolve() for run in runs_in(path, MOST_ADDED + 1)]
+    found = [resolved(run) for run in runs_in(path, MOST_ADDED + 1)]
     if len(found) > MOST_ADDED:
         raise UserError(f"{path}: there are more than {MOST_ADDED} runs in it; name a directory below it")
     if not found:
         raise UserError(f"{path}: not a run directory (no recipe.toml with records beside it), and no directory with runs in it")
     return found
+
+
+def resolved(path: Path) -> Path:
+    """Where a path leads; itself where links lead in a circle."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):
+        return path.absolute()

@@ -119,10 +119,7 @@ class Hub:
         if now < self._next_scan:
             return False
         self._next_scan = now + NEW_RUNS
-        try:
-            changed = self.following.look()
-        except (OSError, RuntimeError):  # a loop of links
-            changed = False
+        changed = self.following.look()
         cost = time.thread_time() - started
         if self._next_scan:  # nobody has asked for another look meanwhile
             self._next_scan = now + max(NEW_RUNS, cost / SCANNING)

@@ -17,7 +17,10 @@ async function follow() {
   whenChanged(drawLive);
   drawLive();
   for (;;) {
-    const heard = await stream();
+    const heard = await stream().catch((error) => {
+      console.error(error);
+      return false;
+    });
     pause = heard ? 500 : Math.min(2 * pause, 5000);
     connection.control = null;
     if (["live", "reading", "connecting"].includes(connection.state)) connection.state = "lost";
