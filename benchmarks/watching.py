@@ -37,7 +37,8 @@ OBSERVER = """() => {
 
 
 def start(*arguments: object) -> "subprocess.Popen[bytes]":
-    environment = {**os.environ, "GROUPWISE_WATCH_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "GROUPWISE_WATCH_TOKEN": TOKEN}
+    environment.pop("OMP_NUM_THREADS", None)  # as a user starts it
     command = [sys.executable, "-m", "groupwise", *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

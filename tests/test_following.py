@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from groupwise.errors import UserError
 from groupwise.evidence.document import document
-from groupwise.evidence.following import Followed, Following
-from groupwise.evidence.live.hub import Hub
+from groupwise.evidence.following import Followed, Following, addable
+from groupwise.evidence.live.hub import Hub, wait_after
 from groupwise.evidence.live.patches import patches
 from groupwise.evidence.places import expanded, runs_in
 from groupwise.evidence.runs import Run, open_run
@@ -147,12 +147,12 @@ def test_new_runs_appear_and_removed_ones_stay_away(tmp_path: Path) -> None:
     following.remove((tmp_path / "runs" / "a").resolve())
     assert following.look() and not following.look()
     assert [one.path.name for one in following] == ["seed-0", "seed-2", "seed-10", "later"]
-    following.add(tmp_path / "runs" / "a")
+    following.add(tmp_path / "runs" / "a", addable(tmp_path / "runs" / "a"))
     following.look()
     assert "a" in [one.path.name for one in following]
     for nothing in (tmp_path / "nothing", tmp_path / "runs" / "a" / "rollouts"):
         with pytest.raises(UserError, match="not a run directory"):
-            following.add(nothing)
+            addable(nothing)
 
 
 def test_a_path_means_its_runs(tmp_path: Path) -> None:
@@ -255,3 +255,139 @@ def test_a_page_that_was_away_gets_what_it_lacks(tmp_path: Path) -> None:
         assert hub.watchers == 0
 
     asyncio.run(follow())
+
+
+def test_one_dear_look_delays_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a run that is added, nor what takes long once; and whatever looking costs, the next look is soon."""
+    written, spent = WrittenRun(tmp_path / "run"), [0.0]
+    written.step()
+
+    def make(runs: Sequence[Run]) -> Document:
+        end = time.thread_time() + spent[0]
+        while time.thread_time() < end:
+            pass
+        return document(runs)
+
+    async def follow() -> None:
+        hub = Hub(Following([tmp_path / "run"]), make)
+        for _ in range(4):
+            await hub.refresh()
+            written.step()
+        usual, spent[0] = hub.interval, 0.3
+        await hub.refresh()
+        assert hub.interval == usual == 0.5
+        spent[0] = 0.0
+        WrittenRun(tmp_path / "other").step()
+        assert await hub.add(tmp_path / "other") == {"found": 1}
+        seen = hub.version
+        await hub.refresh()
+        lines = [json.loads(line) for line in hub._news(seen)]
+        assert [line["patch"]["extra"]["reading"] for line in lines] == [1, 0]
+        assert hub.interval == usual and wait_after(1000.0) == 5.0
+
+    asyncio.run(follow())
+
+
+def test_runs_keep_their_places_when_one_goes(tmp_path: Path) -> None:
+    for name in "abc":
+        WrittenRun(tmp_path / "runs" / name).step()
+    following = Following([tmp_path / "runs"])
+    following.look()
+    following.poll()
+    shutil.rmtree(tmp_path / "runs" / "b")
+    assert not following.look()
+    WrittenRun(tmp_path / "runs" / "d").step()
+    assert following.look()
+    assert [one.path.name for one in following] == ["a", "b", "c", "d"]
+
+
+def test_a_directory_whose_runs_are_followed_is_followed_when_it_is_added(tmp_path: Path) -> None:
+    WrittenRun(tmp_path / "runs" / "a").step()
+    following = Following([tmp_path / "runs" / "a"])
+    following.look()
+    following.add(tmp_path / "runs", addable(tmp_path / "runs"))
+    WrittenRun(tmp_path / "runs" / "b").step()
+    assert following.look() and [one.path.name for one in following] == ["a", "b"]
+
+
+def test_paths_that_cannot_be_looked_at_hide_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    WrittenRun(tmp_path / "a").step()
+    (tmp_path / "locked").mkdir()
+    look = Path.stat
+
+    def refused(path: Path, **arguments: Any) -> os.stat_result:
+        if "locked" in path.parts[-2:]:
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path, **arguments)
+
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    following = Following([tmp_path / "circle", tmp_path])
+    following.look()
+    assert [one.path.name for one in following] == ["circle", "a"]
+    monkeypatch.setattr(Path, "stat", refused)
+    assert runs_in(tmp_path) == expanded([tmp_path]) == [tmp_path / "a"]
+    assert runs_in(tmp_path / ("x" * 300)) == []
+
+
+def test_more_runs_than_a_page_is_for_are_not_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("groupwise.evidence.following.MOST_ADDED", 2)
+    for name in "abc":
+        WrittenRun(tmp_path / "runs" / name)
+    with pytest.raises(UserError, match="more than 2 runs"):
+        addable(tmp_path / "runs")
+
+
+def test_why_there_is_no_run_is_said_once(tmp_path: Path) -> None:
+    followed = Followed(tmp_path / "run")
+    assert not followed.poll() and followed.waits == "absent"
+    (tmp_path / "run").mkdir()
+    assert followed.poll() and (followed.waits, followed.reason) == ("empty", "")
+    (tmp_path / "run" / "recipe.toml").write_text("seed = 1")
+    assert followed.poll() and followed.waits == "unreadable" and "metrics.jsonl" in followed.reason
+    os.mkfifo(tmp_path / "run" / "metrics.jsonl")
+    assert followed.poll() and "is not a file" in followed.reason
+    os.mkfifo(tmp_path / "lines")
+    tail = Tail(tmp_path / "lines")
+    assert not tail.read(lambda *_: None, lambda: None) and tail.problem == "is not a file"
+
+
+def test_a_last_line_without_its_end_counts_as_in_a_report(tmp_path: Path) -> None:
+    written, followed = WrittenRun(tmp_path / "run"), Followed(tmp_path / "run")
+    written.step()
+    written.step()
+    path = written.path / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    followed.poll()
+    same(followed.run, open_run(tmp_path / "run"))
+    assert followed.run is not None and followed.run.last_step == 2
+    path.write_bytes(whole)
+    followed.poll()
+    written.step()
+    with path.open("ab") as file:
+        file.write(b"[]\n")
+    assert followed.poll()
+    same(followed.run, open_run(tmp_path / "run"))
+
+
+def test_a_run_whose_pace_is_not_known_is_not_called_silent(tmp_path: Path) -> None:
+    """Before its first step, and while it evaluates for the first time."""
+    written = WrittenRun(tmp_path / "run")
+    lock = written.path / ".lock"
+    written.evaluate()
+
+    def state(owner: str) -> str:
+        lock.write_text(owner)
+        os.utime(lock, (1e9, 1e9))
+        return status(open_run(written.path), time.time() + 3000)["state"]
+
+    here, elsewhere = f"pid {os.getpid()} on {socket.gethostname()}\n", "pid 7 on another-machine\n"
+    assert state(here) == state(elsewhere) == "training"
+    for _ in range(3):
+        written.step()
+    assert state(here) == state(elsewhere) == "silent"
+    for _ in range(2):
+        written.step()
+    assert state(here) == "training"  # an evaluation comes after step 5
+    written.evaluate()
+    assert state(here) == "silent"

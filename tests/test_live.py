@@ -109,6 +109,7 @@ def test_other_pages_change_and_read_nothing(port: int, home: Path) -> None:
     assert post("runs/remove", "no-such-run", origin=here, sec_fetch_site="same-origin") == 400
     assert post("runs/remove", "no-such-run", origin="http://evil.example") == 403
     assert post("runs/remove", "no-such-run", origin="null") == 403
+    assert post("runs/remove", "no-such-run", origin="http://[") == 403
     assert post("runs/remove", "no-such-run", sec_fetch_site="cross-site", sec_fetch_mode="navigate") == 403
     assert asked(port, f"/{TOKEN}/follow", sec_fetch_site="cross-site", sec_fetch_mode="no-cors").status == 403
     assert asked(port, f"/{TOKEN}/", sec_fetch_site="cross-site", sec_fetch_mode="navigate").status == 200  # a link
@@ -118,7 +119,7 @@ def test_nothing_but_runs_is_read(port: int, home: Path) -> None:
     (home / "secret").mkdir()
     (home / "secret" / "recipe.toml").write_text("password = 1")
     (home / "secret" / "step-000001.jsonl").write_text("{}")
-    for path in (home / "secret", Path("/etc/passwd"), Path("\0"), Path("x" * 5000), Path("~nobody-here/x")):
+    for path in (home / "secret", Path("/etc/passwd"), Path("\0"), Path("x" * 5000), Path("x" * 300), Path("~nobody-here/x")):
         answer = asked(port, f"/{TOKEN}/runs/add", method="POST", body=str(path))
         text = answer.read().decode()
         assert answer.status == 400 and "password" not in text and set(json.loads(text)) == {"error"}, path
@@ -129,6 +130,16 @@ def test_nothing_but_runs_is_read(port: int, home: Path) -> None:
 
 
 # --- in a browser
+
+FAILS_ONCE = """() => {
+  const parse = JSON.parse;
+  JSON.parse = (line) => {
+    if (!line.startsWith('{"version"')) return parse(line);
+    JSON.parse = parse;
+    throw new Error("made");
+  };
+}"""
+"""The next change cannot be taken in."""
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +234,7 @@ def test_runs_are_added_and_removed_by_keyboard(browser: Any, port: int, home: P
     def add(path: object) -> str:
         page.fill("#add-path", str(path))
         page.press("#add-path", "Enter")
-        eventually(lambda: page.evaluate("document.querySelector('.add + p').textContent"))
+        eventually(lambda: not page.inner_text(".add + p").startswith("正在查找"))
         text: str = page.inner_text(".add + p")
         return text
 
@@ -237,6 +248,49 @@ def test_runs_are_added_and_removed_by_keyboard(browser: Any, port: int, home: P
     assert page.evaluate("document.activeElement.id") == "add-path"
     assert [error for error in wrong if "400" not in error] == []  # Chromium notes each answer of that kind
     page.context.close()
+
+
+@needs_browser
+def test_completions_that_a_resume_undid_are_read_anew_and_those_of_a_run_that_goes_stay(browser: Any, tmp_path: Path) -> None:
+    """And a part that cannot be drawn, or a change that cannot be taken in, stops nothing; no run leaves nothing of it."""
+    port, written = free_port(), WrittenRun(tmp_path / "run")
+    written.step()
+    written.step()
+    with watching(tmp_path / "run", "--port", str(port)):
+        page, wrong = opened(browser, port)
+        page.locator("#completions").scroll_into_view_if_needed()
+
+        def reads(words: str) -> Callable[[], bool]:
+            return lambda: words in page.inner_text("#completions")
+
+        eventually(reads("2 in step 2"))
+        written = WrittenRun(tmp_path / "run", resume_at=1)
+        written.added = " once more"
+        written.step()
+        eventually(reads("2 in step 2 once more"))
+        (tmp_path / "run").rename(tmp_path / "away")
+        eventually(lambda: "cannot be read any more" in page.inner_text("#live"))
+        assert reads("2 in step 2 once more")()
+        (tmp_path / "away").rename(tmp_path / "run")
+        assert not wrong
+        page.evaluate(FAILS_ONCE)
+        written.step()
+        eventually(shows(page, "3 of 20"))
+        assert any("made" in text for text in wrong)
+        page.click(".followed button")
+        eventually(lambda: "No run is followed" in page.inner_text("#live"))
+        assert not page.is_visible("#completions") and "0 runs" not in page.inner_text("#header")
+    page.context.close()
+
+
+def test_connections_that_ask_for_nothing_do_not_shut_the_page_out(port: int) -> None:
+    idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(120)]
+    try:
+        assert asked(port, f"/{TOKEN}/").status == 200
+    finally:
+        for connection in idle:
+            connection.close()
+    assert asked(port, f"/{TOKEN}/follow?since=x-{'9' * 5000}").status == 200
 
 
 @needs_browser

@@ -33,6 +33,8 @@ class WrittenRun:
         self.metrics, self.events = MetricsFile(path / "metrics.jsonl"), EventsFile(path / "events.jsonl")
         segments = [Segment(segment=0, first_step=1, recipe=tree)]
         self.last = 0
+        self.added = ""
+        """What its completions say besides."""
         if resume_at is not None:
             self.metrics.rewind(resume_at, [])
             segments.append(Segment(segment=1, first_step=resume_at + 1, recipe=tree))
@@ -46,7 +48,13 @@ class WrittenRun:
         wave = math.sin(self.last / 7) + 0.1 * self.random.random()
         values = {"reward/mean": 0.5 + 0.1 * wave, "entropy": 0.4 + 0.1 * wave, "clip_fraction": 0.01, "loss": wave}
         values |= {"seconds/rollouts": 0.5 + self.random.random(), "seconds/learner": 0.5, "rollouts/completions": 64.0}
-        said = {"prompt": "1+1=", "answer": "2", "completion": f"2 in step {self.last}", "reward": 1.0, "correct": True}
+        said = {
+            "prompt": "1+1=",
+            "answer": "2",
+            "completion": f"2 in step {self.last}{self.added}",
+            "reward": 1.0,
+            "correct": True,
+        }
         lines = [
             json.dumps({"rank": rank, **said, "stop": "stop", "tokens": 2, "turns": []}) + "\n" for rank in ("best", "worst")
         ]

@@ -1,9 +1,12 @@
 """Follow run directories as they are written, kill and resume included, by reading what is new in them. They may be on another
 machine's disk: nothing but reads, and no notices of the file system, which shared disks do not send."""
 
+import os
+import stat
 from bisect import insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 from groupwise.errors import UserError
 from groupwise.evidence.history import Noted, event_of
@@ -12,6 +15,14 @@ from groupwise.evidence.reading import LeftOut, parsed
 from groupwise.evidence.records import Metrics
 from groupwise.evidence.runs import Run, assembled, check_run
 from groupwise.evidence.tail import Tail
+
+MOST_ADDED = 200
+"""Runs that one path may add: more are rarely meant, and reading them takes minutes."""
+READ = ("recipe.toml", "segments.jsonl", "metrics.jsonl", "events.jsonl")
+
+
+Waits = Literal["absent", "empty", "unreadable"]
+"""No directory, nothing of a run in it, or something that is wrong."""
 
 
 class Followed:
@@ -22,7 +33,13 @@ class Followed:
         self.run: Run | None = None
         """As it was read last; it stays when its directory goes."""
         self.reason = ""
-        """Why it cannot be read; empty: its directory is not there yet."""
+        """Why it cannot be read; empty: there is no run yet."""
+        self.waits: Waits = "absent"
+        """Why there is no run."""
+        self.seen = False
+        """Whether it was looked at."""
+        self.anew = False
+        """Whether it was read from its beginning when it was looked at last, which takes longer than usual."""
         self._metrics, self._events = Metrics(), list[Noted]()
         self._of_metrics, self._of_events = LeftOut(), LeftOut()
         self._metrics_file, self._events_file = Tail(path / "metrics.jsonl"), Tail(path / "events.jsonl")
@@ -31,14 +48,18 @@ class Followed:
 
     def poll(self) -> bool:
         """Read what is new; returns whether anything is."""
+        self.seen, self.anew = True, self.run is None
         try:
             if not self.path.is_dir():
-                return self._refused("")
+                return self._refused("absent")
+            if self.run is None and not any(os.path.lexists(self.path / name) for name in READ):
+                return self._refused("empty")
+            self._check_files()
             if self.run is None:
                 check_run(self.path)
             grown = self._metrics_file.read(self._take_metrics, self._forget_metrics)
             noted = self._events_file.read(self._take_event, self._forget_events)
-            settings = tuple(_signature(self.path / name) for name in ("recipe.toml", "segments.jsonl"))
+            settings = tuple(_signature(self.path / name) for name in READ[:2])
             if self.run is not None and not grown and not noted and settings == self._settings:
                 return False
             left_out = LeftOut()
@@ -49,11 +70,18 @@ class Followed:
             self.run, self.reason = assembled(self.path, self._metrics, list(self._events), left_out), ""
             self._settings = settings
         except (UserError, OSError) as error:
-            return self._refused(str(error).removeprefix(f"{self.path}: "))
+            return self._refused("unreadable", str(error).removeprefix(f"{self.path}: "))
         return True
 
-    def _refused(self, reason: str) -> bool:
-        changed, self.reason = self.run is None and reason != self.reason, reason
+    def _check_files(self) -> None:
+        for name in READ:
+            found = _stat(self.path / name)
+            if found is not None and not stat.S_ISREG(found.st_mode):  # a named pipe would be waited for
+                raise UserError(f"{self.path}: {name} is not a file")
+
+    def _refused(self, waits: Waits, reason: str = "") -> bool:
+        changed = self.run is None and (waits, reason) != (self.waits, self.reason)
+        self.waits, self.reason = waits, reason
         return changed
 
     def _take_metrics(self, number: int, line: bytes) -> None:
@@ -61,6 +89,7 @@ class Followed:
             self._metrics.add(found, self._of_metrics, line=number)
 
     def _forget_metrics(self) -> None:
+        self.anew = True
         self._metrics, self._of_metrics = Metrics(), LeftOut()
 
     def _take_event(self, number: int, line: bytes) -> None:
@@ -74,12 +103,16 @@ class Followed:
         self._events, self._of_events = [], LeftOut()
 
 
-def _signature(path: Path) -> tuple[int, ...] | None:
+def _stat(path: Path) -> os.stat_result | None:
     try:
-        found = path.stat()
+        return path.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _signature(path: Path) -> tuple[int, ...] | None:
+    found = _stat(path)
+    return (found.st_ino, found.st_size, found.st_mtime_ns) if found is not None else None
 
 
 class Following:
@@ -94,40 +127,45 @@ class Following:
 
     def look(self) -> bool:
         """Look for runs in the places; returns whether there are others than before. A run whose directory has gone stays."""
-        known = [(key, one) for key, one in self.followed.items() if one.run is not None]
         wanted: dict[Path, Path] = {}
+        gone: dict[Path, Path] = {}
+        known = [(key, one.path) for key, one in self.followed.items() if one.run is not None]
         for place in self.places:
-            inside = {path.resolve(): path for path in runs_in(place)}
-            inside |= {key: one.path for key, one in known if key not in inside and key.is_relative_to(place.resolve())}
-            wanted |= inside or {place.resolve(): place}
-        kept = {key: self.followed.get(key) or Followed(path) for key, path in wanted.items() if key not in self.left_out}
+            inside, at = {resolved(path): path for path in runs_in(place)}, resolved(place)
+            lost = {key: path for key, path in known if key not in inside and key.is_relative_to(at)}
+            wanted |= inside or ({} if lost else {at: place})
+            gone |= lost
+        kept = {
+            key: self.followed.get(key) or Followed(path)
+            for key, path in self._in_place(wanted, gone).items()
+            if key not in self.left_out
+        }
         changed = kept.keys() != self.followed.keys()
         self.followed = kept
         return changed
+
+    def _in_place(self, wanted: dict[Path, Path], gone: dict[Path, Path]) -> dict[Path, Path]:
+        """Both, those that have gone where they were: the order gives runs their colours."""
+        before, order = list(self.followed), list(wanted)
+        for key in (key for key in before if key in gone and key not in wanted):
+            earlier = [other for other in before[: before.index(key)] if other in order]
+            order.insert(order.index(earlier[-1]) + 1 if earlier else 0, key)
+        return {key: wanted.get(key) or gone[key] for key in order}
 
     def poll(self) -> bool:
         """Read what is new in the runs; returns whether anything is."""
         return sum(one.poll() for one in self.followed.values()) > 0  # each is to be read
 
-    def add(self, path: Path) -> None:
-        """Follow a path too.
-
-        Raises:
-            UserError: there is no run at it.
-        """
-        found = [run.resolve() for run in runs_in(path)]
-        if not found:
-            raise UserError(
-                f"{path}: not a run directory (no recipe.toml with records beside it), and no directory with runs in it"
-            )
-        self.left_out -= set(found)
-        if not all(run in self.followed for run in found):
+    def add(self, path: Path, found: Sequence[Path]) -> None:
+        """Follow a path too. `found`: the runs there, of `addable`."""
+        self.left_out = self.left_out - set(found)
+        if resolved(path) not in {resolved(place) for place in self.places}:
             self.places.append(path)
 
     def remove(self, key: Path) -> None:
         """Follow a run no longer. `key`: its resolved path."""
-        self.places = [place for place in self.places if place.resolve() != key]
-        self.left_out.add(key)
+        self.places = [place for place in self.places if resolved(place) != key]
+        self.left_out = self.left_out | {key}  # another thread may be reading it
 
     @property
     def runs(self) -> list[Run]:
@@ -136,3 +174,25 @@ class Following:
 
     def __iter__(self) -> Iterator[Followed]:
         return iter(self.followed.values())
+
+
+def addable(path: Path) -> list[Path]:
+    """The runs at a path, resolved.
+
+    Raises:
+        UserError: there are none, or more than a page is for.
+    """
+    found = [resolved(run) for run in runs_in(path, MOST_ADDED + 1)]
+    if len(found) > MOST_ADDED:
+        raise UserError(f"{path}: there are more than {MOST_ADDED} runs in it; name a directory below it")
+    if not found:
+        raise UserError(f"{path}: not a run directory (no recipe.toml with records beside it), and no directory with runs in it")
+    return found
+
+
+def resolved(path: Path) -> Path:
+    """Where a path leads; itself where links lead in a circle."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):
+        return path.absolute()

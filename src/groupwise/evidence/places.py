@@ -1,5 +1,6 @@
 """Which runs a path means: a run, a ladder (`groupwise ablate`), or a directory with either in it."""
 
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
@@ -16,16 +17,29 @@ RECORDS = ("metrics.jsonl", "segments.jsonl", "rollouts")
 
 def is_run(path: Path) -> bool:
     """Whether a directory is that of a run: it has settings, and records or the beginning of them."""
-    names = [name for name in ("recipe.toml", *RECORDS) if (path / name).exists()]
+    names = [name for name in ("recipe.toml", *RECORDS) if _mode(path / name)]
     return "segments.jsonl" in names or (len(names) > 1 and names[0] == "recipe.toml")
 
 
-def runs_in(path: Path) -> list[Path]:
+def is_directory(path: Path) -> bool:
+    """Whether it is one, as far as one may look."""
+    return stat.S_ISDIR(_mode(path))
+
+
+def _mode(path: Path) -> int:
+    """What a path is; 0: nothing, or it cannot be read, where `Path.exists` raises."""
+    try:
+        return path.stat().st_mode
+    except (OSError, ValueError):
+        return 0
+
+
+def runs_in(path: Path, most: int = MOST_ENTRIES) -> list[Path]:
     """The runs that a path means: itself, or those in it, those of a ladder in the order of its rungs, else by name.
 
     Empty: there are none (yet). Directories that cannot be read have none.
     """
-    return list(_runs(path, DEEPEST, count(MOST_ENTRIES, -1)))
+    return list(islice(_runs(path, DEEPEST, count(MOST_ENTRIES, -1)), most))
 
 
 def _runs(path: Path, deeper: int, left: Iterator[int]) -> Iterator[Path]:
@@ -42,7 +56,7 @@ def _runs(path: Path, deeper: int, left: Iterator[int]) -> Iterator[Path]:
 def _directories(path: Path) -> Iterator[Path]:
     try:
         entries = [entry for entry in islice(path.iterdir(), MOST_ENTRIES) if not entry.name.startswith(".")]
-        yield from (entry for entry in sorted(entries, key=_by_number) if entry.is_dir())
+        yield from (entry for entry in sorted(entries, key=_by_number) if is_directory(entry))
     except OSError:
         return
 
@@ -62,7 +76,7 @@ def expanded(paths: Iterable[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         runs = runs_in(path)
-        if not runs and path.is_dir() and not (path / "recipe.toml").exists() and any(_directories(path)):
+        if not runs and is_directory(path) and not _mode(path / "recipe.toml") and any(_directories(path)):
             raise UserError(f"{path}: neither a run (it has no recipe.toml) nor a directory with runs in it")
         found += runs or [path]
     return found

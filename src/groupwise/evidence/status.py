@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from groupwise.evidence.places import is_directory
 from groupwise.evidence.runs import Run
 from groupwise.evidence.shapes import Status
 from groupwise.files import present
@@ -46,7 +47,7 @@ def status(run: Run, now: float) -> Status:
     steps, every = _count(training.get("steps")), _count(training.get("eval_every"))
     last, written = run.last_step, last_written(run.path)
     pace = measured_pace(run, every)
-    state = _state(run, steps, written, pace, now)
+    state = _state(run, steps, every, pace, written, now)
     left = None
     if state in ("training", "silent") and pace.step is not None and steps:
         due = sum(step % every == 0 or step == steps for step in range(last + 1, steps + 1)) if every else 0
@@ -66,11 +67,11 @@ def _count(value: object) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**53 else 0
 
 
-def _state(run: Run, steps: int, written: float | None, pace: Pace, now: float) -> State:
-    if not run.path.is_dir():
+def _state(run: Run, steps: int, every: int, pace: Pace, written: float | None, now: float) -> State:
+    if not is_directory(run.path):
         return "gone"
     works = works_there(run.path)
-    if present(run.path / "model").is_dir() and (run.last_step >= steps if steps else not works):
+    if _exported(run.path) and (run.last_step >= steps if steps else not works):
         return "finished"
     if works is False:
         return "stopped"
@@ -79,8 +80,26 @@ def _state(run: Run, steps: int, written: float | None, pace: Pace, now: float) 
         return "stopped"
     if not run.last_step and not run.evaluations:
         return "beginning"
-    longest = (pace.step or 0.0) + pace.evaluation
-    return "silent" if quiet > max(LEAST_PATIENCE, PATIENCE * longest) else "training"
+    evaluates = _evaluation_due(run, steps, every)
+    if pace.step is None or (evaluates and (works or not pace.evaluation)):  # nobody can say how long it may take
+        return "training"
+    return "silent" if quiet > max(LEAST_PATIENCE, PATIENCE * (pace.step + pace.evaluation)) else "training"
+
+
+def _exported(path: Path) -> bool:
+    try:
+        return present(path / "model").is_dir()
+    except OSError:
+        return False
+
+
+def _evaluation_due(run: Run, steps: int, every: int) -> bool:
+    """Whether an evaluation, or after the last one the export of the model, comes next."""
+    last = run.last_step
+    if steps and last >= steps:
+        return True
+    evaluated = int(run.evaluations[-1]["step"]) if run.evaluations else -1
+    return every > 0 and last % every == 0 and evaluated < last
 
 
 def last_written(path: Path) -> float | None:

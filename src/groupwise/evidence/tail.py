@@ -1,10 +1,12 @@
-"""Read what is appended to a file of lines, and notice when the file is another one: a resumed run rewrites what it undoes.
+"""Read what is appended to a file of lines of JSON, and notice when the file is another one: a resumed run rewrites what it undoes.
 
 Works on shared disks: a file is opened for each look, after which network file systems tell its present size, and no inode number
 is relied on.
 """
 
+import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -15,7 +17,7 @@ two are alike."""
 
 
 class Tail:
-    """One file, from which each complete line is read once."""
+    """One file, from which each complete line is read once. The last line is complete without its end if it is an object."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -24,6 +26,8 @@ class Tail:
         self.problem = ""
         """Why it cannot be read."""
         self._mark = b""
+        self._open = False
+        """Whether the last line that was read has not had its end yet."""
         self._seen: tuple[int, ...] | None = None
 
     def read(self, take: Callable[[int, bytes], None], forget: Callable[[], None]) -> bool:
@@ -38,7 +42,7 @@ class Tail:
         """
         self.problem = ""
         try:
-            with self.path.open("rb") as file:
+            with open(self.path, "rb", opener=_at_once) as file:
                 return self._read(file, take, forget)
         except FileNotFoundError:
             gone = self.reached > 0 and self.path.parent.is_dir()  # else its disk may be gone, and what is known is kept
@@ -51,6 +55,9 @@ class Tail:
 
     def _read(self, file: IO[bytes], take: Callable[[int, bytes], None], forget: Callable[[], None]) -> bool:
         found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            self.problem = "is not a file"
+            return False
         seen = (found.st_ino, found.st_size, found.st_mtime_ns)
         if seen == self._seen:
             return False
@@ -59,19 +66,35 @@ class Tail:
         if anew:
             self._begin(forget)
             file.seek(0)
-        before, line = self.lines, b""
+        before, start = self.lines, self.reached
         for line in file:
-            if not line.endswith(b"\n"):  # still being written
+            if not line.endswith(b"\n") and not _is_object(line):  # still being written
                 break
             self.reached += len(line)
+            if self._open and not line.strip():
+                self._open = False
+                continue
+            self._open = not line.endswith(b"\n")
             self.lines += 1
             take(self.lines, line)
-        if self.lines > before:
+        if self.reached > start:
             file.seek(max(0, self.reached - MARK))
             self._mark = file.read(min(MARK, self.reached))
         self._seen = seen
         return anew or self.lines > before
 
     def _begin(self, forget: Callable[[], None]) -> None:
-        self.reached, self.lines, self._mark, self._seen = 0, 0, b"", None
+        self.reached, self.lines, self._mark, self._open, self._seen = 0, 0, b"", False, None
         forget()
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Open a file without waiting for whoever writes to it, as a named pipe would have it."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return line.endswith(b"}") and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False

@@ -3,7 +3,9 @@
 import asyncio
 import hashlib
 import os
+import re
 import secrets
+import statistics
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -13,7 +15,7 @@ from typing import Any
 
 from groupwise.errors import UserError, first_line
 from groupwise.evidence.document import document
-from groupwise.evidence.following import Followed, Following
+from groupwise.evidence.following import Followed, Following, addable
 from groupwise.evidence.live.patches import patches
 from groupwise.evidence.naming import run_id
 from groupwise.evidence.runs import Run
@@ -24,9 +26,12 @@ from groupwise.text import json_line, visible
 QUICKEST, USUAL = 0.5, 1.0
 """Seconds between two looks at the runs: at least, and at most where looking is cheap."""
 AIM, LIMIT = 0.02, 0.1
-"""Which share of a core looking should take, for which it may wait up to `USUAL`; and the share that it never exceeds."""
-NEW_RUNS = 5.0
-"""Seconds between two looks for new runs."""
+"""Which share of a core looking should take, for which it may wait up to `USUAL`; and the share for which it may wait up to
+`LONGEST`."""
+LONGEST, MEASURED = 5.0, 5
+"""Seconds between two looks at most; and the last looks over which their cost is measured: one that is dear delays no other."""
+NEW_RUNS, SCANNING = 5.0, 0.01
+"""Seconds between two looks for new runs, at least; and the share of a core that they may take, as in a directory of thousands."""
 STATES = 2.0
 """Seconds between two looks whether runs still go on, where they write nothing."""
 HEARTBEAT = 10.0
@@ -64,14 +69,16 @@ class Hub:
         self.version = 0
         self.data: Document | None = None
         self.extra: dict[str, Any] = {}
-        """What the page shows beside the document: which paths have no run yet."""
+        """What the page shows beside the document: which paths have no run yet, and how many runs are being read."""
         self.history: deque[tuple[int, bytes]] = deque()
         self.watchers = 0
         self.interval = QUICKEST
         self.closing = False
         self._changed, self._reading = asyncio.Condition(), asyncio.Lock()
         self._wake = asyncio.Event()
-        self._looked, self._states_seen = -NEW_RUNS, -STATES
+        self._next_scan, self._states_seen = 0.0, -STATES
+        self._costs: deque[float] = deque(maxlen=MEASURED)
+        """Processor seconds of the last looks that found something, without those that read a run from its beginning."""
 
     # --- keeping it up to date
 
@@ -80,39 +87,56 @@ class Hub:
         while not self.closing:
             self._wake.clear()
             if self.watchers:
-                first, cost = self.data is None, await self.refresh()
-                if not first:  # which reads everything there is, and loads what reads it
-                    self.interval = max(QUICKEST, min(cost / AIM, USUAL), cost / LIMIT)
+                await self.refresh()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), self.interval if self.watchers else None)
 
-    async def refresh(self) -> float:
-        """Look at the runs now; returns the processor seconds that it took."""
+    async def refresh(self) -> None:
+        """Look at the runs now, and find out when to look again."""
         async with self._reading:
-            found, cost = await asyncio.to_thread(self._read)
+            first, others = self.data is None, await asyncio.to_thread(self._scan)
+            unread = sum(not one.seen for one in self.following)
+            if unread and self.data is not None:
+                await self._send((self.data, {**self.extra, "reading": unread}))
+            found, cost = await asyncio.to_thread(self._read, others)
             if found is not None:
                 started = time.thread_time()
-                self._take(found)
-                async with self._changed:
-                    self._changed.notify_all()
+                await self._send(found)
                 cost += time.thread_time() - started
-        return cost
+                if not first and not unread and not any(one.anew for one in self.following if one.run is not None):
+                    self._costs.append(cost)
+        usual = statistics.median(self._costs) if self._costs else 0.0
+        self.interval = wait_after(min(cost, usual))
 
-    def _read(self) -> tuple[tuple[Document, dict[str, Any]] | None, float]:
+    async def _send(self, found: tuple[Document, dict[str, Any]]) -> None:
+        self._take(found)
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _scan(self) -> bool:
+        """Look for new runs when it is time to; returns whether there are others."""
+        now, started = time.monotonic(), time.thread_time()
+        if now < self._next_scan:
+            return False
+        self._next_scan = now + NEW_RUNS
+        changed = self.following.look()
+        cost = time.thread_time() - started
+        if self._next_scan:  # nobody has asked for another look meanwhile
+            self._next_scan = now + max(NEW_RUNS, cost / SCANNING)
+        return changed
+
+    def _read(self, others: bool) -> tuple[tuple[Document, dict[str, Any]] | None, float]:
         """The data and what is beside it, None if nothing changed, and the processor seconds of finding out."""
         started, found = time.thread_time(), None
         try:
-            if self._has_changed() or self.data is None:
+            if self._has_changed() or others or self.data is None:
                 found = self._document(), self._beside()
         except Exception as error:  # a run can hold what nobody foresaw; the page then shows what it had, and says so
             found = self.data or EMPTY, self._beside(f"{type(error).__name__}: {first_line(error)}")
         return found, time.thread_time() - started
 
     def _has_changed(self) -> bool:
-        changed, now = False, time.monotonic()
-        if now - self._looked >= NEW_RUNS:
-            changed, self._looked = self.following.look(), now
-        changed = self.following.poll() or changed
+        changed, now = self.following.poll(), time.monotonic()
         if not changed and now - self._states_seen >= STATES:  # a run that ends, or is killed, need not write anything
             self._states_seen, known = now, {run["id"]: run["status"]["state"] for run in (self.data or EMPTY)["runs"]}
             changed = any(status(run, time.time())["state"] != known.get(run_id(run)) for run in self.following.runs)
@@ -122,8 +146,10 @@ class Hub:
         return self.make(self.following.runs) if self.following.runs else EMPTY
 
     def _beside(self, problem: str = "") -> dict[str, Any]:
-        waiting = [[waiting_id(one), visible(str(one.path)), visible(one.reason)] for one in self.following if one.run is None]
-        return {"waiting": waiting, "problem": visible(problem)}
+        waiting = [
+            [waiting_id(one), visible(str(one.path)), visible(one.reason), one.waits] for one in self.following if one.run is None
+        ]
+        return {"waiting": waiting, "problem": visible(problem), "reading": 0}
 
     def _take(self, found: tuple[Document, dict[str, Any]]) -> None:
         (data, extra), before = found, self.data
@@ -150,7 +176,7 @@ class Hub:
                 async with self._changed:
                     await self._changed.wait_for(lambda: self.data is not None or self.closing)
             instance, _, number = since.partition("-")
-            version = int(number) if instance == self.instance and number.isascii() and number.isdecimal() else -1
+            version = int(number) if instance == self.instance and re.fullmatch(r"\d{1,12}", number, re.ASCII) else -1
             while True:
                 for line in self._news(version):
                     yield line
@@ -180,7 +206,7 @@ class Hub:
     async def close(self) -> None:
         """Send what is new a last time, and end."""
         if self.watchers and self.data is not None:
-            self._looked = -NEW_RUNS
+            self._next_scan = 0.0
             await self.refresh()
         self.closing = True
         self._wake.set()
@@ -189,15 +215,16 @@ class Hub:
 
     # --- what a page asks for
 
-    async def add(self, path: Path) -> None:
-        """Follow another path.
+    async def add(self, path: Path) -> dict[str, int]:
+        """Follow another path; says how many runs are there. What is read meanwhile does not hold it up.
 
         Raises:
-            UserError: there is no run at it.
+            UserError: there is no run at it, or there are too many.
         """
-        async with self._reading:
-            await asyncio.to_thread(self.following.add, path)
+        found = await asyncio.to_thread(addable, path)
+        self.following.add(path, found)
         self._now()
+        return {"found": len(found)}
 
     async def remove(self, wanted: str) -> None:
         """Follow a run no longer. `wanted`: its id in the document, or while it has none that of what is waited for.
@@ -205,13 +232,10 @@ class Hub:
         Raises:
             UserError: it is not followed.
         """
-        async with self._reading:
-            names = {
-                run_id(one.run) if one.run is not None else waiting_id(one): key for key, one in self.following.followed.items()
-            }
-            if wanted not in names:
-                raise UserError("it is not followed any more")
-            self.following.remove(names[wanted])
+        names = {run_id(one.run) if one.run is not None else waiting_id(one): key for key, one in self.following.followed.items()}
+        if wanted not in names:
+            raise UserError("it is not followed any more")
+        self.following.remove(names[wanted])
         self._now()
 
     def run(self, wanted: str) -> Run | None:
@@ -219,8 +243,13 @@ class Hub:
         return next((one.run for one in self.following if one.run is not None and run_id(one.run) == wanted), None)
 
     def _now(self) -> None:
-        self._looked = -NEW_RUNS
+        self._next_scan = 0.0
         self._wake.set()
+
+
+def wait_after(cost: float) -> float:
+    """Seconds to the next look after one that took so many processor seconds."""
+    return max(QUICKEST, min(cost / AIM, USUAL), min(cost / LIMIT, LONGEST))
 
 
 def waiting_id(one: Followed) -> str:

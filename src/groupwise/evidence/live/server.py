@@ -26,6 +26,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from groupwise.errors import RunError, UserError
 from groupwise.evidence.completions import Source, step_to_read
@@ -38,7 +39,9 @@ LONGEST_BODY = 8192
 """Bytes of a request's body, which is a path."""
 FAREWELL = 2
 """Seconds that connections have to end."""
-MOST_CONNECTIONS = 100
+MOST_CONNECTIONS = 500
+PATIENCE = 10.0
+"""Seconds that a connection may take to its first request."""
 SCRIPT = '<script type="module">'
 HEADERS = {
     "Cache-Control": "no-store",
@@ -173,7 +176,10 @@ def own_origin(request: Request) -> bool:
     if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
         return request.method == "GET" and request.headers.get("sec-fetch-mode") == "navigate"  # a link that was followed
     origin = request.headers.get("origin")
-    return origin is None or urlsplit(origin).netloc == request.headers.get("host")
+    try:
+        return origin is None or urlsplit(origin).netloc == request.headers.get("host")
+    except ValueError:
+        return False
 
 
 def checked_path(text: str) -> Path:
@@ -210,7 +216,8 @@ def listen(host: str, port: int) -> socket.socket:
         UserError: nobody can.
     """
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        family, both = (socket.AF_INET6 if ":" in host else socket.AF_INET), host == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server((host, port), family=family, dualstack_ipv6=both)
     except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"--host, --port: cannot listen at {host} port {port}: {reason}") from error
@@ -221,6 +228,18 @@ def address(listening: socket.socket, token: str) -> str:
     host, port = listening.getsockname()[:2]
     host = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, host)
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/{token}/"
+
+
+class _Connection(H11Protocol):
+    """Ends a connection that asks for nothing: so many of them would shut the page out."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(PATIENCE, self._end_unused)
+
+    def _end_unused(self) -> None:
+        if self.cycle is None:
+            self.transport.close()
 
 
 class _Server(uvicorn.Server):
@@ -249,6 +268,8 @@ async def serve(
         lifespan="off",
         server_header=False,
         loop="none",
+        http=_Connection,
+        ws="none",
         limit_concurrency=MOST_CONNECTIONS,
         timeout_graceful_shutdown=FAREWELL,
     )

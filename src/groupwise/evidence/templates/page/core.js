@@ -12,7 +12,13 @@ const listeners = [];
 // fields of runs and settings changed.
 const whenChanged = (listener) => listeners.push(listener);
 function tell(...changed) {
-  for (const listener of listeners) listener(new Set(changed));
+  for (const listener of listeners) {
+    try {
+      listener(new Set(changed));
+    } catch (error) {
+      console.error(error); // one part that cannot be drawn leaves the others
+    }
+  }
 }
 
 // A phrase in the page's language: {en, zh}, or a string that is not translated.

@@ -1,7 +1,7 @@
 // The live page's data: a stream of lines of JSON from the server the page came from, first all of it, then what changed.
 
 const SILENCE = 25_000; // milliseconds without a line, which comes every 10 s, after which the connection is taken for dead
-const AWAY = 60_000; // milliseconds after which a page that nobody sees lets go of the server
+const AWAY = 10_000; // milliseconds after which a page that nobody sees lets go of the server: a browser opens six connections to one
 const connection = { state: "connecting", instance: "", version: -1, interval: 0, heard: 0, at: null, control: null, wake: null, extra: {} };
 
 // Fields of runs and settings that change with every step. Parts are told of them by name, and not that runs or settings changed.
@@ -17,7 +17,10 @@ async function follow() {
   whenChanged(drawLive);
   drawLive();
   for (;;) {
-    const heard = await stream().catch(() => false);
+    const heard = await stream().catch((error) => {
+      console.error(error);
+      return false;
+    });
     pause = heard ? 500 : Math.min(2 * pause, 5000);
     connection.control = null;
     if (["live", "reading", "connecting"].includes(connection.state)) connection.state = "lost";
@@ -47,9 +50,10 @@ async function stream() {
   const control = new AbortController();
   Object.assign(connection, { control, heard: Date.now() });
   const since = connection.instance ? `?since=${connection.instance}-${connection.version}` : "";
-  const response = await fetch(`follow${since}`, { signal: control.signal, cache: "no-store" });
-  if (!response.ok) {
-    connection.state = response.status === 404 ? "refused" : "lost";
+  const response = await fetch(`follow${since}`, { signal: control.signal, cache: "no-store" }).catch(() => null);
+  if (!response?.ok) {
+    if (!response && connection.state === "ended") return false;
+    connection.state = response?.status === 404 ? "refused" : "lost";
     return false;
   }
   if (!page.data) {
@@ -59,7 +63,7 @@ async function stream() {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let parts = [], heard = false;
   for (;;) {
-    const { done, value } = await reader.read();
+    const { done, value } = await reader.read().catch(() => ({ done: true }));
     if (done) return heard;
     connection.heard = Date.now();
     const lines = value.split("\n");
@@ -67,12 +71,27 @@ async function stream() {
     const changed = new Set();
     page.changedFigures = new Set();
     for (const next of lines.slice(1)) {
-      take(JSON.parse(parts.join("")), changed);
+      if (!taken(parts.join(""), changed)) {
+        control.abort();
+        return false;
+      }
       parts = [next];
       heard = true;
     }
     if (changed.size) tell(...changed);
     if (changed.size || lines.length > 1) drawLive();
+  }
+}
+
+// Take in a line; returns whether that went well. Otherwise all data is asked for, as what is here may be half of it.
+function taken(line, changed) {
+  try {
+    take(JSON.parse(line), changed);
+    return true;
+  } catch (error) {
+    console.error(error);
+    Object.assign(connection, { instance: "", version: -1 });
+    return false;
   }
 }
 
@@ -85,7 +104,6 @@ function take(message, changed) {
   Object.assign(connection, { state: "live", at: new Date() });
   if ("alive" in message) connection.interval = message.alive;
   if ("instance" in message) connection.instance = message.instance;
-  if ("version" in message) connection.version = message.version;
   if (message.document) {
     page.data = message.document;
     page.changedFigures = null;
@@ -95,6 +113,7 @@ function take(message, changed) {
   if (message.patch) applyPatch(page.data, message.patch, changed);
   const extra = message.extra ?? message.patch?.extra;
   if (extra) connection.extra = extra;
+  if ("version" in message) connection.version = message.version;
 }
 
 // `patch` is what `patches` in live/patches.py makes.
@@ -131,7 +150,7 @@ function extendLine(line, points) {
 // Completions of a step; see StepToRead. Throws an Error that says why there are none.
 async function fetchStep(run, step, source, first) {
   const response = await fetch(`step?${new URLSearchParams({ run, step, source, first })}`, { cache: "no-store" });
-  const found = await response.json();
-  if (!response.ok) throw new Error(found.error);
+  const found = await response.json().catch(() => null);
+  if (!response.ok) throw new Error(found?.error ?? text("live.add.failed", { status: response.status }));
   return found;
 }

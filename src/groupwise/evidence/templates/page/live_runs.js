@@ -40,13 +40,14 @@ function makeLivePanel() {
 
 function connectionText() {
   const time = connection.at ? connection.at.toLocaleTimeString(page.language === "zh" ? "zh-CN" : "en-GB") : "–";
+  if (connection.state === "live" && connection.extra.reading) return text("live.connection.taking", { count: connection.extra.reading });
   if (connection.state === "live") return text("live.connection.live", { time: lasting(connection.interval, 1) });
   return text(`live.connection.${connection.state}`, { time });
 }
 
 function drawLiveRows() {
   const runs = (page.data?.runs ?? []).map((run) => ({ key: run.id, name: run.name, path: run.path, ...run.status }));
-  const waiting = (connection.extra.waiting ?? []).map(([key, path, about]) => ({ key, name: path, path, state: "waiting", about, step: 0, steps: 0 }));
+  const waiting = (connection.extra.waiting ?? []).map(([key, path, about, state]) => ({ key, name: path, path, state, about, step: 0, steps: 0 }));
   const all = [...runs, ...waiting], shown = listed(all);
   livePanel.more.hidden = shown.length === all.length;
   setText(livePanel.more, text("live.all", { count: all.length }));
@@ -85,7 +86,8 @@ function makeLiveRow(key) {
 function fillLiveRow(row, run) {
   setText(row.name, run.name);
   row.name.title = run.path;
-  const about = run.about || text(`live.about.${run.state}`);
+  const unexported = run.state === "stopped" && run.steps && run.step >= run.steps;
+  const about = run.about || text(`live.about.${unexported ? "unexported" : run.state}`);
   const state = text(`live.states.${run.state}`);
   setText(row.state, about ? text("live.state_about", { state, about }) : state);
   row.state.className = `wide state ${run.state}`;
@@ -116,26 +118,28 @@ function lasting(seconds, digits = 0) {
 async function addRun(event) {
   event.preventDefault();
   const path = livePanel.path.value.trim();
-  const problem = path ? await asked("runs/add", path) : "";
   if (!path) return;
+  tellAsked("", text("live.add.looking"));
+  const { problem, found } = await asked("runs/add", path);
   if (!problem) livePanel.path.value = "";
-  livePanel.said.className = problem ? "connection lost" : "soft";
-  setText(livePanel.said, problem || text("live.add.added", { path }));
+  tellAsked(problem, text("live.add.added", { path, count: found }));
 }
 
 async function removeRun(key, name) {
-  const problem = await asked("runs/remove", key);
-  livePanel.said.className = problem ? "connection lost" : "soft";
-  setText(livePanel.said, problem || text("live.removed", { run: name }));
+  const { problem } = await asked("runs/remove", key);
+  tellAsked(problem, text("live.removed", { run: name }));
   livePanel.path.focus({ preventScroll: true }); // the button that had the focus goes
 }
 
-// Ask the server for something; returns what is wrong.
+function tellAsked(problem, done) {
+  livePanel.said.className = problem ? "connection lost" : "soft";
+  setText(livePanel.said, problem || done);
+}
+
+// Ask the server for something: what it found, or in `problem` what is wrong.
 async function asked(path, body) {
-  try {
-    const response = await fetch(path, { method: "POST", body });
-    return response.ok ? "" : (await response.json()).error;
-  } catch {
-    return connectionText();
-  }
+  const response = await fetch(path, { method: "POST", body }).catch(() => null);
+  if (!response) return { problem: text("live.add.unanswered") };
+  const answer = await response.json().catch(() => null); // a failure that nobody foresaw is no JSON
+  return response.ok ? answer ?? {} : { problem: answer?.error ?? text("live.add.failed", { status: response.status }) };
 }

@@ -10,7 +10,7 @@ const reader = {
 // --- the two sides
 
 function newSide(run, source, step) {
-  return { run, source, step, groups: [], leftOut: 0, error: "", request: null, controls: null };
+  return { run, source, step, groups: [], leftOut: 0, error: "", request: null, controls: null, history: historyOf(run) };
 }
 
 function rangesOf(side) {
@@ -20,7 +20,7 @@ function rangesOf(side) {
 // Read a side's step anew, or further groups of it.
 async function load(side, further = false) {
   const request = (side.request = Symbol("request")), first = further ? side.groups.length : 0;
-  if (!further) Object.assign(side, { groups: [], leftOut: 0, error: "" });
+  if (!further) Object.assign(side, { groups: [], leftOut: 0, error: "", history: historyOf(side.run) });
   drawStatus();
   try {
     const found = await readStep(side.run, side.step, side.source, first);
@@ -276,15 +276,25 @@ async function openReader() {
   else drawList();
 }
 
-// The run that is read goes on: newer steps can be chosen, and the newest is shown if that is wanted.
+// The run that is read goes on: newer steps can be chosen, and the newest is shown if that is wanted. What a resume undid is read anew.
 function followNewest() {
   const [side] = reader.sides;
   if (!side) return openReader();
   reader.sides = reader.sides.filter((one) => page.data.runs.some((run) => run.id === one.run)); // others were removed
   if (!reader.sides.includes(side)) return openReader();
+  for (const one of reader.sides) {
+    const undone = one.history !== historyOf(one.run) || newestStep(one) < one.step;
+    if (undone && sourcesOf(one.run).length) setSide(one, {}); // else its directory has gone, and what was read stays
+  }
+  if (!sourcesOf(side.run).length) return undefined;
   const reading = reader.elements.list.matches(":hover, :focus-within"); // what somebody reads stays
   if (reader.follow && !reading && newestStep(side) !== side.step) return setSide(side, { step: newestStep(side) });
   return drawReaderControls();
+}
+
+// Tells that a run was resumed, which can undo steps.
+function historyOf(run) {
+  return JSON.stringify(page.data.segments.filter((segment) => segment.run === run));
 }
 
 buildReader();
@@ -293,7 +303,8 @@ new IntersectionObserver((entries) => {
   if (reader.near && page.data && !reader.open) openReader();
 }, { rootMargin: "1200px" }).observe(document.getElementById("completions"));
 whenChanged((changed) => {
+  document.getElementById("completions").hidden = !page.data.runs.length;
   if (changed.has("language") || changed.has("runs")) reader.elements.heading.textContent = text("summary.heading.completions");
   if (changed.has("language") ? reader.near : reader.near && !reader.open) openReader();
-  else if (reader.open && (changed.has("runs") || changed.has("readable"))) followNewest();
+  else if (reader.open && ["runs", "readable", "segments"].some((key) => changed.has(key))) followNewest();
 });

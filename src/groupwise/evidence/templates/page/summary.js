@@ -25,7 +25,7 @@ whenChanged((changed) => {
   }
   if (changed.has("runs") || changed.has("language")) {
     const [settings, runs] = [page.data.settings.length, page.data.runs.length];
-    subtitle.textContent = runs === 1 ? page.data.runs[0].path : text(settings === 1 ? "summary.one_setting" : "summary.count", { settings, runs });
+    subtitle.textContent = runs === 0 ? "" : runs === 1 ? page.data.runs[0].path : text(settings === 1 ? "summary.one_setting" : "summary.count", { settings, runs });
   }
   if (changed.has("language") || changed.has("title")) {
     languageButton.textContent = page.language === "zh" ? "English" : "中文";
