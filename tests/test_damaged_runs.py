@@ -82,7 +82,7 @@ def test_steps_are_not_labelled_with_settings_that_they_were_not_run_with(run: P
     shutil.copytree(run, other)
     write(run / "segments.jsonl", [segment(1, 1e-4), segment(31, 1e-5)])
     groups = grouped([open_run(run), open_run(other)])
-    assert [group.name for group in groups] == ["dapo 1", "dapo 2"]
+    assert [group.name for group in groups] == ["run · dapo", "other · dapo"]
     found = differences(groups)
     assert found["keys"] == ["learner.learning_rate"]
     assert [row["values"] for row in found["rows"]] == [["0.0001, then 1e-05 from step 31"], ["1e-05"]]

@@ -23,6 +23,8 @@ from groupwise.training import session
 from groupwise.training.batching import make_batch
 from groupwise.training.checkpoints import Store
 from groupwise.training.credit import CreditAssigner, reward_parts, weighted_parts
+from groupwise.training.evaluate import Evaluation
+from groupwise.training.events import Evaluated
 from groupwise.training.metrics import weighted_metrics
 from groupwise.training.output import make_console
 from groupwise.training.records import RunDirectory
@@ -72,6 +74,14 @@ def test_the_kl_penalty_is_a_part() -> None:
     assert parts == [{"task": 1.0, "algorithm/kl": pytest.approx(-0.1)}, {}]
     recorded = {"shaped_mean": 0.9, "weighted/task": 1.0, "weighted/algorithm/kl": -0.1}
     assert weighted_metrics(parts) == pytest.approx({f"reward/{name}": value for name, value in recorded.items()})
+
+
+def test_an_evaluation_counts_the_problems_that_its_scores_are_of(tmp_path: Path) -> None:
+    groups = [group_of([Score(reward=1.0)]), group_of([Score.failed("raised")])]
+    directory = RunDirectory(tmp_path, None)
+    directory.record(Evaluated(step=0, evaluation=Evaluation(metrics={"eval/reward": 1.0}, values={}, groups=groups)))
+    (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert line == {"step": 0, "eval/reward": 1.0, "eval_problems": 1.0, "eval_unscored": 1.0}
 
 
 SMALL = ("training.steps=2", "training.eval_every=1", "training.eval_problems=120", "rollouts.prompts_per_step=4")
