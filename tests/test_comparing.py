@@ -104,6 +104,14 @@ def test_differences_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])  # 4 x 0.01, 3 x 0.03, then not below that
 
 
+def test_few_shared_seeds_do_not_throw_the_others_away() -> None:
+    ten, three_of_them = {seed: seed % 3 for seed in range(10)}, {seed: seed % 4 for seed in range(7, 17)}
+    found = difference(ten, three_of_them)
+    assert found is not None and found.counts == (10, 10), "3 of 10 seeds are shared"
+    most = difference(ten, {seed: seed % 4 for seed in range(4, 14)})
+    assert most is not None and most.paired and most.counts == (6,)
+
+
 def test_seeds_that_are_equal_or_differ_by_one_problem_are_no_certainty() -> None:
     equal = difference({0: 0.5, 1: 0.5, 2: 0.5}, {0: 0.75, 1: 0.75, 2: 0.75}, least=0.25)
     assert equal is not None and equal.p > 0.2
@@ -199,7 +207,7 @@ def test_report_says_which_is_better_and_what_would_decide_the_rest(tmp_path: Pa
     assert "better  dapo against grpo: Held-out pass@1 89.9% against 79.8%, a difference of +10.1 points" in output
     assert "worse  dapo against grpo" in output  # twice the completions in each step: more until the score was reached
     assert "open  gspo against grpo" in output and "worse  gspo against dapo" in output
-    assert "of each setting instead of 4 would show it with a probability of 80 %" in output
+    assert "of each setting instead of 4 would show it with a probability of 80%" in output
     shapes = comparisons(grouped(map(open_run, [*grpo, *dapo, *gspo])))
     assert [item["measure"] for item in shapes[:3]] == ["score", "completions", "seconds"]
     ends = [shapes[0]["low"], shapes[0]["middle"], shapes[0]["high"]]
@@ -248,11 +256,15 @@ def test_a_ladder_is_compared_as_ablate_does(tmp_path: Path) -> None:
         for seed in range(3):
             write_run(tmp_path / f"{place}-{name}" / f"seed-{seed}", name, seed, 0.8 + 0.01 * place + 0.001 * seed)
     paths = sorted(tmp_path.glob("*/seed-*"))
-    for text, against in (("", ["grpo", "grpo", "grpo"]), ("cumulative = true", names[:3]), ("cumulative = ", ["grpo"] * 3)):
-        (tmp_path / "ladder.toml").write_text(text)
+    (tmp_path / "plan.json").write_text("{}")
+    rungs = "rungs = [" + ", ".join(f'{{ name = "{name}" }}' for name in names) + "]\n"
+    for text, against in (("", ["grpo", "grpo", "grpo"]), ("cumulative = true", names[:3])):
+        (tmp_path / "ladder.toml").write_text(rungs + text)
         pairs = contrasts(grouped(open_run(path) for path in reversed(paths)))
         assert [(first.name, second.name) for first, second in pairs] == list(zip(against, names[1:], strict=True))
         assert len(compare(pairs)) >= 3
+    (tmp_path / "ladder.toml").write_text("cumulative = ")  # damaged: the runs can be compared all the same
+    assert len(contrasts(grouped(open_run(path) for path in paths))) == 3
 
 
 def test_a_ladder_stars_what_seeds_do_not_explain(tmp_path: Path) -> None:

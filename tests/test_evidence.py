@@ -232,9 +232,10 @@ def test_runs_of_every_kind_can_be_reported(tmp_path: Path) -> None:
 def test_rungs_of_the_same_name_in_two_ladders_are_not_grouped_by_name(healthy: list[Path], tmp_path: Path) -> None:
     for ladder in ("one", "two"):
         shutil.copytree(healthy[0], tmp_path / ladder / "1-same" / "seed-0")
-        (tmp_path / ladder / "ladder.toml").write_text("")
+        (tmp_path / ladder / "ladder.toml").write_text('rungs = [{ name = "Same" }]')
+        (tmp_path / ladder / "plan.json").write_text("{}")
     runs = [open_run(tmp_path / ladder / "1-same" / "seed-0") for ladder in ("one", "two")]
-    assert [group.name for group in grouped(runs[:1])] == ["same"]
+    assert [group.name for group in grouped(runs[:1])] == ["Same"]
     (group,) = grouped([*runs, runs[0]])
     assert group.name == "dapo" and len(group.runs) == 2
     assert list(run_names([group]).values()) == ["one/1-same/seed-0 · dapo", "two/1-same/seed-0 · dapo"]

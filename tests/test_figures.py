@@ -93,13 +93,22 @@ def test_two_seeds_have_a_line_each_and_a_note() -> None:
     )
 
 
+def test_runs_of_one_seed_are_no_further_seeds() -> None:
+    again = [made(f"r{k}", 3, {"entropy": lambda step, k=k: 1.0 + k + step}, seed=k // 2) for k in range(4)]
+    lines = drawn(*again)["entropy"]["lines"]
+    assert [line["seeds"] for line in lines] == [1] * 4 and all(line["low"] is None for line in lines)
+    (line,) = drawn(*again, made("r4", 3, {"entropy": lambda step: 5.5 + step}, seed=2))["entropy"]["lines"]
+    assert line["seeds"] == 3 and line["values"] == pytest.approx([(1.5 + 3.5 + 5.5) / 3 + step for step in (1, 2, 3)], rel=1e-4)
+    assert line["low"] and line["low"][0] == pytest.approx(4.5 - 4.3027 * 2 / math.sqrt(3), abs=1e-3)
+
+
 def test_a_single_runs_evaluations_have_their_own_interval() -> None:
-    """60 % of 100 problems: (60 + 2) / 104 = 0.596, so ± 1.96 √(0.596 · 0.404 / 104) = 0.0943."""
+    """60 % of 100 problems, z² = 3.84: (60 + 1.92) / 103.84 = 0.5963, ± 1.96 √(100 · 0.6 · 0.4 + 0.96) / 103.84 = 0.0943."""
     one = made("a", 4, {}, scores={0: 0.6, 4: 0.7, 5: 0.0})
     figure = drawn(one)["accuracy"]
-    assert figure["band"]["en"] == "95 % interval of each evaluation by itself, from its 100 problems"
+    assert figure["band"]["en"] == "95% interval of each evaluation by itself, from its 100 problems"
     (line,) = figure["lines"]
-    assert line["low"] and line["high"] and line["low"][0] == pytest.approx(0.5057, abs=1e-4) and line["low"][2] == 0.0
+    assert line["low"] and line["high"] and line["low"][0] == pytest.approx(0.5020, abs=1e-4) and line["low"][2] == 0.0
     others = [made(f"b{k}", 4, {}, seed=k, rate=1e-3, scores={0: 0.6, 4: 0.7 + k / 10}) for k in range(3)]
     figure = drawn(one, *others)["accuracy"]
     assert "band" not in figure and [line["low"] is None for line in figure["lines"]] == [True, False]
@@ -174,6 +183,16 @@ def test_hostile_names_of_components_and_many_of_them() -> None:
     labels = [line["label"]["en"] for line in found["lines"]]
     assert len(labels) == 13 and labels[1] == "<b>\\u202ex" and len(labels[2]) < 100
     assert found["note"]["en"] == "30 more components are not drawn."
+
+
+def test_components_of_the_reward_add_up_to_it() -> None:
+    """Weighted ones; of runs of earlier versions the task's reward as a whole, since its own components had no weights."""
+    older = {"reward/part/task": lambda step: 0.5 * step, "reward/part/overlong": lambda step: -0.1 * step}
+    older |= {"reward/part/task/exact": lambda step: 1.0 * step, "reward/shaped_mean": lambda step: 0.4 * step}
+    newer = {"reward/weighted/exact": lambda step: 0.5 * step, "reward/weighted/algorithm/kl": lambda step: -0.2 * step}
+    for metrics in (older, older | newer | {"reward/shaped_mean": lambda step: 0.3 * step}):
+        total, *parts = drawn(made("a", 4, metrics))["rewards"]["lines"]
+        assert len(parts) == 2 and np.sum([part["values"] for part in parts], axis=0) == pytest.approx(total["values"])
 
 
 def test_numbers_of_any_size_can_be_drawn() -> None:
@@ -263,7 +282,7 @@ def test_every_kind_of_figure_has_a_picture() -> None:
     assert {"accuracy", "accuracy-rollouts", "accuracy-time", "entropy", "clip-by-probability", "spread-length"} <= found.keys()
     assert "groups" not in found  # constant
     said = found["entropy"].to_dict()["title"]["subtitle"]
-    assert said == ["Bands: 95 % interval of the mean over 3 seeds."]
+    assert said == ["Bands: 95% interval of the mean over 3 seeds."]
 
 
 def test_figures_of_a_heading_are_together() -> None:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from groupwise.evidence.findings import findings
 from groupwise.evidence.held_out import change
+from groupwise.evidence.history import Segment
 from groupwise.evidence.records import Records
 from groupwise.evidence.runs import Run, open_run
 
@@ -100,6 +102,38 @@ def test_large_updates_are_unhealthy_where_they_do_harm() -> None:
     assert told(run([0.4, 0.8], skipped_updates=[0.0] * 10 + [5.0] * 10))["The updates are too large"] == "unhealthy"
 
 
+def test_skipped_updates_are_held_against_all_updates() -> None:
+    made = run([0.4, 0.8], skipped_updates=3.0)
+    assert "The updates are too large" in told(made)  # 3 of 20
+    made.recipe["learner"] = {"minibatches": 16}
+    assert told(made)["A few updates were skipped"] == "watch"  # 3 of 320
+    unknown = run([0.4, 0.8], skipped_updates=1.0, approx_kl=None)
+    (found,) = [item for item in findings(unknown) if "skipped" in item.title.en]
+    assert "KL" not in found.text.en and found.text.en.startswith("Updates skipped")
+
+
+def test_an_evaluation_of_few_problems_is_as_noisy_as_it_is() -> None:
+    """0.2 of 10 problems, 0.35 of 1,000: ± 1.96 √(0.286 · 0.714 / 14) = ± 0.237 and ± 0.030."""
+    made = run([0.2, 0.35])
+    made.evaluations.append(0, {"eval/pass@1": 0.2, "eval_problems": 10.0})
+    made.evaluations.append(10, {"eval/pass@1": 0.35, "eval_problems": 1000.0})
+    found = change(made)
+    assert found is not None and found.noise == pytest.approx(0.2385, abs=1e-3) and found.verdict == "open"
+
+
+def test_evaluations_of_other_problems_are_not_compared() -> None:
+    made = replace(run([0.8, 0.9, 0.4]), segments=[_segment(1), _segment(11, **{"task.grades": ([1], [3])})])
+    assert "Accuracy fell after its peak" not in told(made) and change(made) is None
+    harmless = replace(made, segments=[_segment(1), _segment(11, **{"learner.learning_rate": (1e-4, 1e-5)})])
+    assert "Accuracy fell after its peak" in told(harmless)
+    begun = replace(made, segments=[_segment(1), _segment(21, **{"task.grades": ([1], [3])})])
+    assert "Accuracy fell after its peak" in told(begun), "the other problems were not tried yet"
+
+
+def _segment(first: int, **changed: Any) -> Segment:
+    return Segment(first_step=first, started="", version="", changed=changed, recipe={})
+
+
 def test_entropy_that_rises_is_unhealthy_unless_results_improve() -> None:
     rises = [0.2] * 10 + [0.8] * 10
     assert told(run([0.4, 0.8], entropy=rises))["Entropy rose"] == "watch"
@@ -119,6 +153,10 @@ def test_truncation_that_does_no_harm_is_not_called_unhealthy() -> None:
     }  # half of the truncated are right
     assert told(run([1.0, 2.0], deviation=1.0, **many))["Many completions are truncated"] == "watch"
     assert told(run([1.0, 1.0], deviation=1.0, **many))["Many completions are truncated"] == "unhealthy"
+    grows = {"length/truncated": [0.3] * 5 + [0.9] * 15, "train/pass_rate": 0.05}
+    assert told(run([0.4, 0.4], **grows))["Many completions are truncated"] == "unhealthy"
+    from_few = {"length/truncated": [0.1] * 5 + [0.9] * 15, "train/pass_rate": 0.05}
+    assert told(run([0.4, 0.4], **from_few))["More and more completions are truncated"] == "unhealthy"
     falls = {"length/truncated": [0.9] * 15 + [0.3] * 5, "train/pass_rate": 0.4}
     assert told(run([0.1, 0.6], **falls))["Many completions are truncated"] == "watch"
 
@@ -143,9 +181,9 @@ def test_a_sampler_with_other_weights_is_unhealthy() -> None:
 
 def test_a_run_that_has_just_begun_is_not_called_unhealthy_for_what_may_pass() -> None:
     first = {"approx_kl": 0.8, "reward/shaped_spread": 0.0, "train/pass_rate": 0.0, "length/truncated": 0.9, "utilisation": 0.0}
-    for steps, kind in ((4, "watch"), (5, "unhealthy")):
+    for steps, kind, updates in ((4, "watch", "The updates are large"), (5, "unhealthy", "The updates are too large")):
         kinds = told(run([0.0], steps=steps, **first))
-        symptoms = ("The updates are too large", "No completion was ever right", "Many completions are truncated")
+        symptoms = (updates, "No completion was ever right", "Many completions are truncated")
         assert [kinds[title] for title in symptoms] == [kind] * 3
 
 

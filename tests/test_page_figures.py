@@ -150,7 +150,7 @@ def test_a_legend_hides_what_it_stands_for_in_every_figure(browser: Any, written
     assert page.evaluate("document.activeElement.dataset.key") == "setting s1"
     page.locator("#figure-rewards .keys button.key").first.click()
     page.wait_for_function("[...plotsOf.get('rewards').shown].filter(Boolean).length === 4")
-    assert "95 % interval of the mean over 3 seeds" in page.locator("#figure-accuracy").inner_text()
+    assert "95% interval of the mean over 3 seeds" in page.locator("#figure-accuracy").inner_text()
     strokes = page.locator("#figure-rewards .keys line").evaluate_all("all => all.map((one) => one.style.strokeDasharray)")
     assert len(strokes) == len(set(strokes)) == 3
 

@@ -23,6 +23,7 @@ from groupwise.training import session
 from groupwise.training.batching import make_batch
 from groupwise.training.checkpoints import Store
 from groupwise.training.credit import CreditAssigner, reward_parts, weighted_parts
+from groupwise.training.metrics import weighted_metrics
 from groupwise.training.output import make_console
 from groupwise.training.records import RunDirectory
 from groupwise.types import LogprobBatch, Score, upgrade
@@ -67,7 +68,10 @@ def test_the_kl_penalty_is_a_part() -> None:
     batch = upgrade(LogprobBatch, batch, old_logprobs_BT=zeros, ref_logprobs_BT=zeros - 0.5)
     rewards, assigner = reward_parts([group], algorithm, 8), CreditAssigner(algorithm, None, 8)
     training, _ = assigner.assign(batch, [group], rewards, policy_moved=True)
-    assert assigner.parts(training, [group], rewards) == [{"task": 1.0, "algorithm/kl": pytest.approx(-0.1)}, {}]
+    parts = assigner.parts(training, [group], rewards)
+    assert parts == [{"task": 1.0, "algorithm/kl": pytest.approx(-0.1)}, {}]
+    recorded = {"shaped_mean": 0.9, "weighted/task": 1.0, "weighted/algorithm/kl": -0.1}
+    assert weighted_metrics(parts) == pytest.approx({f"reward/{name}": value for name, value in recorded.items()})
 
 
 SMALL = ("training.steps=2", "training.eval_every=1", "training.eval_problems=120", "rollouts.prompts_per_step=4")
@@ -89,6 +93,8 @@ def test_a_run_records_what_the_reader_shows(run: Path) -> None:
     assert {tuple(completion["parts"]) for completion in completions} == {("task", "algorithm/overlong")}
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     trained = next(record for record in metrics if record["step"] == 2 and "reward/shaped_mean" in record)
+    weighted = [value for name, value in trained.items() if name.startswith("reward/weighted/")]
+    assert len(weighted) == 2 and sum(weighted) == pytest.approx(trained["reward/shaped_mean"])
     mean = sum(completion["reward"] or 0 for completion in completions) / len(completions)
     assert mean == pytest.approx(trained["reward/shaped_mean"], abs=1e-3)
     for group in texts["groups"]:  # the text of a completion is its tokens, without the end-of-sequence token
@@ -293,6 +299,39 @@ def test_two_evaluations_side_by_side(browser: Any, page_path: Path) -> None:
     page.evaluate("scrollTo(0, 0)")  # the contents stay at the top, over what is scrolled
     assert not illegible(page) and not inaccessible(page) and wrong == []
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    page.close()
+
+
+@needs_browser
+def test_runs_without_common_prompts_are_compared_on_held_out_problems(browser: Any, run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    for file in (other / "tokens").iterdir():
+        table = pq.read_table(file)
+        prompts = pa.array([f"Work out {prompt}" for prompt in table["prompt"].to_pylist()]).dictionary_encode()
+        pq.write_table(table.set_column(table.column_names.index("prompt"), "prompt", prompts), file)
+    write_page([open_run(run), open_run(other)], tmp_path / "report.html")
+    page, wrong = reading(browser, tmp_path / "report.html", viewport={"width": 1024, "height": 900}, locale="en-GB")
+    assert page.locator("#completions .group").count() == 3, "further prompts are asked for"
+    folded = page.locator("#completions .facts b").first
+    assert folded.inner_text().endswith("× the same") and int(folded.inner_text().split()[0]) > 1
+    page.click("[data-key=compare]")
+    page.wait_for_function("document.querySelector('[data-key=source1]')?.value === 'held_out'")
+    page.wait_for_selector("[data-key=changed]")
+    assert page.locator("[data-key=source0]").input_value() == "held_out"
+    assert page.locator("#completions .group").first.locator(".side").count() == 2
+    for side in (0, 1):
+        page.select_option(f"[data-key=source{side}]", "tokens")
+    page.locator("#completions [role=status]").get_by_text("no prompt in common").wait_for()
+    groups = page.locator("#completions .group").all()
+    assert [group.locator(".side").count() for group in groups] == [1, 1, 1] and not page.locator("[data-key=changed]").count()
+    assert {group.locator(".side-name").inner_text()[0] for group in groups} == {"A", "B"}
+    page.locator(".tokens").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_selector("#token-tip:visible")
+    page.evaluate("scrollTo(0, 0)")
+    page.wait_for_selector("#token-tip", state="hidden")
+    assert wrong == []
     page.close()
 
 

@@ -4,11 +4,9 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
-from groupwise.config import read_toml
-from groupwise.errors import UserError
+from groupwise.evidence.ladders import ladder_of
 from groupwise.evidence.naming import Group
 from groupwise.evidence.outcomes import Outcomes, costs, evaluated, scores
 from groupwise.evidence.runs import Measure, measure
@@ -60,25 +58,11 @@ def contrasts(groups: Sequence[Group]) -> list[Pair]:
 
     Rungs of a ladder are compared as `groupwise ablate` does: with the rung before where they are cumulative, else with the first.
     """
-    ladders = {run.path.resolve().parent.parent for group in groups for run in group.runs}
-    if len(ladders) == 1 and all((ladder / "ladder.toml").is_file() for ladder in ladders):
-        return against_one(sorted(groups, key=_rung), cumulative=_is_cumulative(ladders.pop() / "ladder.toml"))
+    if ladder := ladder_of(run for group in groups for run in group.runs):
+        return against_one(sorted(groups, key=lambda group: ladder.rung(group.runs[0])), cumulative=ladder.cumulative)
     if len(groups) <= ALL_PAIRS:
         return [(first, second) for i, first in enumerate(groups) for second in groups[i + 1 :]]
     return against_one(groups, cumulative=False)
-
-
-def _rung(group: Group) -> int:
-    """The place of a rung in its ladder, which its directory's name begins with."""
-    number = group.runs[0].path.resolve().parent.name.split("-", 1)[0]
-    return int(number) if number.isdecimal() and len(number) < 10 else 0
-
-
-def _is_cumulative(ladder: Path) -> bool:
-    try:
-        return read_toml(ladder)[0].get("cumulative") is True
-    except UserError:  # damaged: the runs can be compared all the same
-        return False
 
 
 def against_one(groups: Sequence[Group], *, cumulative: bool) -> list[Pair]:

@@ -15,12 +15,14 @@ from groupwise.evidence.finding import measure_name
 from groupwise.evidence.lines import Curve, line, marks, mean_over_seeds, of_run, points_of
 from groupwise.evidence.naming import Group, run_id
 from groupwise.evidence.phrases import Phrase, phrase, same
-from groupwise.evidence.runs import Run, measure
+from groupwise.evidence.runs import Measure, Run, measure
 from groupwise.evidence.shapes import Axis, Constant, Figure, Line, Mark
 from groupwise.evidence.statistics import FEWEST_SEEDS
 from groupwise.text import shortened, visible
 
 GROUPS = ("learning", "health", "policy", "cost")
+WEIGHTED = "reward/weighted/"
+"""Beginning of the names of the reward's components, each times its weight."""
 MOST_COMPONENTS, LONGEST_COMPONENT = 12, 60
 """Components of the reward that are drawn, and characters of a name."""
 MOST_EVALUATED = 6
@@ -115,7 +117,7 @@ def _names(run: Run) -> list[str]:
 
 def _lines_of(group: Group) -> int:
     """How many numbers there are to a step of a metric: a mean has an interval."""
-    return min(len(group.runs), FEWEST_SEEDS)
+    return min(len(group.runs), FEWEST_SEEDS) if len({run.seed for run in group.runs}) >= FEWEST_SEEDS else len(group.runs)
 
 
 def _training(lines: Lines) -> _Wanted:
@@ -131,11 +133,13 @@ def _accuracy(groups: Sequence[Group]) -> _Wanted:
 
 def _rewards(groups: Sequence[Group]) -> _Wanted:
     """The reward and, where it is a sum of several, its components; which and how many is the user's choice."""
-    beginning = "reward/part/"
-    names = dict.fromkeys(
-        name for group in groups for run in group.runs for name in run.steps.names() if name.startswith(beginning)
-    )
-    shown = list(names)[:MOST_COMPONENTS] if len(names) > 1 else []
+    every = dict.fromkeys(name for group in groups for run in group.runs for name in run.steps.names())
+    beginning = WEIGHTED
+    names = [name for name in every if name.startswith(beginning)]
+    if not names:  # runs of earlier versions: the total and the task's part are before weights and a KL penalty, and add up
+        beginning = "reward/part/"
+        names = [name for name in every if name.startswith(beginning) and "/" not in name.removeprefix(beginning)]
+    shown = names[:MOST_COMPONENTS] if len(names) > 1 else []
     parts = {name: same(visible(shortened(name.removeprefix(beginning), LONGEST_COMPONENT))) for name in shown}
     left_out = len(names) - len(shown) if shown else 0
     return _Wanted(
@@ -155,7 +159,7 @@ def _figure(wanted: _Wanted, groups: Sequence[Group], noted: list[Mark], most: i
     notes = [wanted.note] if wanted.note else []
     band: Phrase | None = None
     if wanted.id == "accuracy":
-        found, band = _with_noise(found)
+        found, band = _with_noise(found, measure(run for group in groups for run in group.runs))
     lines: list[Line] = []
     constants: list[Constant] = []
     for dash, (metric, label) in enumerate(wanted.labels.items()):
@@ -194,11 +198,12 @@ def _figure(wanted: _Wanted, groups: Sequence[Group], noted: list[Mark], most: i
 
 
 def _curves(groups: Sequence[Group], metric: str, percent: bool) -> Iterator[_Drawn]:
-    """What each group has of a metric: the mean over its seeds; of one or two, which have no interval, the runs themselves."""
+    """What each group has of a metric: the mean over its seeds; of one or two seeds, which have no interval, the runs themselves."""
     for group in groups:
         having = [run for run in group.runs if len(run.column(metric)[0])]
-        if len(having) >= FEWEST_SEEDS:
-            yield _Drawn(group=group, run=None, seeds=len(having), curve=mean_over_seeds(having, metric, percent=percent))
+        seeds = len({run.seed for run in having})
+        if seeds >= FEWEST_SEEDS:
+            yield _Drawn(group=group, run=None, seeds=seeds, curve=mean_over_seeds(having, metric, percent=percent))
         else:
             yield from (_Drawn(group=group, run=run, seeds=1, curve=of_run(run, metric)) for run in having)
 
@@ -217,7 +222,7 @@ def number_text(value: float, percent: bool) -> str:
     return text.replace("-", "−")
 
 
-def _with_noise(found: dict[str, list[_Drawn]]) -> tuple[dict[str, list[_Drawn]], Phrase | None]:
+def _with_noise(found: dict[str, list[_Drawn]], scored: Measure) -> tuple[dict[str, list[_Drawn]], Phrase | None]:
     """Held-out results of single runs with the interval of each evaluation, which has so many problems; and what must be said of it.
 
     It tells what other problems of the same kind would give. The problems of one run stay the same, so its changes are less noisy.
@@ -229,7 +234,7 @@ def _with_noise(found: dict[str, list[_Drawn]]) -> tuple[dict[str, list[_Drawn]]
     problems: set[int] = set()
     noisy: dict[str, list[_Drawn]] = {}
     for metric, several in found.items():
-        noisy[metric] = [replace(one, curve=_evaluated(one, metric, problems)) for one in several]
+        noisy[metric] = [replace(one, curve=_evaluated(one, scored, problems)) for one in several]
     counts = sorted(problems)
     if not counts:
         return found, None
@@ -237,21 +242,19 @@ def _with_noise(found: dict[str, list[_Drawn]]) -> tuple[dict[str, list[_Drawn]]
     return noisy, phrase("figures", "evaluation", problems=text)
 
 
-def _evaluated(one: _Drawn, metric: str, problems: set[int]) -> Curve:
+def _evaluated(one: _Drawn, scored: Measure, problems: set[int]) -> Curve:
     """A run's evaluations with their intervals; adds to `problems` how many they had."""
     assert one.run is not None
-    scored = measure([one.run])
     counts = dict(one.run.series("eval_problems"))
     spreads = dict(one.run.series("eval/reward_std"))
     steps, values = one.curve.steps, one.curve.values
-    half = np.full(len(steps), np.nan)
+    low, high = np.full(len(steps), np.nan), np.full(len(steps), np.nan)
     for i, (step, value) in enumerate(zip(steps.tolist(), values.tolist(), strict=True)):
         count = int(counts.get(step, 0))
         if count > 1:
-            half[i] = scored.noise(value, count, spreads.get(step, np.nan))
+            low[i], high[i] = scored.ends(value, count, spreads.get(step, np.nan))
             problems.add(count)
-    low, high = values - half, values + half
-    return Curve(steps, values, *((np.maximum(low, 0.0), np.minimum(high, 1.0)) if scored.percent else (low, high)))
+    return Curve(steps, values, low, high)
 
 
 def _seed_notes(drawn: Sequence[_Drawn]) -> list[Phrase]:

@@ -11,6 +11,8 @@ from groupwise.evidence.runs import PASS_RATE, Measure, Run
 
 Kind = Literal["unhealthy", "watch", "healthy"]
 NOTHING = same("")
+EARLY = 5
+"""Steps before which what may pass makes no run unhealthy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

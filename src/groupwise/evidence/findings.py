@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from groupwise.evidence import rules_learning as learning
 from groupwise.evidence import rules_policy as policy
-from groupwise.evidence.finding import Finding, say
+from groupwise.evidence.finding import EARLY, Finding, say
+from groupwise.evidence.naming import short_names
 from groupwise.evidence.runs import Run
 
 
@@ -22,10 +23,14 @@ def findings(run: Run) -> list[Finding]:
 
 
 def shared_findings(runs: Sequence[Run]) -> list[Finding]:
-    """Findings of runs that differ in their seed only, each title once: the numbers are of the first run that has it, the title says how many do."""
+    """Findings of runs that differ in their seed only, each title once: the numbers are of the first run that has it, which the text
+    names; the title says how many do.
+    """
     found: dict[str, list[Finding]] = {}
-    for run in runs:
+    for run, name in zip(runs, short_names(runs), strict=True):
         for finding in findings(run):
+            if len(runs) > 1:
+                finding = replace(finding, text=say("words.of_run", run=name, text=finding.text))
             found.setdefault(finding.title.en, []).append(finding)
     shown = [items[0] for items in found.values()]
     if len(runs) > 1:
@@ -45,14 +50,14 @@ RULES: tuple[Callable[[Run], Finding | None], ...] = (
     learning.events_recorded,
     learning.constant_reward,
     learning.failed_completions,
-    policy.updates_too_large,
+    policy.sampler_mismatch,
     learning.learned,
+    policy.updates_too_large,
     learning.truncated_completions,
     policy.clip_too_tight,
     policy.entropy_explosion,
     policy.entropy_collapse,
     learning.zero_variance_groups,
-    policy.sampler_mismatch,
     learning.length_growth,
 )
 SYMPTOMS = {
@@ -63,4 +68,3 @@ SYMPTOMS = {
     policy.entropy_explosion,
 }
 """Rules whose findings may pass: they call no run unhealthy before it has done `EARLY` steps."""
-EARLY = 5

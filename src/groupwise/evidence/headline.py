@@ -8,16 +8,19 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from groupwise.evidence.finding import measure_name, three_digits
-from groupwise.evidence.naming import Group
-from groupwise.evidence.outcomes import by_seed, noise, problems_of
+from groupwise.evidence.naming import Group, differences, short_names
+from groupwise.evidence.outcomes import by_seed, common_step, ends_of, problems_of, score_at
 from groupwise.evidence.phrases import Phrase, phrase, same
-from groupwise.evidence.runs import Measure, Run, finite, measure
+from groupwise.evidence.runs import SCORE_KEYS, Measure, Run, finite, measure
 from groupwise.evidence.shapes import Finding, Status, SummaryRow, Tile
-from groupwise.evidence.statistics import FEWEST_SEEDS, interval
+from groupwise.evidence.statistics import FEWEST_SEEDS, Interval, interval
 
 SHOWN_SCORES = 4
 """How many seeds' scores a tile lists where they are too few for an interval."""
-UNITS = (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))
+SHOWN_RUNS = 8
+"""How many runs of a setting the table names."""
+REWARDED = (3, 5)
+"""Steps at the start and at the end of a run that its rewards are means over, if there are so many."""
 KINDS = ("unhealthy", "watch", "healthy")
 
 
@@ -41,42 +44,69 @@ def summary(groups: Sequence[Group]) -> list[SummaryRow]:
     rows: list[SummaryRow] = []
     for group in groups:
         before, after = _before(group, scored), _after(group, scored)
+        completions = [float(run.spent()[1][-1]) for run in group.runs if len(run.column("rollouts/completions")[0])]
         rows.append(
             {
                 "setting": group.id,
+                "runs": _some(short_names(group.runs)),
                 "seeds": len({run.seed for run in group.runs}),
                 "steps": max((run.last_step for run in group.runs), default=0),
                 "before": _with_interval(before, scored),
                 "after": _with_interval(after, scored),
-                "completions": _number(_mean([float(run.spent()[1][-1]) for run in group.runs]), ",.0f"),
-                "seconds": _number(_mean(_seconds(group.runs)), ",.0f"),
+                "completions": _number(_mean(completions), ",.0f"),
+                "seconds": duration(seconds).as_json() if (seconds := _mean(_seconds(group.runs))) else "–",
                 "tokens_per_second": _number(_mean(_speeds(group)), ",.0f"),
             }
         )
     return rows
 
 
+def _some(names: Sequence[str]) -> list[str]:
+    return [*names[:SHOWN_RUNS], *([f"… ({len(names)})"] if len(names) > SHOWN_RUNS else [])]
+
+
 def _before(group: Group, scored: Measure) -> list[float]:
-    """Each seed's first held-out score."""
-    return finite(by_seed(group.runs, lambda run: run.first(scored.key, 1)).values())
+    """Each seed's first held-out score, of the runs that have a later one too, if any has: the same as `_after` tells of."""
+    runs = _twice(group, scored) or [run for run in group.runs if len(run.scores(scored.key)[0])]
+    return finite(by_seed(runs, lambda run: float(run.scores(scored.key)[1][0])).values())
 
 
-def _after(group: Group, scored: Measure) -> list[float]:
-    """The last held-out score of each seed whose runs were evaluated more than once."""
-    runs = [run for run in group.runs if len(run.evaluations) > 1]
-    return finite(by_seed(runs, lambda run: run.last(scored.key, 1)).values())
+def _after(group: Group, scored: Measure, step: int | None = None) -> list[float]:
+    """The held-out score of each seed whose runs were evaluated more than once, after a step; None: the last one."""
+    return finite(by_seed(_twice(group, scored), lambda run: score_at(run, scored, step)).values())
+
+
+def _twice(group: Group, scored: Measure) -> list[Run]:
+    """The runs with two evaluations that can be compared."""
+    return [run for run in group.runs if len(run.scores(scored.key)[0]) > 1]
 
 
 def _with_interval(scores: Sequence[float], scored: Measure) -> str:
     if not scores:
         return "–"
     found = interval(scores)
-    return scored.text(found.mean) + (f" ± {scored.text(found.half)}" if found.count >= FEWEST_SEEDS else "")
+    if found.count < FEWEST_SEEDS:
+        return scored.text(found.mean)
+    if _leaves_range(found, scored):
+        return f"{scored.text(found.mean)} ({_range(found.low, found.high, scored)})"
+    return f"{scored.text(found.mean)} ± {scored.text(found.half)}"
+
+
+def _leaves_range(found: Interval, scored: Measure) -> bool:
+    """Whether an interval holds values that a share cannot have."""
+    return scored.percent and (found.low < 0 or found.high > 1)
+
+
+def _range(low: float, high: float, scored: Measure) -> str:
+    if scored.percent:
+        low, high = max(low, 0.0), min(high, 1.0)
+    return f"{scored.text(low)}\N{NO-BREAK SPACE}–\N{NO-BREAK SPACE}{scored.text(high)}"
 
 
 def _score(groups: Sequence[Group], scored: Measure) -> Tile | None:
     """The held-out score before and after; of several settings the best one's, and where the others are."""
-    ended = [(group, _after(group, scored)) for group in groups]
+    step = common_step([run for group in groups for run in _twice(group, scored)], scored) if len(groups) > 1 else None
+    ended = [(group, _after(group, scored, step or None)) for group in groups]
     ended = [(group, scores) for group, scores in ended if scores]
     values = {"name": measure_name(scored)}
     if not ended:
@@ -85,10 +115,14 @@ def _score(groups: Sequence[Group], scored: Measure) -> Tile | None:
             return None
         detail = phrase("summary", "score.one_evaluation")
         return _tile("score", phrase("summary", "score.label", **values), same(scored.text(_mean(first))), detail)
+    if len(ended) > 1 and (step == 0 or any(key.startswith(SCORE_KEYS) for key in differences(groups)["keys"])):
+        spread = _spread([_mean(scores) for _, scores in ended], scored.text)
+        why = phrase("summary", "score.at_no_step" if step == 0 else "score.other_problems", count=len(ended))
+        return _tile("score", phrase("summary", "score.label", **values), same(spread), why)
     best, scores = max(ended, key=lambda item: _mean(item[1]))
     before = _before(best, scored)
     change = f"{scored.text(_mean(before))} → {scored.text(_mean(scores))}" if before else scored.text(_mean(scores))
-    sure = _sure(best, scores, scored)
+    sure = _sure(best, scores, scored, step)
     if len(groups) == 1:
         return _tile("score", phrase("summary", "score.label", **values), same(change), sure)
     others = [_mean(found) for group, found in ended if group is not best]
@@ -99,21 +133,32 @@ def _score(groups: Sequence[Group], scored: Measure) -> Tile | None:
         where = phrase(
             "summary", "score.others" if len(others) > 1 else "score.other", setting=best.name, spread=spread, count=len(others)
         )
+    if step is not None:
+        where = phrase("summary", "score.at_step", where=where, step=f"{step:,}")
     detail = phrase("summary", "score.best_detail", where=where, noise=sure)
     return _tile("score", phrase("summary", "score.best", **values), same(change), detail)
 
 
-def _sure(group: Group, scores: Sequence[float], scored: Measure) -> Phrase:
-    """How sure the last score of a setting is: over its seeds, or of the one evaluation."""
+def _sure(group: Group, scores: Sequence[float], scored: Measure, step: int | None) -> Phrase:
+    """How sure the score after a step, None: the last one, of a setting is: over its seeds, or of the one evaluation."""
     if len(scores) >= FEWEST_SEEDS:
-        return phrase("summary", "score.seeds", count=len(scores), half=scored.text(interval(scores).half))
+        found = interval(scores)
+        if _leaves_range(found, scored):
+            return phrase("summary", "score.seeds_range", count=len(scores), range=_range(found.low, found.high, scored))
+        return phrase("summary", "score.seeds", count=len(scores), half=_half(found.half, scored))
     if len(scores) > 1:
         shown = " · ".join(scored.text(score) for score in scores[:SHOWN_SCORES])
         return phrase("summary", "score.few_seeds", count=len(scores), scores=shown)
-    run = next(run for run in group.runs if len(run.evaluations) > 1)
-    if problems_of(run) < 2:
+    run = _twice(group, scored)[0]
+    ends, problems = ends_of(run, scored, step), problems_of(run, step)
+    if problems < 2 or not all(map(math.isfinite, ends)):
         return phrase("summary", "score.no_interval")
-    return phrase("summary", "score.problems", half=scored.text(noise(run, scored)), problems=f"{problems_of(run):,}")
+    return phrase("summary", "score.problems", range=_range(*ends, scored), problems=f"{problems:,}")
+
+
+def _half(value: float, scored: Measure) -> Phrase:
+    """Half the width of an interval; of a share in percentage points."""
+    return phrase("comparing", "words.points", value=f"{100 * value:.1f}") if scored.percent else same(scored.text(value))
 
 
 def _reward(groups: Sequence[Group]) -> Tile | None:
@@ -122,12 +167,18 @@ def _reward(groups: Sequence[Group]) -> Tile | None:
     known = [runs for runs in known if runs]
     if not known:
         return None
-    last = [_mean([run.last("reward/mean") for run in runs]) for runs in known]
-    label = phrase("summary", "reward.label")
+    label, shortest = phrase("summary", "reward.label"), min(len(run.steps) for runs in known for run in runs)
+    at_first, at_last = (max(1, min(most, shortest // 2)) for most in REWARDED)  # not the same steps at both ends
+    last = [_mean([run.last("reward/mean", at_last) for run in runs]) for runs in known]
     if len(known) > 1:
-        return _tile("reward", label, same(_spread(last, three_digits)), phrase("summary", "reward.settings", count=len(known)))
-    first = _mean([run.first("reward/mean") for run in known[0]])
-    return _tile("reward", label, same(f"{three_digits(first)} → {three_digits(last[0])}"), phrase("summary", "reward.detail"))
+        key = "settings" if at_last > 1 else "settings_one"
+        detail = phrase("summary", f"reward.{key}", steps=at_last, count=len(known))
+        return _tile("reward", label, same(_spread(last, three_digits)), detail)
+    if shortest == 1:
+        return _tile("reward", label, same(three_digits(last[0])), phrase("summary", "reward.one_step"))
+    first = _mean([run.first("reward/mean", at_first) for run in known[0]])
+    detail = phrase("summary", "reward.detail" if at_first > 1 else "reward.two_steps", first=at_first, last=at_last)
+    return _tile("reward", label, same(f"{three_digits(first)} → {three_digits(last[0])}"), detail)
 
 
 def _health(groups: Sequence[Group], findings: Sequence[Finding]) -> Tile:
@@ -140,7 +191,8 @@ def _health(groups: Sequence[Group], findings: Sequence[Finding]) -> Tile:
     first = Phrase(**of_kind[0]["title"])
     ill = len({finding["setting"] for finding in of_kind})
     if len(groups) > 1:
-        detail = phrase("summary", "health.settings", count=ill, all=len(groups), first=first)
+        setting = next(group.name for group in groups if group.id == of_kind[0]["setting"])
+        detail = phrase("summary", "health.settings", count=ill, all=len(groups), setting=setting, first=first)
     elif len(of_kind) > 1:
         detail = phrase("summary", "health.more", first=first, count=len(of_kind) - 1)
     else:
@@ -187,8 +239,8 @@ def _time(groups: Sequence[Group]) -> Tile | None:
     if not any(seconds):
         return None
     if len(groups) > 1:
-        unit, size = next((unit, size) for unit, size in UNITS if max(seconds) >= 2 * size or size == 1)
-        value = phrase("summary", f"unit.{unit}", value=_spread([value / size for value in seconds], three_digits))
+        low, high = duration(min(seconds)), duration(max(seconds))
+        value = low if low == high else phrase("summary", "time.range", low=low, high=high)
         return _tile("time", label, value, phrase("summary", "time.settings", count=len(groups)))
     runs = groups[0].runs
     steps = sum(len(run.steps) for run in runs)

@@ -35,6 +35,7 @@ class Change:
     """Half the width of the 95 % interval of last - first. It takes the evaluations as independent; they try the same problems with
     the same random numbers, so it is rather too wide."""
     problems: int
+    """Of the evaluation that had the fewest."""
     verdict: Verdict
     """rose, fell: by more than sampling noise explains; level: neither, and a rise worth having would have been seen; open: too few
     problems to tell."""
@@ -47,14 +48,15 @@ class Change:
 def change(run: Run) -> Change | None:
     """Compare the held-out scores of a run; None: there are fewer than two evaluations."""
     measure = run.measure
-    series = run.series(measure.key)
-    if len(series) < 2:
+    steps, scores = (part.tolist() for part in run.scores(measure.key))
+    if len(steps) < 2:
         return None
-    steps, scores = zip(*series, strict=True)
-    known = run.evaluations[-1].get("eval_problems") or run.recipe.get("training", {}).get("eval_problems", 500)
-    problems = max(1, int(known))
-    deviations = dict(run.series("eval/reward_std"))
-    errors = [measure.noise(score, problems, deviations.get(step, 0.0)) for step, score in series]
+    known, deviations = dict(run.series("eval_problems")), dict(run.series("eval/reward_std"))
+    usual = run.recipe.get("training", {}).get("eval_problems", 500)
+    counts = [max(1, int(known.get(step) or usual)) for step in steps]
+    errors = [
+        measure.noise(score, count, deviations.get(step, 0.0)) for step, score, count in zip(steps, scores, counts, strict=True)
+    ]
     small = SMALL if measure.percent else SMALL_EFFECT * max(deviations.get(steps[0], 0.0), deviations.get(steps[-1], 0.0))
     return Change(
         measure=measure,
@@ -64,8 +66,8 @@ def change(run: Run) -> Change | None:
         best_step=steps[scores.index(max(scores))],
         last_step=steps[-1],
         noise=math.hypot(errors[0], errors[-1]),
-        problems=problems,
-        verdict=_verdict(scores, errors, max(1, problems - 1), small, least=0.05 if measure.percent else 0.0),
+        problems=min(counts),
+        verdict=_verdict(scores, errors, max(1, min(counts) - 1), small, least=0.05 if measure.percent else 0.0),
     )
 
 

@@ -49,18 +49,20 @@ def of_run(run: Run, metric: str) -> Curve:
 
 
 def mean_over_seeds(runs: Sequence[Run], metric: str, *, percent: bool = False) -> Curve:
-    """The mean over the runs that have the metric at a step, with Student's 95 % interval where those are at least `FEWEST_SEEDS`.
+    """The mean over the seeds that have the metric at a step, with Student's 95 % interval where those are at least `FEWEST_SEEDS`.
 
     Args:
         percent: it is a share, so that the interval ends at 0 and 1.
     """
-    columns = [column for run in runs if len((column := run.column(metric))[0])]
+    having = [(run.seed, column) for run in runs if len((column := run.column(metric))[0])]
+    columns = [column for _, column in having]
     steps = columns[0][0]
     if any(not np.array_equal(steps, own) for own, _ in columns[1:]):
         steps = np.unique(np.concatenate([own for own, _ in columns]))
     table = np.full((len(columns), len(steps)), np.nan)
     for row, (own, values) in zip(table, columns, strict=True):
         row[np.searchsorted(steps, own)] = values
+    table = _by_seed(table, [seed for seed, _ in having])
     known = ~np.isnan(table)
     counts = known.sum(axis=0)
     mean = np.where(known, table, 0.0).sum(axis=0) / counts
@@ -70,6 +72,16 @@ def mean_over_seeds(runs: Sequence[Run], metric: str, *, percent: bool = False) 
     half = factors[counts] * np.sqrt(squares / np.maximum(counts - 1, 1) / counts)
     low, high = mean - half, mean + half
     return Curve(steps, mean, *((np.maximum(low, 0.0), np.minimum(high, 1.0)) if percent else (low, high)))
+
+
+def _by_seed(table: Values, seeds: Sequence[int]) -> Values:
+    """A row for each seed, from a row for each run: runs of the same seed repeat each other more or less, and are no further seeds."""
+    rows = []
+    for seed in dict.fromkeys(seeds):
+        own = table[[other == seed for other in seeds]]
+        known = ~np.isnan(own)
+        rows.append(np.where(known, own, 0.0).sum(axis=0) / np.where(known.any(axis=0), known.sum(axis=0), np.nan))
+    return np.array(rows) if len(rows) < len(table) else table
 
 
 def points_of(lines: int) -> int:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from groupwise.algorithms import NAMED, named
-from groupwise.config import Recipe, dump, read_toml
+from groupwise.config import Recipe, dump
 from groupwise.config.effects import HARMLESS
 from groupwise.config.trees import flat
-from groupwise.errors import UserError
 from groupwise.evidence.history import value_text
+from groupwise.evidence.ladders import ladder_of
 from groupwise.evidence.runs import Run
 from groupwise.evidence.shapes import Differences
 from groupwise.text import visible
@@ -44,32 +44,18 @@ def grouped(runs: Iterable[Run]) -> list[Group]:
     """
     runs = list({run.path.resolve(): run for run in runs}.values())
     keys: list[Hashable]
-    if _ladder(runs):
+    if ladder := ladder_of(runs):
         keys = [run.path.resolve().parent for run in runs]
         groups = _by_key(keys, runs)
-        names = [members[0].path.resolve().parent.name.split("-", 1)[-1] for members in groups.values()]
+        names = [ladder.rungs[ladder.rung(members[0])] for members in groups.values()]
     else:
         keys = [json.dumps(tree, sort_keys=True, default=str) for tree in map(_setting, runs)]
         groups = _by_key(keys, runs)
-        names = _names([members[0] for members in groups.values()])
+        names = _names(list(groups.values()))
     names = _distinct([cut(visible(name), LONGEST_SETTING) for name in names])
     return [
         Group(id=_id("s", str(key)), name=name, runs=members) for (key, members), name in zip(groups.items(), names, strict=True)
     ]
-
-
-def _ladder(runs: Iterable[Run]) -> Path | None:
-    """The directory of the ladder that all the runs are of."""
-    homes = {run.path.resolve().parent.parent for run in runs}
-    return next((home for home in homes if len(homes) == 1 and (home / "ladder.toml").is_file()), None)
-
-
-def _title_of(ladder: Path) -> str:
-    try:
-        found = read_toml(ladder)[0].get("title")
-    except UserError:
-        return ""
-    return found if isinstance(found, str) else ""
 
 
 def _by_key(keys: Sequence[Hashable], runs: Sequence[Run]) -> dict[Hashable, list[Run]]:
@@ -108,8 +94,11 @@ def _tells(key: str) -> bool:
     return key != "seed" and (key == "training.eval_every" or not key.startswith(HARMLESS))
 
 
-def _names(runs: Sequence[Run]) -> list[str]:
-    """The algorithm's name where that tells the settings apart, else with the settings that differ, if these are short; else numbered."""
+def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
+    """The algorithm's name where that tells the settings apart, else with the settings that differ, if these are short; else the name of
+    the only run's directory, or a number.
+    """
+    runs = [members[0] for members in groups]
     trees = [_setting(run) for run in runs]
     told = []
     for run, tree in zip(runs, trees, strict=True):
@@ -120,10 +109,17 @@ def _names(runs: Sequence[Run]) -> list[str]:
     if max(map(len, told), default=0) <= LONGEST_SETTING and len(set(told)) == len(told):
         return told
     seen, several = Counter[str](), Counter(run.algorithm for run in runs)
+    single = [members[0] for members in groups if len(members) == 1]
+    directories = dict(zip(map(run_id, single), _directories(single), strict=True))
     names = []
     for run in runs:
         seen[run.algorithm] += 1
-        names.append(f"{run.algorithm} {seen[run.algorithm]}" if several[run.algorithm] > 1 else run.algorithm)
+        if several[run.algorithm] == 1:
+            names.append(run.algorithm)
+        elif run_id(run) in directories:
+            names.append(_of_run(directories[run_id(run)], run.algorithm))
+        else:
+            names.append(f"{run.algorithm} {seen[run.algorithm]}")
     return names
 
 
@@ -140,15 +136,27 @@ def run_id(run: Run) -> str:
 
 def run_names(groups: Iterable[Group]) -> dict[str, str]:
     """By id: the directory's name, with those above it where that is needed to tell runs apart, and the setting's: "run1 · dapo"."""
-    members = [(group, run) for group in groups for run in group.runs]
-    paths = {run_id(run): run.path.resolve() for _, run in members}
-    shown = {id: path.name for id, path in paths.items()}
-    named_so = Counter((group.name, shown[run_id(run)]) for group, run in members)
-    for group, run in members:
-        if named_so[group.name, paths[run_id(run)].name] > 1:
-            shown[run_id(run)] = _apart(paths[run_id(run)], paths.values())
-    names = [f"{cut(visible(shown[run_id(run)]), LONGEST_RUN)} · {group.name}" for group, run in members]
-    return dict(zip((run_id(run) for _, run in members), _distinct(names), strict=True))
+    ids, names = [], []
+    for group in groups:
+        for run, directory in zip(group.runs, short_names(group.runs), strict=True):
+            ids.append(run_id(run))
+            names.append(group.name if group.name.startswith(_of_run(directory, "")) else _of_run(directory, group.name))
+    return dict(zip(ids, _distinct(names), strict=True))
+
+
+def short_names(runs: Sequence[Run]) -> list[str]:
+    """The names of runs among those of their setting: of their directories, with those above them where that is needed."""
+    return [cut(visible(name), LONGEST_RUN) for name in _directories(runs)]
+
+
+def _of_run(directory: str, setting: str) -> str:
+    return f"{cut(visible(directory), LONGEST_RUN)} · {setting}"
+
+
+def _directories(runs: Sequence[Run]) -> list[str]:
+    paths = [run.path.resolve() for run in runs]
+    named_so = Counter(path.name for path in paths)
+    return [_apart(path, paths) if named_so[path.name] > 1 else path.name for path in paths]
 
 
 def _apart(path: Path, others: Iterable[Path]) -> str:
@@ -183,10 +191,10 @@ def title(groups: Sequence[Group]) -> str:
     names = list(run_names(groups).values())
     if len(names) == 1:
         return names[0]
-    if (ladder := _ladder(run for group in groups for run in group.runs)) and (given := _title_of(ladder / "ladder.toml")):
-        return cut(visible(given), LONGEST_TITLE)
-    joined = " · ".join(group.name for group in groups)
-    return joined if len(joined) <= LONGEST_TITLE else f"{joined[:LONGEST_TITLE].rsplit(' · ', 1)[0]} · … ({len(groups)})"
+    if (ladder := ladder_of(run for group in groups for run in group.runs)) and ladder.title:
+        return cut(visible(ladder.title), LONGEST_TITLE)
+    joined = " | ".join(group.name for group in groups)
+    return joined if len(joined) <= LONGEST_TITLE else f"{joined[:LONGEST_TITLE].rsplit(' | ', 1)[0]} | … ({len(groups)})"
 
 
 def cut(text: str, most: int) -> str:

@@ -39,20 +39,24 @@ def scores(first: Sequence[Run], second: Sequence[Run], scored: Measure) -> Outc
         first, second: runs that are `evaluated`.
     """
     runs = [*first, *second]
-    step = None
-    if not all(finished(run) for run in runs):
-        common = set.intersection(*(_evaluations(run, scored) for run in runs)) if runs else set()
-        if not common:
-            return Outcomes(measure="score", first={}, second={})
-        step = max(common)
-    problems = [count for run in runs if (count := problems_of(run))]
+    step = common_step(runs, scored)
+    if step == 0:
+        return Outcomes(measure="score", first={}, second={})
     return Outcomes(
         measure="score",
         first=by_seed(first, lambda run: score_at(run, scored, step)),
         second=by_seed(second, lambda run: score_at(run, scored, step)),
-        resolution=1 / min(problems) if problems and scored.percent else 0.0,
+        resolution=_one_problem(runs, scored),
         step=step,
     )
+
+
+def common_step(runs: Sequence[Run], scored: Measure) -> int | None:
+    """The training step after which scores of these runs are compared: the last after which all were evaluated, 0: there is none; None:
+    all have done all their steps, and each run's last evaluation is taken."""
+    if runs and all(finished(run) for run in runs):
+        return None
+    return max(set.intersection(*(_evaluations(run, scored) for run in runs)), default=0) if runs else 0
 
 
 def costs(first: Sequence[Run], second: Sequence[Run], scored: Measure) -> list[Outcomes]:
@@ -67,7 +71,7 @@ def costs(first: Sequence[Run], second: Sequence[Run], scored: Measure) -> list[
     runs = [*first, *second]
     if not runs:
         return []
-    columns = [run.column(scored.key)[1] for run in runs]
+    columns = [run.scores(scored.key)[1] for run in runs]
     begin, reached = statistics.fmean(float(values[0]) for values in columns), min(float(values.max()) for values in columns)
     if not reached - begin > max(noise(run, scored) for run in runs):
         return []
@@ -80,8 +84,22 @@ def costs(first: Sequence[Run], second: Sequence[Run], scored: Measure) -> list[
             for members in (first, second)
         ]
         if all(math.isfinite(value) for of in values for value in of.values()):
-            found.append(Outcomes(measure=measure, first=values[0], second=values[1], target=target))
+            least = _cost_of_one_problem(runs, scored, target, place)
+            found.append(Outcomes(measure=measure, first=values[0], second=values[1], resolution=least, target=target))
     return found
+
+
+def _one_problem(runs: Iterable[Run], scored: Measure) -> float:
+    """What one problem is of the smallest last evaluation's pass rate; 0: not known, or the measure is no pass rate."""
+    problems = [count for run in runs if (count := problems_of(run))]
+    return 1 / min(problems) if problems and scored.percent else 0.0
+
+
+def _cost_of_one_problem(runs: Sequence[Run], scored: Measure, target: float, place: int) -> float:
+    """By how much the logarithm of a cost changes where one problem less is asked for, the mean over runs; 0: not known."""
+    nearer = target - _one_problem(runs, scored)
+    changes = [_log(_until(run, scored, target, place)) - _log(_until(run, scored, nearer, place)) for run in runs]
+    return statistics.fmean(known) if (known := [value for value in changes if math.isfinite(value)]) else 0.0
 
 
 def evaluated(runs: Iterable[Run], scored: Measure) -> list[Run]:
@@ -98,28 +116,44 @@ def finished(run: Run) -> bool:
 
 def score_at(run: Run, scored: Measure, step: int | None) -> float:
     """The held-out score after a training step; None: the last one."""
-    steps, values = run.column(scored.key)
+    steps, values = run.scores(scored.key)
     return float(values[-1] if step is None else values[int(np.flatnonzero(steps == step)[0])])
 
 
-def problems_of(run: Run) -> int:
-    """How many problems its last evaluation had; 0: not recorded."""
-    counts = run.column("eval_problems")[1]
-    return max(0, int(counts[-1])) if len(counts) else 0
+def problems_of(run: Run, step: int | None = None) -> int:
+    """How many problems the evaluation after a step had, None: the last one; 0: not recorded."""
+    count = _recorded(run, "eval_problems", step)
+    return max(0, int(count)) if math.isfinite(count) else 0
 
 
-def noise(run: Run, scored: Measure) -> float:
-    """Half the width of the 95 % interval of the last evaluation, from its number of problems; 0: not recorded."""
-    problems = problems_of(run)
+def noise(run: Run, scored: Measure, step: int | None = None) -> float:
+    """Half the width of the 95 % interval of the evaluation after a step, None: the last one, from its number of problems; 0: not
+    recorded."""
+    problems = problems_of(run, step)
     if not problems:
         return 0.0
-    half = scored.noise(run.last(scored.key, 1), problems, run.last("eval/reward_std", 1))
+    half = scored.noise(score_at(run, scored, step), problems, _recorded(run, "eval/reward_std", step))
     return half if math.isfinite(half) else 0.0
+
+
+def ends_of(run: Run, scored: Measure, step: int | None = None) -> tuple[float, float]:
+    """The ends of that interval; NaN: not recorded."""
+    problems = problems_of(run, step)
+    if not problems:
+        return math.nan, math.nan
+    return scored.ends(score_at(run, scored, step), problems, _recorded(run, "eval/reward_std", step))
+
+
+def _recorded(run: Run, name: str, step: int | None) -> float:
+    """A metric of the evaluation after a step, None: the last one; NaN: not recorded."""
+    steps, values = run.column(name)
+    values = values if step is None else values[steps == step]
+    return float(values[-1]) if len(values) else math.nan
 
 
 def _evaluations(run: Run, scored: Measure) -> set[int]:
     """The training steps after which it was evaluated."""
-    return {step for step in run.column(scored.key)[0].tolist() if step > 0}
+    return {step for step in run.scores(scored.key)[0].tolist() if step > 0}
 
 
 def by_seed(runs: Sequence[Run], value: Callable[[Run], float]) -> dict[int, float]:
@@ -132,7 +166,7 @@ def by_seed(runs: Sequence[Run], value: Callable[[Run], float]) -> dict[int, flo
 
 def _until(run: Run, scored: Measure, target: float, place: int) -> float:
     """What was spent (1: completions, 2: seconds) until the score first reached the target; NaN: from the start, or never."""
-    steps, values = run.column(scored.key)
+    steps, values = run.scores(scored.key)
     spent = run.spent()
     at = np.interp(steps, spent[0], spent[place])
     above = int(np.argmax(values >= target))

@@ -68,7 +68,7 @@ def _titled(figure: Figure, chart: Any) -> Any:
     if banded:
         seeds = sorted({line["seeds"] for line in banded})
         over = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-        said.append(f"Bands: {figure['band']['en'] if 'band' in figure else f'95 % interval of the mean over {over} seeds'}.")
+        said.append(f"Bands: {figure['band']['en'] if 'band' in figure else f'95% interval of the mean over {over} seeds'}.")
     said += [f"{constant['label']['en']}: {constant['value']} in all steps" for constant in figure.get("constants", [])]
     title = alt.Title(figure["title"]["en"], subtitle=said, anchor="start", subtitleColor="#666")
     return chart.properties(width=WIDTH, height=HEIGHT, title=title)

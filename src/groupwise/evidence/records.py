@@ -26,6 +26,8 @@ TRAINED = "reward/mean"
 """What every training step has, and no evaluation."""
 EVALUATED = ("eval/pass@1", "eval/reward")
 """Of which every evaluation has one."""
+SHARE = EVALUATED[0]
+"""It is drawn and compared as one, and must lie in 0 to 1."""
 BLOCK = 512
 """How many records are kept as dictionaries until they are moved to the columns together, which is five times as fast as one by one."""
 LARGEST = 1e300
@@ -198,7 +200,9 @@ class Metrics:
             if value is None or key == "step":
                 continue
             if not bins and type(value) in (float, int):
-                if -LARGEST < value < LARGEST:  # one that is not finite is not known
+                if name == SHARE and not 0 <= value <= 1:
+                    left_out.add(file, f"{name} is no share: {short(value, 40)}", line)
+                elif -LARGEST < value < LARGEST:  # one that is not finite is not known
                     record[name] = float(value)
             elif bins and _is_numbers(value) and len(value) == bins:
                 record[name] = value

@@ -25,6 +25,8 @@ MOST_KINDS = 5
 """Kinds of events that a finding describes."""
 FEW_FAILED, MANY_FAILED = 0.01, 0.1
 """Shares of completions that could not be scored: worth a word, and so many that what is learned is biased."""
+MANY_TRUNCATED = 0.2
+"""Share of completions."""
 RIGHT_ALL_THE_SAME = 0.1
 """Share of the truncated completions that are right, above which the limit is no harm: answers of a fixed length."""
 ALL = 0.99
@@ -136,10 +138,10 @@ def truncated_completions(run: Run) -> Finding | None:
     """Report a token limit that many completions reach."""
     share, before = run.last("length/truncated", max(5, len(run.steps) // 4)), run.first("length/truncated")
     right = run.last("train/pass_rate", max(5, len(run.steps) // 4))
-    if not share > 0.2:
+    if not share > MANY_TRUNCATED:
         return _truncated_at_first(run, share)
     found = say("truncated.found", share=share, limit=run.recipe.get("rollouts", {}).get("max_tokens", "?"))
-    if before < 0.5 * share:
+    if before < 0.5 * share and before <= MANY_TRUNCATED:
         text = say("truncated.growing_text", found=found, before=before)
         return Finding(kind="unhealthy", title=say("truncated.growing"), text=text, figure="truncated")
     if right + share - 1 > RIGHT_ALL_THE_SAME * share:
@@ -163,7 +165,7 @@ def truncated_completions(run: Run) -> Finding | None:
 def _truncated_at_first(run: Run, share: float) -> Finding | None:
     """Report a limit that the policy has learned to stay below, where that did not make it better: it answers too soon."""
     before, found = run.first("length/truncated", 5), change(run)
-    if not before > 0.2 or found is None or found.verdict == "rose":
+    if not before > MANY_TRUNCATED or found is None or found.verdict == "rose":
         return None
     limit = run.recipe.get("rollouts", {}).get("max_tokens", "?")
     text = say("truncated.first_text", before=before, share=share, limit=limit, measure=measure_name(run.measure, within=True))
@@ -172,27 +174,28 @@ def _truncated_at_first(run: Run, share: float) -> Finding | None:
 
 def zero_variance_groups(run: Run) -> Finding | None:
     """Report that most groups have zero variance, unless the algorithm draws a signal from them all the same."""
-    share = run.last("groups/zero_variance", max(5, len(run.steps) // 4))
+    window = max(5, len(run.steps) // 4)
+    share = run.last("groups/zero_variance", window)
     if not share > 0.5 or constant_reward(run) is not None:
         return None
     graded = not run.values("groups/all_correct")
-    right, wrong = run.last("groups/all_correct"), run.last("groups/all_wrong")
+    right, wrong = run.last("groups/all_correct", window), run.last("groups/all_wrong", window)
     if graded:
-        which = say("groups.equal", share=run.last("groups/equal"))
+        which = say("groups.equal", share=run.last("groups/equal", window))
     else:
         which = say("groups.outcomes", right=right, wrong=wrong)
     if right > wrong and run.last("eval/pass@1", 1) > SOLVED:
         kind: Kind = "watch" if warned_of(run, "zero_variance") else "healthy"
         return Finding(kind=kind, title=say("groups.solved"), text=say("groups.solved_text", which=which), figure="groups")
     if setting(run, "dynamic_sampling"):
-        text = say("groups.discarded_text", which=which, rounds=run.last("rollouts/rounds"))
+        text = say("groups.discarded_text", which=which, rounds=run.last("rollouts/rounds", window))
         return Finding(kind="watch", title=say("groups.discarded"), text=text, figure="groups")
-    if not run.last("utilisation") < EVERYWHERE_USED:
+    if not run.last("utilisation", window) < EVERYWHERE_USED:
         return None  # A critic, a reward history or step rewards give advantages to zero-variance groups too.
     advice = "tell_apart" if graded else "too_hard" if wrong > right else "too_easy"
     if graded and improves(run):
         advice = "best_or_stuck"  # The highest possible reward is not known.
-    text = say(f"groups.{advice}", which=which, reward=three_digits(run.last("reward/mean")))
+    text = say(f"groups.{advice}", which=which, reward=three_digits(run.last("reward/mean", window)))
     return Finding(kind="watch", title=say("groups.title"), text=text, figure="groups")
 
 
@@ -200,7 +203,7 @@ def length_growth(run: Run) -> Finding | None:
     """Report completions that grow while held-out results do not."""
     first, last = run.first("length/mean"), run.last("length/mean")
     found = change(run)
-    if found is None or found.verdict == "rose" or len(run.values(run.measure.key)) < 3 or not last > 2 * first:
+    if found is None or found.verdict == "rose" or len(run.scores(run.measure.key)[0]) < 3 or not last > 2 * first:
         return None
     title = say("length.accuracy" if run.measure.percent else "length.reward")
     text = say("length.text", first=first, last=last, measure=measure_name(run.measure, within=True))

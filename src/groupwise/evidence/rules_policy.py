@@ -1,7 +1,7 @@
 """Rules about the policy and its updates: KL, clipping, entropy, sampler and learner. One rule, one function."""
 
 from groupwise.algorithms.diagnostics import PROBABILITY_EDGES
-from groupwise.evidence.finding import NOTHING, Finding, say, setting, under_way, warned_of
+from groupwise.evidence.finding import EARLY, NOTHING, Finding, say, setting, under_way, warned_of
 from groupwise.evidence.held_out import change, improves
 from groupwise.evidence.runs import Run
 from groupwise.thresholds import ENTROPY_LEFT, LARGEST_GAP, SOLVED
@@ -21,7 +21,8 @@ def updates_too_large(run: Run) -> Finding | None:
     A large divergence alone is no harm: small models at high learning rates learn with it. It is where results fall or stay, or where
     it is so large that the ratios mean nothing.
     """
-    skipped, taken = run.last("skipped_updates", 1), len(run.steps)
+    skipped, learner, rollouts = run.last("skipped_updates", 1), run.recipe.get("learner", {}), run.recipe.get("rollouts", {})
+    updates = len(run.steps) * learner.get("minibatches", 1) * rollouts.get("epochs", 1)
     kl = sorted(run.values("approx_kl"))
     typical, peak = (kl[len(kl) // 2], kl[-1]) if kl else (0.0, 0.0)
     large = typical > LARGE_KL or peak > PEAK_KL
@@ -29,15 +30,23 @@ def updates_too_large(run: Run) -> Finding | None:
         return None
     found = change(run)
     harmed = found is not None and (found.ruined or (found.verdict == "level" and typical > LARGE_KL and not under_way(run)))
-    unhealthy = skipped > 0.1 * taken or typical > RUINOUS_KL or (large and harmed)
-    rate = run.recipe.get("learner", {}).get("learning_rate", "?")
+    unhealthy = skipped > 0.1 * updates or typical > RUINOUS_KL or (large and harmed)
+    rate = learner.get("learning_rate", "?")
     moved = say("updates.moved", typical=typical, peak=peak)
     lost = say("updates.lost", skipped=skipped) if skipped > 0 else NOTHING
     advice = say("updates.lower" if unhealthy or not improves(run) else "updates.learns", rate=rate)
     return Finding(
         kind="unhealthy" if unhealthy else "watch",
-        title=say("updates.too_large" if unhealthy else "updates.large" if large else "updates.skipped"),
-        text=say("updates.text", moved=moved, lost=lost, advice=advice),
+        title=say(
+            "updates.too_large"
+            if unhealthy and len(run.steps) >= EARLY
+            else "updates.large"
+            if large or unhealthy
+            else "updates.skipped"
+        ),
+        text=say("updates.text", moved=moved, lost=lost, advice=advice)
+        if kl
+        else say("updates.only_lost", skipped=skipped, rate=rate),
         figure="kl",
     )
 

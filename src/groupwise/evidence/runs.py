@@ -14,7 +14,7 @@ from groupwise.errors import UserError
 from groupwise.evidence.history import Noted, Segment, course, read_events, read_segments
 from groupwise.evidence.reading import LeftOut, read_recipe, read_tokens
 from groupwise.evidence.records import EVALUATED, TRAINED, Metrics, Records, Steps, Values, read_metrics
-from groupwise.evidence.statistics import LEVEL, binomial
+from groupwise.evidence.statistics import LEVEL, binomial, wilson
 from groupwise.evidence.student import critical
 
 
@@ -43,7 +43,14 @@ class Measure:
             return binomial(score, problems)
         return critical(LEVEL, max(1, problems - 1)) * spread / math.sqrt(problems)
 
+    def ends(self, score: float, problems: int, spread: float) -> tuple[float, float]:
+        """The ends of that interval; of a pass rate they are not equally far from it, and lie in 0 to 1."""
+        half = self.noise(score, problems, spread)
+        return wilson(score, problems) if self.percent else (score - half, score + half)
 
+
+SCORE_KEYS = ("task.", "environment.", "training.eval_problems")
+"""Beginnings of the settings that decide of what problems and on what scale a held-out score is."""
 PASS_RATE = Measure(key=EVALUATED[0], name="pass@1", percent=True)
 MEAN_REWARD = Measure(key=EVALUATED[1], name="mean reward", percent=False)
 
@@ -91,6 +98,14 @@ class Run:
     def column(self, name: str) -> tuple[Steps, Values]:
         """The steps that have the metric, ascending, and its values: one each, or one row of bins each."""
         return (self.evaluations if name.startswith(("eval/", "eval_")) else self.steps).column(name)
+
+    def scores(self, name: str) -> tuple[Steps, Values]:
+        """As `column`, of the evaluations that can be compared with the last one: those since a resume last changed what is scored."""
+        steps, values = self.column(name)
+        changed = [segment.first_step for segment in self.segments if any(key.startswith(SCORE_KEYS) for key in segment.changed)]
+        last = self.evaluations[-1]["step"] if self.evaluations else 0
+        since = steps >= max((step for step in changed if step <= last), default=0)
+        return steps[since], values[since]
 
     def series(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of each record that has the metric."""

@@ -219,12 +219,14 @@ class Comparison(TypedDict):
 
 class SummaryRow(TypedDict):
     setting: str
+    runs: list[str]
+    """Their short names, of many the first ones."""
     seeds: int
     steps: int
     before: str
     after: str
     completions: str
-    seconds: str
+    seconds: "Text | str"
     tokens_per_second: str
 
 

@@ -123,8 +123,8 @@ class Difference:
 def difference(first: Mapping[int, float], second: Mapping[int, float], least: float = 0.0) -> Difference | None:
     """Compare two settings, each with one value per seed.
 
-    Seed by seed over the seeds that both have, if those are enough: runs of the same seed see the same problems, so pairing removes
-    shared noise. Else mean by mean over all their seeds.
+    Seed by seed over the seeds that both have, if those are enough, and most of those of the setting with fewer: runs of the same seed
+    see the same problems, so pairing removes shared noise. Else mean by mean over all their seeds.
 
     Args:
         first: seed -> value; values that are not finite are left out.
@@ -136,7 +136,7 @@ def difference(first: Mapping[int, float], second: Mapping[int, float], least: f
     """
     one, other = ({seed: value for seed, value in of.items() if math.isfinite(value)} for of in (first, second))
     shared = one.keys() & other.keys()
-    if len(shared) >= FEWEST_SEEDS:
+    if len(shared) >= FEWEST_SEEDS and 2 * len(shared) > min(len(one), len(other)):
         changes = [other[seed] - one[seed] for seed in sorted(shared)]
         return Difference(mean=statistics.fmean(changes), spreads=(max(deviation(changes), least),), counts=(len(changes),))
     if min(len(one), len(other)) < FEWEST_SEEDS:
@@ -175,6 +175,14 @@ def detectable(found: Difference, level: float) -> float:
     return found.error * shift_needed(found.shape, critical(level, found.freedom), POWER) if found.error else 0.0
 
 
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """The ends of the 95 % interval of a proportion of `count` independent trials (Wilson's score interval)."""
+    share, z2 = min(max(share, 0.0), 1.0), 1.96**2
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = 1.96 * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2)) / (1 + z2 / count)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
 def binomial(share: float, count: int) -> float:
     """Half the width of the 95 % interval of a proportion of `count` independent trials (Agresti and Coull)."""
     shrunk = (min(max(share, 0.0), 1.0) * count + 2) / (count + 4)
@@ -201,7 +209,4 @@ def clustered_share(rates: Sequence[float], per_cluster: float = 1.0) -> tuple[f
     effective = (
         n * min(max(independent / variance, 1.0), per_cluster) if variance > 0 else n * (per_cluster if independent else 1)
     )
-    z2 = 1.96**2
-    centre = (share + z2 / (2 * effective)) / (1 + z2 / effective)
-    half = 1.96 * math.sqrt(independent / effective + z2 / (4 * effective**2)) / (1 + z2 / effective)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return wilson(share, effective)

@@ -12,13 +12,12 @@ from groupwise.evidence.headline import duration
 from groupwise.evidence.naming import Group, differences
 from groupwise.evidence.outcomes import evaluated, noise, problems_of
 from groupwise.evidence.phrases import Phrase, phrase, same
+from groupwise.evidence.runs import SCORE_KEYS
 from groupwise.evidence.shapes import Comparison
 from groupwise.evidence.statistics import FEWEST_SEEDS, LEVEL, Difference, detectable, seeds_needed
 
 MOST_SEEDS = 100
 """More seeds are not planned for."""
-SCORE_KEYS = ("task.", "environment.", "training.eval_problems")
-"""Beginnings of the settings that decide of what problems and on what scale a score is."""
 MOST_KEYS = 3
 """How many of them are named."""
 COLOURS = {"better": "green", "worse": "red", "open": "yellow", "unknown": "dim"}
@@ -121,7 +120,7 @@ def _end(item: Compared, value: float) -> str:
     if item.outcomes.measure != "score":
         return _ratio(value)
     shown = f"{100 * value:+.1f}" if item.scored.percent else f"{value:+.3g}"
-    return shown.replace("-", "−")
+    return shown.replace("-", "−") if shown.strip("+-0.") else shown.lstrip("+-")
 
 
 def _ratio(log: float) -> str:
@@ -172,10 +171,10 @@ def _too_few(item: Compared) -> Phrase:
     if seeds != (1, 1):
         return say("unknown.few", head=head, first=seeds[0], second=seeds[1], fewest=FEWEST_SEEDS)
     runs = [evaluated(group.runs, item.scored)[0] for group in (item.first, item.second)]
-    problems = min(problems_of(run) for run in runs)
+    problems = min(problems_of(run, item.outcomes.step) for run in runs)
     if not problems:
         return say("unknown.one", head=head, fewest=FEWEST_SEEDS)
-    half = math.hypot(*(noise(run, item.scored) for run in runs))
+    half = math.hypot(*(noise(run, item.scored, item.outcomes.step) for run in runs))
     shown = say("words.points", value=f"{100 * half:.1f}") if item.scored.percent else same(f"{half:.3g}")
     key = "unknown.one_larger" if abs(item.mean) > half else "unknown.one_noise"
     return say(key, head=head, problems=f"{problems:,}", noise=shown, fewest=FEWEST_SEEDS)

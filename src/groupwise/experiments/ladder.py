@@ -22,6 +22,7 @@ from groupwise.config import Recipe, Section, SftRecipe, Source, explain, find_r
 from groupwise.errors import UserError, nearest, short
 from groupwise.evidence.comparing import Compared, against_one
 from groupwise.evidence.comparing import compare as compared
+from groupwise.evidence.ladders import rung_directory
 from groupwise.evidence.naming import Group
 from groupwise.evidence.pictures import data
 from groupwise.evidence.runs import Measure, Run, finite, measure, open_run
@@ -33,8 +34,6 @@ from groupwise.training.checkpoints import listed
 from groupwise.training.segments import changes, completed
 
 MOST_SEEDS = 10_000
-LONGEST_NAME = 80
-"""Of a rung's directory, in characters."""
 
 
 class Rung(Section):
@@ -155,13 +154,9 @@ def _inline(value: Any) -> str:
 def plan(ladder: Ladder, out: Path, seeds: int) -> list[Job]:
     """Every run: all rungs of a seed before the next seed, so that a ladder cut short compares what it has."""
     return [
-        Job(rung=i, seed=seed, path=out / f"{i + 1}-{_slug(rung.name)}" / f"seed-{seed}")
+        Job(rung=i, seed=seed, path=out / rung_directory(i, rung.name) / f"seed-{seed}")
         for seed, (i, rung) in itertools.product(range(seeds), enumerate(ladder.rungs))
     ]
-
-
-def _slug(name: str) -> str:
-    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())[:LONGEST_NAME]
 
 
 def claim(ladder: Ladder, ladder_path: Path, recipe: Path, out: Path) -> None:

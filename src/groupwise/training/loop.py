@@ -28,7 +28,7 @@ from groupwise.training.failures import explain, traceback_of
 from groupwise.training.gap import check_gap
 from groupwise.training.interrupts import Interrupt, Interrupted
 from groupwise.training.ledger import Entry
-from groupwise.training.metrics import advantage_metrics, peak_mib, reward_metrics, rollout_metrics
+from groupwise.training.metrics import advantage_metrics, peak_mib, reward_metrics, rollout_metrics, weighted_metrics
 from groupwise.training.pieces import InProcess, Pieces
 from groupwise.training.records import RunDirectory
 from groupwise.training.recovery import Deaths, recover
@@ -182,9 +182,11 @@ class Trainer:
                 name="nothing_to_learn",
                 advice="Raise rollouts.max_tokens, or turn algorithm.overlong_filter off.",
             )
+        parts = self.credit.parts(batch, groups, rewards)
         self.collector.publish(self.step)
         seconds = time.perf_counter() - started
         metrics |= {
+            **weighted_metrics(parts),
             "seconds/rollouts": collected.seconds,
             "seconds/scoring": collected.scoring_seconds,
             "seconds/learner": seconds,
@@ -193,7 +195,7 @@ class Trainer:
             **self.pieces.metrics(),
             "tokens_per_second": int(batch.lengths_B.sum()) / (collected.seconds + seconds),
         }
-        entry, parts = Entry.of(self.step, collected), self.credit.parts(batch, groups, rewards)
+        entry = Entry.of(self.step, collected)
         done = StepDone(step=self.step, metrics=metrics, groups=groups, batch=batch, tokens=tokens, parts=parts, entry=entry)
         self.record(done)
         for event in self.watch.look(self.step, metrics):
@@ -278,7 +280,8 @@ class Trainer:
         """Held-out results of the untrained base model, as a resumed run recorded them when it began. Empty if it has no such
         record, or one of another number of problems."""
         record = next((record for record in self.run_directory.metrics.evaluations if record["step"] == 0), {})
-        known = record.get("eval_problems") == len(self.held_out)
+        tried = record.get("eval_problems", 0.0) + record.get("eval_unscored", 0.0)
+        known = tried == len(self.held_out)
         numbers = {name: value for name, value in record.items() if name.startswith("eval/") and isinstance(value, float)}
         return Evaluation(metrics=numbers if known else {}, groups=(), values={})
 

@@ -77,8 +77,8 @@ def turn_metrics(completions: Sequence[Completion]) -> dict[str, float]:
 
 
 def reward_metrics(groups: Sequence[Group], rewards: Mapping[str, Tensor]) -> dict[str, float]:
-    """Of the scored completions that were kept: the reward that advantages are made of, its standard deviation, its parts by
-    name, and what the reward logged.
+    """Of the scored completions that were kept: the standard deviation of their rewards, before a KL penalty; the parts of these
+    by name, as they were given; and what the reward logged.
 
     `rewards`: from `reward_parts`.
     """
@@ -92,9 +92,22 @@ def reward_metrics(groups: Sequence[Group], rewards: Mapping[str, Tensor]) -> di
     for name in dict.fromkeys(name for score in scores for name in score.metrics):
         parts[f"reward/logged/{name}"] = torch.tensor([score.metrics[name] for score in scores if name in score.metrics])
     return {
-        "reward/shaped_mean": float(rewards_B.mean()),
         "reward/shaped_spread": float(rewards_B.std(correction=0)),
         **{name: float(values_B.mean()) for name, values_B in parts.items()},
+    }
+
+
+def weighted_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of the scored completions that were kept: the mean of the reward that advantages are made of, and of what it is the sum of.
+
+    `parts`: from `CreditAssigner.parts`; empty where scoring failed.
+    """
+    scored = [part for part in parts if part]
+    names = dict.fromkeys(name for part in scored for name in part)
+    means = {name: sum(part.get(name, 0.0) for part in scored) / len(scored) for name in names}
+    return {
+        "reward/shaped_mean": sum(means.values()) if scored else math.nan,
+        **{f"reward/weighted/{name}": mean for name, mean in means.items()},
     }
 
 

@@ -223,8 +223,11 @@ class RunDirectory:
             self.metrics.append(event.step, event.metrics)  # last: who reads the line finds the step's other files complete
         elif isinstance(event, Evaluated):
             self.write_held_out(event.step, event.evaluation.groups)
-            problems = float(len(event.evaluation.groups))
-            self.metrics.append(event.step, {**event.evaluation.metrics, "eval_problems": problems})
+            scored = sum(bool(group.scored) for group in event.evaluation.groups)
+            problems = {"eval_problems": float(scored)}  # which the scores are means over
+            if unscored := len(event.evaluation.groups) - scored:
+                problems["eval_unscored"] = float(unscored)
+            self.metrics.append(event.step, {**event.evaluation.metrics, **problems})
         else:
             self.events.record(event)
 

@@ -1,10 +1,10 @@
 // The completions to read: which run, step and kind of record, on one side or two, searched, filtered and coloured.
 
-const GROUPS_SHOWN = 10; // at once
+const GROUPS_SHOWN = 3, GROUPS_MORE = 10; // prompts at first, and with every "show more"
 const HIDDEN_WHEN_EMPTY = ["sides", "choices", "search", "key", "list", "more"];
 const reader = {
   sides: [], quantity: "advantage", query: "", order: "recorded", filters: { wrong: false, truncated: false, changed: false },
-  shown: GROUPS_SHOWN, near: false, open: false, offered: "", follow: isLive, elements: null,
+  shown: GROUPS_SHOWN, common: false, near: false, open: false, offered: "", follow: isLive, elements: null,
 };
 
 // --- the two sides
@@ -67,13 +67,17 @@ function secondSide() {
   return second;
 }
 
-function compare() {
+async function compare() {
   if (reader.sides.length === 2) reader.sides.pop();
   else reader.sides.push(secondSide());
   reader.filters.changed = false;
   drawReaderControls();
-  if (reader.sides.length === 2) load(reader.sides[1]);
-  else drawList();
+  const [side, second] = reader.sides;
+  if (!second) return drawList();
+  await load(second);
+  // Two runs rarely train on the same prompts at a step; the held-out problems are the same.
+  const heldOut = [side, second].every((one) => reader.sides.includes(one) && !one.request && sourcesOf(one.run).includes("held_out"));
+  if (!reader.common && heldOut) for (const one of [side, second]) setSide(one, { source: "held_out" });
 }
 
 // --- controls
@@ -109,7 +113,7 @@ function stepControls(side, i) {
   side.controls = { typed, slider, earlier: button("‹", "earlier", -1), later: button("›", "later", 1) };
   const { earlier, later } = side.controls;
   showStep(side);
-  return make("span", { class: "steps" }, make("label", {}, `${text("reader.step")} `, typed), earlier, slider, later);
+  return make("span", { class: "steps" }, make("label", {}, `${text("reader.step")} `, typed), earlier, later, slider);
 }
 
 // `chosen`: it was chosen just now; otherwise what somebody is typing stays.
@@ -137,7 +141,7 @@ function tick(label, key, checked, onchange) {
 // What the controls offer; they are made again only when this changes, so that a list that is open stays open.
 function offered() {
   const runs = page.data.runs.map((run) => [run.id, run.name, sourcesOf(run.id)]);
-  return JSON.stringify([page.language, runs, reader.sides.map((side) => [side.run, side.source])]);
+  return JSON.stringify([page.language, runs, reader.common, reader.sides.map((side) => [side.run, side.source])]);
 }
 
 function drawReaderControls(chosen = false) {
@@ -147,7 +151,7 @@ function drawReaderControls(chosen = false) {
   reader.offered = offered();
   const numbered = reader.sides.some((side) => side.source === "tokens");
   refill(elements.sides, ...reader.sides.map(sideControls));
-  const filters = ["wrong", "truncated", ...(comparing ? ["changed"] : [])].map((name) =>
+  const filters = ["wrong", "truncated", ...(comparing && reader.common ? ["changed"] : [])].map((name) =>
     tick(text(`reader.filters.${name}`), name, reader.filters[name], (on) => { reader.filters[name] = on; reader.shown = GROUPS_SHOWN; drawList(); }));
   const orders = ["recorded", ...(numbered ? ["ratio"] : []), "high", "low", "long"].map((order) => [order, text(`reader.orders.${order}`)]);
   const quantities = ["none", ...QUANTITIES].map((name) => [name, text(`reader.quantities.${name}`)]);
@@ -178,7 +182,7 @@ function drawColours() {
 
 function viewOf() {
   const names = Object.fromEntries(reader.sides.map((side, i) => ["AB"[i], sideName(side, "AB"[i])]));
-  return { comparing: reader.sides.length > 1, names, query: lowered(reader.query.trim()), order: reader.order, redraw: drawList };
+  return { comparing: reader.sides.length > 1, width: lineWidth(reader.elements.list, reader.sides.length), names, query: lowered(reader.query.trim()), order: reader.order, redraw: drawList };
 }
 
 function sideName(side, letter) {
@@ -192,6 +196,11 @@ function drawList() {
   hideTip();
   const view = viewOf(), [side, other] = reader.sides;
   const pairs = paired(side.groups, other?.groups ?? []);
+  if (!reader.sides.some((one) => one.request)) {
+    reader.common = pairs.some(([group, same]) => group && same);
+    if (!reader.common) reader.filters.changed = false;
+    drawReaderControls();
+  }
   const found = selected(pairs, reader.filters, view.query, reader.order, view.comparing);
   const cards = found.slice(0, reader.shown).map((entry) => groupCard(entry, view));
   reader.elements.list.replaceChildren(...cards);
@@ -207,7 +216,7 @@ function drawStatus(pairs = null, found = []) {
   else {
     const of = (entry) => entry[1].length + entry[3].length;
     const completions = reader.sides.flatMap((one) => one.groups).reduce((sum, group) => sum + group.completions.length, 0);
-    const common = !other || pairs.some((pair) => pair[0] && pair[0].key === pair[1]?.key) ? "" : text("core.sentence") + text("reader.no_common");
+    const common = !other || reader.common ? "" : text("core.sentence") + text("reader.no_common");
     const values = { shown: grouped(found.reduce((sum, entry) => sum + of(entry), 0)), completions: grouped(completions), groups: grouped(found.length), all: grouped(pairs.length) };
     status.textContent = (found.length ? text("reader.count", values) : text("reader.none_found")) + common + notHere();
   }
@@ -227,8 +236,8 @@ function embeddedNote(side) {
 
 function drawMore(found) {
   const unread = reader.sides.filter((side) => isLive && side.leftOut > 0);
-  const further = found.length > reader.shown ? make("button", { type: "button", "data-key": "more", onclick: () => { reader.shown += GROUPS_SHOWN; drawList(); } }, text("reader.more_groups")) : null;
-  const read = !further && unread.length ? make("button", { type: "button", "data-key": "more", onclick: () => { reader.shown += GROUPS_SHOWN; for (const side of unread) load(side, true); } }, text("reader.more_read")) : null;
+  const further = found.length > reader.shown ? make("button", { type: "button", "data-key": "more", onclick: () => { reader.shown += GROUPS_MORE; drawList(); } }, text("reader.more_groups")) : null;
+  const read = !further && unread.length ? make("button", { type: "button", "data-key": "more", onclick: () => { reader.shown += GROUPS_MORE; for (const side of unread) load(side, true); } }, text("reader.more_read")) : null;
   refill(reader.elements.more, further, read);
 }
 

@@ -100,13 +100,12 @@ function meanReward(group) {
   return rewards.length ? rewards.reduce((sum, reward) => sum + reward, 0) / rewards.length : null;
 }
 
-// Groups of the two sides by problem: pairs of a group and the one with the same key; what one side alone has comes last. Where they
-// have no problem in common, pairs of any two.
+// Groups of the two sides by problem: pairs of a group and the one with the same key; what one side alone has comes last, in turn.
 function paired(groups, others) {
   const waiting = new Map();
   for (const group of others) waiting.set(group.key, [...(waiting.get(group.key) ?? []), group]);
   const pairs = groups.map((group) => [group, waiting.get(group.key)?.shift() ?? null]);
-  const rest = [...waiting.values()].flat();
-  if (!pairs.some((pair) => pair[1])) return Array.from({ length: Math.max(groups.length, rest.length) }, (_, i) => [groups[i] ?? null, rest[i] ?? null]);
-  return [...pairs.filter((pair) => pair[1]), ...pairs.filter((pair) => !pair[1]), ...rest.map((group) => [null, group])];
+  const ours = pairs.filter((pair) => !pair[1]), theirs = [...waiting.values()].flat().map((group) => [null, group]);
+  const alone = Array.from({ length: Math.max(ours.length, theirs.length) }, (_, i) => [ours[i], theirs[i]]).flat().filter(Boolean);
+  return [...pairs.filter((pair) => pair[1]), ...alone];
 }

@@ -1,6 +1,6 @@
 // Prompts with their completions: which of them are shown, in which order, and how.
 
-const SHOWN_COMPLETIONS = 4, SHOWN_PROMPT = 700, SHORT = 160; // SHORT: characters of completions that stand beside each other
+const SHOWN_COMPLETIONS = 4, SHOWN_PROMPT = 400, SHORT = 160; // SHORT: characters of completions that stand beside each other
 const openedParts = new WeakMap(); // group or completion -> whether all of it is shown
 
 // Whether a completion is to be shown.
@@ -26,7 +26,7 @@ const inOrder = (completions, order) => {
 function selected(pairs, filters, query, order, comparing) {
   const found = [];
   for (const [group, other] of pairs) {
-    if (filters.changed && comparing && (group?.key !== other?.key || verdictOf(group) === verdictOf(other))) continue;
+    if (filters.changed && comparing && !(group && other && verdictOf(group) !== verdictOf(other))) continue;
     const [ours, theirs] = [group, other].map((one) => (one ? inOrder(one.completions.filter((item) => matches(item, one, filters, query)), order) : []));
     if (ours.length || theirs.length) found.push([group, ours, other, theirs]);
   }
@@ -38,11 +38,11 @@ function selected(pairs, filters, query, order, comparing) {
 // A prompt, and its completions of one side or of both beside each other.
 function groupCard([group, ours, other, theirs], view) {
   if (!view.comparing) return make("article", { class: "group" }, problemOf(group, view), sideOf(group, ours, view));
-  const unlike = group && other && group.key !== other.key;
-  const columns = [[group, ours, "A"], [other, theirs, "B"]].map(([one, shown, side]) =>
-    make("div", { class: "side" }, make("p", { class: "side-name" }, view.names[side]), unlike ? problemOf(one, view) : null,
-      one ? sideOf(one, shown, view) : make("p", { class: "soft" }, text("reader.other_side", { side }))));
-  return make("article", { class: "group" }, unlike ? null : problemOf(group ?? other, view), make("div", { class: "sides" }, ...columns));
+  const columns = [[group, ours, "A"], [other, theirs, "B"]].filter(([one]) => one).map(([one, shown, side]) =>
+    make("div", { class: "side" }, make("p", { class: "side-name" }, view.names[side]),
+      shown.length ? sideOf(one, shown, view) : make("p", { class: "soft" }, text("reader.none_of_side"))));
+  const alone = group && other ? null : make("p", { class: "soft" }, text("reader.other_side", { side: group ? "B" : "A" }));
+  return make("article", { class: "group" }, problemOf(group ?? other, view), alone, make("div", { class: "sides" }, ...columns));
 }
 
 function problemOf(group, view) {
@@ -61,14 +61,25 @@ function opener(thing, label, view) {
   return make("button", { type: "button", class: "more", onclick: () => { openedParts.set(thing, true); view.redraw(); } }, label);
 }
 
+// Completions that say the same and got the same, as lists, in the order of their first.
+function alike(completions) {
+  const found = new Map();
+  for (const completion of completions) {
+    const key = JSON.stringify([factsOf(completion).text, completion.reward, completion.correct, completion.stop]);
+    found.set(key, [...(found.get(key) ?? []), completion]);
+  }
+  return [...found.values()];
+}
+
 function sideOf(group, shown, view) {
   const box = make("div", {}, group.all ? make("p", { class: "soft" }, groupFacts(group)) : null);
-  const all = openedParts.get(group) || shown.length <= SHOWN_COMPLETIONS + 1;
+  const every = openedParts.get(group) ? shown.map((completion) => [completion]) : alike(shown);
+  const all = openedParts.get(group) || every.length <= SHOWN_COMPLETIONS + 1;
   const half = SHOWN_COMPLETIONS / 2; // as recorded the best and the worst, in another order the first ones
-  const part = view.order === "recorded" ? [...shown.slice(0, half), ...shown.slice(-half)] : shown.slice(0, SHOWN_COMPLETIONS);
-  const chosen = all ? shown : part, short = chosen.every((completion) => factsOf(completion).text.length < SHORT);
-  box.append(make("div", { class: short ? "completions short" : "completions" }, ...chosen.map((completion) => completionCard(completion, view))));
-  if (!all) box.append(opener(group, text("reader.all_completions", { count: grouped(shown.length) }), view));
+  const part = view.order === "recorded" ? [...every.slice(0, half), ...every.slice(-half)] : every.slice(0, SHOWN_COMPLETIONS);
+  const chosen = all ? every : part, short = chosen.every(([completion]) => factsOf(completion).text.length < SHORT);
+  box.append(make("div", { class: short ? "completions short" : "completions" }, ...chosen.map((same) => completionCard(same[0], view, same.length))));
+  if (chosen.length < shown.length) box.append(opener(group, text("reader.all_completions", { count: grouped(shown.length) }), view));
   return box;
 }
 
@@ -80,19 +91,19 @@ function groupFacts(group) {
   return facts.join(" · ");
 }
 
-function completionCard(completion, view) {
+function completionCard(completion, view, count) {
   const whole = openedParts.get(completion) ?? false;
-  let [body, cut] = completionText(completion, whole, view.query);
+  let [body, cut] = completionText(completion, whole, view);
   if (cut && view.query && factsOf(completion).text.includes(view.query) && !body.querySelector("mark") && completion.text.length < 5000) {
-    [body, cut] = completionText(completion, true, view.query); // what was found is beyond what would be shown
+    [body, cut] = completionText(completion, true, view); // what was found is beyond what would be shown
   }
-  const card = make("div", { class: "completion" }, completionHead(completion), rewardParts(completion), body);
+  const card = make("div", { class: "completion" }, completionHead(completion, count), rewardParts(completion), body);
   const label = completion.advantage.length ? text("reader.whole_tokens", { count: grouped(completion.text.length) }) : text("reader.whole");
   if (cut) card.append(opener(completion, label, view));
   return card;
 }
 
-function completionHead(completion) {
+function completionHead(completion, count) {
   const { largest } = factsOf(completion), verdict = { true: "right", false: "wrong" }[completion.correct];
   const facts = [
     completion.reward === null ? text("reader.not_scored") : text("reader.reward", { reward: brief(completion.reward) }),
@@ -100,6 +111,7 @@ function completionHead(completion) {
     largest === null || largest === 1 ? null : text("reader.largest", { ratio: brief(largest) }),
   ];
   return make("p", { class: "facts" },
+    count > 1 ? make("b", {}, text("reader.same", { count })) : null,
     verdict ? make("span", { class: `verdict ${verdict}` }, `${verdict === "right" ? "✓" : "✗"} ${text(`reader.verdicts.${verdict}`)}`) : null,
     ...facts.filter(Boolean).map((fact) => make("span", {}, fact)),
     completion.stop === "length" ? make("span", { class: "chip" }, text("reader.truncated")) : null);

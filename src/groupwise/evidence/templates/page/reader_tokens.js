@@ -1,7 +1,7 @@
 // A completion's text: tokens coloured by what the update knew of them, turns, search hits, and one token's values on demand.
 
 const SHADES = 6; // of a colour
-const SHOWN_TOKENS = 300, SHOWN_CHARACTERS = 2400; // of a completion before "show all of it"
+const SHOWN_LINES = 12; // of a completion before "show all of it"
 const BLOCK_TOKENS = 400, BLOCK_CHARACTERS = 8000; // drawn as one box, which the browser skips while it is out of view
 const QUANTITIES = ["advantage", "ratio", "probability", "entropy", "clipped"];
 const blocks = new WeakMap(); // box of tokens -> what is in it
@@ -51,11 +51,33 @@ function colourKey() {
   return make("div", { class: "colour-key" }, make("span", { class: "scale" }, strip, labels), quantity === "clipped" ? null : outlined);
 }
 
+// About how many letters a line of a completion has: `columns` stand beside each other where there is room.
+function lineWidth(list, columns) {
+  const beside = columns > 1 && list.clientWidth > 850 ? columns : 1;
+  return Math.max(30, Math.floor((list.clientWidth / beside - 40) / 9));
+}
+
+// How many characters of a completion fill so many lines; Infinity: it has fewer.
+function charactersOf(completion, lines, width) {
+  let column = 0, count = 0;
+  for (const part of completion.text) {
+    for (const letter of part) {
+      count += letter.length;
+      column += letter > "\u2e80" ? 2 : 1;
+      if (letter !== "\n" && column < width) continue;
+      column = 0;
+      lines -= 1;
+      if (lines <= 0) return count;
+    }
+  }
+  return Infinity;
+}
+
 // The text of a completion, its beginning or all of it, in boxes that get their tokens when they come into view; and whether it is cut.
-function completionText(completion, whole, query) {
+function completionText(completion, whole, { query, width }) {
   const numbered = completion.advantage.length > 0, hits = query ? hitsOf(completion, query) : [];
   const body = make("div", { class: "tokens", ...(numbered ? { tabindex: 0, role: "group", "aria-label": text("reader.token_list") } : {}) });
-  const [boxes, cut] = boxesOf(completion, whole);
+  const [boxes, cut] = boxesOf(completion, whole || charactersOf(completion, 1.3 * SHOWN_LINES, width) === Infinity ? Infinity : charactersOf(completion, SHOWN_LINES, width));
   let turn = null, parent = body;
   for (const box of boxes) {
     if (box.turn !== turn) {
@@ -72,29 +94,27 @@ function completionText(completion, whole, query) {
   return [body, cut];
 }
 
-// Which tokens come into one box, turn by turn: {turn, from, to, offset in the text, characters}; and whether some are left for "show
-// all of it".
-function boxesOf(completion, whole) {
+// Which tokens of the first so many characters come into one box, turn by turn: {turn, from, to, offset in the text, characters}; and
+// whether some are left for "show all of it".
+function boxesOf(completion, characters) {
   const numbered = completion.advantage.length > 0, boxes = [];
-  const length = completion.text.reduce((sum, part) => sum + part.length, 0);
-  const short = completion.text.length <= 1.3 * SHOWN_TOKENS && length <= 1.3 * SHOWN_CHARACTERS;
-  let tokens = whole || short ? Infinity : SHOWN_TOKENS, characters = whole || short ? Infinity : SHOWN_CHARACTERS, offset = 0;
+  let offset = 0;
   for (const turn of completion.turns.length ? completion.turns : [{ role: "", start: 0, end: completion.text.length }]) {
     for (let from = turn.start, to = from; from < turn.end; from = to) {
-      if (tokens <= 0 || characters <= 0) return [boxes, true];
+      if (characters <= 0) return [boxes, true];
       let size = 0;
-      do size += completion.text[to++].length; while (to < turn.end && !endsBox(completion, from, to, size, tokens, characters, numbered));
+      do size += completion.text[to++].length; while (to < turn.end && !endsBox(completion, from, to, size, characters, numbered));
       boxes.push({ turn, from, to, offset, characters: numbered ? size : Math.min(size, characters) });
       if (!numbered && size > characters) return [boxes, true];
-      [tokens, characters, offset] = [tokens - (to - from), characters - size, offset + size];
+      [characters, offset] = [characters - size, offset + size];
     }
   }
   return [boxes, false];
 }
 
-function endsBox(completion, from, to, size, tokens, characters, numbered) {
+function endsBox(completion, from, to, size, characters, numbered) {
   const count = to - from, line = completion.text[to - 1].endsWith("\n");
-  if (!numbered || count >= tokens || size >= Math.min(characters, BLOCK_CHARACTERS) || (completion.left_out && to === completion.start)) return true;
+  if (!numbered || size >= Math.min(characters, BLOCK_CHARACTERS) || (completion.left_out && to === completion.start)) return true;
   return (count >= BLOCK_TOKENS && line) || count >= 2 * BLOCK_TOKENS;
 }
 
@@ -209,14 +229,16 @@ function showTip(span, aloud) {
   span.classList.add("current");
   const place = text("reader.place", { place: grouped(1 + i + (completion.left_out && i >= completion.start ? completion.left_out : 0)) });
   const rows = QUANTITIES.map((name) => [text(`reader.quantities.${name}`), tokenValue(completion, name, i)]);
-  refill(tip, make("p", {}, make("code", {}, JSON.stringify(completion.text[i]).slice(1, -1).slice(0, 80)), " ", make("span", { class: "soft" }, place)),
+  refill(tip, make("p", {}, make("code", {}, shownToken(completion.text[i])), " ", make("span", { class: "soft" }, place)),
     make("dl", {}, ...rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)])));
-  tip.hidden = false;
-  const at = span.getClientRects()[0] ?? span.getBoundingClientRect(), size = tip.getBoundingClientRect();
-  const above = at.top - size.height - 6, below = at.bottom + 6;
-  tip.style.left = `${Math.max(4, Math.min(at.left, root.clientWidth - size.width - 4))}px`;
-  tip.style.top = `${below + size.height > window.innerHeight && above > 0 ? above : below}px`;
+  placeTokenTip();
   if (aloud) spoken.textContent = [completion.text[i], place, ...rows.map((row) => row.join(" "))].join(text("core.semicolon"));
+}
+
+// Text of a token in one line: what would break it is named.
+function shownToken(token) {
+  const names = { "\n": "\\n", "\t": "\\t", "\r": "\\r" };
+  return token.slice(0, 80).replace(/[\n\t\r]/g, (letter) => names[letter]);
 }
 
 function tokenValue(completion, name, i) {
@@ -225,6 +247,16 @@ function tokenValue(completion, name, i) {
   if (name === "clipped") return value ? text(value > 0 ? "reader.upper" : "reader.lower") : text("reader.not_clipped");
   return brief(value);
 }
+
+// Beside the current token, or hidden while that is out of view.
+function placeTokenTip() {
+  const at = current.span.getClientRects()[0] ?? current.span.getBoundingClientRect();
+  tip.hidden = at.bottom < 0 || at.top > window.innerHeight;
+  const size = tip.getBoundingClientRect(), above = at.top - size.height - 6, below = at.bottom + 6;
+  tip.style.left = `${Math.max(4, Math.min(at.left, root.clientWidth - size.width - 4))}px`;
+  tip.style.top = `${below + size.height > window.innerHeight && above > 0 ? above : below}px`;
+}
+document.addEventListener("scroll", () => { if (current.span) placeTokenTip(); }, { capture: true, passive: true });
 
 function hideTip() {
   current.span?.classList.remove("current");

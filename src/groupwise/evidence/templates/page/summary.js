@@ -97,14 +97,15 @@ section("findings", "summary.heading.findings", ["findings", "left_out", "settin
   return [make("div", { class: severalSettings() ? "by-setting" : false }, ...drawn), leftOutBox()];
 });
 
-const summaryColumns = ["setting", "before", "after", "seeds", "steps", "completions", "seconds", "tokens_per_second"];
+const summaryColumns = ["setting", "runs", "before", "after", "seeds", "steps", "completions", "seconds", "tokens_per_second"];
 section("summary", "summary.heading.summary", ["summary", "differences", "settings", "measure"], () => {
-  const measure = say(page.data.measure);
-  const heads = summaryColumns.map((name) => text(`summary.column.${name}`, { measure }));
-  const rows = page.data.summary.map((row) => summaryColumns.map((name) => (name === "setting" ? settingLabel(row.setting) : typeof row[name] === "number" ? row[name].toLocaleString("en") : row[name])));
+  const columns = summaryColumns.filter((name) => name !== "runs" || severalRuns());
+  const heads = columns.map((name) => text(`summary.column.${name}`, { measure: say(page.data.measure) }));
+  const shown = { setting: (row) => settingLabel(row.setting), runs: (row) => make("bdi", {}, row.runs.join(text("core.list"))), steps: (row) => row.steps.toLocaleString("en"), seeds: (row) => row.seeds.toLocaleString("en") };
+  const rows = page.data.summary.map((row) => columns.map((name) => shown[name]?.(row) ?? say(row[name])));
   const intervals = page.data.summary.some((row) => row.after.includes("±") || row.before.includes("±"));
   return [
-    tableOf(heads, rows, ["", ...heads.slice(1).map(() => "number")]),
+    tableOf(heads, rows, columns.map((name) => ({ setting: "", runs: "runs" })[name] ?? "number")),
     intervals ? make("p", { class: "soft" }, text("summary.summary.interval")) : null,
     ...differenceTable(),
   ];
