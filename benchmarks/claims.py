@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from groupwise.algorithms.diagnostics import PROBABILITY_EDGES
 from groupwise.evidence.pictures import charts
 from groupwise.evidence.runs import Run, open_run
-from groupwise.evidence.statistics import Interval, interval, paired
+from groupwise.evidence.statistics import Interval, interval
 
 SHOWN = {"entropy", "groups", "utilisation", "accuracy-rollouts", "clip-by-probability", "spread-length", "length", "truncated"}
 Rungs = dict[str, list[Run]]
@@ -131,7 +131,7 @@ def routing_flips(run: Run) -> float:
 
 
 def show(text: str, value: Interval) -> None:
-    print(f"  {text}: {value.mean:.4g} ± {value.half:.2g} (n {value.count}){' *' if value.excludes_zero else ''}")
+    print(f"  {text}: {value.mean:.4g} ± {value.half:.2g} (n {value.count}){' *' if abs(value.mean) > value.half else ''}")
 
 
 def beside(rungs: Rungs, names: Sequence[str], measures: dict[str, Callable[[Run], float]], against: str | None = None) -> None:
@@ -146,7 +146,7 @@ def beside(rungs: Rungs, names: Sequence[str], measures: dict[str, Callable[[Run
                 base = {run.seed: measure(run) for run in rungs[against]}
                 pairs = [(base[run.seed], value) for run, value in zip(rungs[name], values, strict=True) if run.seed in base]
                 pairs = [pair for pair in pairs if not any(map(math.isnan, pair))]
-                show("    change", paired([a for a, _ in pairs], [b for _, b in pairs]))
+                show("    change", interval([after - before for before, after in pairs]))
 
 
 def main() -> None:

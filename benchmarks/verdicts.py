@@ -3,7 +3,10 @@
     python benchmarks/verdicts.py --out runs/verdicts                          # about ten minutes on two cores
     python benchmarks/verdicts.py --out runs/verdicts --record tests/recorded_runs
 
-What each may be called stood here before it was run. `--record` keeps what the findings read of each, for the tests.
+What each may be called stood here before it was run, but for three titles that were added when rules were revised after the first
+campaign: that there are too few held-out problems to tell, of the healthy "four steps with a KL penalty" and "noisy evaluations",
+and that many completions were truncated at first, of "token limit too low". The problems, rewards or settings of some runs were
+changed then too, where what was to be shown did not happen. `--record` keeps what the findings read of each, for the tests.
 """
 
 import argparse

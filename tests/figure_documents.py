@@ -92,7 +92,7 @@ def document(steps: int, settings: int = 1, seeds: int = 1, points: int = 1000, 
     outcomes = [*some(["mixed"], 0.05), *flat("all correct", 1), *flat("all wrong", 2)]
     divergences = some(["KL(π_old ‖ π) within a step", "KL to the reference"], 0.2, 1e-3)
     noted: list[Mark] = [{"step": steps // 2, "text": "entropy_low"}, {"step": steps // 2 + 1, "text": "settings changed"}]
-    unused: list[Constant] = [{"label": same("groups: zero variance").as_json(), "value": "0"}]
+    unused: list[Constant] = [{"label": same("groups of zero variance").as_json(), "value": "0"}]
     made = [
         figure("accuracy", "learning", "Held-out results", accuracies, "accuracy", percent=True),
         figure("rewards", "learning", "Reward by component", some(["total", "correct", "format"], 0.05), "mean reward"),
@@ -129,7 +129,7 @@ def bars(names: list[str]) -> Figure:
     series = [
         {"id": f"{name}/{bound}", "setting": name, "label": same(bound).as_json(), "dash": d, "x": list(range(len(bins))),
          "y": [0.1 * (d + 1) / (1 + i) for i in range(len(bins))]}
-        for name in names for d, bound in enumerate(("upper bound", "lower bound"))
+        for name in names for d, bound in enumerate(("lower bound", "upper bound"))
     ]  # fmt: skip
     more: dict[str, Any] = {"kind": "bars", "series": series, "bins": bins, "x": _axis("π_old of the token")}
     return figure("clip-by-probability", "policy", "Clipped tokens by probability", [], "share", percent=True, **more)

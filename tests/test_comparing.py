@@ -112,6 +112,23 @@ def test_few_shared_seeds_do_not_throw_the_others_away() -> None:
     assert most is not None and most.paired and most.counts == (6,)
 
 
+def test_costs_that_are_equal_by_chance_are_no_certainty(tmp_path: Path) -> None:
+    """All seeds rise alike; of 20 problems one less is reached 1 / 20 of the way earlier: less than that is not known."""
+    runs = []
+    for algorithm, size in (("grpo", 64.0), ("dapo", 65.0)):
+        for seed in range(3):
+            path = tmp_path / f"{algorithm}{seed}"
+            path.mkdir()
+            (path / "recipe.toml").write_text(f'seed = {seed}\n[algorithm]\nname = "{algorithm}"\n[training]\nsteps = 10\n')
+            scores = [{"step": step, "eval/pass@1": step / 10, "eval_problems": 20.0} for step in (0, 10)]
+            steps = [{"step": step, "reward/mean": 0.5, "rollouts/completions": size} for step in range(1, 11)]
+            (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*scores, *steps]))
+            runs.append(open_run(path))
+    found = {item.outcomes.measure: item for item in compare(contrasts(grouped(runs)))}
+    cost = found["completions"]
+    assert cost.verdict == "open" and cost.found is not None and cost.found.spreads == pytest.approx((math.log(0.9 / 0.85),))
+
+
 def test_seeds_that_are_equal_or_differ_by_one_problem_are_no_certainty() -> None:
     equal = difference({0: 0.5, 1: 0.5, 2: 0.5}, {0: 0.75, 1: 0.75, 2: 0.75}, least=0.25)
     assert equal is not None and equal.p > 0.2

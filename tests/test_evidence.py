@@ -16,7 +16,7 @@ from groupwise.evidence.findings import findings
 from groupwise.evidence.naming import grouped, run_names
 from groupwise.evidence.records import RENAMED, Records
 from groupwise.evidence.runs import Run, open_run
-from groupwise.evidence.statistics import interval, paired
+from groupwise.evidence.statistics import interval
 from tests.pages import chromium, needs_browser, opened
 
 QUICK = ["--set", "training.eval_problems=100", "--set", "training.eval_every=6", "--set", "training.steps=12"]
@@ -51,8 +51,6 @@ def test_intervals_by_hand() -> None:
     assert (found.mean, round(found.half, 3)) == (2.0, 2.484)
     assert str(interval([0.5])) == "0.500"
     assert str(interval([0.4, 0.6])) == "0.500"
-    shared_noise = paired([1.0, 5.0, 9.0], [2.0, 6.1, 9.9])
-    assert shared_noise.excludes_zero and round(shared_noise.mean, 3) == 1.0
 
 
 def test_metrics_and_tokens_of_a_run(healthy: list[Path]) -> None:

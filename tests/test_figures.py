@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from groupwise.evidence import lines
-from groupwise.evidence.figures import GROUPS, figures
+from groupwise.evidence.document import document
+from groupwise.evidence.figures import GROUPS, figures, number_text
 from groupwise.evidence.history import Noted, Segment
 from groupwise.evidence.lines import FEWEST_POINTS, MOST_POINTS, clock, mean_over_seeds, points_of, thinned
 from groupwise.evidence.naming import grouped
@@ -62,6 +63,21 @@ def test_the_mean_over_three_seeds_by_hand() -> None:
     assert share["low"] == [0.0, 0.0, 0.0] and share["high"] is not None and share["high"][0] == 1.0
 
 
+def test_the_interval_of_a_logarithmic_figure_is_of_the_logarithm() -> None:
+    """1, 2 and 3: ± 2.4841 around 2 ends below 0; of log 2, the half is 2.4841 / 2. Of 0, 0 and 0 there is none."""
+    runs = [made(f"r{k}", 3, {"grad_norm": lambda step, k=k: (1.0 + k) * (step != 2)}, seed=k) for k in range(3)]
+    figure = drawn(*runs)["gradient"]
+    (line,) = figure["lines"]
+    assert figure["y"]["log"] and line["values"] == [2.0, 0.0, 2.0]
+    assert line["low"] == [pytest.approx(2 * math.exp(-1.24207), rel=1e-4), None, line["low"] and line["low"][2]]
+    assert line["high"] == [pytest.approx(2 * math.exp(1.24207), rel=1e-4), None, line["high"] and line["high"][2]]
+
+
+def test_numbers_in_sentences() -> None:
+    said = [number_text(value, False) for value in (1e-6, -2.5e-7, 0.25, 12_345.0, 1e12, 0.0)]
+    assert said == ["10⁻⁶", "−2.5 × 10⁻⁷", "0.25", "12,345", "10¹²", "0"] and number_text(-0.125, True) == "−12.5%"
+
+
 def test_a_second_calculation_of_means_where_seeds_have_other_steps() -> None:
     rng = np.random.default_rng(3)
     recorded = [{int(step): float(rng.normal()) for step in rng.permutation(40)[: 10 + 7 * k] + 1} for k in range(5)]
@@ -83,11 +99,12 @@ def test_two_seeds_have_a_line_each_and_a_note() -> None:
     assert [(line["seeds"], line["run"] is None, line["low"] is None) for line in figure["lines"]] == [
         (1, False, True), (1, False, True), (3, True, False),
     ]  # fmt: skip
-    assert figure["note"]["en"] == "dapo, learning_rate 0.0001: two seeds, too few for an interval; a line for each run."
-    assert "note" not in drawn(two[0])["entropy"] and "note" not in drawn(*three)["entropy"]
+    (about,) = figure["about"]
+    assert about["settings"] == [figure["lines"][0]["setting"]] and about["text"]["en"].startswith("Fewer than three seeds")
+    assert drawn(two[0])["entropy"]["about"] == [] and drawn(*three)["entropy"]["about"] == []
     stopped = [*three[:2], made("three2", 2, metrics, seed=2, rate=1e-3)]
     figure = drawn(*stopped)["entropy"]
-    assert "where some have ended" in figure["note"]["en"]
+    assert "where some have ended" in figure["about"][0]["text"]["en"]
     assert (
         figure["lines"][0]["low"] is not None and [end is None for end in figure["lines"][0]["low"]] == [False] * 2 + [True] * 3
     )
@@ -202,7 +219,7 @@ def test_numbers_of_any_size_can_be_drawn() -> None:
     metrics = {**dict.fromkeys(names, wild), **{f"by_length/{name}": bins for name in ("rows", "mean_square", "sum_square")}}
     runs = [made(f"r{k}", 50, metrics, seed=k, scores={0: 9e299, 2**52: -9e299}) for k in range(3)]
     assert len(drawn(*runs)["entropy"]["lines"]) == 1 and len(drawn(runs[0])["accuracy"]["lines"]) == 1
-    json.dumps(clock(grouped(runs)[0]), allow_nan=False)
+    json.dumps(clock(runs), allow_nan=False)
 
 
 def test_binned_metrics_become_shares_and_root_mean_squares() -> None:
@@ -212,7 +229,7 @@ def test_binned_metrics_become_shares_and_root_mean_squares() -> None:
         "by_length/mean_square": lambda _: [40.0, 90.0, *[1.0] * 14], "by_length/sum_square": lambda _: [0.0] * 16,
     }  # fmt: skip
     found = drawn(made("a", 3, metrics))
-    high, low = found["clip-by-probability"]["series"]
+    low, high = found["clip-by-probability"]["series"]
     assert high["y"] == [0.1] * 10 + [None] and low["y"][0] == 0.5 and len(found["clip-by-probability"]["bins"]) == 11
     (mean,) = found["spread-length"]["series"]
     assert mean["y"] == [2.0, 3.0]  # the square roots of 40 / 10 and 90 / 10
@@ -225,10 +242,19 @@ def test_the_clock_is_the_mean_of_what_each_step_took() -> None:
         made("first", 2, {**dict.fromkeys(kinds, lambda _: 1.0), "rollouts/completions": lambda _: 10.0}),
         made("second", 3, {**dict.fromkeys(kinds, lambda _: 2.0), "rollouts/completions": lambda _: 20.0}, seed=1),
     ]
-    found = clock(grouped(runs)[0])
+    found = clock(runs)
     assert found == {"steps": [0, 1, 2, 3], "completions": [0.0, 15.0, 30.0, 50.0], "seconds": [0.0, 3.0, 6.0, 10.0]}
-    long = clock(grouped([made("long", 5000, {"seconds/learner": lambda _: 1.0})])[0])
+    long = clock([made("long", 5000, {"seconds/learner": lambda _: 1.0})])
     assert len(long["steps"]) <= lines.CLOCK_POINTS + 1 and long["steps"][-1] == 5000 and long["seconds"][-1] == 5000.0
+
+
+def test_a_run_that_is_drawn_by_itself_is_drawn_on_its_own_clock() -> None:
+    times = {"seconds/rollouts": lambda _: 1.0}, {"seconds/rollouts": lambda _: 9.0}
+    runs = [made(f"r{k}", 10, of, seed=k, scores={0: 0.2, 10: 0.5 + k / 10}) for k, of in enumerate(times)]
+    drawn_at = re.findall(r'"x": ([0-9.]+)', json.dumps(charts(runs)["accuracy-time"].to_dict()))
+    assert {float(seconds) for seconds in drawn_at} == {0.0, 10.0, 90.0}
+    assert [run["clock"]["seconds"][-1] for run in document(runs)["runs"]] == [10.0, 90.0]
+    assert "clock" not in document(runs[:1])["runs"][0]
 
 
 def test_records_may_come_again_and_be_forgotten() -> None:

@@ -11,7 +11,8 @@ from tests.figure_documents import document
 from tests.pages import chromium, illegible, inaccessible, needs_browser, opened
 
 pytestmark = needs_browser
-OPEN_UP = "\nObject.assign(globalThis, { page, tell, plotsOf, groupsOf, movingMean, logTicks, linearTicks });</script>"
+SEEN = "page, tell, plotsOf, groupsOf, movingMean, logTicks, linearTicks, coincidences, yRange, onAxis"
+OPEN_UP = f"\nObject.assign(globalThis, {{ {SEEN} }});</script>"
 """What tests see of the page's script, which is a module."""
 
 
@@ -165,6 +166,16 @@ def test_axes_and_smoothing(browser: Any, written: Path) -> None:
     assert head == f"{64 * step:,} completions"
     page.get_by_role("button", name="time", exact=True).click()
     assert page.locator("#figure-rewards .axis-title.across").inner_text() == "time (s)"
+    seconds = page.evaluate(
+        """() => {
+          const runs = page.data.runs, setting = page.data.settings[0].id;
+          page.data.runs = [{ id: "own", setting, clock: { steps: [0, 10], completions: [0, 1], seconds: [0, 50] } }];
+          const found = ["own", null].map((run) => onAxis({ run, setting }, [5], "seconds")[0]);
+          page.data.runs = runs;
+          return found;
+        }"""
+    )
+    assert seconds[0] == 25 != seconds[1], "a run is drawn on its own clock, a mean on that of its setting"
     page.get_by_role("button", name="step", exact=True).click()
     page.locator("#smoothing").fill("2")
     assert page.locator("#smoothing-said").inner_text() == "mean of 5 steps"
@@ -182,15 +193,72 @@ def test_axes_and_smoothing(browser: Any, written: Path) -> None:
     page.wait_for_function("plotsOf.get('gradient').leftOut > 0")
     left_out = page.evaluate("plotsOf.get('gradient').columns[0].y.filter((value) => value <= 0).length")
     assert f"leaves out {left_out} values of at most 0" in page.locator("#figure-gradient").inner_text()
-    assert page.locator("#figure-dropped").inner_text() == "Discarded data: groups: zero variance: 0 in every step"
+    assert page.locator("#figure-dropped").inner_text() == "Discarded data: groups of zero variance = 0"
     assert page.evaluate("logTicks(0.0007, 300, 150, 24).map(({ label }) => label)") == ["0.001", "0.01", "0.1", "1", "10", "100"]
     assert page.evaluate("linearTicks(0, 3e-5, 3, false, false).map(({ label }) => label)") == ["0", "1×10⁻⁵", "2×10⁻⁵", "3×10⁻⁵"]
+    assert page.evaluate("logTicks(0.004, 2, 150, 24, true).map(({ label }) => label)") == [
+        "1%", "3%", "10%", "30%", "100%",
+    ]  # fmt: skip
+
+
+def test_lines_are_wide_where_another_covers_them_and_nowhere_else(browser: Any, written: Path) -> None:
+    """Of a line of 100 points: covered from 40 to 60, crossed at 80. A line that ended before has no say in the height."""
+    page = shown(browser, written / "one.html")
+    found = page.evaluate(
+        """() => {
+          const x = Float64Array.from({ length: 100 }, (_, i) => i), y = x.map(() => 0);
+          const other = x.map((i) => (i < 40 || i > 60 ? i - 80 : 0));
+          const columns = (x, y) => ({ x, y, mean: null, low: null, high: null });
+          const [lower, upper] = coincidences([columns(x, y), columns(x, other)], { low: -80, high: 20 }, false, 0.001);
+          const short = { ...columns(x.slice(0, 50), x.slice(0, 50)), low: y.slice(0, 50), high: y.slice(0, 50) };
+          return {
+            covered: [...x].filter((i) => lower[0][i] === 0), several: lower[1].some((value) => value === value), upper,
+            range: yRange([columns(x, y), short], 70, 90, false), bandless: yRange([short], 10, 20, true).bandless,
+          };
+        }"""
+    )
+    assert found["covered"] == list(range(40, 61)) and not found["several"] and found["upper"] is None
+    assert (found["range"]["low"], found["range"]["high"], found["bandless"]) == (0, 0, 12)
+
+
+def test_long_runs_are_smoothed_until_something_else_is_chosen(browser: Any, tmp_path: Path) -> None:
+    path = tmp_path / "long.html"
+    head, _, rest = report_page(document(4000, figures=10), []).rpartition("</script>")
+    path.write_text(head + OPEN_UP + rest, encoding="utf-8")
+    page = shown(browser, path)
+    assert page.locator("#smoothing-said").inner_text() == "mean of 201 steps"
+    said = (
+        "Of every 8 steps, the lowest and the highest value are drawn, pale; the line over them is their mean within 201 steps."
+    )
+    assert page.get_by_text(said).count() == 2  # once in each group that has such lines
+    page.locator("#smoothing").fill("0")
+    page.evaluate("tell('figures')")
+    assert page.locator("#smoothing-said").inner_text() == "off"
+
+
+def test_the_tooltip_stays_in_the_window(browser: Any, written: Path) -> None:
+    page = shown(browser, written / "three.html", has_touch=True)
+    page.set_viewport_size({"width": 390, "height": 844})
+    inside = """() => { const { left, top, right, bottom } = document.querySelector(".plot-tip").getBoundingClientRect();
+      return left >= 0 && top >= 0 && right <= innerWidth && bottom <= innerHeight; }"""
+    for figure in ("accuracy", "rewards", "groups"):
+        area(page, figure).tap()
+        assert tip(page) and page.evaluate(inside)
+    for size in ({"width": 390, "height": 500}, {"width": 900, "height": 320}):
+        page.set_viewport_size(size)
+        page.locator("#figure-rewards .plot-area").focus()
+        page.keyboard.press("End")
+        assert "0" in tip(page)
+        page.wait_for_function(inside)
+    assert page.locator("#figure-rewards .wide-button").is_visible()
+    page.set_viewport_size({"width": 390, "height": 500})
+    assert not page.locator("#figure-rewards .wide-button").is_visible()
 
 
 def test_growing_data_keeps_zoom_hidden_lines_and_what_is_pointed_at(browser: Any, written: Path) -> None:
     page = shown(browser, written / "one.html")
-    box = area(page, "rewards").bounding_box()
     page.locator("#figure-rewards .keys button.key").first.click()
+    box = area(page, "rewards").bounding_box()
     page.mouse.move(box["x"] + 100, box["y"] + 60)
     page.mouse.down()
     page.mouse.move(box["x"] + 200, box["y"] + 60)
@@ -226,6 +294,7 @@ def test_figures_can_be_read_and_used_by_everybody(
     for details in page.locator("details:has(.scroll)").all()[:3]:
         details.locator("summary").click()
     page.wait_for_selector("#figures td")
+    page.evaluate("scrollTo(0, 0)")  # where the table of contents, which stays in view, covers nothing
     assert illegible(page) == [] and inaccessible(page) == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert not page.wrong

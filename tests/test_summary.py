@@ -65,14 +65,14 @@ def test_settings_are_called_by_what_tells_them_apart(tmp_path: Path) -> None:
     dapo, again = made(tmp_path / "a"), made(tmp_path / "b", seed=1, training__keep_checkpoints=9)
     (group,) = grouped([dapo, again])
     assert (group.name, len(group.runs)) == ("dapo", 2)
-    rates = [dapo, again, made(tmp_path / "c", learner__learning_rate=1e-5), made(tmp_path / "d", algorithm__name="grpo")]
+    rates = [dapo, again, made(tmp_path / "c", learner__learning_rate=0.1 + 0.2), made(tmp_path / "d", algorithm__name="grpo")]
     usual = RECIPE["learner"]["learning_rate"]
     groups = grouped(rates)
-    assert [group.name for group in groups] == [f"dapo, learning_rate {usual:g}", "dapo, learning_rate 1e-05", "grpo"]
+    assert [group.name for group in groups] == [f"dapo, learning_rate {usual:g}", "dapo, learning_rate 0.3", "grpo"]
     keys = differences(groups)["keys"]
     assert keys[:2] == ["algorithm.name", "learner.learning_rate"]
     assert "algorithm.dynamic_sampling" in keys, "what an algorithm's name stands for"
-    assert list(run_names(groups).values())[2:] == ["c · dapo, learning_rate 1e-05", "d · grpo"]
+    assert list(run_names(groups).values())[2:] == ["c · dapo, learning_rate 0.3", "d · grpo"]
     groups = grouped([dapo, made(tmp_path / "e", model__system_prompt="Think. " * 30)])
     assert [group.name for group in groups] == ["a · dapo", "e · dapo"] and title(groups) == "a · dapo | e · dapo"
     assert list(run_names(groups).values()) == ["a · dapo", "e · dapo"]

@@ -15,7 +15,6 @@ TEMPLATES = Path(evidence.__file__).parent / "templates"
 TABLES = sorted(path.name.removesuffix("_text.toml") for path in TEMPLATES.glob("*_text.toml"))
 HAN = "[\u4e00-\u9fff]"
 OTHER_FIELDS = {
-    "figures.and_more": {"count", "all"},  # "and 3 more", "等 5 种设置"
     "findings.events.named": {"name"},  # what a run notes is in English
 }
 OWN_SPACES = (

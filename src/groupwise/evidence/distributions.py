@@ -37,11 +37,11 @@ def _clipping(groups: Sequence[Group]) -> Figure | None:
     for group in groups:
         counts = [
             _summed([run.total(f"by_probability/{name}") for run in group.runs])
-            for name in ("tokens", "clipped_high", "clipped_low")
+            for name in ("tokens", "clipped_low", "clipped_high")
         ]
-        tokens, high, low = counts
+        tokens, low, high = counts
         if all(counts):
-            for dash, (key, clipped) in enumerate((("high", high), ("low", low))):
+            for dash, (key, clipped) in enumerate((("low", low), ("high", high))):
                 shares = [number / of if of > 0 else math.nan for number, of in zip(clipped, tokens, strict=True)]
                 series.append(
                     {
@@ -62,7 +62,7 @@ def _clipping(groups: Sequence[Group]) -> Figure | None:
 
 
 def _ratios(groups: Sequence[Group]) -> Figure | None:
-    """Tokens of the middle recorded step of the first run of each setting."""
+    """Tokens of a recorded step, one in the middle, of the first run of each setting."""
     series: list[Series] = []
     most, steps = max(FEWEST_TOKENS, min(MOST_TOKENS, PAGE_TOKENS // max(1, len(groups)))), set()
     for group in groups:

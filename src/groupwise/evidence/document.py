@@ -63,12 +63,12 @@ def _shown(text: Phrase) -> Text:
 
 
 def _setting(group: Group) -> Setting:
-    return {"id": group.id, "name": group.name, "runs": [run_id(run) for run in group.runs], "clock": clock(group)}
+    return {"id": group.id, "name": group.name, "runs": [run_id(run) for run in group.runs], "clock": clock(group.runs)}
 
 
 def _run(run: Run, group: Group, names: Mapping[str, str], now: float) -> RunShape:
     id = run_id(run)
-    return {
+    shape: RunShape = {
         "id": id,
         "name": names[id],
         "path": cut(visible(run.path.as_posix()), LONGEST_PATH),
@@ -78,6 +78,7 @@ def _run(run: Run, group: Group, names: Mapping[str, str], now: float) -> RunSha
         "readable": readable(run),
         "recipe": visible(shortened(dump(run.recipe), LONGEST_RECIPE), lines=True),
     }
+    return {**shape, "clock": clock([run])} if len(group.runs) > 1 else shape
 
 
 def events(runs: Sequence[Run]) -> list[Noted]:

@@ -16,7 +16,7 @@ from groupwise.evidence.lines import Curve, line, marks, mean_over_seeds, of_run
 from groupwise.evidence.naming import Group, run_id
 from groupwise.evidence.phrases import Phrase, phrase, same
 from groupwise.evidence.runs import Measure, Run, measure
-from groupwise.evidence.shapes import Axis, Constant, Figure, Line, Mark
+from groupwise.evidence.shapes import About, Axis, Constant, Figure, Line, Mark
 from groupwise.evidence.statistics import FEWEST_SEEDS
 from groupwise.text import shortened, visible
 
@@ -27,8 +27,9 @@ MOST_COMPONENTS, LONGEST_COMPONENT = 12, 60
 """Components of the reward that are drawn, and characters of a name."""
 MOST_EVALUATED = 6
 """Evaluations of more runs are drawn without their own intervals, which would cover each other."""
-MOST_NAMED = 3
-"""Settings that a note names."""
+MOST_ENDED = 3
+"""Settings of which it is said that their runs end at different steps."""
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 UNEQUAL = 0.05
 """Runs of a setting that end this share of its steps apart, or less, are not told apart: those of a ladder train side by side."""
 
@@ -153,15 +154,15 @@ def _rewards(groups: Sequence[Group]) -> _Wanted:
 
 def _figure(wanted: _Wanted, groups: Sequence[Group], noted: list[Mark], most: int) -> Figure | None:
     """The figure of lines; None: no run recorded any of its metrics."""
-    found = {metric: drawn for metric in wanted.labels if (drawn := list(_curves(groups, metric, wanted.percent)))}
+    found = {metric: drawn for metric in wanted.labels if (drawn := list(_curves(groups, metric, wanted)))}
     if not found:
         return None
-    notes = [wanted.note] if wanted.note else []
     band: Phrase | None = None
     if wanted.id == "accuracy":
         found, band = _with_noise(found, measure(run for group in groups for run in group.runs))
     lines: list[Line] = []
     constants: list[Constant] = []
+    about: list[About] = []
     for dash, (metric, label) in enumerate(wanted.labels.items()):
         drawn = found.get(metric, [])
         if drawn and (value := _constant(drawn)) is not None:
@@ -173,7 +174,7 @@ def _figure(wanted: _Wanted, groups: Sequence[Group], noted: list[Mark], most: i
             for one in drawn
         ]  # fmt: skip
     if lines:
-        notes += _seed_notes([one for drawn in found.values() for one in drawn])
+        about = _about([one for drawn in found.values() for one in drawn])
     axis: Axis = {
         "title": phrase("figures", f"{wanted.id}.y", **wanted.values).as_json(),
         "percent": wanted.percent,
@@ -189,21 +190,23 @@ def _figure(wanted: _Wanted, groups: Sequence[Group], noted: list[Mark], most: i
         "lines": lines,
         "marks": noted if lines else [],
         "constants": constants,
+        "about": about,
     }
     if band:
         figure["band"] = band.as_json()
-    if notes:
-        figure["note"] = joined(notes).as_json()
+    if wanted.note:
+        figure["note"] = wanted.note.as_json()
     return figure
 
 
-def _curves(groups: Sequence[Group], metric: str, percent: bool) -> Iterator[_Drawn]:
+def _curves(groups: Sequence[Group], metric: str, wanted: _Wanted) -> Iterator[_Drawn]:
     """What each group has of a metric: the mean over its seeds; of one or two seeds, which have no interval, the runs themselves."""
     for group in groups:
         having = [run for run in group.runs if len(run.column(metric)[0])]
         seeds = len({run.seed for run in having})
         if seeds >= FEWEST_SEEDS:
-            yield _Drawn(group=group, run=None, seeds=seeds, curve=mean_over_seeds(having, metric, percent=percent))
+            curve = mean_over_seeds(having, metric, percent=wanted.percent, log=wanted.log)
+            yield _Drawn(group=group, run=None, seeds=seeds, curve=curve)
         else:
             yield from (_Drawn(group=group, run=run, seeds=1, curve=of_run(run, metric)) for run in having)
 
@@ -219,7 +222,10 @@ def number_text(value: float, percent: bool) -> str:
     if percent:
         return f"{100 * value:.4g}%".replace("-", "−")
     text = f"{value:,.0f}" if value == round(value) and abs(value) < 1e9 else f"{value:.4g}"
-    return text.replace("-", "−")
+    factor, _, power = text.partition("e")
+    if not power:
+        return factor.replace("-", "−")
+    return ("" if factor == "1" else f"{factor} × ".replace("-", "−")) + f"10{str(int(power)).translate(RAISED)}"
 
 
 def _with_noise(found: dict[str, list[_Drawn]], scored: Measure) -> tuple[dict[str, list[_Drawn]], Phrase | None]:
@@ -257,31 +263,13 @@ def _evaluated(one: _Drawn, scored: Measure, problems: set[int]) -> Curve:
     return Curve(steps, values, low, high)
 
 
-def _seed_notes(drawn: Sequence[_Drawn]) -> list[Phrase]:
+def _about(drawn: Sequence[_Drawn]) -> list[About]:
     """What must be said of settings with two seeds, and of means over runs that end at different steps."""
-    groups = {one.group.id: one.group for one in drawn}
     alone = {(one.group.id, run_id(one.run)) for one in drawn if one.run}
-    several = Counter(id for id, _ in alone)
-    few = [group for id, group in groups.items() if several[id] > 1]
-    notes = [phrase("figures", "few_seeds", names=_named(few))] if few else []
+    few = [id for id, count in Counter(id for id, _ in alone).items() if count > 1]
+    said: list[About] = [{"settings": sorted(few), "text": phrase("figures", "few_seeds").as_json()}] if few else []
     for group in {one.group.id: one.group for one in drawn if one.run is None}.values():
         ends = sorted(run.last_step for run in group.runs)
         if ends[-1] - ends[0] > UNEQUAL * ends[-1]:
-            notes.append(phrase("figures", "unequal", name=group.name))
-    return notes[: 1 + MOST_NAMED]
-
-
-def _named(groups: Sequence[Group]) -> Phrase:
-    """Their names, of many the first ones."""
-    comma = phrase("figures", "comma")
-    names = [group.name for group in groups[:MOST_NAMED]]
-    shown = Phrase(comma.en.join(names), comma.zh.join(names))
-    if len(groups) <= MOST_NAMED:
-        return shown
-    return phrase("figures", "and_more", names=shown, count=len(groups) - MOST_NAMED, all=len(groups))
-
-
-def joined(sentences: Sequence[Phrase]) -> Phrase:
-    """Sentences after one another."""
-    between = phrase("figures", "sentence")
-    return Phrase(between.en.join(one.en for one in sentences), between.zh.join(one.zh for one in sentences))
+            said.append({"settings": [group.id], "text": phrase("figures", "unequal", name=group.name).as_json()})
+    return said[: 1 + MOST_ENDED]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from groupwise.evidence.finding import measure_name, three_digits
+from groupwise.evidence.finding import Kind, measure_name, three_digits
 from groupwise.evidence.naming import Group, differences, short_names
 from groupwise.evidence.outcomes import by_seed, common_step, ends_of, problems_of, score_at
 from groupwise.evidence.phrases import Phrase, phrase, same
@@ -21,7 +21,7 @@ SHOWN_RUNS = 8
 """How many runs of a setting the table names."""
 REWARDED = (3, 5)
 """Steps at the start and at the end of a run that its rewards are means over, if there are so many."""
-KINDS = ("unhealthy", "watch", "healthy")
+KINDS: tuple[Kind, ...] = ("unhealthy", "watch", "healthy")
 
 
 def tiles(groups: Sequence[Group], findings: Sequence[Finding], statuses: Sequence[Status]) -> list[Tile]:
@@ -113,7 +113,8 @@ def _score(groups: Sequence[Group], scored: Measure) -> Tile | None:
         first = [score for group in groups for score in _before(group, scored)]
         if not first:
             return None
-        detail = phrase("summary", "score.one_evaluation")
+        changed = any(len(run.evaluations) > 1 for group in groups for run in group.runs)
+        detail = phrase("summary", "score.one_since" if changed else "score.one_evaluation")
         return _tile("score", phrase("summary", "score.label", **values), same(scored.text(_mean(first))), detail)
     if len(ended) > 1 and (step == 0 or any(key.startswith(SCORE_KEYS) for key in differences(groups)["keys"])):
         spread = _spread([_mean(scores) for _, scores in ended], scored.text)
@@ -184,8 +185,8 @@ def _reward(groups: Sequence[Group]) -> Tile | None:
 def _health(groups: Sequence[Group], findings: Sequence[Finding]) -> Tile:
     """The worst kind of finding, and which findings are of that kind."""
     label = phrase("summary", "health.label")
-    worst = next((kind for kind in KINDS if any(finding["kind"] == kind for finding in findings)), "")
-    if not worst:
+    worst = next((kind for kind in KINDS if any(finding["kind"] == kind for finding in findings)), None)
+    if worst is None:
         return _tile("health", label, phrase("summary", "health.unknown"), phrase("summary", "health.nothing"))
     of_kind = [finding for finding in findings if finding["kind"] == worst]
     first = Phrase(**of_kind[0]["title"])
@@ -198,7 +199,7 @@ def _health(groups: Sequence[Group], findings: Sequence[Finding]) -> Tile:
     else:
         detail = first
     tile = _tile("health", label, phrase("summary", f"kinds.{worst}"), detail)
-    tile["kind"] = next(kind for kind in ("unhealthy", "watch", "healthy") if kind == worst)
+    tile["kind"] = worst
     return tile
 
 

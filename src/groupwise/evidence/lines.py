@@ -48,11 +48,13 @@ def of_run(run: Run, metric: str) -> Curve:
     return Curve(*run.column(metric))
 
 
-def mean_over_seeds(runs: Sequence[Run], metric: str, *, percent: bool = False) -> Curve:
+def mean_over_seeds(runs: Sequence[Run], metric: str, *, percent: bool = False, log: bool = False) -> Curve:
     """The mean over the seeds that have the metric at a step, with Student's 95 % interval where those are at least `FEWEST_SEEDS`.
 
     Args:
         percent: it is a share, so that the interval ends at 0 and 1.
+        log: the interval is that of the mean's logarithm (delta method): it is above 0, so that a logarithmic axis holds it. There is
+            none where the mean is not above 0.
     """
     having = [(run.seed, column) for run in runs if len((column := run.column(metric))[0])]
     columns = [column for _, column in having]
@@ -70,6 +72,10 @@ def mean_over_seeds(runs: Sequence[Run], metric: str, *, percent: bool = False) 
         squares = (np.where(known, table - mean, 0.0) ** 2).sum(axis=0)
     factors = np.array([math.nan] * FEWEST_SEEDS + [critical(LEVEL, n - 1) for n in range(FEWEST_SEEDS, len(columns) + 1)])
     half = factors[counts] * np.sqrt(squares / np.maximum(counts - 1, 1) / counts)
+    if log:
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            factor = np.where(mean > 0, np.exp(half / mean), np.nan)
+            return Curve(steps, mean, mean / factor, mean * factor)
     low, high = mean - half, mean + half
     return Curve(steps, mean, *((np.maximum(low, 0.0), np.minimum(high, 1.0)) if percent else (low, high)))
 
@@ -167,9 +173,9 @@ def short(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def clock(group: Group) -> Clock:
-    """Completions and seconds by step, means over the group's runs. Where runs have ended, the others' steps continue the mean."""
-    spent = [run.spent() for run in group.runs]
+def clock(runs: Sequence[Run]) -> Clock:
+    """Completions and seconds by step, means over the runs. Where runs have ended, the others' steps continue the mean."""
+    spent = [run.spent() for run in runs]
     steps = (
         max((own for own, _, _ in spent), key=len) if len(spent) == 1 else np.unique(np.concatenate([own for own, _, _ in spent]))
     )

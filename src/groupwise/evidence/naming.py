@@ -103,9 +103,7 @@ def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
     told = []
     for run, tree in zip(runs, trees, strict=True):
         keys = _differing([other for other in trees if other["algorithm.name"] == run.algorithm])
-        told.append(
-            ", ".join([run.algorithm, *(f"{key.split('.', 1)[-1]} {value_text(tree[key])}" for key in keys if key in tree)])
-        )
+        told.append(", ".join([run.algorithm, *(f"{key.split('.', 1)[-1]} {_short(tree[key])}" for key in keys if key in tree)]))
     if max(map(len, told), default=0) <= LONGEST_SETTING and len(set(told)) == len(told):
         return told
     seen, several = Counter[str](), Counter(run.algorithm for run in runs)
@@ -121,6 +119,11 @@ def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
         else:
             names.append(f"{run.algorithm} {seen[run.algorithm]}")
     return names
+
+
+def _short(value: Any) -> str:
+    """0.21, not 0.21000000000000002."""
+    return value_text(float(f"{value:.12g}") if isinstance(value, float) else value)
 
 
 def _differing(trees: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -29,7 +29,9 @@ def charts(runs: Sequence[Run]) -> dict[str, Any]:
     names = {group.id: group.name for group in groups} | run_names(groups)
     if any(len(group.runs) > 1 for group in groups):
         names |= {run_id(run): f"{group.name}, seed {run.seed}" for group in groups for run in group.runs}
-    clocks = {group.id: clock(group) for group in groups}
+    clocks = {group.id: clock(group.runs) for group in groups} | {
+        run_id(run): clock([run]) for group in groups for run in group.runs
+    }
     made: dict[str, Any] = {}
     for figure in figures(groups):
         if figure["kind"] == "lines" and not figure["lines"]:
@@ -65,10 +67,13 @@ def _titled(figure: Figure, chart: Any) -> Any:
     """With what must be known to read it below its title."""
     banded = [line for line in figure.get("lines", []) if line["low"]]
     said = [figure["note"]["en"]] if "note" in figure else []
+    said += [about["text"]["en"] for about in figure.get("about", [])]
     if banded:
         seeds = sorted({line["seeds"] for line in banded})
         over = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-        said.append(f"Bands: {figure['band']['en'] if 'band' in figure else f'95% interval of the mean over {over} seeds'}.")
+        said.append(
+            f"Bands: {figure['band']['en'] if 'band' in figure else f'95% interval of the mean over {over} seeds' + (', of its logarithm' if figure['y']['log'] else '')}."
+        )
     said += [f"{constant['label']['en']}: {constant['value']} in all steps" for constant in figure.get("constants", [])]
     title = alt.Title(figure["title"]["en"], subtitle=said, anchor="start", subtitleColor="#666")
     return chart.properties(width=WIDTH, height=HEIGHT, title=title)
@@ -82,7 +87,7 @@ def _on_clock(figure: Figure, clocks: Mapping[str, Clock], axis: Literal["comple
     """The figure of lines over completions or seconds in place of steps."""
     moved: list[Line] = []
     for line in figure["lines"]:
-        own = clocks[line["setting"]]
+        own = clocks[line["run"] or line["setting"]]
         at: Any = np.interp(line["steps"], own["steps"], own[axis]).tolist()
         moved.append({**line, "steps": at})
     return {**figure, "lines": moved, "marks": []}
@@ -96,8 +101,6 @@ def _lines(figure: Figure, names: Names, x: str = "step") -> Any:
         for step, value, low, high in zip(line["steps"], line["values"], *(line[end] or [None] * len(line["steps"]) for end in ("low", "high")), strict=True)
         if value is not None and not (figure["y"]["log"] and value <= 0)
     ]  # fmt: skip
-    if figure["y"]["log"]:
-        rows = [{**row, "low": max(row["low"], row["y"] / 10)} if row["low"] is not None else row for row in rows]
     several = len({row["setting"] for row in rows}) > 1
     many = len({row["metric"] for row in rows}) > 1
     scale = _scale(figure["y"], zero=False)

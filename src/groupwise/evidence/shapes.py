@@ -49,6 +49,13 @@ class Axis(TypedDict):
     """Whether the figure opens with a logarithmic axis."""
 
 
+class About(TypedDict):
+    """What must be known of settings to read their lines; the page says it once for all figures of a group."""
+
+    settings: list[str]
+    text: Text
+
+
 class Constant(TypedDict):
     """A metric that had one value in all steps of all runs: said as a line of text, not drawn."""
 
@@ -76,7 +83,8 @@ class Figure(TypedDict):
     band: NotRequired[Text]
     """What the intervals of its lines are, where they are not those of means over seeds."""
     note: NotRequired[Text]
-    """What must be known to read it: too few seeds for an interval."""
+    """What must be known to read it."""
+    about: NotRequired[list[About]]
 
 
 class Series(TypedDict):
@@ -95,7 +103,7 @@ class Series(TypedDict):
 
 
 class Clock(TypedDict):
-    """A setting's completions generated and seconds spent by step, means over its runs; between entries they are interpolated."""
+    """Completions generated and seconds spent by step, of a run or in the mean over a setting's; between entries they are interpolated."""
 
     steps: Sequence[int]
     completions: Sequence[float]
@@ -138,6 +146,8 @@ class RunShape(TypedDict):
     readable: "Readable"
     recipe: str
     """TOML."""
+    clock: NotRequired[Clock]
+    """Its own, where its setting has other runs."""
 
 
 class Readable(TypedDict):

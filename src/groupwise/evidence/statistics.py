@@ -34,10 +34,6 @@ class Interval:
     def high(self) -> float:
         return self.mean + self.half
 
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
-
     def __str__(self) -> str:
         return f"{self.mean:.3f}" if math.isnan(self.half) else f"{self.mean:.3f} ± {self.half:.3f}"
 
@@ -57,11 +53,6 @@ def deviation(values: Iterable[float]) -> float:
     values = list(values)
     mean = statistics.fmean(values)
     return math.hypot(*(value - mean for value in values)) / math.sqrt(len(values) - 1)
-
-
-def paired(first: Sequence[float], second: Sequence[float]) -> Interval:
-    """The mean of second - first, paired by seed: runs of the same seed see the same problems, so pairing removes shared noise."""
-    return interval([b - a for a, b in zip(first, second, strict=True)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -61,10 +61,18 @@ function chooseHeight(height) {
 }
 function chooseWindow(window) {
   plotsChosen.window = window;
+  plotsChosen.ownWindow = true;
   for (const plot of plotsOf.values()) plot.fresh = plot.kind !== "lines";
   saySmoothing();
+  noteGroups();
   redraw();
 }
+// Of so many steps that each point stands for several, lines would be solid blocks: they are smoothed, until something else is chosen.
+function suitedWindow() {
+  const stretch = Math.max(1, ...page.data.figures.flatMap((figure) => (figure.kind === "lines" ? drawnIn(figure) : []).map((line) => line.stretch)));
+  return stretch === 1 ? 1 : controlsNow().sizes.find((size) => size >= 16 * stretch) ?? controlsNow().sizes.at(-1);
+}
+const noteGroups = () => { for (const id of groupsOf.keys()) noteGroup(id); };
 function resetAll() {
   for (const group of groupsOf.values()) group.zoom = null;
   redraw();
@@ -80,7 +88,7 @@ function measureGroups() {
     for (const figure of page.data.figures) {
       for (const line of figure.group === id && figure.kind === "lines" ? drawnIn(figure) : []) {
         if (!line.steps.length) continue;
-        const ends = onAxis(line.setting, Float64Array.of(line.steps[0], line.steps.at(-1)), plotsChosen.axis);
+        const ends = onAxis(line, Float64Array.of(line.steps[0], line.steps.at(-1)), plotsChosen.axis);
         if (ends === null) continue;
         low = Math.min(low, ends[0]);
         high = Math.max(high, ends[1]);
@@ -99,19 +107,21 @@ function legendKey(key, swatches, name) {
     if (hidden) plotsChosen.hidden.add(key);
     for (const button of document.querySelectorAll("button.key")) if (button.dataset.key === key) button.setAttribute("aria-pressed", String(!hidden));
     if (event.type === "click") fade(null)();
+    noteGroups();
     redraw();
   };
   return make("button", { type: "button", class: "key", "data-key": key, "aria-pressed": String(!plotsChosen.hidden.has(key)), onclick: toggle, onpointerenter: fade(key), onpointerleave: fade(null) }, ...swatches, make("span", {}, name));
 }
 
-// A figure's own legend: what it measures, if that is more than one thing.
+// A figure's own legend: what it measures, if that is more than one thing. One that fills the window has its group's, too.
 function legendOf(plot) {
   const metrics = metricsOf(plot.figure), by = colouredBy(plot.figure);
-  if (metrics.length < 2) return [];
-  return metrics.map(({ dash, label }) => {
+  const above = plot.wide ? groupLegend(page.data.figures.filter((figure) => figure.group === plot.group)) : [];
+  if (metrics.length < 2) return above;
+  return above.concat(metrics.map(({ dash, label }) => {
     const colour = by === "label" ? lineColour(dash) : "var(--ink)";
     return legendKey(`label ${plot.id} ${dash}`, [lineSwatch(plot.kind, colour, by === "label" ? [] : strokeDashes[dash % strokeDashes.length], by === "label" ? 0 : dash)], say(label));
-  });
+  }));
 }
 
 // What the colours of a whole group stand for.
@@ -125,7 +135,7 @@ function groupLegend(figures) {
 // A figure with nothing but constants is a line of text.
 const isConstant = (figure) => drawnIn(figure).length === 0;
 function constantLine(figure) {
-  const said = (figure.constants ?? []).map(({ label, value }) => text("plots.constant", { label: say(label), value }));
+  const said = (figure.constants ?? []).map(({ label, value }) => text("plots.constant_value", { label: say(label), value: withUnit(figure, value) }));
   return make("p", { id: `figure-${figure.id}`, class: "constant" }, make("b", {}, say(figure.title)), text("core.colon"), said.join(text("core.semicolon")));
 }
 
@@ -134,9 +144,10 @@ function drawGroup(id, figures) {
   if (!group.section) {
     group.heading = make("h3", { id: `group-${id}` });
     group.keys = make("div", { class: "keys" });
+    group.notes = make("div", { class: "plot-notes" });
     group.grid = make("div", { class: "figures" });
     group.constants = make("div", { class: "constants" });
-    group.section = make("section", { "aria-labelledby": `group-${id}`, class: "plot-group" }, group.heading, group.keys, group.grid, group.constants);
+    group.section = make("section", { "aria-labelledby": `group-${id}`, class: "plot-group" }, group.heading, group.keys, group.notes, group.grid, group.constants);
     groupsOf.set(id, group);
   }
   group.section.hidden = figures.length === 0;
@@ -173,6 +184,7 @@ function drawFigures() {
   measureGroups();
   drawControls();
   for (const plot of plotsOf.values()) describeFigure(plot);
+  noteGroups();
 }
 
 // Draw figures anew from their data; null: all.
@@ -187,7 +199,7 @@ function refreshFigures(ids) {
 }
 
 // What is said around the lines, which is built anew only where it changed, so that the focus stays where it is.
-const structureOf = (figure) => [isConstant(figure), figure.title, figure.group, figure.kind, figure.note, figure.constants, figure.bins, metricsOf(figure), colouredBy(figure)];
+const structureOf = (figure) => [isConstant(figure), figure.title, figure.group, figure.kind, figure.note, figure.about, figure.constants, figure.bins, metricsOf(figure), colouredBy(figure)];
 function structureOfFigures() {
   const { settings, runs, figures } = page.data, named = ({ id, name }) => [id, name];
   return JSON.stringify([page.language, settings.map(named), runs.map(named), controlsNow(), figures.map((figure) => [figure.id, structureOf(figure)])]);
@@ -199,12 +211,15 @@ whenChanged((changed) => {
   if (page.data === null) return;
   if (["settings", "runs", "figures", "language"].some((key) => changed.has(key))) {
     plotsFont.value = axisFont();
+    const window = plotsChosen.ownWindow ? plotsChosen.window : suitedWindow(), smoothed = window !== plotsChosen.window;
+    plotsChosen.window = window;
     const structure = structureOfFigures(), same = structure === drawnStructure;
     drawnStructure = structure;
     for (const figure of page.data.figures) if (plotsOf.has(figure.id)) plotsOf.get(figure.id).figure = figure;
     if (!same) drawFigures();
     measureGroups();
-    const all = !same || (changed.has("settings") && plotsChosen.axis !== "step") || (changed.has("figures") && !page.changedFigures);
+    if (same && smoothed) { drawControls(); noteGroups(); }
+    const all = !same || smoothed || (changed.has("settings") && plotsChosen.axis !== "step") || (changed.has("figures") && !page.changedFigures);
     refreshFigures(all ? null : new Set(changed.has("figures") ? page.changedFigures : []));
     drawReset();
   } else if (changed.has("theme")) redraw();

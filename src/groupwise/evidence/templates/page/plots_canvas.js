@@ -65,17 +65,18 @@ function addDot(path, x, y, radius) {
   path.arc(x, y, radius, 0, 2 * Math.PI);
 }
 
-// What lies between the lower and the upper ends of intervals, a polygon for each stretch without a gap.
+// What lies between the lower and the upper ends of intervals, a polygon for each stretch without a gap. A logarithmic axis cannot show
+// one that reaches 0: it has a gap there.
 function bandPath(u, x, low, high) {
-  const path = new Path2D(), toX = toPixels(u, "x"), toY = toPixels(u, "y"), log = u.scales.y.distr === 3, floor = u.bbox.top + u.bbox.height;
+  const path = new Path2D(), toX = toPixels(u, "x"), toY = toPixels(u, "y"), log = u.scales.y.distr === 3;
   const from = Math.max(0, placeOf(x, u.scales.x.min) - 1), to = Math.min(x.length - 1, placeOf(x, u.scales.x.max));
-  const holds = (i) => low[i] === low[i] && high[i] === high[i] && !(log && high[i] <= 0);
+  const holds = (i) => low[i] === low[i] && high[i] === high[i] && !(log && low[i] <= 0);
   for (let i = from; i <= to; i += 1) {
     if (!holds(i)) continue;
     let end = i;
     while (end < to && holds(end + 1)) end += 1;
     for (let k = i; k <= end; k += 1) path[k === i ? "moveTo" : "lineTo"](toX(x[k]), toY(high[k]));
-    for (let k = end; k >= i; k -= 1) path.lineTo(toX(x[k]), log && low[k] <= 0 ? floor : toY(low[k]));
+    for (let k = end; k >= i; k -= 1) path.lineTo(toX(x[k]), toY(low[k]));
     path.closePath();
     i = end;
   }
@@ -106,7 +107,8 @@ function drawLines(plot, u) {
   const { ctx, bbox } = u, ratio = uPlot.pxRatio, shown = plot.columns.map((_, k) => k).filter((k) => plot.shown[k]), hasty = plotsChosen.hasty;
   ctx.save();
   ctx.beginPath();
-  ctx.rect(Math.round(bbox.left), Math.round(bbox.top - 2 * ratio), Math.round(bbox.width), Math.round(bbox.height + 3 * ratio));
+  const beyond = plot.kind === "lines" && groupsOf.get(plot.group).zoom ? 0 : 4 * ratio;  // the first and the last point are whole
+  ctx.rect(Math.round(bbox.left - beyond), Math.round(bbox.top - 2 * ratio), Math.round(bbox.width + 2 * beyond), Math.round(bbox.height + 3 * ratio));
   ctx.clip();
   ctx.lineJoin = "bevel";
   const faint = (k) => plot.faded !== null && !plot.styles[k].keys.includes(plot.faded);
@@ -125,8 +127,12 @@ function drawLines(plot, u) {
       if (mean) ctx.stroke(tracePath(u, x, y, null));
     }
     for (const k of shown) {
-      const { x, y, mean, of } = plot.columns[k], over = hasty ? 0 : Math.min(2, plot.widths[k]), lone = hasty ? null : new Path2D();
-      brush(k, over ? 0.55 : 1, hasty ? 1 : (of.run && shown.length > 6 ? 1.3 : 2) + 3 * over, plot.styles[k].dash);
+      const { x, y, mean, of } = plot.columns[k], lone = hasty ? null : new Path2D(), width = hasty ? 1 : of.run && shown.length > 6 ? 1.3 : 2;
+      (hasty ? [] : plot.covered[k] ?? []).forEach((values, more) => {
+        brush(k, 0.4, width + 3 + 2 * more, []);
+        ctx.stroke(tracePath(u, x, values, null));
+      });
+      brush(k, 1, width, plot.styles[k].dash);
       ctx.stroke(tracePath(u, x, mean ?? y, lone));
       if (lone) ctx.fill(lone);
     }
@@ -187,17 +193,17 @@ function linearTicks(from, to, count, whole, isPercent) {
 function axisTicks(plot, key, from, to, length) {
   const { percent: isPercent, log } = key === "x" ? plot.xAxis : plot.yAxis;
   if (key === "x" && plot.kind === "bars") return plot.figure.bins.map((label, at) => ({ at, label }));
-  if (key === "y") return log ? logTicks(from, to, length, 24) : linearTicks(from, to, length / 38, false, isPercent);
+  if (key === "y") return log ? logTicks(from, to, length, 24, isPercent) : linearTicks(from, to, length / 38, false, isPercent);
   const size = plot.xUnit.size, whole = plot.xAxis.whole;
   for (let count = length / 60; count > 1; count *= 0.8) {
-    const found = log ? logTicks(from, to, length, length / count) : linearTicks(from / size, to / size, count, whole, isPercent);
+    const found = log ? logTicks(from, to, length, length / count, isPercent) : linearTicks(from / size, to / size, count, whole, isPercent);
     const scale = (at) => (log ? (Math.log10(at / from) / Math.log10(to / from)) * length : ((at * size - from) / (to - from)) * length);
     const fits = found.every(({ at, label }, i) => i === 0 || scale(at) - scale(found[i - 1].at) > (widthOf(label) + widthOf(found[i - 1].label)) / 2 + 12);
     if (fits) return found.map(({ at, label }) => ({ at: at * size, label: scale(at) + widthOf(label) / 2 > length + EDGE - 1 ? "" : label }));
   }
   return [];
 }
-const EDGE = 22;  // pixels to the right of a plot
+const EDGE = 32;  // pixels to the right of a plot
 
 // The options of uPlot for a figure: its axes with ticks, no cursor or legend of its own.
 function uplotOptions(plot, width, height) {

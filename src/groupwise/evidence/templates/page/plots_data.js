@@ -26,10 +26,12 @@ function nearestPlace(column, value) {
   return value - column[after - 1] <= column[after] - value ? after - 1 : after;
 }
 
-// Steps as completions or seconds of a setting, from nothing before the first step on; null: they are not known.
-function onAxis(setting, steps, axis) {
+// Steps as completions or seconds of a line's run, or in the mean of its setting, from nothing before the first step on; null: they are
+// not known.
+function onAxis(line, steps, axis) {
   if (axis === "step") return steps;
-  const clock = page.data.settings.find((one) => one.id === setting)?.clock;
+  const run = page.data.runs.find((one) => one.id === line?.run), setting = page.data.settings.find((one) => one.id === line?.setting);
+  const clock = run?.clock ?? setting?.clock;
   if (!clock?.steps.length) return null;
   const known = clock.steps, at = clock[axis], column = new Float64Array(steps.length);
   for (let i = 0, k = 0; i < steps.length; i += 1) {
@@ -61,7 +63,7 @@ function movingMean(steps, values, window) {
 
 // A line of a figure over training steps as columns; null: its x axis is not known.
 function columnsOfLine(line, axis, window) {
-  const steps = numbersOf(line.steps), x = onAxis(line.setting, steps, axis), y = numbersOf(line.values);
+  const steps = numbersOf(line.steps), x = onAxis(line, steps, axis), y = numbersOf(line.values);
   if (x === null) return null;
   return {
     of: line, steps, x, y, low: line.low ? numbersOf(line.low) : null, high: line.high ? numbersOf(line.high) : null,
@@ -77,43 +79,52 @@ function xRange(all) {
   return low <= high ? [low, high] : null;
 }
 
-// Lowest and highest y between two x, and how many values a logarithmic axis leaves out; null: there is no value.
+// Lowest and highest y between two x, how many values a logarithmic axis leaves out, and how many ends of intervals; null: there is no value.
 function yRange(all, from, to, log) {
-  let low = Infinity, high = -Infinity, leftOut = 0;
+  let low = Infinity, high = -Infinity, leftOut = 0, bandless = 0;
   for (const { x, y, low: lower, high: upper } of all) {
-    const last = Math.min(x.length - 1, placeOf(x, to));
+    const last = x[x.length - 1] < from || x[0] > to ? -1 : Math.min(x.length - 1, placeOf(x, to));
     for (let i = Math.max(0, placeOf(x, from) - 1); i <= last; i += 1) {
       const value = y[i];
       if (value !== value) continue;
       if (log && value <= 0) { leftOut += x[i] >= from && x[i] <= to ? 1 : 0; continue; }
       low = Math.min(low, value);
       high = Math.max(high, value);
-      if (lower && lower[i] === lower[i] && !(log && lower[i] <= 0)) low = Math.min(low, lower[i]);
+      if (log && lower?.[i] <= 0) { bandless += 1; continue; }
+      if (lower && lower[i] === lower[i]) low = Math.min(low, lower[i]);
       if (upper && upper[i] === upper[i]) high = Math.max(high, upper[i]);
     }
   }
-  return low <= high ? { low, high, leftOut } : leftOut ? { low: 0.1, high: 1, leftOut } : null;
+  return low <= high ? { low, high, leftOut, bandless } : leftOut ? { low: 0.1, high: 1, leftOut, bandless } : null;
 }
 
-// How many later lines each line coincides with, on a quarter of its length or more: within `near` of the height of the plot.
+// Where each line is covered by lines that are drawn after it, within `near` of the height of the plot: its values at the points where
+// one line covers it, and at those where several do, others being NaN; null: nowhere. Lines that cross are not covered.
+const MOST_COMPARED = 60;
 function coincidences(all, range, log, near) {
-  const scale = (value) => (log ? Math.log(value) : value), counts = all.map(() => 0);
-  const height = scale(range.high) - scale(range.low) || 1;
-  all.forEach((lower, i) => {
-    for (const upper of all.slice(i + 1)) {
-      const shared = [Math.max(lower.x[0], upper.x[0]), Math.min(lower.x.at(-1), upper.x.at(-1))];
-      let close = 0, compared = 0;
-      for (let k = 0; k <= 48 && shared[0] <= shared[1]; k += 1) {
-        const at = shared[0] + ((shared[1] - shared[0]) * k) / 48;
-        const a = scale(lower.y[nearestPlace(lower.x, at)]), b = scale(upper.y[nearestPlace(upper.x, at)]);
-        if (!Number.isFinite(a) || !Number.isFinite(b)) continue;
-        compared += 1;
-        if (Math.abs(a - b) < near * height) close += 1;
-      }
-      if (close * 4 > compared) counts[i] += 1;
-    }
+  if (all.length > MOST_COMPARED) return all.map(() => null);
+  const scale = (value) => (log ? Math.log(value) : value), least = near * (scale(range.high) - scale(range.low) || 1);
+  return all.map((lower, i) => {
+    const counts = new Uint8Array(lower.x.length), y = lower.mean ?? lower.y;
+    for (const upper of all.slice(i + 1)) cover(counts, lower.x, y, upper.x, upper.mean ?? upper.y, (a, b) => Math.abs(scale(a) - scale(b)) < least);
+    const parts = [1, 2].map((count) => y.map((value, k) => (Math.min(2, counts[k]) === count ? value : NaN)));
+    return counts.some((count) => count > 0) ? parts : null;
   });
-  return counts;
+}
+// Count the points of a line that another one passes closely, of stretches that are not short.
+function cover(counts, x, y, otherX, otherY, close) {
+  const enough = Math.min(x.length, Math.max(2, x.length / 48));
+  for (let i = 0, k = 0, run = 0; i <= x.length; i += 1) {
+    while (k < otherX.length && otherX[k] < x[i]) k += 1;
+    const known = i < x.length && k < otherX.length && (k > 0 || otherX[0] === x[i]);
+    const share = known && otherX[k] > x[i] ? (x[i] - otherX[k - 1]) / (otherX[k] - otherX[k - 1]) : 1;
+    const value = !known ? NaN : share === 1 ? otherY[k] : otherY[k - 1] + share * (otherY[k] - otherY[k - 1]);
+    if (close(y[i], value)) run += 1;
+    else {
+      if (run >= enough) for (let back = i - run; back < i; back += 1) counts[back] += 1;
+      run = 0;
+    }
+  }
 }
 
 // What a line does, in four points: first, last, lowest and highest, as places in its columns; null: it has no value.

@@ -1,7 +1,7 @@
 // One figure: its element, its columns, and drawing it when it is in view.
 
 // What the reader of the page chose for all figures.
-const plotsChosen = { axis: "step", window: 1, height: "own", hidden: new Set(), hasty: false };
+const plotsChosen = { axis: "step", window: 1, height: "own", hidden: new Set(), hasty: false, ownWindow: false };
 const plotsOf = new Map();
 const groupsOf = new Map();
 let framePlanned = false;
@@ -52,7 +52,7 @@ const plotSizes = new ResizeObserver((entries) => {
 function newPlot(figure) {
   const plot = {
     id: figure.id, group: figure.group, figure, kind: figure.kind, columns: [], styles: [], shown: [], marks: [], ticks: { x: [], y: [] }, u: null,
-    stale: true, visible: false, fresh: false, log: null, wide: false, width: 0, xUnit: { size: 1 }, xAxis: {}, yAxis: {}, faded: null, range: null, widths: [], coincide: false, leftOut: 0,
+    stale: true, visible: false, fresh: false, log: null, wide: false, width: 0, xUnit: { size: 1 }, xAxis: {}, yAxis: {}, faded: null, range: null, covered: [], coincide: false, leftOut: 0, bandless: false,
   };
   Object.defineProperty(plot, "box", { get: () => inPixels(plot.u.bbox) });
   plot.area = make("div", { class: "plot-area", tabindex: 0, role: "slider", "data-figure": figure.id, "aria-orientation": "horizontal", "aria-valuemin": 0, "aria-valuenow": 0 });
@@ -65,7 +65,7 @@ function newPlot(figure) {
   plot.table = make("div", { class: "scroll", tabindex: 0, role: "region" });
   plot.details = make("details", { ontoggle: () => fillTable(plot) }, make("summary", {}), plot.table);
   plot.logButton = make("button", { type: "button", class: "small", onclick: () => chooseLog(plot) });
-  plot.wideButton = make("button", { type: "button", class: "small", onclick: () => { plot.wide = !plot.wide; describeFigure(plot); redraw([plot]); } });
+  plot.wideButton = make("button", { type: "button", class: "small wide-button", onclick: () => { plot.wide = !plot.wide; describeFigure(plot); redraw([plot]); } });
   plot.element = make(
     "figure", { id: `figure-${figure.id}`, "aria-labelledby": `title-${figure.id}` },
     make("div", { class: "plot-head" }, plot.title, make("div", { class: "plot-buttons" }, plot.logButton, plot.wideButton)),
@@ -90,7 +90,8 @@ function dropPlot(plot) {
   plotsOf.delete(plot.id);
 }
 
-const isLog = (plot) => (plotsChosen.height === "own" ? (plot.log ?? plot.figure.y.log) : plotsChosen.height === "log");
+// Bars stand on 0, which a logarithmic axis does not have.
+const isLog = (plot) => plot.kind !== "bars" && (plotsChosen.height === "own" ? (plot.log ?? plot.figure.y.log) : plotsChosen.height === "log");
 function chooseLog(plot) {
   const log = !isLog(plot);
   if (plotsChosen.height !== "own") for (const other of plotsOf.values()) other.log = isLog(other);
@@ -130,15 +131,25 @@ function noteFigure(plot) {
   const { figure } = plot, lines = plot.kind === "lines" ? drawnIn(figure) : [], notes = [];
   const seeds = [...new Set(lines.filter((line) => line.low && (figure.band || line.seeds > 1)).map((line) => line.seeds))].sort((a, b) => a - b);
   if (figure.note) notes.push(say(figure.note));
-  if (seeds.length) notes.push(make("span", { class: "key" }, lineSwatch("band", colouredBy(figure) === "setting" ? "var(--soft)" : plot.styles[0]?.colour ?? "var(--line-0)", []), figure.band ? say(figure.band) : text("plots.band", { seeds: seeds.length > 1 ? `${seeds[0]}–${seeds.at(-1)}` : seeds[0] })));
-  if (plot.marks.length) notes.push(make("span", { class: "key" }, lineSwatch("lines", "var(--watch)", [3, 3]), text("plots.marks")));
+  if (seeds.length) notes.push(make("span", { class: "key" }, lineSwatch("band", colouredBy(figure) === "setting" ? "var(--soft)" : plot.styles[0]?.colour ?? "var(--line-0)", []), figure.band ? say(figure.band) : text(figure.y.log ? "plots.band_log" : "plots.band", { seeds: seeds.length > 1 ? `${seeds[0]}–${seeds.at(-1)}` : seeds[0] })));
   if (plot.kind === "dots" && drawnIn(figure).some((series) => series.flags?.some(Boolean))) notes.push(make("span", { class: "key" }, lineSwatch("ring", "var(--soft)", []), text("plots.clipped")));
-  if (plot.coincide) notes.push(text("plots.coincide"));
   if (plot.leftOut) notes.push(text("plots.left_out", { count: format(plot.leftOut) }));
-  const stretch = Math.max(1, ...lines.map((line) => line.stretch));
-  if (stretch > 1) notes.push(text("plots.thinned", { count: format(stretch) }));
-  for (const constant of figure.constants ?? []) notes.push(text("plots.constant", { label: say(constant.label), value: constant.value }));
+  if (plot.bandless) notes.push(text("plots.bandless"));
+  for (const constant of figure.constants ?? []) notes.push(text("plots.constant", { label: say(constant.label), value: withUnit(figure, constant.value) }));
   plot.notes.replaceChildren(...notes.map((note) => make("p", { class: "soft" }, note)));
+}
+
+// What must be known to read several figures of a group, once above them.
+function noteGroup(id) {
+  const plots = [...plotsOf.values()].filter((plot) => plot.group === id), lines = plots.flatMap((plot) => (plot.kind === "lines" ? drawnIn(plot.figure) : []));
+  const about = plots.flatMap((plot) => plot.figure.about ?? []).filter(({ settings }) => settings.some((setting) => !plotsChosen.hidden.has(`setting ${setting}`)));
+  const notes = [...new Set(about.map((one) => say(one.text)))];
+  if (plots.some((plot) => plot.marks.length)) notes.push(make("span", { class: "key" }, lineSwatch("lines", "var(--watch)", [3, 3]), text("plots.marks")));
+  if (plots.some((plot) => plot.coincide)) notes.push(make("span", { class: "key" }, lineSwatch("over", "var(--soft)", []), text("plots.coincide")));
+  const stretches = lines.map((line) => line.stretch).filter((stretch) => stretch > 1), [least, most] = [Math.min(...stretches), Math.max(...stretches)];
+  const count = least === most ? format(most) : `${format(least)}–${format(most)}`;
+  if (stretches.length) notes.push(plotsChosen.window > 1 ? text("plots.thinned_smoothed", { count, window: format(plotsChosen.window) }) : text("plots.thinned", { count }));
+  groupsOf.get(id).notes.replaceChildren(...notes.map((note) => make("p", { class: "soft" }, note)));
 }
 
 // What each line does, as a table, filled when it is opened.
@@ -162,8 +173,8 @@ function prepareColumns(plot) {
   const { figure } = plot, lines = plot.kind === "lines";
   plot.columns = drawnIn(figure).map((one) => (lines ? columnsOfLine(one, plotsChosen.axis, plotsChosen.window) : columnsOfSeries(one))).filter((columns) => columns !== null);
   plot.styles = plot.columns.map(({ of }) => styled(figure, of));
-  const setting = drawnIn(figure)[0]?.setting, marks = lines ? (figure.marks ?? []) : [];
-  const x = marks.length ? onAxis(setting, Float64Array.from(marks, (mark) => mark.step), plotsChosen.axis) : null;
+  const first = drawnIn(figure)[0], marks = lines ? (figure.marks ?? []) : [];
+  const x = marks.length ? onAxis(first, Float64Array.from(marks, (mark) => mark.step), plotsChosen.axis) : null;
   plot.marks = x ? marks.map((mark, i) => ({ ...mark, x: x[i] })) : [];
   plot.compared = null;
 }
@@ -180,7 +191,8 @@ function drawFigure(plot) {
   const drawn = plot.columns.filter((_, k) => plot.shown[k]), columns = drawn.length ? drawn : plot.columns;
   const xLog = plot.kind !== "lines" && plot.figure.x.log;
   const [x0, x1] = xExtent(plot, group, xLog);
-  const y = padded(yRange(columns, ...(plot.kind === "lines" ? [x0, x1] : [-Infinity, Infinity]), log) ?? { low: 0, high: 1, leftOut: 0 }, log, plot);
+  const found = yRange(columns, ...(plot.kind === "lines" ? [x0, x1] : [-Infinity, Infinity]), log) ?? { low: 0, high: 1, leftOut: 0, bandless: 0 };
+  const y = padded(found, log, plot);
   plot.xAxis = { log: xLog, percent: plot.kind !== "lines" && plot.figure.x.percent, whole: plot.kind === "lines" && plotsChosen.axis !== "seconds" };
   plot.yAxis = { log, percent: plot.figure.y.percent };
   plot.xUnit = plot.kind === "lines" && plotsChosen.axis === "seconds" ? group.unit : { size: 1 };
@@ -190,24 +202,26 @@ function drawFigure(plot) {
     plot.u.destroy();
     plot.u = null;
   }
-  widen(plot, columns, y, log, height);
+  findCovered(plot, columns, y, log, height);
   showRange(plot, width, height);
-  const said = `${plot.coincide} ${y.leftOut} ${plot.marks.length}`;
-  plot.leftOut = log ? y.leftOut : 0;
+  const said = `${plot.coincide} ${Math.max(1, ...columns.map(({ of }) => of.stretch ?? 1))} ${found.leftOut} ${found.bandless > 0} ${plot.marks.length}`;
+  plot.leftOut = log ? found.leftOut : 0;
+  plot.bandless = found.bandless > 0;
   if (said !== plot.said) {
     plot.said = said;
     noteFigure(plot);
+    noteGroup(plot.group);
   }
 }
 
-// Lines that others coincide with are drawn wider below them.
-function widen(plot, columns, y, log, height) {
-  const key = plot.shown.join() + log;
+// Where lines are covered by others they are drawn wider below them. Found anew where the figure is shown much larger.
+function findCovered(plot, columns, y, log, height) {
+  const key = `${plot.shown} ${log} ${Math.round(2 * Math.log2(log ? Math.log(y.to / y.from) : y.to - y.from))}`;
   if (plot.compared !== key && (plot.kind === "lines" || plot.kind === "curve")) {
     plot.compared = key;
-    const counts = coincidences(columns, { low: y.from, high: y.to }, log, 1.2 / height);
-    plot.widths = plot.columns.map((one) => (columns.includes(one) ? counts[columns.indexOf(one)] : 0));
-    plot.coincide = plot.widths.some((count) => count > 0);
+    const covered = coincidences(columns, { low: y.from, high: y.to }, log, 1.2 / height);
+    plot.covered = plot.columns.map((one) => (columns.includes(one) ? covered[columns.indexOf(one)] : null));
+    plot.coincide = plot.covered.some((one) => one !== null);
   }
 }
 
@@ -241,14 +255,14 @@ function xExtent(plot, group, log) {
 }
 
 // A range of y with a margin, so that no line runs along the edge.
-function padded({ low, high, leftOut }, log, plot) {
+function padded({ low, high }, log, plot) {
   low = Math.max(low, -1e300);
   high = Math.min(high, 1e300);
   if (log) {
     const margin = Math.max((high / low) ** 0.06, 1.05);
-    return { from: low / margin, to: high * margin, leftOut };
+    return { from: low / margin, to: high * margin };
   }
   if (plot.kind === "bars") low = Math.min(0, low);
   const margin = high > low ? 0.06 * (high - low) : Math.abs(high) * 0.1 || (plot.figure.y.percent ? 0.02 : 1);
-  return { from: plot.kind === "bars" && low === 0 ? 0 : low - margin, to: high + margin, leftOut };
+  return { from: plot.kind === "bars" && low === 0 ? 0 : low - margin, to: high + margin };
 }

@@ -78,10 +78,10 @@ function listenToPointer(plot) {
     zoomBy(plot, plotFromX(plot, x), Math.exp(Math.max(-1, Math.min(1, event.deltaY * (event.deltaMode ? 0.05 : 0.003)))));
   }, { passive: false });
   plot.area.addEventListener("keydown", (event) => pressed(plot, event));
-  plot.area.addEventListener("blur", unpoint);
+  plot.area.addEventListener("blur", () => { if (plotsPointed.plot === plot) unpoint(); });  // a finger may point at another figure before it has the focus
 }
 
-addEventListener("scroll", () => { if (plotsPointed.plot) planFrame(); }, { passive: true });
+for (const moved of ["scroll", "resize"]) addEventListener(moved, () => { if (plotsPointed.plot) planFrame(); }, { passive: true });
 
 function placeSelection(plot, from, to) {
   const left = plot.box.left + Math.min(from, to);
@@ -267,9 +267,8 @@ function fillTip(plot, rows, area) {
     if (found.length > most * columns) tips.push({ kind: "tip-title", said: text("plots.more", { count: found.length - most * columns }) });
   }
   plotTip.style.columnCount = String(columns);
-  showTips(tips);
-  plotTip.hidden = false;
-  placeTip(plot, area, tips.length);
+  plotTip.hidden = area.bottom < 0 || area.top > innerHeight;
+  placeTip(plot, area, tips);
   if (plotsPointed.keyed) {
     plot.area.setAttribute("aria-valuetext", tips.filter(({ kind, own }) => kind !== "tip-title" && own !== false).slice(0, 12).map(({ said, value }) => [value, said].filter(Boolean).join(" ")).join(text("core.comma")));
     plot.area.setAttribute("aria-valuemin", String(plot.range.x[0]));
@@ -300,16 +299,34 @@ function showTips(tips) {
   });
 }
 
-// Beside the crosshair on the side that has more space, or above or below the plot in a narrow window. It is measured only when it gets
-// another number of lines: the browser would lay out the page for it.
-const tipHeights = new Map();
-function placeTip(plot, area, count) {
-  const key = `${count} ${innerWidth} ${plot.id}`;
-  if (!tipHeights.has(key)) tipHeights.set(key, plotTip.offsetHeight);
-  const height = tipHeights.get(key), above = area.top + plot.box.top;
-  const at = area.left + plot.box.left + plotToX(plot, plotsPointed.at), narrow = innerWidth < 800, right = at < innerWidth / 2;
-  const middle = above + (plotsPointed.y ?? plot.box.height / 3);
-  const beside = Math.max(8, Math.min(innerHeight - height - 8, middle - height / 2)), over = above - height - 8;
-  const x = narrow ? "8px" : right ? `min(${at + 16}px, 100vw - 8px - 100%)` : `max(8px, ${at - 16}px - 100%)`, y = !narrow ? beside : over >= 8 ? over : above + plot.box.height + 30;
-  plotTip.style.transform = `translate(${x}, ${y}px)`;
+// Beside the crosshair on the side that has more space; in a narrow window above or below the plot, where there is more.
+const NARROW = 800, TIP_EDGE = 8;
+function placeTip(plot, area, tips) {
+  const narrow = innerWidth < NARROW, top = area.top + plot.box.top, bottom = area.bottom + 4;
+  const over = narrow && top - TIP_EDGE > innerHeight - bottom, space = !narrow ? innerHeight : over ? top - TIP_EDGE : innerHeight - bottom;
+  const height = fitTips(plot, tips, Math.max(120, space - 2 * TIP_EDGE));
+  const at = area.left + plot.box.left + plotToX(plot, plotsPointed.at), right = at < innerWidth / 2;
+  const wanted = !narrow ? top + (plotsPointed.y ?? plot.box.height / 3) - height / 2 : over ? top - height - TIP_EDGE : bottom;
+  const x = narrow ? `${TIP_EDGE}px` : right ? `min(${at + 16}px, 100vw - ${TIP_EDGE}px - 100%)` : `max(${TIP_EDGE}px, ${at - 16}px - 100%)`;
+  plotTip.style.transform = `translate(${x}, ${Math.max(TIP_EDGE, Math.min(innerHeight - height - TIP_EDGE, wanted))}px)`;
+}
+// Show as many lines of the tooltip as there is space for; returns its height. It is measured only when it gets another number of lines
+// or another space: the browser would lay out the page for it.
+const tipFits = new Map();
+function fitTips(plot, tips, space) {
+  const key = `${plot.id} ${tips.length} ${innerWidth} ${Math.round(space / 20)} ${page.language}`;
+  if (!tipFits.has(key)) {
+    let count = tips.length;
+    for (showTips(tips); plotTip.offsetHeight > space && count > 2; showTips(cutTips(tips, count))) count -= Math.max(1, Math.floor(count / 8));
+    tipFits.set(key, { count, height: plotTip.offsetHeight });
+  }
+  const { count, height } = tipFits.get(key);
+  showTips(cutTips(tips, count));
+  return height;
+}
+function cutTips(tips, count) {
+  if (count >= tips.length) return tips;
+  const left = tips.slice(count).filter(({ kind }) => kind === "tip-row").length, kept = tips.slice(0, count);
+  while (kept.length > 1 && kept.at(-1).kind === "tip-title") kept.pop();
+  return [...kept, { kind: "tip-title", said: text("plots.more", { count: left }) }];
 }

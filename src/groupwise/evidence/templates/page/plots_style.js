@@ -66,16 +66,25 @@ function lineSwatch(kind, colour, dash, shade = 0) {
   const attributes = { class: "swatch", width: 34, height: 14, viewBox: "0 0 34 14", "aria-hidden": "true" };
   if (kind === "bars") return make("svg", attributes, make("rect", { x: 9, y: 1, width: 16, height: 12, style: `fill: ${colour}; fill-opacity: ${barOpacity(shade)}; stroke: ${colour}` }));
   if (kind === "dots") return make("svg", attributes, make("circle", { cx: 17, cy: 7, r: 4, style: `fill: ${colour}` }));
+  if (kind === "over") return make("svg", attributes, ...[[9, 0.4], [2.5, 1]].map(([width, alpha]) => make("line", { x1: 1, x2: 33, y1: 7, y2: 7, style: `stroke: ${colour}; stroke-width: ${width}; stroke-opacity: ${alpha}` })));
   if (kind === "ring") return make("svg", attributes, make("circle", { cx: 17, cy: 7, r: 4, style: `fill: none; stroke: ${colour}; stroke-width: 2` }));
   if (kind === "band") return make("svg", attributes, make("rect", { x: 1, y: 1, width: 32, height: 12, style: `fill: ${colour}; fill-opacity: .25` }));
   return make("svg", attributes, make("line", { x1: 1, x2: 33, y1: 7, y2: 7, style: `stroke: ${colour}; stroke-width: 2.5; stroke-dasharray: ${dash.join(" ") || "none"}` }));
 }
 const barOpacity = (shade) => [1, 0.4, 0.15][shade % 3];
 
+// The unit of a figure's numbers, which its axis has in parentheses, as it stands after a number.
+function withUnit(figure, value) {
+  const unit = figure.y.percent ? null : /[(（]([^()（）]+)[)）]$/.exec(say(figure.y.title))?.[1];
+  if (!unit) return value;
+  return `${value} ${value === "1" ? unit.replace(/^([a-z]{2,})s$/, "$1") : unit}`;
+}
+
 const valueText = (value, isPercent) => (isPercent ? percent(value) : format(value));
 
 // Places of a logarithmic axis, with their labels: powers of ten, and 2 and 5 or 3 times those where there is room.
-function logTicks(from, to, length, apart) {
+function logTicks(from, to, length, apart, isPercent = false) {
+  if (isPercent) return logTicks(100 * from, 100 * to, length, apart).map(({ at, label }) => ({ at: at / 100, label: `${label}%` }));
   const decade = length / (Math.log10(to) - Math.log10(from)), every = Math.max(1, Math.ceil(apart / decade));
   const factors = decade * 0.3 > apart ? [1, 2, 5] : decade * 0.47 > apart ? [1, 3] : [1];
   if (to / from < 12) return ticks(from, to, length / (1.6 * apart)).filter(({ at }) => at > 0);
