@@ -17,7 +17,7 @@ from groupwise.evidence.runs import open_run
 
 IMAGES = Path(__file__).parent / "images"
 PICTURES = {
-    "report-wide-light.png": ({"width": 1280, "height": 1700}, "light"),
+    "report-wide-light.png": ({"width": 1280, "height": 2700}, "light"),
     "report-narrow-dark.png": ({"width": 390, "height": 1700}, "dark"),
 }
 
