@@ -24,6 +24,8 @@ from tests.pages import chromium, heap, opened
 from groupwise.evidence.runs import open_run
 
 TOKEN = "token-of-the-benchmark"
+AIM = 2.0
+"""Seconds after which a step is to be shown."""
 SETTINGS = ["training.eval_every=25", "training.eval_problems=50", "training.checkpoint_every=20"]
 OBSERVER = """() => {
   window.shownSteps = {};
@@ -97,7 +99,10 @@ def follow(page: Any, run: "subprocess.Popen[bytes]", out: Path, known: dict[int
 def delays(known: dict[int, float], shown: dict[int, float]) -> list[float]:
     """For each step the seconds until the page showed it or a later one."""
     late = {step: min((at for number, at in shown.items() if number >= step), default=float("inf")) for step in known}
-    return [max(0.0, late[step] - at) for step, at in known.items()]
+    found = {step: max(0.0, late[step] - at) for step, at in known.items()}
+    if missed := [f"{step} after {seconds:.1f} s" for step, seconds in found.items() if seconds > AIM]:
+        print(f"late: step {', '.join(missed)}; load {os.getloadavg()[0]:.1f}")
+    return list(found.values())
 
 
 def followed(browser: Any, home: Path, steps: int, port: int, idle: float) -> None:
