@@ -106,7 +106,7 @@ def test_a_report_is_self_contained(healthy: list[Path], browser: Any, tmp_path:
     assert page_path.stat().st_size < 5_000_000
     page, wrong = opened(browser, page_path, color_scheme="dark", viewport={"width": 390, "height": 800})
     page.wait_for_function("document.documentElement.dataset.drawn === '1'", timeout=20_000)
-    assert page.locator("h1").inner_text() == "dapo · grpo"
+    assert page.locator("h1").inner_text() == "dapo | grpo"
     assert page.locator(".tile").count() == 6 and page.locator("#summary tbody tr").count() >= 2
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     page.click("#theme")
