@@ -9,8 +9,8 @@ READY := $(VENV)/.ready
 train: setup
 	$(BIN)/groupwise train
 
-# Each process has one thread: threads of several processes would wait for each other. tests/conftest.py says how many and in what
-# order: the longest files first, which are not those with the most tests.
+# A process a core, each with one thread: threads of several processes would wait for each other. tests/conftest.py says in what order:
+# the longest files first, which are not those with the most tests.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 

@@ -1,6 +1,5 @@
 """Tiny real models: random weights, one per architecture, and the shipped one; the order in which files of tests run."""
 
-import os
 import signal
 from typing import Any
 
@@ -46,18 +45,12 @@ for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 
 
 LONGEST = (
-    "cluster", "sharded", "trackers", "evidence", "zoo", "training", "lora", "user_code", "text", "sampler", "serve", "fleet",
-    "planning", "served", "recurrent", "explorer", "workers", "signals", "examples", "user_task", "environments_training",
-    "stream", "rewards", "data", "benchmarks", "bare", "from_trl", "gpu_paths", "faults", "ladder", "out_of_memory", "docs",
+    "cluster", "sharded", "learner_process", "trackers", "evidence", "live", "zoo", "training", "lora", "user_code", "text",
+    "sampler", "serve", "fleet", "planning", "served", "recurrent", "explorer", "workers", "signals", "examples", "user_task",
+    "environments_training", "stream", "rewards", "data", "benchmarks", "bare", "from_trl", "gpu_paths", "faults", "ladder",
+    "out_of_memory", "docs",
 )  # fmt: skip
 """Files of tests that take longest, in the order in which they are begun: begun last, they would run on alone."""
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """Of pytest -n logical. More than there are cores: tests wait for half of their time, for processes to start and to end."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores + (cores + 1) // 2
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

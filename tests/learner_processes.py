@@ -67,8 +67,9 @@ class LearnerProcess:
     def send(self, number: int = signal.SIGKILL) -> None:
         """Send a signal to the one process that learns, or starts those that do."""
         pid = self.process.keeper.pid
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            os.kill(int(child), number)
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended by itself
+            for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+                os.kill(int(child), number)
 
     def strike(self, doing: str, number: int = signal.SIGKILL) -> threading.Thread:
         """Send a signal as soon as the process is busy with a call of this name."""

@@ -115,16 +115,15 @@ class Ledger:
         """Keep the entries up to `step`; what comes after will be done again.
 
         Returns:
-            What is wrong with the file; None if nothing is, or the run is older than ledgers. A damaged one is kept beside the
-            one with what could be read of it.
+            What is wrong with the file; None if nothing is. A damaged one is kept beside the one with what could be read of it.
 
         Raises:
             UserError: it is there, and the system refuses to read it.
         """
         content = read(self.path)
         self._done = step
-        if content is None:
-            return None
+        if content is None:  # removed, or the run is older than ledgers
+            return f"{self.path.name} is missing; what became of the groups of steps 1 to {step} is not known" if step else None
         kept = {entry.step: entry for entry in entries(content) if entry.step <= step}
         text = b"".join(entry.line for _, entry in sorted(kept.items()))
         first = min(kept, default=step + 1)
