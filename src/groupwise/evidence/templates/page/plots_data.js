@@ -72,13 +72,6 @@ function columnsOfLine(line, axis, window) {
 }
 const columnsOfSeries = (series) => ({ of: series, steps: null, x: numbersOf(series.x), y: numbersOf(series.y), low: null, high: null, mean: null });
 
-// Lowest and highest x of columns.
-function xRange(all) {
-  let low = Infinity, high = -Infinity;
-  for (const { x } of all) if (x.length) { low = Math.min(low, x[0]); high = Math.max(high, x[x.length - 1]); }
-  return low <= high ? [low, high] : null;
-}
-
 // Lowest and highest y between two x, how many values a logarithmic axis leaves out, and how many ends of intervals; null: there is no value.
 function yRange(all, from, to, log) {
   let low = Infinity, high = -Infinity, leftOut = 0, bandless = 0;
