@@ -118,11 +118,11 @@ def test_peaks_that_were_measured_on_an_h200(
 
 
 def test_a_peak_measured_here() -> None:
-    """The smallest of those in benchmarks/plan_memory.py, which measures more."""
-    code = "import sys; import plan_memory as m; size = m.SIZES['10M']; print(m.predicted(size, 'learner')['peak'])"
+    """The second smallest of those in benchmarks/plan_memory.py: the smallest one's peak varies by 5 % from process to process."""
+    code = "import sys; import plan_memory as m; size = m.SIZES['30M']; print(m.predicted(size, 'learner')['peak'])"
     measured, predicted = (
         float(subprocess.run([sys.executable, *command], cwd=BENCHMARKS, capture_output=True, text=True, check=True).stdout)
-        for command in (["plan_memory.py", "--one", "10M", "learner"], ["-c", code])
+        for command in (["plan_memory.py", "--one", "30M", "learner"], ["-c", code])
     )
     assert predicted == pytest.approx(measured, rel=0.1)
 

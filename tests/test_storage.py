@@ -28,6 +28,7 @@ from groupwise.files import DiskError, Lock, present
 from groupwise.state import DTYPES, read_state, write_state, write_tensors
 from groupwise.training import checkpoints
 from groupwise.training.export import best_of, find
+from groupwise.training.ledger import Entry
 from groupwise.training.loop import Trainer
 from groupwise.training.metrics_file import MetricsFile
 from groupwise.training.pieces import InProcess
@@ -141,7 +142,7 @@ STEPS = 8
 
 
 class Run(Trainer):
-    """A run with its real directory, checkpoints and resume, and instead of a model a few numbers."""
+    """A run with its real directory, checkpoints and resume, and instead of a model a few numbers; a step uses one group up."""
 
     def __init__(self, path: Path, tree: dict[str, Any]) -> None:
         self.run_directory = RunDirectory(path, None)
@@ -180,6 +181,8 @@ class Run(Trainer):
                 files.write_atomically(path, f"{self.step}", durable=False)
             loss = float(self.learner.weights.sum())  # type: ignore[call-overload]
             self.run_directory.metrics.append(self.step, {"reward/mean": 0.5, "loss": loss})
+            entry = Entry(step=self.step, trained=[self.step - 1], begun=self.step, running=[], finished=[])
+            self.run_directory.ledger.append(entry)
             if self.step % self.tree["training"]["checkpoint_every"] == 0:
                 self.save()
             if self.step % 3 == 0:
