@@ -118,7 +118,7 @@ def test_peaks_that_were_measured_on_an_h200(
 
 
 def test_a_peak_measured_here() -> None:
-    """The second smallest of those in benchmarks/plan_memory.py: the smallest one's peak varies by 5 % from process to process."""
+    """The second smallest of those in benchmarks/plan_memory.py: the peak of the smallest varies by 5 % between processes."""
     code = "import sys; import plan_memory as m; size = m.SIZES['30M']; print(m.predicted(size, 'learner')['peak'])"
     measured, predicted = (
         float(subprocess.run([sys.executable, *command], cwd=BENCHMARKS, capture_output=True, text=True, check=True).stdout)

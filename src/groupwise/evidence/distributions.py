@@ -146,7 +146,7 @@ def _log_ratios(groups: Sequence[Group]) -> Figure | None:
                         "label": phrase("figures", f"spread-length.{key}").as_json(),
                         "dash": dash,
                         "x": [short(length) for length, _ in points],
-                        "y": numbers(size for _, size in points),
+                        "y": numbers([size for _, size in points]),
                     }
                 )
     if len({length for one in series for length in one["x"]}) < 2:

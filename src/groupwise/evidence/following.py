@@ -6,14 +6,14 @@ import stat
 from bisect import insort
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from groupwise.errors import UserError
-from groupwise.evidence.history import Noted, event_of
+from groupwise.evidence.history import Noted, Segment, event_of
 from groupwise.evidence.places import runs_in
 from groupwise.evidence.reading import LeftOut, parsed
 from groupwise.evidence.records import Metrics
-from groupwise.evidence.runs import Run, assembled, check_run
+from groupwise.evidence.runs import Run, assembled, check_run, read_settings
 from groupwise.evidence.tail import Tail
 
 MOST_ADDED = 200
@@ -43,8 +43,9 @@ class Followed:
         self._metrics, self._events = Metrics(), list[Noted]()
         self._of_metrics, self._of_events = LeftOut(), LeftOut()
         self._metrics_file, self._events_file = Tail(path / "metrics.jsonl"), Tail(path / "events.jsonl")
-        self._settings: tuple[object, ...] = ()
-        """Tells that the settings have changed."""
+        self._settings: tuple[dict[str, Any], list[Segment]] = {}, []
+        self._of_settings, self._signatures = LeftOut(), tuple[object, ...]()
+        """What of them cannot be read; and what tells that their files have changed."""
 
     def poll(self) -> bool:
         """Read what is new; returns whether anything is."""
@@ -59,18 +60,28 @@ class Followed:
                 check_run(self.path)
             grown = self._metrics_file.read(self._take_metrics, self._forget_metrics)
             noted = self._events_file.read(self._take_event, self._forget_events)
-            settings = tuple(_signature(self.path / name) for name in READ[:2])
-            if self.run is not None and not grown and not noted and settings == self._settings:
+            changed = self._read_settings()
+            if self.run is not None and not grown and not noted and not changed:
                 return False
             left_out = LeftOut()
+            left_out.include(self._of_settings)
             for tail, of_file in ((self._metrics_file, self._of_metrics), (self._events_file, self._of_events)):
                 left_out.include(of_file)
                 if tail.problem:
                     left_out.add(tail.path.name, tail.problem)
-            self.run, self.reason = assembled(self.path, self._metrics, list(self._events), left_out), ""
-            self._settings = settings
+            self.run, self.reason = assembled(self.path, self._settings, self._metrics, list(self._events), left_out), ""
         except (UserError, OSError) as error:
             return self._refused("unreadable", str(error).removeprefix(f"{self.path}: "))
+        return True
+
+    def _read_settings(self) -> bool:
+        """Read the settings where their files have changed; returns whether they have."""
+        signatures = tuple(_signature(self.path / name) for name in READ[:2])
+        if signatures == self._signatures:
+            return False
+        left_out = LeftOut()
+        self._settings = read_settings(self.path, left_out)
+        self._of_settings, self._signatures = left_out, signatures
         return True
 
     def _check_files(self) -> None:

@@ -1,7 +1,7 @@
 """How a run's held-out results changed, and what of it sampling noise explains."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,9 +54,10 @@ def change(run: Run) -> Change | None:
     known, deviations = dict(run.series("eval_problems")), dict(run.series("eval/reward_std"))
     usual = run.recipe.get("training", {}).get("eval_problems", 500)
     counts = [max(1, int(known.get(step) or usual)) for step in steps]
-    errors = [
-        measure.noise(score, count, deviations.get(step, 0.0)) for step, score, count in zip(steps, scores, counts, strict=True)
-    ]
+
+    def error(place: int) -> float:
+        return measure.noise(scores[place], counts[place], deviations.get(steps[place], 0.0))
+
     small = SMALL if measure.percent else SMALL_EFFECT * max(deviations.get(steps[0], 0.0), deviations.get(steps[-1], 0.0))
     return Change(
         measure=measure,
@@ -65,16 +66,16 @@ def change(run: Run) -> Change | None:
         best=max(scores),
         best_step=steps[scores.index(max(scores))],
         last_step=steps[-1],
-        noise=math.hypot(errors[0], errors[-1]),
+        noise=math.hypot(error(0), error(-1)),
         problems=min(counts),
-        verdict=_verdict(scores, errors, max(1, min(counts) - 1), small, least=0.05 if measure.percent else 0.0),
+        verdict=_verdict(scores, error, max(1, min(counts) - 1), small, least=0.05 if measure.percent else 0.0),
     )
 
 
-def _verdict(scores: Sequence[float], errors: Sequence[float], freedom: int, small: float, least: float) -> Verdict:
+def _verdict(scores: Sequence[float], error: Callable[[int], float], freedom: int, small: float, least: float) -> Verdict:
     """
     Args:
-        errors: half the width of each score's 95 % interval.
+        error: half the width of the 95 % interval of a score, by its place.
         freedom: degrees of freedom of each.
         small: a rise that a run should have shown if there was any.
         least: a fall from the peak that is worth a word.
@@ -85,9 +86,9 @@ def _verdict(scores: Sequence[float], errors: Sequence[float], freedom: int, sma
     # The best of many noisy evaluations is high by chance: each is compared at a share of the error probability (Bonferroni), and
     # none at less than 1.5 intervals. A quarter of what was gained may go again, since policies waver from step to step.
     wider = max(1.5, critical(ERROR / (len(scores) - 1), freedom) / critical(ERROR, freedom))
-    if gained > 0 and fall > max(wider * math.hypot(errors[peak], errors[-1]), least, 0.25 * gained):
+    if gained > 0 and fall > max(wider * math.hypot(error(peak), error(-1)), least, 0.25 * gained):
         return "fell from peak"
-    noise = math.hypot(errors[0], errors[-1])
+    noise = math.hypot(error(0), error(-1))
     if abs(last - first) > noise:
         return "rose" if last > first else "fell"
     return "open" if last - first + noise > small else "level"

@@ -1,7 +1,7 @@
 """Metrics over training steps as lines of a figure: one run's, or the mean over seeds with its 95 % interval."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,8 @@ PAGE_POINTS = 800_000
 """Of all lines of a page: 2.5 MB of it."""
 LONG_GAP = 4
 """A line is broken where it has no value for longer than this many times its usual distance between values."""
+EXACT_POWER = 22
+"""Powers of ten up to this one are held exactly by a float."""
 CLOCK_POINTS = 256
 MOST_MARKS, LONGEST_MARK = 40, 120
 """How many events are marked in a figure, and characters of each."""
@@ -160,16 +162,29 @@ def _gaps(steps: Steps, chosen: NDArray[np.int64]) -> tuple[NDArray[np.intp], St
     return places, steps[before[first]] + 1
 
 
-def numbers(values: Values | Iterable[float]) -> list[float | None]:
-    """Numbers as a page gets them; None: not known."""
-    return [
-        short(value) if math.isfinite(value) else None
-        for value in (values.tolist() if isinstance(values, np.ndarray) else values)
-    ]
+def numbers(values: Values | Sequence[float]) -> list[float | None]:
+    """Numbers as a page gets them, of five significant digits: a plot shows no more, and the page is half the size. None: not known."""
+    known = np.asarray(values, dtype=np.float64)
+    found: list[float | None] = rounded(known).tolist()
+    for place in np.flatnonzero(~np.isfinite(known)).tolist():
+        found[place] = None
+    return found
+
+
+def rounded(values: Values) -> Values:
+    """To five significant digits; each is the number nearest to these digits, which is written with no more of them."""
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        digits = 4 - np.floor(np.log10(np.abs(values)))
+        power = 10.0 ** np.abs(np.nan_to_num(digits, nan=0.0, posinf=0.0, neginf=0.0))
+        found = np.where(digits >= 0, np.rint(values * power) / power, np.rint(values / power) * power)
+    exact = (np.abs(digits) <= EXACT_POWER) & np.isfinite(values)  # then both of them are integers that are held exactly
+    for place in np.flatnonzero(~exact & np.isfinite(values) & (values != 0)).tolist():
+        found[place] = float(f"{values[place]:.5g}")
+    return np.where(values == 0, 0.0, found)
 
 
 def short(value: float) -> float:
-    """Round to five significant digits: a plot shows no more, and the page is half the size."""
+    """One number of five significant digits."""
     return float(f"{value:.5g}")
 
 
@@ -191,7 +206,7 @@ def clock(runs: Sequence[Run]) -> Clock:
     while len(steps) // stretch > CLOCK_POINTS:
         stretch *= 2
     chosen = np.unique(np.append(np.arange(0, len(steps), stretch), len(steps) - 1))
-    completions, seconds = ([short(value) for value in total[chosen].tolist()] for total in totals)
+    completions, seconds = (rounded(total[chosen]).tolist() for total in totals)
     return {"steps": steps[chosen].tolist(), "completions": completions, "seconds": seconds}
 
 

@@ -134,7 +134,7 @@ def _differing(trees: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def run_id(run: Run) -> str:
     """The same for the same directory."""
-    return _id("r", str(run.path.resolve()))
+    return _id("r", run.resolved)
 
 
 def run_names(groups: Iterable[Group]) -> dict[str, str]:

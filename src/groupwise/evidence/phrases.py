@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -19,7 +19,7 @@ class Phrase:
     zh: str
 
     def as_json(self) -> dict[str, str]:
-        return asdict(self)
+        return {"en": self.en, "zh": self.zh}
 
 
 def same(text: str) -> Phrase:

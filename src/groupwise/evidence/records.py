@@ -78,6 +78,8 @@ class Records(Sequence[dict[str, Any]]):
         self._latest: list[tuple[int, Mapping[str, Metric]]] = []
         """Records that are not in the columns yet."""
         self._ordered = True
+        self._found: dict[str, tuple[Steps, Values]] = {}
+        """The columns that were asked for, until another record comes."""
         self._as_array: Steps | None = None
         """`_steps`, until another record comes."""
         for record in records:
@@ -90,6 +92,7 @@ class Records(Sequence[dict[str, Any]]):
             metrics: numbers that are finite, and lists of bins; they are kept.
         """
         self._latest.append((step, metrics))
+        self._found.clear()
         if len(self._latest) == BLOCK:
             self._settle()
 
@@ -98,9 +101,11 @@ class Records(Sequence[dict[str, Any]]):
         self._settle()
         rows = bisect.bisect_right(self._steps, last)
         del self._steps[rows:]
+        self._found.clear()
         self._as_array = None
         for column in self._columns.values():
-            column.filled = min(column.filled, rows)
+            if rows < column.filled:
+                column.values, column.filled = column.values[:rows].copy(), rows  # others may hold what was there
 
     def names(self) -> list[str]:
         """Of the metrics that a record has, in the order in which they were first seen."""
@@ -111,17 +116,35 @@ class Records(Sequence[dict[str, Any]]):
         """The steps of the records that have the metric, and its values: one each, or one row of bins each.
 
         Returns:
-            Arrays of their own, which later records do not change.
+            Arrays that cannot be written to, and that later records do not change.
         """
         self._settle()
-        column = self._columns.get(name)
+        if name not in self._found:
+            self._found[name] = self._column(name)
+        return self._found[name]
+
+    def _column(self, name: str) -> tuple[Steps, Values]:
+        column, count = self._columns.get(name), len(self._steps)
         if column is None:
             return np.empty(0, dtype=np.int64), np.empty(0)
-        values = column.first(len(self._steps))
+        steps, values = self._all_steps(), column.values[:count] if column.filled == count else column.first(count)
         known = ~np.isnan(values if values.ndim == 1 else values[:, 0])
+        if not known.all():
+            steps, values = steps[known], values[known]
+        values = values.view()
+        values.flags.writeable = steps.flags.writeable = False
+        return steps, values
+
+    def _all_steps(self) -> Steps:
         if self._as_array is None:
             self._as_array = np.array(self._steps, dtype=np.int64)
-        return self._as_array[known], values[known]
+        return self._as_array
+
+    @property
+    def last_step(self) -> int:
+        """Of the last record; 0: there is none."""
+        self._settle()
+        return self._steps[-1] if self._steps else 0
 
     def _settle(self) -> None:
         """Have all records in the columns, by ascending step, each step once with its latest record."""

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,10 @@ class Measure:
 
     def ends(self, score: float, problems: int, spread: float) -> tuple[float, float]:
         """The ends of that interval; of a pass rate they are not equally far from it, and lie in 0 to 1."""
+        if self.percent:
+            return wilson(score, problems)
         half = self.noise(score, problems, spread)
-        return wilson(score, problems) if self.percent else (score - half, score + half)
+        return score - half, score + half
 
 
 SCORE_KEYS = ("task.", "environment.", "training.eval_problems")
@@ -72,10 +75,15 @@ class Run:
     left_out: LeftOut = field(default_factory=LeftOut)
     """What could not be read."""
 
+    @cached_property
+    def resolved(self) -> str:
+        """Its path, without links."""
+        return str(self.path.resolve())
+
     @property
     def last_step(self) -> int:
         """The last step that is recorded; 0: none."""
-        return int(self.steps[-1]["step"]) if self.steps else 0
+        return self.steps.last_step
 
     @property
     def course(self) -> dict[str, str]:
@@ -103,8 +111,7 @@ class Run:
         """As `column`, of the evaluations that can be compared with the last one: those since a resume last changed what is scored."""
         steps, values = self.column(name)
         changed = [segment.first_step for segment in self.segments if any(key.startswith(SCORE_KEYS) for key in segment.changed)]
-        last = self.evaluations[-1]["step"] if self.evaluations else 0
-        since = steps >= max((step for step in changed if step <= last), default=0)
+        since = steps >= max((step for step in changed if step <= self.evaluations.last_step), default=0)
         return steps[since], values[since]
 
     def series(self, name: str) -> list[tuple[int, float]]:
@@ -142,6 +149,8 @@ class Run:
         """All training steps, and a metric's value in each, 0 where it is not known."""
         steps = self.steps.column(TRAINED)[0]
         known, values = self.steps.column(name)
+        if len(known) == len(steps):
+            return steps, values
         found = np.zeros(len(steps))
         found[np.searchsorted(steps, known)] = values
         return steps, found
@@ -184,7 +193,7 @@ def open_run(path: Path) -> Run:
     check_run(path)
     left_out = LeftOut()
     metrics, events = read_metrics(path / "metrics.jsonl", left_out), read_events(path / "events.jsonl", left_out)
-    return assembled(path, metrics, events, left_out)
+    return assembled(path, read_settings(path, left_out), metrics, events, left_out)
 
 
 def check_run(path: Path) -> None:
@@ -201,16 +210,22 @@ def check_run(path: Path) -> None:
         raise UserError(f"{path}: not a run directory: it has no metrics.jsonl")
 
 
-def assembled(path: Path, metrics: Metrics, events: list[Noted], left_out: LeftOut) -> Run:
-    """A run of which the metrics and the events are read, with its settings.
+def read_settings(path: Path, left_out: LeftOut) -> tuple[dict[str, Any], list[Segment]]:
+    """The recipe of the run in a directory, and how it was started and resumed.
 
     Raises:
-        UserError: these cannot be read.
+        UserError: nothing in it can be read that says with which settings it was trained.
     """
     segments = read_segments(path / "segments.jsonl", left_out)
-    tree = read_recipe(path / "recipe.toml", left_out, [segment.recipe for segment in segments if segment.recipe])
-    last = metrics.steps[-1]["step"] if metrics.steps else 0
-    done = [segment.recipe for segment in segments if segment.recipe and segment.first_step <= last]
+    return read_recipe(path / "recipe.toml", left_out, [segment.recipe for segment in segments if segment.recipe]), segments
+
+
+def assembled(
+    path: Path, settings: tuple[dict[str, Any], list[Segment]], metrics: Metrics, events: list[Noted], left_out: LeftOut
+) -> Run:
+    """A run of which everything is read."""
+    tree, segments = settings
+    done = [segment.recipe for segment in segments if segment.recipe and segment.first_step <= metrics.steps.last_step]
     return Run(
         path=path,
         recipe=dict(done[-1]) if done else tree,  # a resume that did no step yet has written its settings already

@@ -98,7 +98,7 @@ def _evaluation_due(run: Run, steps: int, every: int) -> bool:
     last = run.last_step
     if steps and last >= steps:
         return True
-    evaluated = int(run.evaluations[-1]["step"]) if run.evaluations else -1
+    evaluated = run.evaluations.last_step if run.evaluations else -1
     return every > 0 and last % every == 0 and evaluated < last
 
 
