@@ -96,7 +96,7 @@ def document(steps: int, settings: int = 1, seeds: int = 1, points: int = 1000, 
     made = [
         figure("accuracy", "learning", "Held-out results", accuracies, "accuracy", percent=True),
         figure("rewards", "learning", "Reward by component", some(["total", "correct", "format"], 0.05), "mean reward"),
-        figure("groups", "learning", "Groups by outcome", outcomes, "share of groups", percent=True, marks=noted),
+        figure("groups", "learning", "Groups by outcome", outcomes, "share of groups", percent=True),
         figure("kl", "health", "KL divergences and sampler mismatch", divergences, "nats per token", log=True),
         figure("gradient", "health", "Gradient norm", some(["gradient norm"], 0.3, 1e4), "gradient norm", log=True),
         figure("dropped", "cost", "Discarded data", [], "count", constants=unused),
@@ -119,7 +119,7 @@ def document(steps: int, settings: int = 1, seeds: int = 1, points: int = 1000, 
         "measure": same("accuracy").as_json(),
         "settings": [{"id": name, "name": f"setting {name} · dapo", "runs": [f"r{name}"], "clock": clock} for name in names],  # type: ignore[typeddict-item]
         "runs": nothing, "tiles": nothing, "summary": nothing, "differences": {"keys": [], "rows": []}, "comparisons": nothing,
-        "findings": nothing, "events": nothing, "segments": nothing, "left_out": [],
+        "findings": nothing, "events": nothing, "segments": nothing, "left_out": [], "marks": noted,
         "figures": sorted(made, key=lambda item: GROUPS.index(item["group"])),
     }  # fmt: skip
 

@@ -15,7 +15,7 @@ from groupwise.evidence import lines
 from groupwise.evidence.document import document
 from groupwise.evidence.figures import GROUPS, figures, number_text
 from groupwise.evidence.history import Noted, Segment
-from groupwise.evidence.lines import FEWEST_POINTS, MOST_POINTS, clock, mean_over_seeds, points_of, thinned
+from groupwise.evidence.lines import FEWEST_POINTS, MOST_POINTS, clock, marks, mean_over_seeds, points_of, thinned
 from groupwise.evidence.naming import grouped
 from groupwise.evidence.pictures import charts
 from groupwise.evidence.reading import LeftOut
@@ -189,8 +189,8 @@ def test_marks_name_what_was_noted() -> None:
     changed = Segment(first_step=4, started="", version="", changed={"learner.learning_rate": (1, 2)}, recipe={})
     run = made("a", 5, {"entropy": float}, events=[event, late], segments=[changed])
     expected = [{"step": 3, "text": "entropy \\u202efell"}, {"step": 4, "text": "learner.learning_rate"}]
-    assert drawn(run)["entropy"]["marks"] == expected
-    two = drawn(run, made("b", 5, {"entropy": float}, rate=1e-3))["entropy"]["marks"]
+    assert marks(grouped([run])) == expected
+    two = marks(grouped([run, made("b", 5, {"entropy": float}, rate=1e-3)]))
     assert two[0]["text"].startswith("a · dapo") and two[0]["text"].endswith(": entropy \\u202efell")
 
 

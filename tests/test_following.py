@@ -33,6 +33,8 @@ def applied(before: Document, patch: Patch) -> dict[str, Any]:
     """What the page makes of a patch; live.js does the same."""
     before, patch = json.loads(json.dumps([before, patch]))
     data: dict[str, Any] = dict(before) | patch.get("parts", {})
+    moved = patch.get("events", {"drop": 0, "add": []})
+    data["events"] = data["events"][moved["drop"] :] + moved["add"]
     for part in ("settings", "runs"):
         for member in data[part]:
             member |= patch.get(part, {}).get(member["id"], {})

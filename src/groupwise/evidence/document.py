@@ -10,7 +10,7 @@ from groupwise.evidence.finding import measure_name
 from groupwise.evidence.findings import shared_findings
 from groupwise.evidence.headline import summary, tiles
 from groupwise.evidence.history import value_text
-from groupwise.evidence.lines import clock
+from groupwise.evidence.lines import clock, marks
 from groupwise.evidence.naming import Group, cut, differences, grouped, run_id, run_names, title
 from groupwise.evidence.phrases import Phrase
 from groupwise.evidence.runs import Run, measure
@@ -46,6 +46,7 @@ def document(runs: Sequence[Run]) -> Document:
         "events": events(members),
         "segments": segments(members),
         "left_out": left_out(members, names),
+        "marks": marks(groups),
         "figures": drawn,
     }
 

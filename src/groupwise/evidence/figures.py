@@ -12,11 +12,11 @@ import numpy as np
 
 from groupwise.evidence.distributions import distributions
 from groupwise.evidence.finding import measure_name
-from groupwise.evidence.lines import Curve, line, marks, mean_over_seeds, of_run, points_of
+from groupwise.evidence.lines import Curve, line, mean_over_seeds, of_run, points_of
 from groupwise.evidence.naming import Group, run_id
 from groupwise.evidence.phrases import Phrase, phrase, same
 from groupwise.evidence.runs import Measure, Run, measure
-from groupwise.evidence.shapes import About, Axis, Constant, Figure, Line, Mark
+from groupwise.evidence.shapes import About, Axis, Constant, Figure, Line
 from groupwise.evidence.statistics import FEWEST_SEEDS
 from groupwise.text import shortened, visible
 
@@ -107,8 +107,8 @@ def figures(groups: Sequence[Group]) -> list[Figure]:
     wanted = [_accuracy(groups), _rewards(groups), *(_training(lines) for lines in TRAINING)]
     recorded = [(group, {name for run in group.runs for name in _names(run)}) for group in groups]
     count = sum(_lines_of(group) * len(names & one.labels.keys()) for one in wanted for group, names in recorded)
-    most, noted = points_of(count), marks(groups)
-    made = [figure for one in wanted if (figure := _figure(one, groups, noted, most)) is not None] + distributions(groups)
+    most = points_of(count)
+    made = [figure for one in wanted if (figure := _figure(one, groups, most)) is not None] + distributions(groups)
     return sorted(made, key=lambda figure: GROUPS.index(figure["group"]))
 
 
@@ -152,7 +152,7 @@ def _rewards(groups: Sequence[Group]) -> _Wanted:
     )
 
 
-def _figure(wanted: _Wanted, groups: Sequence[Group], noted: list[Mark], most: int) -> Figure | None:
+def _figure(wanted: _Wanted, groups: Sequence[Group], most: int) -> Figure | None:
     """The figure of lines; None: no run recorded any of its metrics."""
     found = {metric: drawn for metric in wanted.labels if (drawn := list(_curves(groups, metric, wanted)))}
     if not found:
@@ -188,7 +188,6 @@ def _figure(wanted: _Wanted, groups: Sequence[Group], noted: list[Mark], most: i
         "kind": "lines",
         "y": axis,
         "lines": lines,
-        "marks": noted if lines else [],
         "constants": constants,
         "about": about,
     }

@@ -115,10 +115,12 @@ def thinned(values: Values, most: int) -> tuple[NDArray[np.int64], int]:
         stretch *= 2
     rest = count // stretch * stretch
     starts, parts = np.arange(0, rest, stretch), values[:rest].reshape(-1, stretch)
-    chosen = [np.array([0, count - 1]), starts + parts.argmin(axis=1), starts + parts.argmax(axis=1)]
+    chosen = np.zeros(count, dtype=bool)
+    chosen[[0, -1]] = True
+    chosen[starts + parts.argmin(axis=1)] = chosen[starts + parts.argmax(axis=1)] = True
     if rest < count:
-        chosen.append(np.array([rest + int(values[rest:].argmin()), rest + int(values[rest:].argmax())]))
-    return np.unique(np.concatenate(chosen)), stretch
+        chosen[[rest + int(values[rest:].argmin()), rest + int(values[rest:].argmax())]] = True
+    return np.flatnonzero(chosen), stretch
 
 
 def line(

@@ -10,10 +10,10 @@ from altair.utils.schemapi import debug_mode
 
 from groupwise.errors import UserError
 from groupwise.evidence.figures import figures
-from groupwise.evidence.lines import clock
+from groupwise.evidence.lines import clock, marks
 from groupwise.evidence.naming import grouped, run_id, run_names
 from groupwise.evidence.runs import Run
-from groupwise.evidence.shapes import Axis, Clock, Figure, Line
+from groupwise.evidence.shapes import Axis, Clock, Figure, Line, Mark
 
 WIDTH, HEIGHT, SCALE = 480, 220, 2
 NOTED = "#b8860b"
@@ -32,11 +32,12 @@ def charts(runs: Sequence[Run]) -> dict[str, Any]:
     clocks = {group.id: clock(group.runs) for group in groups} | {
         run_id(run): clock([run]) for group in groups for run in group.runs
     }
+    noted = marks(groups)
     made: dict[str, Any] = {}
     for figure in figures(groups):
         if figure["kind"] == "lines" and not figure["lines"]:
             continue  # all its metrics are constant
-        made[figure["id"]] = _titled(figure, _chart(figure, names))
+        made[figure["id"]] = _titled(figure, _chart(figure, names, noted))
         if figure["id"] == "accuracy":
             made["accuracy-rollouts"] = _titled(
                 figure, _lines(_on_clock(figure, clocks, "completions"), names, "completions generated")
@@ -79,8 +80,10 @@ def _titled(figure: Figure, chart: Any) -> Any:
     return chart.properties(width=WIDTH, height=HEIGHT, title=title)
 
 
-def _chart(figure: Figure, names: Names) -> Any:
-    return {"lines": _lines, "bars": _bars, "dots": _dots, "curve": _curve}[figure["kind"]](figure, names)
+def _chart(figure: Figure, names: Names, noted: Sequence[Mark]) -> Any:
+    if figure["kind"] == "lines":
+        return _lines(figure, names, "step", noted)
+    return {"bars": _bars, "dots": _dots, "curve": _curve}[figure["kind"]](figure, names)
 
 
 def _on_clock(figure: Figure, clocks: Mapping[str, Clock], axis: Literal["completions", "seconds"]) -> Figure:
@@ -90,10 +93,10 @@ def _on_clock(figure: Figure, clocks: Mapping[str, Clock], axis: Literal["comple
         own = clocks[line["run"] or line["setting"]]
         at: Any = np.interp(line["steps"], own["steps"], own[axis]).tolist()
         moved.append({**line, "steps": at})
-    return {**figure, "lines": moved, "marks": []}
+    return {**figure, "lines": moved}
 
 
-def _lines(figure: Figure, names: Names, x: str = "step") -> Any:
+def _lines(figure: Figure, names: Names, x: str, noted: Sequence[Mark] = ()) -> Any:
     rows = [
         {"x": step, "y": value, "low": low, "high": high, "setting": names[line["run"] or line["setting"]], "metric": line["label"]["en"],
          "line": line["id"]}
@@ -115,8 +118,8 @@ def _lines(figure: Figure, names: Names, x: str = "step") -> Any:
     if any(row["low"] is not None for row in rows):
         band = base.mark_area(opacity=0.18).encode(y=alt.Y("low:Q", scale=scale), y2="high:Q", color=color, detail="line:N")
         layers = [band.transform_filter("isValid(datum.low)"), line]
-    if marked := figure.get("marks"):
-        rule = alt.Chart(data([{"x": mark["step"]} for mark in marked])).mark_rule(strokeDash=[3, 3], color=NOTED)
+    if noted:
+        rule = alt.Chart(data([{"x": mark["step"]} for mark in noted])).mark_rule(strokeDash=[3, 3], color=NOTED)
         layers = [rule.encode(x="x:Q"), *layers]
     return alt.layer(*layers)
 

@@ -77,7 +77,6 @@ class Figure(TypedDict):
     series: NotRequired[list["Series"]]
     bins: NotRequired[list[str]]
     """Of bars: the names of the places along x."""
-    marks: NotRequired[list[Mark]]
     constants: NotRequired[list[Constant]]
     """A figure all of whose lines are constant has only these, and is a line of text."""
     band: NotRequired[Text]
@@ -256,6 +255,8 @@ class Document(TypedDict):
     events: list[Noted]
     segments: list[SegmentShape]
     left_out: list[str]
+    marks: list[Mark]
+    """What was noted, for all figures over training steps."""
     figures: list[Figure]
 
 

@@ -55,6 +55,7 @@ EMPTY: Document = {
     "events": [],
     "segments": [],
     "left_out": [],
+    "marks": [],
     "figures": [],
 }
 """Of no runs."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from groupwise.evidence.shapes import Document, Figure, Line, Patch
+from groupwise.evidence.shapes import Document, Figure, Line, Noted, Patch
 
 MEMBERS = ("settings", "runs")
 """Parts of the document of which few fields change with every step."""
@@ -17,13 +17,15 @@ def patches(before: Document, after: Document) -> Patch:
     """What makes `after` of `before`; empty if they are alike.
 
     Returns:
-        "parts": keys of the document with their new values; "runs" and "settings": {id: {field: new value}}, where they are the same
-        ones; "figures": {"order": ids, if they are others; "whole": {id: figure}; "lines": {id: {line id: points}}}, points being how
-        many to "keep" and what comes after these in each list.
+        "parts": keys of the document with their new values; "events": how many of the first to "drop", and which to "add"; "runs" and
+        "settings": {id: {field: new value}}, where they are the same ones; "figures": {"order": ids, if they are others; "whole":
+        {id: figure}; "lines": {id: {line id: points}}}, points being how many to "keep" and what comes after these in each list.
     """
     found: Patch = {}
     old, new = dict(before), dict(after)
-    parts = {key: value for key, value in new.items() if key not in ("figures", *MEMBERS) and value != old.get(key)}
+    parts = {key: value for key, value in new.items() if key not in ("figures", "events", *MEMBERS) and value != old.get(key)}
+    if after["events"] != before["events"]:
+        found["events"] = _moved(before["events"], after["events"])
     for key in MEMBERS:
         fields = _fields(old[key], new[key])
         if fields is None:
@@ -35,6 +37,14 @@ def patches(before: Document, after: Document) -> Patch:
     if figures := _figures(before["figures"], after["figures"]):
         found["figures"] = figures
     return found
+
+
+def _moved(old: Sequence[Noted], new: Sequence[Noted]) -> dict[str, Any]:
+    """A list from which the oldest go while others are added."""
+    for drop in range(len(old)):
+        if old[drop:] == new[: len(old) - drop]:
+            return {"drop": drop, "add": new[len(old) - drop :]}
+    return {"drop": len(old), "add": new}
 
 
 def _fields(before: Any, after: Any) -> dict[str, dict[str, Any]] | None:

@@ -122,6 +122,10 @@ function applyPatch(data, patch, changed) {
     data[key] = value;
     changed.add(key);
   }
+  if (patch.events) {
+    data.events = data.events.slice(patch.events.drop).concat(patch.events.add);
+    changed.add("events");
+  }
   for (const part of ["settings", "runs"]) {
     for (const [id, fields] of Object.entries(patch[part] ?? {})) {
       Object.assign(data[part].find((member) => member.id === id), fields);

@@ -209,7 +209,7 @@ let drawnStructure = "";
 whenChanged((changed) => {
   if (changed.has("theme")) canvasColours.clear();
   if (page.data === null) return;
-  if (["settings", "runs", "figures", "language"].some((key) => changed.has(key))) {
+  if (["settings", "runs", "figures", "marks", "language"].some((key) => changed.has(key))) {
     plotsFont.value = axisFont();
     const window = plotsChosen.ownWindow ? plotsChosen.window : suitedWindow(), smoothed = window !== plotsChosen.window;
     plotsChosen.window = window;
@@ -219,7 +219,7 @@ whenChanged((changed) => {
     if (!same) drawFigures();
     measureGroups();
     if (same && smoothed) { drawControls(); noteGroups(); }
-    const all = !same || smoothed || (changed.has("settings") && plotsChosen.axis !== "step") || (changed.has("figures") && !page.changedFigures);
+    const all = !same || smoothed || changed.has("marks") || (changed.has("settings") && plotsChosen.axis !== "step") || (changed.has("figures") && !page.changedFigures);
     refreshFigures(all ? null : new Set(changed.has("figures") ? page.changedFigures : []));
     drawReset();
   } else if (changed.has("theme")) redraw();

@@ -173,7 +173,7 @@ function prepareColumns(plot) {
   const { figure } = plot, lines = plot.kind === "lines";
   plot.columns = drawnIn(figure).map((one) => (lines ? columnsOfLine(one, plotsChosen.axis, plotsChosen.window) : columnsOfSeries(one))).filter((columns) => columns !== null);
   plot.styles = plot.columns.map(({ of }) => styled(figure, of));
-  const first = drawnIn(figure)[0], marks = lines ? (figure.marks ?? []) : [];
+  const first = drawnIn(figure)[0], marks = lines ? page.data.marks : [];
   const x = marks.length ? onAxis(first, Float64Array.from(marks, (mark) => mark.step), plotsChosen.axis) : null;
   plot.marks = x ? marks.map((mark, i) => ({ ...mark, x: x[i] })) : [];
   plot.compared = null;
