@@ -1,27 +1,32 @@
 """A run followed on the live page from its start, killed, resumed: how late its steps are shown, and what it costs.
 
-    python benchmarks/watching.py [--steps 200] [--pairs 3] [--idle-minutes 0]
+    python benchmarks/watching.py [--steps 200] [--cost-steps 1000] [--idle-minutes 0]
 
 Aims: every step is shown within 2 seconds of being written, no console error, no request that leaves the page's server, memory
-that does not grow, and at most 1 % of a step's time. The cost is measured by runs that are watched and not watched in turn.
+that does not grow, and at most 1 % of a step's time. The cost is measured within runs, by stopping server and browser for some steps and
+letting them go on for the next ones in turn; "nothing" is stopped in one run, which shows how exact that is.
 """
 
 import argparse
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.pages import chromium, heap, opened
 
-from groupwise.evidence.runs import open_run
+from groupwise.evidence.runs import Run, open_run
 
 TOKEN = "token-of-the-benchmark"
 AIM = 2.0
@@ -45,8 +50,8 @@ def start(*arguments: object) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def train(out: Path, steps: int) -> "subprocess.Popen[bytes]":
-    settings = [part for item in [*SETTINGS, f"training.steps={steps}"] for part in ("--set", item)]
+def train(out: Path, steps: int, more: Sequence[str] = ()) -> "subprocess.Popen[bytes]":
+    settings = [part for item in [*SETTINGS, f"training.steps={steps}", *more] for part in ("--set", item)]
     return start("train", "quick", *settings, "--out", out)
 
 
@@ -134,41 +139,80 @@ def followed(browser: Any, home: Path, steps: int, port: int, idle: float) -> No
         print("heap (MB): " + " ".join(f"{size / 1e6:.1f}" for size in heaps[:: max(1, len(heaps) // 12)]), flush=True)
 
 
-def step_seconds(out: Path) -> float:
-    """The median over steps; the first ones warm up."""
-    run = open_run(out)
-    values: Sequence[float] = run.column("seconds/step")[1].tolist() or [
-        a + b for a, b in zip(run.column("seconds/rollouts")[1], run.column("seconds/learner")[1], strict=True)
+def cost(browser: Any, home: Path, steps: int, window: int, port: int) -> None:
+    """One run, in which the server and the browser are stopped (SIGSTOP) and go on in turn, every `window` steps: each window has its
+    neighbours to be compared with, so that slow changes of the run and of the machine cancel."""
+    for kind in ("server and page", "server", "nothing"):
+        out = home / kind.replace(" ", "-")
+        with watched(browser, out, port) as (page, _):
+            if kind == "server":
+                page.goto("about:blank")
+                reader = subprocess.Popen(["curl", "-sN", f"http://127.0.0.1:{port}/{TOKEN}/follow"], stdout=subprocess.DEVNULL)
+            stopped = followers(kind)
+            run = train(out, steps, ["training.eval_every=100000", "algorithm.dynamic_sampling=false"])
+            turns = alternate(run, out, stopped, window)
+            if kind == "server":
+                reader.terminate()
+                reader.wait()
+        ratios = compared(open_run(out), turns)
+        error = statistics.stdev(ratios) / (len(ratios) / 2) ** 0.5  # neighbours share a window
+        print(
+            f"step time with and without {kind}: {statistics.fmean(ratios):.3f} ± {error:.3f} ({len(ratios)} windows)", flush=True
+        )
+
+
+def followers(kind: str) -> list[psutil.Process]:
+    """The processes of a follower, which are this one's children."""
+    children = [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+    servers = [child for child in children if "watch" in child.cmdline()]
+    return {"server": servers, "nothing": [], "server and page": servers + [c for c in children if "chrom" in c.name()]}[kind]
+
+
+def alternate(
+    run: "subprocess.Popen[bytes]", out: Path, stopped: Sequence[psutil.Process], window: int
+) -> list[tuple[int, bool]]:
+    """Stop and continue the processes in turn; returns after which steps, and whether they went on."""
+    known: dict[int, float] = {}
+    turns = [(0, True)]
+    while run.poll() is None:
+        written_steps(out, known)
+        last, going = turns[-1]
+        if max(known, default=0) >= last + window:
+            turns.append((max(known), not going))
+            for process in stopped:
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGSTOP if going else signal.SIGCONT)
+        time.sleep(0.02)
+    for process in stopped:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGCONT)
+    return turns
+
+
+def compared(run: Run, turns: Sequence[tuple[int, bool]]) -> list[float]:
+    """The mean time of a step in each window that was followed over that of those beside it that were not, or the other way round."""
+    steps, seconds = run.column("seconds/rollouts")[0], run.column("seconds/rollouts")[1] + run.column("seconds/learner")[1]
+    means = [
+        (going, float(seconds[(steps > first + 3) & (steps <= last)].mean())) for (first, going), (last, _) in pairwise(turns)
     ]
-    return statistics.median(values[3:])
-
-
-def cost(browser: Any, home: Path, pairs: int, steps: int, port: int) -> None:
-    ratios = []
-    for i in range(pairs):
-        alone, seen = home / f"alone-{i}", home / f"watched-{i}"
-        if train(alone, steps).wait():
-            raise SystemExit("a run failed")
-        with watched(browser, seen, port) as (page, _):
-            run = train(seen, steps)
-            while run.poll() is None:
-                page.wait_for_timeout(500)
-        ratios.append(step_seconds(seen) / step_seconds(alone))
-        print(f"step time watched / not watched: {ratios[-1]:.3f}", flush=True)
-    print(f"median of {pairs} pairs: {statistics.median(ratios):.3f}")
+    found = []
+    for (_, before), (going, here), (_, after) in zip(means[1:], means[2:], means[3:], strict=False):  # the first warms up
+        beside = (before + after) / 2
+        found.append(here / beside if going else beside / here)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--cost-steps", type=int, default=1000, help="of each of three runs; 0: the cost is not measured")
     parser.add_argument("--idle-minutes", type=float, default=0.0, help="how long the page stays open afterwards")
     parser.add_argument("--port", type=int, default=8437)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, chromium() as browser:
         followed(browser, Path(folder), asked.steps, asked.port, asked.idle_minutes)
-        if asked.pairs:
-            cost(browser, Path(folder), asked.pairs, 40, asked.port)
+        if asked.cost_steps:
+            cost(browser, Path(folder), asked.cost_steps, 20, asked.port)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ def watch(
     from groupwise.evidence.following import Following
     from groupwise.evidence.live.hub import Hub
     from groupwise.evidence.live.server import address, listen, make_app, serve
+    from groupwise.evidence.reading import load_arrow
     from groupwise.training.interrupts import STOPS, exit_code
 
     with exit_codes():
@@ -56,6 +57,7 @@ def watch(
             if port is not None:
                 raise
             listening = listen(host, 0)
+        load_arrow()
         os.nice(NICE)
 
         def ready(closing: ExitStack) -> None:

@@ -166,6 +166,14 @@ def _without(tree: dict[str, Any], keys: list[str]) -> dict[str, Any]:
     return {key: value for key, value in tree.items() if key != keys[0]}
 
 
+def load_arrow() -> None:
+    """Have everything loaded that tables need, pandas too where it is installed: it takes a second of a busy processor, which a live page
+    does not have while a run begins."""
+    import pyarrow.dataset  # noqa: F401  # pq.read_table loads it
+
+    pc.less(pa.array([0.0]), 1.0)  # which loads pandas
+
+
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
     try:

@@ -23,7 +23,7 @@ from groupwise.evidence.shapes import Document
 from groupwise.evidence.status import status
 from groupwise.text import json_line, visible
 
-QUICKEST, USUAL = 0.5, 1.0
+QUICKEST, USUAL = 0.5, 1.3
 """Seconds between two looks at the runs: at least, and at most where looking is cheap."""
 AIM, LIMIT = 0.01, 0.1
 """Which share of a core looking should take, for which it may wait up to `USUAL`; and the share for which it may wait up to
