@@ -1,14 +1,17 @@
 """A run followed on the live page from its start, killed, resumed: how late its steps are shown, and what it costs.
 
-    python benchmarks/watching.py [--steps 200] [--cost-steps 1000] [--idle-minutes 0]
+    python benchmarks/watching.py [--steps 200] [--cost-steps 250] [--idle-minutes 0]
 
 Aims: every step is shown within 2 seconds of being written, no console error, no request that leaves the page's server, memory
-that does not grow, and at most 1 % of a step's time. The cost is measured within runs, by stopping server and browser for some steps and
-letting them go on for the next ones in turn; "nothing" is stopped in one run, which shows how exact that is.
+that does not grow, and at most 1 % of a step's time. The cost is measured within runs, by stopping
+server and browser for some steps and letting them go on for the next ones in turn; in one run nothing is stopped, which shows how
+exact that is.
 """
 
 import argparse
+import math
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -50,9 +53,9 @@ def start(*arguments: object) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def train(out: Path, steps: int, more: Sequence[str] = ()) -> "subprocess.Popen[bytes]":
+def train(out: Path, steps: int, more: Sequence[str] = (), recipe: str = "quick") -> "subprocess.Popen[bytes]":
     settings = [part for item in [*SETTINGS, f"training.steps={steps}", *more] for part in ("--set", item)]
-    return start("train", "quick", *settings, "--out", out)
+    return start("train", recipe, *settings, "--out", out)
 
 
 @contextmanager
@@ -140,7 +143,7 @@ def followed(browser: Any, home: Path, steps: int, port: int, idle: float) -> No
 
 
 def cost(browser: Any, home: Path, steps: int, window: int, port: int) -> None:
-    """One run, in which the server and the browser are stopped (SIGSTOP) and go on in turn, every `window` steps: each window has its
+    """Runs in which the server and the browser are stopped (SIGSTOP) and go on in turn, every `window` steps: each window has its
     neighbours to be compared with, so that slow changes of the run and of the machine cancel."""
     for kind in ("server and page", "server", "nothing"):
         out = home / kind.replace(" ", "-")
@@ -149,16 +152,15 @@ def cost(browser: Any, home: Path, steps: int, window: int, port: int) -> None:
                 page.goto("about:blank")
                 reader = subprocess.Popen(["curl", "-sN", f"http://127.0.0.1:{port}/{TOKEN}/follow"], stdout=subprocess.DEVNULL)
             stopped = followers(kind)
-            run = train(out, steps, ["training.eval_every=100000", "algorithm.dynamic_sampling=false"])
+            run = train(out, steps, ["training.eval_every=100000"], "default")
             turns = alternate(run, out, stopped, window)
             if kind == "server":
                 reader.terminate()
                 reader.wait()
         ratios = compared(open_run(out), turns)
         error = statistics.stdev(ratios) / (len(ratios) / 2) ** 0.5  # neighbours share a window
-        print(
-            f"step time with and without {kind}: {statistics.fmean(ratios):.3f} ± {error:.3f} ({len(ratios)} windows)", flush=True
-        )
+        ratio = math.exp(statistics.fmean(ratios))
+        print(f"step time with and without {kind}: {ratio:.3f} ± {ratio * error:.3f} ({len(ratios)} windows)", flush=True)
 
 
 def followers(kind: str) -> list[psutil.Process]:
@@ -172,13 +174,11 @@ def alternate(
     run: "subprocess.Popen[bytes]", out: Path, stopped: Sequence[psutil.Process], window: int
 ) -> list[tuple[int, bool]]:
     """Stop and continue the processes in turn; returns after which steps, and whether they went on."""
-    known: dict[int, float] = {}
     turns = [(0, True)]
     while run.poll() is None:
-        written_steps(out, known)
-        last, going = turns[-1]
-        if max(known, default=0) >= last + window:
-            turns.append((max(known), not going))
+        (last, going), now = turns[-1], last_step(out / "metrics.jsonl")
+        if now >= last + window:
+            turns.append((now, not going))
             for process in stopped:
                 with suppress(psutil.NoSuchProcess):
                     process.send_signal(signal.SIGSTOP if going else signal.SIGCONT)
@@ -189,30 +189,41 @@ def alternate(
     return turns
 
 
+def last_step(metrics: Path) -> int:
+    """The last in a file, of which only the end is read: this runs beside what is measured."""
+    if not metrics.exists():
+        return 0
+    with metrics.open("rb") as file:
+        file.seek(max(0, metrics.stat().st_size - 10_000))
+        found = re.findall(rb'^\{"step": (\d+), .*\}$', file.read(), re.MULTILINE)
+    return int(found[-1]) if found else 0
+
+
 def compared(run: Run, turns: Sequence[tuple[int, bool]]) -> list[float]:
-    """The mean time of a step in each window that was followed over that of those beside it that were not, or the other way round."""
+    """Of each window the logarithm of how much longer a step takes where it is followed, against the windows beside it."""
     steps, seconds = run.column("seconds/rollouts")[0], run.column("seconds/rollouts")[1] + run.column("seconds/learner")[1]
     means = [
-        (going, float(seconds[(steps > first + 3) & (steps <= last)].mean())) for (first, going), (last, _) in pairwise(turns)
+        (going, math.log(seconds[(steps > first + 3) & (steps <= last)].mean())) for (first, going), (last, _) in pairwise(turns)
     ]
     found = []
     for (_, before), (going, here), (_, after) in zip(means[1:], means[2:], means[3:], strict=False):  # the first warms up
-        beside = (before + after) / 2
-        found.append(here / beside if going else beside / here)
+        longer = here - (before + after) / 2
+        found.append(longer if going else -longer)
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--cost-steps", type=int, default=1000, help="of each of three runs; 0: the cost is not measured")
+    parser.add_argument("--steps", type=int, default=200, help="that are followed; 0: none")
+    parser.add_argument("--cost-steps", type=int, default=250, help="of each of three runs; 0: the cost is not measured")
     parser.add_argument("--idle-minutes", type=float, default=0.0, help="how long the page stays open afterwards")
     parser.add_argument("--port", type=int, default=8437)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, chromium() as browser:
-        followed(browser, Path(folder), asked.steps, asked.port, asked.idle_minutes)
+        if asked.steps:
+            followed(browser, Path(folder), asked.steps, asked.port, asked.idle_minutes)
         if asked.cost_steps:
-            cost(browser, Path(folder), asked.cost_steps, 20, asked.port)
+            cost(browser, Path(folder), asked.cost_steps, 6, asked.port)
 
 
 if __name__ == "__main__":
