@@ -263,6 +263,7 @@ def test_growing_data_keeps_zoom_hidden_lines_and_what_is_pointed_at(browser: An
     page.mouse.down()
     page.mouse.move(box["x"] + 200, box["y"] + 60)
     page.mouse.up()
+    page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")  # what is zoomed is drawn
     before, told = extent(page, "learning"), tip(page)
     page.evaluate(
         """() => {
