@@ -119,9 +119,10 @@ class Records(Sequence[dict[str, Any]]):
             Arrays that cannot be written to, and that later records do not change.
         """
         self._settle()
-        if name not in self._found:
-            self._found[name] = self._column(name)
-        return self._found[name]
+        found = self._found.get(name)
+        if found is None:
+            found = self._found[name] = self._column(name)
+        return found
 
     def _column(self, name: str) -> tuple[Steps, Values]:
         column, count = self._columns.get(name), len(self._steps)
