@@ -3,9 +3,8 @@
     python benchmarks/watching.py [--steps 200] [--cost-steps 250] [--idle-minutes 0]
 
 Aims: every step is shown within 2 seconds of being written, no console error, no request that leaves the page's server, memory
-that does not grow, and at most 1 % of a step's time. The cost is measured within runs, by stopping
-server and browser for some steps and letting them go on for the next ones in turn. One more run, in which nothing is stopped, shows how
-exact that is.
+that does not grow, and at most 1 % of a step's time. The cost is measured within runs, by stopping server and browser for some
+steps and letting them go on for the next ones in turn. One more run, in which nothing is stopped, shows how exact that is.
 """
 
 import argparse
