@@ -174,18 +174,22 @@ def alternate(
 ) -> list[tuple[int, bool]]:
     """Stop and continue the processes in turn; returns after which steps, and whether they went on."""
     turns = [(0, True)]
-    while run.poll() is None:
-        (last, going), now = turns[-1], last_step(out / "metrics.jsonl")
-        if now >= last + window:
-            turns.append((now, not going))
-            for process in stopped:
-                with suppress(psutil.NoSuchProcess):
-                    process.send_signal(signal.SIGSTOP if going else signal.SIGCONT)
-        time.sleep(0.02)
-    for process in stopped:
-        with suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGCONT)
+    try:
+        while run.poll() is None:
+            (last, going), now = turns[-1], last_step(out / "metrics.jsonl")
+            if now >= last + window:
+                turns.append((now, not going))
+                signal_all(stopped, signal.SIGSTOP if going else signal.SIGCONT)
+            time.sleep(0.02)
+    finally:
+        signal_all(stopped, signal.SIGCONT)
     return turns
+
+
+def signal_all(processes: Sequence[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
 
 
 def last_step(metrics: Path) -> int:

@@ -15,7 +15,17 @@ from groupwise.evidence import lines
 from groupwise.evidence.document import document
 from groupwise.evidence.figures import GROUPS, figures, number_text
 from groupwise.evidence.history import Noted, Segment
-from groupwise.evidence.lines import FEWEST_POINTS, MOST_POINTS, clock, marks, mean_over_seeds, points_of, thinned
+from groupwise.evidence.lines import (
+    FEWEST_POINTS,
+    MOST_POINTS,
+    clock,
+    marks,
+    mean_over_seeds,
+    numbers,
+    points_of,
+    rounded,
+    thinned,
+)
 from groupwise.evidence.naming import grouped
 from groupwise.evidence.pictures import charts
 from groupwise.evidence.reading import LeftOut
@@ -212,6 +222,16 @@ def test_components_of_the_reward_add_up_to_it() -> None:
         assert len(parts) == 2 and np.sum([part["values"] for part in parts], axis=0) == pytest.approx(total["values"])
 
 
+def test_numbers_are_rounded_as_python_writes_them() -> None:
+    random = np.random.default_rng(0)
+    wide = random.standard_normal(20_000) * 10.0 ** random.integers(-40, 40, 20_000)
+    values = np.concatenate(
+        [wide, random.random(20_000), [0.0, -0.0, 1e300, -1e-300, 5e-324, 99999.5, 0.1, 1e22, 1e23, 123456.5]]
+    )
+    assert rounded(values).tolist() == [float(f"{value:.5g}") for value in values]
+    assert numbers([math.nan, 1.234567, -math.inf, math.inf]) == [None, 1.2346, None, None] and numbers([]) == []
+
+
 def test_numbers_of_any_size_can_be_drawn() -> None:
     bins: Metric = lambda step: [1e299 if step % 2 else -1e299] * 16  # noqa: E731
     wild: Metric = lambda step: 9e299 if step % 3 else -9e299  # noqa: E731
@@ -265,8 +285,14 @@ def test_records_may_come_again_and_be_forgotten() -> None:
     kept = records.column("a")[1]
     records.append(1100, {"a": -1.0})
     assert len(records) == 1200 and records[1099] == {"step": 1100, "a": -1.0} and kept[1099] == 1100.0
+    kept = records.column("a")[1]
     records.truncate(1000)
-    assert len(records) == 1000 and records.column("a")[0][-1] == 1000
+    assert len(records) == records.last_step == 1000 and records.column("a")[0][-1] == 1000
+    records.append(1001, {"a": -7.0})
+    assert records.column("a")[1][1000] == -7.0 and kept[1000] == 1001.0  # whoever holds a column is not disturbed
+    with pytest.raises(ValueError, match="read-only"):
+        kept[0] = 0.0
+    records.truncate(1000)
     records.append(1001, {"late": 3.0})
     assert records[-1] == {"step": 1001, "late": 3.0} and records.names() == ["a", "bins", "late"]
     steps, values = records.column("bins")

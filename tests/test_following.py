@@ -85,6 +85,23 @@ def test_what_was_followed_is_what_was_written(
     assert not followed.poll()
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [((0, 3), (0, 5)), ((0, 5), (3, 7)), ((0, 3), (3, 6)), ((0, 0), (0, 2)), ((0, 4), (1, 3))]
+)
+def test_of_events_that_move_on_the_new_ones_are_sent(tmp_path: Path, old: tuple[int, int], new: tuple[int, int]) -> None:
+    written = WrittenRun(tmp_path / "run")
+    written.evaluate()
+    written.step()
+    for number in range(7):
+        written.note(f"event {number}")
+    shown = document([open_run(tmp_path / "run")])
+    before, after = (cast(Document, {**shown, "events": shown["events"][slice(*part)]}) for part in (old, new))
+    patch = patches(before, after)
+    assert set(patch) == {"events"} and applied(before, patch)["events"] == after["events"]
+    if new[1] > old[1]:
+        assert len(patch["events"]["add"]) == new[1] - max(old[1], new[0])
+
+
 def test_a_resume_that_has_overtaken_is_noticed(tmp_path: Path) -> None:
     """Between two looks the file was cut, and is longer now than it was, with the same inode number."""
     written, followed = WrittenRun(tmp_path / "run"), Followed(tmp_path / "run")

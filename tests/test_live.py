@@ -204,6 +204,9 @@ def test_a_run_is_followed_over_a_kill_and_a_resume(browser: Any, port: int, hom
     assert eventually(shows(page, "1 of 20"))
     for _ in range(10):
         written.step()
+        if written.last == 5:
+            assert eventually(shows(page, "5 of 20"))
+            written.note("seen again")
     written.evaluate()
     assert eventually(shows(page, "11 of 20"))
     fresh, wrong_there = opened(browser, port)
@@ -213,7 +216,7 @@ def test_a_run_is_followed_over_a_kill_and_a_resume(browser: Any, port: int, hom
 
     eventually(lambda: not differences())
     text = "\n".join(said(page))
-    assert "<b>seen</b>" in text and "\u202e" not in text
+    assert "<b>seen</b>" in text and "seen again" in text and "\u202e" not in text
     assert not wrong and not wrong_there
     assert not inaccessible(page) and not illegible(page)
     fresh.context.close()

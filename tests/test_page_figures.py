@@ -156,6 +156,19 @@ def test_a_legend_hides_what_it_stands_for_in_every_figure(browser: Any, written
     assert len(strokes) == len(set(strokes)) == 3
 
 
+def test_what_was_noted_is_marked_in_every_figure_of_steps(browser: Any, written: Path) -> None:
+    page = shown(browser, written / "one.html")
+    for id in ("groups", "rewards"):
+        page.locator(f"#figure-{id}").scroll_into_view_if_needed()
+        page.wait_for_function(f"plotsOf.get('{id}').marks.map(({{ step }}) => step).join() === '60,61'")
+    box = area(page, "rewards").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 80)
+    assert "entropy_low" in tip(page)
+    page.evaluate("page.data.marks = [{ step: 30, text: 'later' }]; tell('marks')")
+    page.wait_for_function("plotsOf.get('rewards').marks[0].step === 30")
+    assert not page.wrong
+
+
 def test_axes_and_smoothing(browser: Any, written: Path) -> None:
     page = shown(browser, written / "one.html")
     page.get_by_role("button", name="completions", exact=True).click()

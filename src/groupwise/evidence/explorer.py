@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from groupwise.algorithms import NAMED, Algorithm, named, theory
 from groupwise.errors import UserError
 from groupwise.evidence.javascript import to_javascript
+from groupwise.evidence.lines import short
 from groupwise.evidence.page import asset, embed, embed_script, render, write
 from groupwise.evidence.runs import Run
 from groupwise.text import shortened, visible
@@ -94,10 +95,10 @@ def shown_step(step: int, table: pa.Table) -> dict[str, Any]:
     )
     return {
         "step": step,
-        "p": [_short(math.exp(value)) for value in old],
-        "ratio": [_short(value) for value in ratio],
-        "weights": [None if b is None or a - b > 100 else _short(math.exp(a - b)) for a, b in zip(old, sampler, strict=True)],
-        "rewards": [[_short(reward) for reward in group] for group in (mixed or groups)[:1]],
+        "p": [short(math.exp(value)) for value in old],
+        "ratio": [short(value) for value in ratio],
+        "weights": [None if b is None or a - b > 100 else short(math.exp(a - b)) for a, b in zip(old, sampler, strict=True)],
+        "rewards": [[short(reward) for reward in group] for group in (mixed or groups)[:1]],
     }
 
 
@@ -106,8 +107,3 @@ def evenly(count: int, most: int) -> list[int]:
     if count <= most:
         return list(range(count))
     return [round(i * (count - 1) / (most - 1)) for i in range(most)]
-
-
-def _short(value: float) -> float:
-    """Five significant digits."""
-    return float(f"{value:.5g}")
