@@ -12,7 +12,7 @@ train: setup
 # A process a core, each with one thread: threads of several processes would wait for each other. tests/conftest.py says in what order:
 # the longest files first, which are not those with the most tests.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 lint: setup
 	$(BIN)/ruff check .
