@@ -1,5 +1,6 @@
 """Tiny real models: random weights, one per architecture, and the shipped one; the order in which files of tests run."""
 
+import os
 import signal
 from typing import Any
 
@@ -51,6 +52,12 @@ LONGEST = (
     "out_of_memory", "docs",
 )  # fmt: skip
 """Files of tests that take longest, in the order in which they are begun: begun last, they would run on alone."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Of pytest -n logical: the cores that this process may use, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -30,9 +30,10 @@ class Quiet(ThreadingHTTPServer):
 
 @contextmanager
 def answering(answers: Mapping[str, tuple[int, Any]]) -> Iterator[tuple[str, Counter[str]]]:
-    """A server that answers each path with this status and JSON, others with 404, and the status 0 by closing the connection;
-    gives its address, and how often each path was asked for."""
+    """A server that answers each path with this status and JSON, others with 404, the status 0 by closing the connection, and
+    -1 never; gives its address, and how often each path was asked for."""
     asked: Counter[str] = Counter()
+    ended = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -41,7 +42,9 @@ def answering(answers: Mapping[str, tuple[int, Any]]) -> Iterator[tuple[str, Cou
             self.rfile.read(int(self.headers.get("content-length", 0)))
             asked[self.path] += 1
             status, value = answers.get(self.path, (404, None))
-            if status == 0:
+            if status < 0:
+                ended.wait()
+            if status <= 0:
                 self.close_connection = True
                 return
             body = json.dumps(value).encode()
@@ -59,6 +62,7 @@ def answering(answers: Mapping[str, tuple[int, Any]]) -> Iterator[tuple[str, Cou
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}", asked
+        ended.set()
         server.shutdown()
         thread.join()
 

@@ -5,7 +5,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -120,8 +120,8 @@ def check_same(found: list[tuple[Completion, ...]], expected: list[tuple[Complet
 
 
 @contextmanager
-def meanwhile(fleet: Fleet, *works: Callable[[], object]) -> Iterator[None]:
-    """Do it in another thread as soon as the fleet generates; done at the end of the context."""
+def meanwhile(fleet: Fleet, *works: Callable[[], object]) -> Iterator["Future[None]"]:
+    """Do it in another thread as soon as the fleet generates; done at the end of the context. Gives what is done when it is."""
 
     def run() -> None:
         wait_until(lambda: fleet.health()["rows"] > 0)
@@ -131,27 +131,35 @@ def meanwhile(fleet: Fleet, *works: Callable[[], object]) -> Iterator[None]:
 
     with ThreadPoolExecutor(1) as thread:
         done = thread.submit(run)
-        yield
+        yield done
         done.result()
 
 
-def hold(address: str) -> None:
-    """Stop a server where it is, with completions begun."""
-    httpx.post(f"{address}/pause", params={"mode": "keep"}).raise_for_status()
-    while not httpx.get(f"{address}/health").json()["rows"]:
-        release(address)
-        httpx.post(f"{address}/pause", params={"mode": "keep"}).raise_for_status()
+def held(address: str, work: Callable[[], object]) -> None:
+    """Do it while a server stands still, with completions begun; somebody must generate until it is done."""
+    with httpx.Client(base_url=address, timeout=60) as server:
+
+        def is_at_work() -> bool:
+            return bool(server.get("/health").json()["rows"])
+
+        def stands_still() -> bool:
+            server.post("/resume").raise_for_status()
+            wait_until(is_at_work, pause=0.0)
+            server.post("/pause", params={"mode": "keep"}).raise_for_status()
+            return is_at_work()
+
+        try:
+            wait_until(stands_still)
+            work()
+        finally:
+            server.post("/resume").raise_for_status()
 
 
-def release(address: str) -> None:
-    httpx.post(f"{address}/resume").raise_for_status()
-
-
-def wait_until(is_true: Callable[[], bool], seconds: float = 60.0) -> None:
+def wait_until(is_true: Callable[[], bool], seconds: float = 60.0, pause: float = 0.02) -> None:
     deadline = time.monotonic() + seconds
     while not is_true():
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(pause)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -217,7 +225,8 @@ def test_a_server_that_answers_and_does_nothing_is_replaced(weights: Weights, se
     wanted, addresses = weights.long, servers.alive(2)
     with weights.fleet(addresses, restarts=servers, most_rows=32) as fleet:
         fleet.load(weights.published(0), weights.probe(0))
-        with meanwhile(fleet, lambda: httpx.post(f"{addresses[0]}/pause", params={"mode": "keep"}).raise_for_status()):
+        pause = partial(httpx.post, f"{addresses[0]}/pause", params={"mode": "keep"}, timeout=60)
+        with meanwhile(fleet, lambda: pause().raise_for_status()):
             check_same(generate_all(fleet, wanted), weights.in_process(wanted))
         wait_until(lambda: len(servers.reasons) == 1)
     assert servers.reasons[0][0] == 0 and "done nothing" in servers.reasons[0][1]
@@ -271,6 +280,18 @@ def test_a_request_whose_connection_always_breaks_is_not_sent_for_ever(weights: 
         with pytest.raises(RunError, match="a request was sent 30 times without an answer; the last time: RemoteProtocolError"):
             generate_all(fleet, weights.wanted(1))
         assert asked["/inference/v1/generate"] == 30
+
+
+def test_a_request_whose_servers_are_given_up_is_not_sent_for_ever(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a server that somebody has paused: it answers, loads weights, and completes nothing."""
+    monkeypatch.setattr("groupwise.rollouts.dispatch.MOST_ATTEMPTS", 3)
+    answers = {"/health": HEALTHY, "/load": (200, {}), "/inference/v1/generate": (-1, None)}
+    with answering(answers) as (address, asked), weights.fleet([address]) as fleet:
+        fleet.load(weights.published(0))
+        text = f"a request was sent 3 times without an answer; the last time: it answers, but has done nothing for {TIMEOUT:g} s"
+        with pytest.raises(RunError, match=text):
+            generate_all(fleet, weights.wanted(1))
+        assert asked["/inference/v1/generate"] == 3
 
 
 def test_too_few_open_files_are_not_the_servers_fault(weights: Weights, servers: Servers) -> None:
@@ -352,11 +373,13 @@ def test_weights_that_were_not_renewed_are_noticed(weights: Weights) -> None:
 
 def test_versions_of_tokens(weights: Weights, servers: Servers) -> None:
     """New weights arrive while completions are under way: these go on, and say which weights made which tokens."""
-    wanted, (address,) = weights.long, servers.alive(1)
+    wanted, (address,) = weights.wanted(24, 16, temperature=3.0), servers.alive(1)  # so hot, few end early
     with weights.fleet([address], most_rows=32, timeout=30.0) as fleet:
         fleet.load(weights.published(0), weights.probe(0))
-        with meanwhile(fleet, partial(hold, address), lambda: fleet.load(weights.published(1)), partial(release, address)):
-            groups = generate_all(fleet, wanted)
+        groups: list[tuple[Completion, ...]] = []
+        with meanwhile(fleet, partial(held, address, lambda: fleet.load(weights.published(1)))) as done:
+            while not done.done():
+                groups += generate_all(fleet, wanted)
         check_same(generate_all(fleet, wanted), weights.in_process(wanted, 1))
     spans = [completion.versions for group in groups for completion in group]
     assert {span.version for versions in spans for span in versions} == {0, 1}
@@ -368,15 +391,18 @@ def test_versions_of_tokens(weights: Weights, servers: Servers) -> None:
 
 
 def test_completions_under_way_are_finished_first(weights: Weights, servers: Servers) -> None:
-    wanted, (address,) = weights.long, servers.alive(1)
+    wanted, (address,) = weights.wanted(24, 16, temperature=3.0), servers.alive(1)  # so hot, few end early
     with weights.fleet([address], partial=False, most_rows=32, timeout=30.0) as fleet:
         fleet.load(weights.published(0), weights.probe(0))
-        with meanwhile(fleet, partial(hold, address), lambda: fleet.load(weights.published(1)), partial(release, address)):
-            groups = generate_all(fleet, wanted)
+        groups: list[tuple[Completion, ...]] = []
+        with meanwhile(fleet, partial(held, address, lambda: fleet.load(weights.published(1)))) as done:
+            while not done.done():
+                groups += generate_all(fleet, wanted)
+        groups += generate_all(fleet, wanted)
     expected = [weights.in_process(wanted, version) for version in (0, 1)]
     made_by = [group[0].versions[0].version for group in groups]
     assert set(made_by) == {0, 1}
-    check_same(groups, [expected[version][index] for index, version in enumerate(made_by)])
+    check_same(groups, [expected[version][index % len(wanted)] for index, version in enumerate(made_by)])
 
 
 def test_a_wrong_request_is_an_error_and_not_tried_again(weights: Weights, servers: Servers) -> None:
@@ -398,8 +424,9 @@ def test_what_is_cancelled_is_cancelled_at_the_server(weights: Weights, servers:
         fleet.load(weights.published(0))
 
         async def begin_and_cancel() -> None:
-            tasks = [asyncio.ensure_future(fleet.generate(request)) for request in weights.long]
-            while not httpx.get(f"{address}/health").json()["rows"]:
+            tasks = [asyncio.ensure_future(fleet.generate(request)) for request in 4 * weights.long]
+            while not httpx.get(f"{address}/health", timeout=60).json()["rows"]:
+                assert not all(task.done() for task in tasks)
                 await asyncio.sleep(0.01)
             for task in tasks:
                 task.cancel()

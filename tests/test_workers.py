@@ -374,12 +374,7 @@ if sys.argv[2] == "give up":
 def test_nothing_is_left_of_a_script_without_a_main_guard(at: At, tmp_path: Path, how: str, sent: signal.Signals | None) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, str(tmp_path / "script.py"), at("pid").file, how]
-
-    def listen() -> None:
-        """Ctrl-C is heard also where the tests were started in the background, by a shell that has it ignored."""
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.readline() == "begin\n"
     worker = int(process.stdout.readline())

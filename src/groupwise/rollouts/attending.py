@@ -100,7 +100,7 @@ class Attendant:
                 member.faults += 1
                 self.last_fault = f"sampler {member.index}: {fault}"
                 self.tell(self.last_fault)
-                self.dispatcher.withdraw(member)
+                self.dispatcher.withdraw(member, fault)
                 self.dispatcher.changes.tell()
 
     async def _start_again(self, member: Member, fault: str) -> None:

@@ -15,7 +15,7 @@ from groupwise.types import Completion
 MOST_ERRORS = 3
 """A request that servers answered with so many errors of their own is taken to be the reason."""
 MOST_ATTEMPTS = 30
-"""So often is a request sent whose connections break."""
+"""So often is a request sent whose connections break, or whose servers are given up."""
 
 
 class Dispatcher:
@@ -83,9 +83,10 @@ class Dispatcher:
                 self._begin(ticket, member)
         self.waiting.extendleft(reversed(left))
 
-    def withdraw(self, member: Member) -> None:
+    def withdraw(self, member: Member, fault: str) -> None:
         """Let others do what a server was asked for that does not answer. It may still be first with the result, until `drop`."""
         for ticket in sorted(member.tickets, key=lambda ticket: -ticket.number):
+            ticket.fault = fault
             self._requeue(ticket)
         self.dispatch()
 
@@ -113,6 +114,10 @@ class Dispatcher:
         return None if request.continues is None else self.members[request.continues % len(self.members)]
 
     def _begin(self, ticket: Ticket, member: Member) -> None:
+        if ticket.attempts >= MOST_ATTEMPTS:
+            last = f"; the last time: {ticket.fault}" if ticket.fault else ""
+            ticket.fail(RunError(f"a request was sent {ticket.attempts} times without an answer{last}"))
+            return
         ticket.attempts += 1
         self.reissued += ticket.attempts > 1
         self.most_attempts = max(self.most_attempts, ticket.attempts)
@@ -149,10 +154,9 @@ class Dispatcher:
         member.is_suspect = True
         member.look.set()
         ticket.errors += error.answered
+        ticket.fault = str(error)
         if ticket.errors >= MOST_ERRORS:
             ticket.fail(RunError(f"samplers failed {ticket.errors} times at the same request; the last time: {error}"))
-        elif ticket.attempts >= MOST_ATTEMPTS:
-            ticket.fail(RunError(f"a request was sent {ticket.attempts} times without an answer; the last time: {error}"))
 
     def _forget(self, ticket: Ticket) -> None:
         """Nobody waits for it any more."""

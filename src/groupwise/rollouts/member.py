@@ -22,6 +22,8 @@ class Ticket:
     attempts: int = 0
     errors: int = 0
     """Attempts that a server answered with an error of its own."""
+    fault: str = ""
+    """Why the last attempt gave nothing."""
     at: "dict[Member, asyncio.Task[None]]" = field(default_factory=dict)
     """Attempts under way; more than one where a server fell silent."""
 

@@ -30,6 +30,8 @@ PING_LIMIT = 2.0
 """Seconds in which the event loop of a worker must answer, or something blocks it."""
 END_LIMIT = 5.0
 """Seconds in which a keeper must have ended everything."""
+KILL_LIMIT = 1.0
+"""Seconds in which one that is killed ends, or what it started holds its pipes."""
 KEEPER = Path(__file__).with_name("keeper.py")
 """The program that starts `child.py`."""
 MOST_SHOWN = 2**20
@@ -264,11 +266,13 @@ class Worker:
 
     async def _ended(self) -> int:
         """The exit code of the process, which is told to end."""
-        try:
-            return await asyncio.wait_for(asyncio.shield(self.process.wait()), END_LIMIT)
-        except TimeoutError:  # its keeper was stopped
-            self._signal(signal.SIGKILL)
-            return await self.process.wait()
+        for limit in (END_LIMIT, KILL_LIMIT):
+            try:
+                return await asyncio.wait_for(asyncio.shield(self.process.wait()), limit)
+            except TimeoutError:  # its keeper was stopped
+                self._signal(signal.SIGKILL)
+        # asyncio also waits for the pipes, which a process may hold that the keeper had no time to end.
+        return -signal.SIGKILL
 
     async def _end(self) -> None:
         await self.process.wait()
