@@ -143,7 +143,8 @@ def followed(browser: Any, home: Path, steps: int, port: int, idle: float) -> No
 
 def cost(browser: Any, home: Path, steps: int, window: int, port: int) -> None:
     """Runs in which the server and the browser are stopped (SIGSTOP) and go on in turn, every `window` steps: each window has its
-    neighbours to be compared with, so that slow changes of the run and of the machine cancel."""
+    neighbours to be compared with, so that slow changes of the run and of the machine cancel. The first three steps of each,
+    in which a follower that goes on catches up, do not count."""
     for kind in ("server and page", "server", "nothing"):
         out = home / kind.replace(" ", "-")
         with watched(browser, out, port) as (page, _):
@@ -152,14 +153,23 @@ def cost(browser: Any, home: Path, steps: int, window: int, port: int) -> None:
                 reader = subprocess.Popen(["curl", "-sN", f"http://127.0.0.1:{port}/{TOKEN}/follow"], stdout=subprocess.DEVNULL)
             stopped = followers(kind)
             run = train(out, steps, ["training.eval_every=100000"], "default")
-            turns = alternate(run, out, stopped, window)
-            if kind == "server":
-                reader.terminate()
-                reader.wait()
+            try:
+                turns = alternate(run, out, stopped, window)
+            finally:
+                run.kill()
+                if kind == "server":
+                    reader.kill()
+                    reader.wait()
+            if run.wait():
+                raise SystemExit(f"the run beside {kind} has failed: {out}")
         ratios = compared(open_run(out), turns)
-        error = statistics.stdev(ratios) / (len(ratios) / 2) ** 0.5  # neighbours share a window
+        # Of windows with variance v each ratio has 3/2 v, and their mean, in which each window comes with weight 2, 4 v / n.
+        error = statistics.stdev(ratios) * (8 / 3 / len(ratios)) ** 0.5
         ratio = math.exp(statistics.fmean(ratios))
-        print(f"step time with and without {kind}: {ratio:.3f} ± {ratio * error:.3f} ({len(ratios)} windows)", flush=True)
+        print(
+            f"step time with and without {kind}: {ratio:.3f}, standard error {ratio * error:.3f} ({len(ratios)} windows)",
+            flush=True,
+        )
 
 
 def followers(kind: str) -> list[psutil.Process]:

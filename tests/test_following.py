@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from groupwise.errors import UserError
-from groupwise.evidence.document import document
+from groupwise.evidence.document import MOST_EVENTS, document
 from groupwise.evidence.following import Followed, Following, addable
 from groupwise.evidence.live.hub import Hub, wait_after
 from groupwise.evidence.live.patches import patches
@@ -33,8 +33,8 @@ def applied(before: Document, patch: Patch) -> dict[str, Any]:
     """What the page makes of a patch; live.js does the same."""
     before, patch = json.loads(json.dumps([before, patch]))
     data: dict[str, Any] = dict(before) | patch.get("parts", {})
-    moved = patch.get("events", {"drop": 0, "add": []})
-    data["events"] = data["events"][moved["drop"] :] + moved["add"]
+    if moved := patch.get("events"):
+        data["events"] = data["events"][: moved["keep"]] + data["events"][moved["keep"] + moved["drop"] :] + moved["add"]
     for part in ("settings", "runs"):
         for member in data[part]:
             member |= patch.get(part, {}).get(member["id"], {})
@@ -54,7 +54,7 @@ def same(followed: Run | None, opened: Run) -> None:
     assert list(followed.evaluations) == list(opened.evaluations)
     assert followed.events == opened.events and followed.recipe == opened.recipe
     assert len(followed.segments) == len(opened.segments)
-    assert sorted(followed.left_out) == sorted(opened.left_out)
+    assert list(followed.left_out) == list(opened.left_out)
 
 
 @settings(max_examples=25)
@@ -100,6 +100,57 @@ def test_of_events_that_move_on_the_new_ones_are_sent(tmp_path: Path, old: tuple
     assert set(patch) == {"events"} and applied(before, patch)["events"] == after["events"]
     if new[1] > old[1]:
         assert len(patch["events"]["add"]) == new[1] - max(old[1], new[0])
+
+
+def test_of_several_runs_the_events_that_are_new_are_sent(tmp_path: Path) -> None:
+    """The oldest of one of them goes from their midst."""
+    written = [WrittenRun(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
+    for run in written:
+        run.step()
+    for number in range(2 * MOST_EVENTS):
+        written[number % 2].note(f"event {number}")
+    runs = [tmp_path / name for name in "ab"]
+    before = document([open_run(path) for path in runs])
+    written[1].note("one more")
+    after = document([open_run(path) for path in runs])
+    assert len(before["events"]) == len(after["events"]) == 2 * MOST_EVENTS
+    patch = patches(before, after)
+    assert applied(before, patch)["events"] == after["events"]
+    assert [event["text"] for event in patch["events"]["add"]] == ["one more"] and patch["events"]["drop"] == 1
+
+
+def test_settings_that_could_not_be_read_once_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a shared disk that fails for a moment, and changes no file meanwhile."""
+    written, followed, opened = WrittenRun(tmp_path / "run", seed=7), Followed(tmp_path / "run"), Path.open
+    written.step()
+
+    def failing(path: Path, *arguments: Any, **settings: Any) -> Any:
+        if path.name == "segments.jsonl":
+            raise OSError(5, "Input/output error")
+        return opened(path, *arguments, **settings)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", failing)
+        assert followed.poll()
+    assert followed.run is not None and list(followed.run.left_out) == ["segments.jsonl: Input/output error"]
+    written.step()
+    assert followed.poll()
+    same(followed.run, open_run(tmp_path / "run"))
+
+
+def test_a_run_that_cannot_be_read_any_more_stays_and_says_why(tmp_path: Path) -> None:
+    written, followed = WrittenRun(tmp_path / "run"), Followed(tmp_path / "run")
+    written.step()
+    assert followed.poll()
+    (tmp_path / "run" / "segments.jsonl").unlink()
+    recipe = (tmp_path / "run" / "recipe.toml").read_text()
+    (tmp_path / "run" / "recipe.toml").write_text("no = toml = at all")
+    assert followed.poll() and not followed.poll()
+    assert followed.run is not None and followed.run.last_step == 1
+    assert len([line for line in followed.run.left_out if line.startswith("recipe.toml: ")]) == 1
+    (tmp_path / "run" / "recipe.toml").write_text(recipe)
+    assert followed.poll() and not followed.poll()
+    same(followed.run, open_run(tmp_path / "run"))
 
 
 def test_a_resume_that_has_overtaken_is_noticed(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -384,3 +386,16 @@ def test_hostile_and_long_texts(browser: Any, run: Path, tmp_path: Path) -> None
     }""")
     assert seconds < 2 and page.locator("#completions .block").count() > 50 and wrong == []
     page.close()
+
+
+def test_tables_are_read_without_loading_more(run: Path) -> None:
+    """Which a live page would do while a run begins."""
+    code = (
+        "import sys\nfrom pathlib import Path\nimport pyarrow.compute as pc\n"
+        "from groupwise.evidence.reading import load_arrow\nfrom groupwise.evidence.runs import open_run\n"
+        "load_arrow()\nloaded = set(sys.modules)\nrun = open_run(Path(sys.argv[1]))\n"
+        "table = run.tokens(run.token_steps()[0])\npc.less(table['reward'], 1.0)\n"
+        "print(sorted(name for name in set(sys.modules) - loaded if name.startswith(('pyarrow', 'pandas'))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, run], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "[]\n"

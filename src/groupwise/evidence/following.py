@@ -33,7 +33,7 @@ class Followed:
         self.run: Run | None = None
         """As it was read last; it stays when its directory goes."""
         self.reason = ""
-        """Why it cannot be read; empty: there is no run yet."""
+        """Why it cannot be read; empty: it can, or there is no run yet."""
         self.waits: Waits = "absent"
         """Why there is no run."""
         self.seen = False
@@ -60,24 +60,28 @@ class Followed:
                 check_run(self.path)
             grown = self._metrics_file.read(self._take_metrics, self._forget_metrics)
             noted = self._events_file.read(self._take_event, self._forget_events)
-            changed = self._read_settings()
-            if self.run is not None and not grown and not noted and not changed:
+            changed = self._read_settings(again=grown)
+            if self.run is not None and not (grown or noted or changed or self.reason):
                 return False
             left_out = LeftOut()
-            left_out.include(self._of_settings)
             for tail, of_file in ((self._metrics_file, self._of_metrics), (self._events_file, self._of_events)):
                 left_out.include(of_file)
                 if tail.problem:
                     left_out.add(tail.path.name, tail.problem)
+            left_out.include(self._of_settings)
             self.run, self.reason = assembled(self.path, self._settings, self._metrics, list(self._events), left_out), ""
         except (UserError, OSError) as error:
             return self._refused("unreadable", str(error).removeprefix(f"{self.path}: "))
         return True
 
-    def _read_settings(self) -> bool:
-        """Read the settings where their files have changed; returns whether they have."""
+    def _read_settings(self, *, again: bool) -> bool:
+        """Read the settings where their files have changed; returns whether they were read.
+
+        Args:
+            again: also where something of them could not be read, as while a shared disk fails.
+        """
         signatures = tuple(_signature(self.path / name) for name in READ[:2])
-        if signatures == self._signatures:
+        if signatures == self._signatures and not (again and any(self._of_settings)):
             return False
         left_out = LeftOut()
         self._settings = read_settings(self.path, left_out)
@@ -91,9 +95,13 @@ class Followed:
                 raise UserError(f"{self.path}: {name} is not a file")
 
     def _refused(self, waits: Waits, reason: str = "") -> bool:
-        changed = self.run is None and (waits, reason) != (self.waits, self.reason)
+        changed = (waits, reason) != (self.waits, self.reason)
         self.waits, self.reason = waits, reason
-        return changed
+        if self.run is None:
+            return changed
+        if changed and reason:
+            self.run.note(UserError(reason))
+        return changed and reason != ""
 
     def _take_metrics(self, number: int, line: bytes) -> None:
         if (found := parsed(line, "metrics.jsonl", number, self._of_metrics)) is not None:
@@ -123,7 +131,7 @@ def _stat(path: Path) -> os.stat_result | None:
 
 def _signature(path: Path) -> tuple[int, ...] | None:
     found = _stat(path)
-    return (found.st_ino, found.st_size, found.st_mtime_ns) if found is not None else None
+    return (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns) if found is not None else None
 
 
 class Following:

@@ -24,6 +24,8 @@ LONG_GAP = 4
 """A line is broken where it has no value for longer than this many times its usual distance between values."""
 EXACT_POWER = 22
 """Powers of ten up to this one are held exactly by a float."""
+NEAR_TIE = 0.499999
+"""A number this far from the integer beside it may lie on either side of the middle between two."""
 CLOCK_POINTS = 256
 MOST_MARKS, LONGEST_MARK = 40, 120
 """How many events are marked in a figure, and characters of each."""
@@ -166,9 +168,9 @@ def _gaps(steps: Steps, chosen: NDArray[np.int64]) -> tuple[NDArray[np.intp], St
 
 def numbers(values: Values | Sequence[float]) -> list[float | None]:
     """Numbers as a page gets them, of five significant digits: a plot shows no more, and the page is half the size. None: not known."""
-    known = np.asarray(values, dtype=np.float64)
-    found: list[float | None] = rounded(known).tolist()
-    for place in np.flatnonzero(~np.isfinite(known)).tolist():
+    shown = rounded(np.asarray(values, dtype=np.float64))
+    found: list[float | None] = shown.tolist()
+    for place in np.flatnonzero(~np.isfinite(shown)).tolist():
         found[place] = None
     return found
 
@@ -178,8 +180,11 @@ def rounded(values: Values) -> Values:
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         digits = 4 - np.floor(np.log10(np.abs(values)))
         power = 10.0 ** np.abs(np.nan_to_num(digits, nan=0.0, posinf=0.0, neginf=0.0))
-        found = np.where(digits >= 0, np.rint(values * power) / power, np.rint(values / power) * power)
-    exact = (np.abs(digits) <= EXACT_POWER) & np.isfinite(values)  # then both of them are integers that are held exactly
+        scaled = np.where(digits >= 0, values * power, values / power)
+        digits_only = np.rint(scaled)
+        found = np.where(digits >= 0, digits_only / power, digits_only * power)
+        # The power and the digits are then held exactly; but beside a tie the product may have been rounded to it.
+        exact = (np.abs(digits) <= EXACT_POWER) & (np.abs(scaled - digits_only) < NEAR_TIE)
     for place in np.flatnonzero(~exact & np.isfinite(values) & (values != 0)).tolist():
         found[place] = float(f"{values[place]:.5g}")
     return np.where(values == 0, 0.0, found)

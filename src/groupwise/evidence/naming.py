@@ -42,10 +42,10 @@ def grouped(runs: Iterable[Run]) -> list[Group]:
 
     Runs of one ladder (`groupwise ablate`) are grouped by its rungs, and called by their names.
     """
-    runs = list({run.path.resolve(): run for run in runs}.values())
+    runs = list({run.resolved: run for run in runs}.values())
     keys: list[Hashable]
     if ladder := ladder_of(runs):
-        keys = [run.path.resolve().parent for run in runs]
+        keys = [Path(run.resolved).parent for run in runs]
         groups = _by_key(keys, runs)
         names = [ladder.rungs[ladder.rung(members[0])] for members in groups.values()]
     else:
@@ -157,7 +157,7 @@ def _of_run(directory: str, setting: str) -> str:
 
 
 def _directories(runs: Sequence[Run]) -> list[str]:
-    paths = [run.path.resolve() for run in runs]
+    paths = [Path(run.resolved) for run in runs]
     named_so = Counter(path.name for path in paths)
     return [_apart(path, paths) if named_so[path.name] > 1 else path.name for path in paths]
 

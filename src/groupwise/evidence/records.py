@@ -1,6 +1,5 @@
 """A run's metrics as columns, which grow as metrics.jsonl does: figures of 100,000 steps are drawn from arrays."""
 
-import bisect
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -96,17 +95,6 @@ class Records(Sequence[dict[str, Any]]):
         if len(self._latest) == BLOCK:
             self._settle()
 
-    def truncate(self, last: int) -> None:
-        """Forget the records of the steps after `last`, which a resumed run does again."""
-        self._settle()
-        rows = bisect.bisect_right(self._steps, last)
-        del self._steps[rows:]
-        self._found.clear()
-        self._as_array = None
-        for column in self._columns.values():
-            if rows < column.filled:
-                column.values, column.filled = column.values[:rows].copy(), rows  # others may hold what was there
-
     def names(self) -> list[str]:
         """Of the metrics that a record has, in the order in which they were first seen."""
         self._settle()
@@ -127,8 +115,9 @@ class Records(Sequence[dict[str, Any]]):
     def _column(self, name: str) -> tuple[Steps, Values]:
         column, count = self._columns.get(name), len(self._steps)
         if column is None:
-            return np.empty(0, dtype=np.int64), np.empty(0)
-        steps, values = self._all_steps(), column.values[:count] if column.filled == count else column.first(count)
+            steps, values = np.empty(0, dtype=np.int64), np.empty(0)
+        else:
+            steps, values = self._all_steps(), column.values[:count] if column.filled == count else column.first(count)
         known = ~np.isnan(values if values.ndim == 1 else values[:, 0])
         if not known.all():
             steps, values = steps[known], values[known]
@@ -236,11 +225,6 @@ class Metrics:
             self.steps.append(step, record)
         if any(name in record for name in EVALUATED):
             self.evaluations.append(step, record)
-
-    def truncate(self, last: int) -> None:
-        """Forget what comes after a step, which a resumed run does again."""
-        self.steps.truncate(last)
-        self.evaluations.truncate(last)
 
 
 def _is_numbers(value: Any) -> bool:

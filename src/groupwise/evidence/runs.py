@@ -104,7 +104,7 @@ class Run:
         return measure([self])
 
     def column(self, name: str) -> tuple[Steps, Values]:
-        """The steps that have the metric, ascending, and its values: one each, or one row of bins each."""
+        """The steps that have the metric, ascending, and its values: one each, or one row of bins each. Copy them to change them."""
         return (self.evaluations if name.startswith(("eval/", "eval_")) else self.steps).column(name)
 
     def scores(self, name: str) -> tuple[Steps, Values]:

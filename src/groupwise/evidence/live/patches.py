@@ -17,7 +17,7 @@ def patches(before: Document, after: Document) -> Patch:
     """What makes `after` of `before`; empty if they are alike.
 
     Returns:
-        "parts": keys of the document with their new values; "events": how many of the first to "drop", and which to "add"; "runs" and
+        "parts": keys of the document with their new values; "events": how many of the first to "keep", how many of the next to "drop", and which to "add" at the end; "runs" and
         "settings": {id: {field: new value}}, where they are the same ones; "figures": {"order": ids, if they are others; "whole":
         {id: figure}; "lines": {id: {line id: points}}}, points being how many to "keep" and what comes after these in each list.
     """
@@ -40,11 +40,13 @@ def patches(before: Document, after: Document) -> Patch:
 
 
 def _moved(old: Sequence[Noted], new: Sequence[Noted]) -> dict[str, Any]:
-    """A list from which the oldest go while others are added."""
-    for drop in range(len(old)):
-        if old[drop:] == new[: len(old) - drop]:
-            return {"drop": drop, "add": new[len(old) - drop :]}
-    return {"drop": len(old), "add": new}
+    """A list from which the oldest of a run go while others are added."""
+    keep = _common(old, new)
+    before, now = old[keep:], new[keep:]
+    drop = before.index(now[0]) if now and now[0] in before else len(before)
+    if before[drop:] != now[: len(before) - drop]:
+        drop = len(before)
+    return {"keep": keep, "drop": drop, "add": now[len(before) - drop :]}
 
 
 def _fields(before: Any, after: Any) -> dict[str, dict[str, Any]] | None:

@@ -123,7 +123,8 @@ function applyPatch(data, patch, changed) {
     changed.add(key);
   }
   if (patch.events) {
-    data.events = data.events.slice(patch.events.drop).concat(patch.events.add);
+    const { keep, drop, add } = patch.events;
+    data.events = [...data.events.slice(0, keep), ...data.events.slice(keep + drop), ...add];
     changed.add("events");
   }
   for (const part of ["settings", "runs"]) {
