@@ -1,6 +1,6 @@
 """A run followed on the live page from its start, killed, resumed: how late its steps are shown, and what it costs.
 
-    python benchmarks/watching.py [--steps 200] [--cost-steps 250] [--idle-minutes 0]
+    python benchmarks/watching.py [--steps 200] [--cost-steps 300] [--idle-minutes 0]
 
 Aims: every step is shown within 2 seconds of being written, no console error, no request that leaves the page's server, memory
 that does not grow, and at most 1 % of a step's time. The cost is measured within runs, by stopping server and browser for some
@@ -12,6 +12,7 @@ import math
 import os
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -33,6 +34,10 @@ from groupwise.evidence.runs import Run, open_run
 TOKEN = "token-of-the-benchmark"
 AIM = 2.0
 """Seconds after which a step is to be shown."""
+WINDOW, CATCHING_UP = 12, 3
+"""Steps for which followers are stopped or go on, and how many of them do not count."""
+ALIKE = ["algorithm.dynamic_sampling=false", "learner.learning_rate=1e-9", "rollouts.prompts_per_step=128"]
+"""A run of which each step is as long as the next, so that few windows say much; about 0.7 s on two cores."""
 SETTINGS = ["training.eval_every=25", "training.eval_problems=50", "training.checkpoint_every=20"]
 OBSERVER = """() => {
   window.shownSteps = {};
@@ -57,21 +62,22 @@ def train(out: Path, steps: int, more: Sequence[str] = (), recipe: str = "quick"
     return start("train", recipe, *settings, "--out", out)
 
 
+def listens(port: int) -> bool:
+    with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
+
+
 @contextmanager
 def watched(browser: Any, out: Path, port: int) -> Iterator[tuple[Any, list[str]]]:
     """A page that follows a run."""
     server = start("watch", out, "--port", port, "--no-open")
     try:
-        for _ in range(600):
+        while not listens(port):  # a page that fails to load would be loaded again by the browser, and follow the run too
             if server.poll() is not None:
                 raise SystemExit("groupwise watch has ended")
-            try:
-                page, wrong = opened(browser, f"http://127.0.0.1:{port}/{TOKEN}/", viewport={"width": 1400, "height": 1000})
-                break
-            except Exception as error:  # it does not listen yet
-                if "ERR_CONNECTION_REFUSED" not in str(error):
-                    raise
-                time.sleep(0.1)
+            time.sleep(0.1)
+        page, wrong = opened(browser, f"http://127.0.0.1:{port}/{TOKEN}/", viewport={"width": 1400, "height": 1000})
         page.locator("html[data-drawn]").wait_for(state="attached", timeout=60_000)
         page.evaluate(OBSERVER)
         yield page, wrong
@@ -141,20 +147,19 @@ def followed(browser: Any, home: Path, steps: int, port: int, idle: float) -> No
         print("heap (MB): " + " ".join(f"{size / 1e6:.1f}" for size in heaps[:: max(1, len(heaps) // 12)]), flush=True)
 
 
-def cost(browser: Any, home: Path, steps: int, window: int, port: int) -> None:
-    """Runs in which the server and the browser are stopped (SIGSTOP) and go on in turn, every `window` steps: each window has its
-    neighbours to be compared with, so that slow changes of the run and of the machine cancel. The first three steps of each,
-    in which a follower that goes on catches up, do not count."""
+def cost(browser: Any, home: Path, steps: int, port: int) -> None:
+    """Runs in which the server and the browser are stopped (SIGSTOP) and go on in turn, every `WINDOW` steps: each window has its
+    neighbours to be compared with, so that slow changes of the run and of the machine cancel."""
     for kind in ("server and page", "server", "nothing"):
         out = home / kind.replace(" ", "-")
         with watched(browser, out, port) as (page, _):
             if kind == "server":
-                page.goto("about:blank")
+                page.close()
                 reader = subprocess.Popen(["curl", "-sN", f"http://127.0.0.1:{port}/{TOKEN}/follow"], stdout=subprocess.DEVNULL)
             stopped = followers(kind)
-            run = train(out, steps, ["training.eval_every=100000"], "default")
+            run = train(out, steps, ["training.eval_every=100000", "training.checkpoint_every=100000", *ALIKE], "default")
             try:
-                turns = alternate(run, out, stopped, window)
+                turns = alternate(run, out, stopped)
             finally:
                 run.kill()
                 if kind == "server":
@@ -179,18 +184,16 @@ def followers(kind: str) -> list[psutil.Process]:
     return {"server": servers, "nothing": [], "server and page": servers + [c for c in children if "chrom" in c.name()]}[kind]
 
 
-def alternate(
-    run: "subprocess.Popen[bytes]", out: Path, stopped: Sequence[psutil.Process], window: int
-) -> list[tuple[int, bool]]:
+def alternate(run: "subprocess.Popen[bytes]", out: Path, stopped: Sequence[psutil.Process]) -> list[tuple[int, bool]]:
     """Stop and continue the processes in turn; returns after which steps, and whether they went on."""
     turns = [(0, True)]
     try:
         while run.poll() is None:
             (last, going), now = turns[-1], last_step(out / "metrics.jsonl")
-            if now >= last + window:
+            if now >= last + WINDOW:
                 turns.append((now, not going))
                 signal_all(stopped, signal.SIGSTOP if going else signal.SIGCONT)
-            time.sleep(0.02)
+            time.sleep(0.1)
     finally:
         signal_all(stopped, signal.SIGCONT)
     return turns
@@ -215,9 +218,10 @@ def last_step(metrics: Path) -> int:
 def compared(run: Run, turns: Sequence[tuple[int, bool]]) -> list[float]:
     """Of each window the logarithm of how much longer a step takes where it is followed, against the windows beside it."""
     steps, seconds = run.column("seconds/rollouts")[0], run.column("seconds/rollouts")[1] + run.column("seconds/learner")[1]
-    means = [
-        (going, math.log(seconds[(steps > first + 3) & (steps <= last)].mean())) for (first, going), (last, _) in pairwise(turns)
-    ]
+    means = []
+    for (first, going), (last, _) in pairwise(turns):
+        counting = (steps > first + CATCHING_UP) & (steps <= last)
+        means.append((going, math.log(seconds[counting].mean())))
     found = []
     for (_, before), (going, here), (_, after) in zip(means[1:], means[2:], means[3:], strict=False):  # the first warms up
         longer = here - (before + after) / 2
@@ -228,7 +232,7 @@ def compared(run: Run, turns: Sequence[tuple[int, bool]]) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200, help="that are followed; 0: none")
-    parser.add_argument("--cost-steps", type=int, default=250, help="of each of three runs; 0: the cost is not measured")
+    parser.add_argument("--cost-steps", type=int, default=300, help="of each of three runs; 0: the cost is not measured")
     parser.add_argument("--idle-minutes", type=float, default=0.0, help="how long the page stays open afterwards")
     parser.add_argument("--port", type=int, default=8437)
     asked = parser.parse_args()
@@ -236,7 +240,7 @@ def main() -> None:
         if asked.steps:
             followed(browser, Path(folder), asked.steps, asked.port, asked.idle_minutes)
         if asked.cost_steps:
-            cost(browser, Path(folder), asked.cost_steps, 6, asked.port)
+            cost(browser, Path(folder), asked.cost_steps, asked.port)
 
 
 if __name__ == "__main__":
