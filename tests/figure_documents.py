@@ -25,6 +25,7 @@ def line(steps: Any, values: Any, *, setting: str, label: str, dash: int = 0, ru
         "values": short(values),
         "low": None if half is None else short(values - half),
         "high": None if half is None else short(values + half),
+        "means": None,
         "seeds": seeds,
         "stretch": 1,
     }
@@ -74,6 +75,7 @@ def document(steps: int, settings: int = 1, seeds: int = 1, points: int = 1000, 
         kept, values = thinned(all_steps, scale * curve(level, spread), stretch)
         made = line(kept, values, setting=names[setting], label=label, dash=dash, seeds=seeds)
         made["stretch"] = stretch
+        made["means"] = made["values"] if stretch > 1 else None
         return made
 
     def some(labels: Sequence[str], spread: float, scale: float = 1.0) -> list[Line]:

@@ -157,6 +157,21 @@ def test_long_lines_keep_their_peaks_and_change_at_their_end_only() -> None:
     assert thinned(values[:4096], 4096)[1] == 1
 
 
+def test_long_lines_are_smoothed_over_all_values() -> None:
+    """Of a value that is seldom other than 0: the middle between a stretch's lowest and highest would be far too high."""
+    rare: Metric = lambda step: 1.0 if step % 100 == 0 else 0.0  # noqa: E731
+    (line,) = drawn(made("a", 100_000, {"entropy": rare}))["entropy"]["lines"]
+    stretch, means = line["stretch"], line["means"]
+    assert stretch > 1 and means is not None and len(means) == len(line["steps"]) < MOST_POINTS + 1
+    for step, mean in list(zip(line["steps"], means, strict=True))[::97]:
+        first = (step - 1) // stretch * stretch + 1
+        own = [rare(number) for number in range(first, min(first + stretch, 100_001))]
+        assert mean == pytest.approx(np.mean(own), abs=1e-5)
+    assert np.mean(means) == pytest.approx(0.01, rel=0.02)  # each stretch counts twice, whatever it holds
+    (short,) = drawn(made("b", 100, {"entropy": rare}))["entropy"]["lines"]
+    assert short["means"] is None
+
+
 def test_a_line_is_broken_where_it_has_no_value_for_long() -> None:
     """Values at every second step, none from 22 to 60; the break stands at the step after 20."""
     recorded: Metric = lambda step: float(step) if step % 2 == 0 and not 20 < step < 61 else None  # noqa: E731

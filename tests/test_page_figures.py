@@ -241,9 +241,12 @@ def test_long_runs_are_smoothed_until_something_else_is_chosen(browser: Any, tmp
     page = shown(browser, path)
     assert page.locator("#smoothing-said").inner_text() == "mean of 201 steps"
     said = (
-        "Of every 8 steps, the lowest and the highest value are drawn, pale; the line over them is their mean within 201 steps."
+        "Of every 8 steps, the lowest and the highest value are drawn, pale; "
+        "the line over them is the mean of all values within about 201 steps."
     )
     assert page.get_by_text(said).count() == 2  # once in each group that has such lines
+    thin = "{ steps: [1, 8, 9, 16], values: [0, 1, 0, 5], means: [0.1, 0.1, 0.3, 0.3], low: null, high: null }"
+    assert page.evaluate(f"[...columnsOfLine({thin}, 'step', 101).mean]") == pytest.approx([0.2] * 4)
     page.locator("#smoothing").fill("0")
     page.evaluate("tell('figures')")
     assert page.locator("#smoothing-said").inner_text() == "off"

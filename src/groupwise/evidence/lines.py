@@ -101,7 +101,8 @@ def points_of(lines: int) -> int:
 
 
 def thinned(values: Values, most: int) -> tuple[NDArray[np.int64], int]:
-    """Choose at most `most` of the values so that peaks stay: the lowest and the highest of each stretch of values.
+    """Choose at most `most` of the values so that peaks stay: the lowest and the highest of each stretch of values, or two of them
+    where all are alike.
 
     Stretches have a power of two of values, and begin at multiples of it: another value changes the choice in the last stretch only,
     until all stretches become twice as long.
@@ -119,7 +120,8 @@ def thinned(values: Values, most: int) -> tuple[NDArray[np.int64], int]:
     starts, parts = np.arange(0, rest, stretch), values[:rest].reshape(-1, stretch)
     chosen = np.zeros(count, dtype=bool)
     chosen[[0, -1]] = True
-    chosen[starts + parts.argmin(axis=1)] = chosen[starts + parts.argmax(axis=1)] = True
+    lowest, highest = parts.argmin(axis=1), parts.argmax(axis=1)
+    chosen[starts + lowest] = chosen[starts + np.where(highest == lowest, stretch - 1, highest)] = True
     if rest < count:
         chosen[[rest + int(values[rest:].argmin()), rest + int(values[rest:].argmax())]] = True
     return np.flatnonzero(chosen), stretch
@@ -136,9 +138,10 @@ def line(
     chosen, stretch = thinned(curve.values, most)
     places, gaps = _gaps(curve.steps if broken else curve.steps[:0], chosen)
     apart = round((curve.steps[-1] - curve.steps[0]) / (len(curve.steps) - 1)) if stretch > 1 else 1
-    values, low, high = (
-        None if part is None or np.isnan(part).all() else numbers(np.insert(part[chosen], places, np.nan))
-        for part in (curve.values, curve.low, curve.high)
+    points = [None if part is None else part[chosen] for part in (curve.values, curve.low, curve.high)]
+    points.append(means_around(curve.values, chosen, stretch) if stretch > 1 else None)
+    values, low, high, means = (
+        None if part is None or np.isnan(part).all() else numbers(np.insert(part, places, np.nan)) for part in points
     )
     steps: list[int] = np.insert(curve.steps[chosen], places, gaps).tolist()
     return {
@@ -151,9 +154,18 @@ def line(
         "values": values or [],
         "low": low,
         "high": high,
+        "means": means,
         "seeds": seeds,
         "stretch": stretch * max(1, apart),
     }
+
+
+def means_around(values: Values, chosen: NDArray[np.int64], stretch: int) -> Values:
+    """For each chosen value the mean of its stretch: smoothing the chosen ones would show the middle between extremes."""
+    starts = np.arange(0, len(values), stretch)
+    with np.errstate(over="ignore"):  # a damaged run may hold anything
+        means: Values = np.add.reduceat(values, starts) / np.diff(np.append(starts, len(values)))
+    return means[chosen // stretch]
 
 
 def _gaps(steps: Steps, chosen: NDArray[np.int64]) -> tuple[NDArray[np.intp], Steps]:

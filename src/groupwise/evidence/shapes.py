@@ -29,6 +29,8 @@ class Line(TypedDict):
     low: Sequence[float | None] | None
     """Lower end of the 95 % interval over seeds; None: the line has no intervals."""
     high: Sequence[float | None] | None
+    means: Sequence[float | None] | None
+    """Of all values of a point's stretch, for smoothing; None: every step has its point."""
     seeds: int
     """How many runs the values are means of."""
     stretch: int

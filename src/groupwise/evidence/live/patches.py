@@ -7,7 +7,7 @@ from groupwise.evidence.shapes import Document, Figure, Line, Noted, Patch
 
 MEMBERS = ("settings", "runs")
 """Parts of the document of which few fields change with every step."""
-LISTS = ("steps", "values", "low", "high")
+LISTS = ("steps", "values", "low", "high", "means")
 """Of a line: one entry for each point."""
 SCALARS = ("seeds", "stretch")
 """Of a line: may change while it grows."""
@@ -87,7 +87,7 @@ def _grown(old: Figure, new: Figure) -> dict[str, Any] | None:
     for first, second in zip(before, after, strict=True):
         if _without(first, *LISTS, *SCALARS) != _without(second, *LISTS, *SCALARS):
             return None
-        if any((first[name] is None) != (second[name] is None) for name in ("low", "high")):
+        if any((first[name] is None) != (second[name] is None) for name in LISTS):
             return None
         if changed := _points(first, second):
             found[second["id"]] = changed

@@ -67,7 +67,7 @@ function columnsOfLine(line, axis, window) {
   if (x === null) return null;
   return {
     of: line, steps, x, y, low: line.low ? numbersOf(line.low) : null, high: line.high ? numbersOf(line.high) : null,
-    mean: window > 1 && line.values.length > 2 ? movingMean(steps, y, window) : null,
+    mean: window > 1 && line.values.length > 2 ? movingMean(steps, line.means ? numbersOf(line.means) : y, window) : null,
   };
 }
 const columnsOfSeries = (series) => ({ of: series, steps: null, x: numbersOf(series.x), y: numbersOf(series.y), low: null, high: null, mean: null });
