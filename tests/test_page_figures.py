@@ -11,7 +11,7 @@ from tests.figure_documents import document
 from tests.pages import chromium, illegible, inaccessible, needs_browser, opened
 
 pytestmark = needs_browser
-SEEN = "page, tell, plotsOf, groupsOf, movingMean, logTicks, linearTicks, coincidences, yRange, onAxis"
+SEEN = "page, tell, plotsOf, groupsOf, movingMean, columnsOfLine, logTicks, linearTicks, coincidences, yRange, onAxis"
 OPEN_UP = f"\nObject.assign(globalThis, {{ {SEEN} }});</script>"
 """What tests see of the page's script, which is a module."""
 
