@@ -214,6 +214,26 @@ def test_axes_and_smoothing(browser: Any, written: Path) -> None:
     ]  # fmt: skip
 
 
+def test_the_interval_of_a_single_evaluation_is_a_bar(browser: Any, written: Path) -> None:
+    page = shown(browser, written / "one.html")
+    area(page, "accuracy")
+    page.evaluate(
+        """() => {
+          const [line] = page.data.figures.find((figure) => figure.id === "accuracy").lines;
+          Object.assign(line, { steps: [0, 5, 10], values: [0.5, null, 0.5], low: [0.1, null, 0.4], high: [0.9, null, 0.6] });
+          tell("figures");
+        }"""
+    )
+    colours = """() => {
+      const { u } = plotsOf.get("accuracy");
+      const at = (x, y) => [...u.ctx.getImageData(u.valToPos(10, "x", true) + x, u.valToPos(y, "y", true), 1, 1).data].join();
+      return { beside: at(-40, 0.45), inside: at(-2, 0.42), above: at(-2, 0.7) };
+    }"""
+    page.wait_for_function(f"plotsOf.get('accuracy').columns[0].x.length === 3 && ({colours})().inside !== ({colours})().beside")
+    found = page.evaluate(colours)
+    assert found["above"] == found["beside"] != found["inside"]
+
+
 def test_lines_are_wide_where_another_covers_them_and_nowhere_else(browser: Any, written: Path) -> None:
     """Of a line of 100 points: covered from 40 to 60, crossed at 80. A line that ended before has no say in the height."""
     page = shown(browser, written / "one.html")

@@ -65,8 +65,8 @@ function addDot(path, x, y, radius) {
   path.arc(x, y, radius, 0, 2 * Math.PI);
 }
 
-// What lies between the lower and the upper ends of intervals, a polygon for each stretch without a gap. A logarithmic axis cannot show
-// one that reaches 0: it has a gap there.
+// What lies between the lower and the upper ends of intervals, a polygon for each stretch without a gap, and a bar where that is one
+// point. A logarithmic axis cannot show an interval that reaches 0: it has a gap there.
 function bandPath(u, x, low, high) {
   const path = new Path2D(), toX = toPixels(u, "x"), toY = toPixels(u, "y"), log = u.scales.y.distr === 3;
   const from = Math.max(0, placeOf(x, u.scales.x.min) - 1), to = Math.min(x.length - 1, placeOf(x, u.scales.x.max));
@@ -75,6 +75,11 @@ function bandPath(u, x, low, high) {
     if (!holds(i)) continue;
     let end = i;
     while (end < to && holds(end + 1)) end += 1;
+    if (end === i) {
+      const half = 3 * uPlot.pxRatio;
+      path.rect(toX(x[i]) - half, toY(high[i]), 2 * half, toY(low[i]) - toY(high[i]));
+      continue;
+    }
     for (let k = i; k <= end; k += 1) path[k === i ? "moveTo" : "lineTo"](toX(x[k]), toY(high[k]));
     for (let k = end; k >= i; k -= 1) path.lineTo(toX(x[k]), toY(low[k]));
     path.closePath();
