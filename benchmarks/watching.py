@@ -1,10 +1,11 @@
 """A run followed on the live page from its start, killed, resumed: how late its steps are shown, and what it costs.
 
-    python benchmarks/watching.py [--steps 200] [--cost-steps 300] [--idle-minutes 0]
+    python benchmarks/watching.py [--steps 200] [--cost-steps 300] [--made-up-steps 10000] [--look-steps 600,5000,50000]
 
 Aims: every step is shown within 2 seconds of being written, no console error, no request that leaves the page's server, memory
 that does not grow, and at most 1 % of a step's time. The cost is measured within runs, by stopping server and browser for some
-steps and letting them go on for the next ones in turn. One more run, in which nothing is stopped, shows how exact that is.
+steps and letting them go on for the next ones in turn. One more run, in which nothing is stopped, shows how exact that is. A run
+of made-up steps, 50 a second, shows whether the page's memory grows; others, what a look of the server takes.
 """
 
 import argparse
@@ -28,7 +29,11 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.pages import chromium, heap, opened
+from tests.written import WrittenRun
 
+from groupwise.evidence.document import document
+from groupwise.evidence.following import Following
+from groupwise.evidence.live.patches import patches
 from groupwise.evidence.runs import Run, open_run
 
 TOKEN = "token-of-the-benchmark"
@@ -118,7 +123,7 @@ def delays(known: dict[int, float], shown: dict[int, float]) -> list[float]:
     return list(found.values())
 
 
-def followed(browser: Any, home: Path, steps: int, port: int, idle: float) -> None:
+def followed(browser: Any, home: Path, steps: int, port: int) -> None:
     out = home / "run"
     known: dict[int, float] = {}
     heaps: list[int] = []
@@ -138,13 +143,46 @@ def followed(browser: Any, home: Path, steps: int, port: int, idle: float) -> No
         page.wait_for_timeout(4000)
         second = {int(step): at for step, at in page.evaluate("window.shownSteps").items()}
         late += delays({step: at for step, at in known.items() if step > last}, second)
-        for _ in range(round(6 * idle)):
-            page.wait_for_timeout(10_000)
-            heaps.append(heap(page))
         print(f"{len(late)} steps, killed after step {last}, resumed: ", end="")
         print(f"shown after {statistics.median(late):.2f} s, at most {max(late):.2f} s")
         print(f"page says {page.locator('#tile-progress').inner_text()!r}; errors and outside requests: {wrong}")
         print("heap (MB): " + " ".join(f"{size / 1e6:.1f}" for size in heaps[:: max(1, len(heaps) // 12)]), flush=True)
+
+
+def memory(browser: Any, home: Path, steps: int, port: int) -> None:
+    """JavaScript's heap while a page follows a run whose steps are made up, 50 a second."""
+    run = WrittenRun(home / "made-up", steps=steps)
+    run.step()
+    heaps = []
+    with watched(browser, home / "made-up", port) as (page, wrong):
+        for step in range(2, steps + 1):
+            run.step()
+            page.wait_for_timeout(20)
+            if step % (steps // 20) == 0:
+                heaps.append(heap(page))
+        elements = page.evaluate("document.querySelectorAll('*').length")
+    print(f"{steps:,} made-up steps: {elements} elements; errors and outside requests: {wrong}; ", end="")
+    print("heap (MB): " + " ".join(f"{size / 1e6:.1f}" for size in heaps), flush=True)
+
+
+def looks(home: Path, steps: int) -> None:
+    """Processor time of a look at a run of so many steps, to which one was added, and of finding what changed on the page."""
+    run = WrittenRun(home / f"looks-{steps}", steps=2 * steps)
+    for _ in range(steps):
+        run.step()
+    following, costs = Following([home / f"looks-{steps}"]), []
+    following.look()
+    following.poll()
+    shown = document(following.runs)
+    for _ in range(40):
+        run.step()
+        started = time.process_time()
+        following.poll()
+        now = document(following.runs)
+        patches(shown, now)
+        costs.append(time.process_time() - started)
+        shown = now
+    print(f"a look at {steps:,} steps: {1000 * statistics.median(costs):.0f} ms of a processor", flush=True)
 
 
 def cost(browser: Any, home: Path, steps: int, port: int) -> None:
@@ -233,12 +271,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200, help="that are followed; 0: none")
     parser.add_argument("--cost-steps", type=int, default=300, help="of each of three runs; 0: the cost is not measured")
-    parser.add_argument("--idle-minutes", type=float, default=0.0, help="how long the page stays open afterwards")
+    parser.add_argument("--made-up-steps", type=int, default=10_000, help="of a run that is made up; 0: none")
+    parser.add_argument("--look-steps", default="600,5000,50000", help="lengths of runs that are looked at; empty: none")
     parser.add_argument("--port", type=int, default=8437)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, chromium() as browser:
+        for steps in filter(None, asked.look_steps.split(",")):
+            looks(Path(folder), int(steps))
         if asked.steps:
-            followed(browser, Path(folder), asked.steps, asked.port, asked.idle_minutes)
+            followed(browser, Path(folder), asked.steps, asked.port)
+        if asked.made_up_steps:
+            memory(browser, Path(folder), asked.made_up_steps, asked.port)
         if asked.cost_steps:
             cost(browser, Path(folder), asked.cost_steps, asked.port)
 
