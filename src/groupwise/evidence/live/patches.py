@@ -87,7 +87,7 @@ def _grown(old: Figure, new: Figure) -> dict[str, Any] | None:
     for first, second in zip(before, after, strict=True):
         if _without(first, *LISTS, *SCALARS) != _without(second, *LISTS, *SCALARS):
             return None
-        if any((first[name] is None) != (second[name] is None) for name in LISTS):
+        if any((first[name] is None) != (second[name] is None) for name in ("low", "high", "means")):
             return None
         if changed := _points(first, second):
             found[second["id"]] = changed
