@@ -10,7 +10,8 @@ train: setup
 	$(BIN)/groupwise train
 
 # A process a core, each with one thread: threads of several processes would wait for each other. tests/conftest.py says in what order:
-# the longest files first, which are not those with the most tests.
+# the longest files first, which are not those with the most tests. A process that dies ends the session, since what it did would be
+# done again by another one, up to eight times.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 

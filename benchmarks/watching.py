@@ -5,7 +5,7 @@
 Aims: every step is shown within 2 seconds of being written, no console error, no request that leaves the page's server, memory
 that does not grow, and at most 1 % of a step's time. The cost is measured within runs, by stopping server and browser for some
 steps and letting them go on for the next ones in turn. One more run, in which nothing is stopped, shows how exact that is. A run
-of made-up steps, 50 a second, shows whether the page's memory grows; others, what a look of the server takes.
+of made-up steps, up to 50 a second, shows whether the page's memory grows; others, what a look of the server takes.
 """
 
 import argparse
@@ -150,7 +150,7 @@ def followed(browser: Any, home: Path, steps: int, port: int) -> None:
 
 
 def memory(browser: Any, home: Path, steps: int, port: int) -> None:
-    """JavaScript's heap while a page follows a run whose steps are made up, 50 a second."""
+    """JavaScript's heap while a page follows a run whose steps are made up, up to 50 a second."""
     run = WrittenRun(home / "made-up", steps=steps)
     run.step()
     heaps = []
@@ -158,7 +158,7 @@ def memory(browser: Any, home: Path, steps: int, port: int) -> None:
         for step in range(2, steps + 1):
             run.step()
             page.wait_for_timeout(20)
-            if step % (steps // 20) == 0:
+            if step % max(1, steps // 20) == 0:
                 heaps.append(heap(page))
         elements = page.evaluate("document.querySelectorAll('*').length")
     print(f"{steps:,} made-up steps: {elements} elements; errors and outside requests: {wrong}; ", end="")
@@ -210,7 +210,7 @@ def cost(browser: Any, home: Path, steps: int, port: int) -> None:
         error = statistics.stdev(ratios) * (8 / 3 / len(ratios)) ** 0.5
         ratio = math.exp(statistics.fmean(ratios))
         print(
-            f"step time with and without {kind}: {ratio:.3f}, standard error {ratio * error:.3f} ({len(ratios)} windows)",
+            f"step time with and without {kind}: {ratio:.3f}, standard error {ratio * error:.3f} ({len(ratios)} comparisons)",
             flush=True,
         )
 

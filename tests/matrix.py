@@ -317,7 +317,7 @@ def time_limit(seconds: float) -> Iterator[None]:
     def stop(*_: object) -> None:
         raise TimeoutError("hangs")
 
-    before = signal.signal(signal.SIGALRM, stop)
+    before = signal.signal(signal.SIGALRM, stop)  # that of pytest-timeout, whose own limit does not hold any more in this test
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield

@@ -61,10 +61,12 @@ def answering(answers: Mapping[str, tuple[int, Any]]) -> Iterator[tuple[str, Cou
     with Quiet(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
-        ended.set()
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", asked
+        finally:
+            ended.set()
+            server.shutdown()
+            thread.join()
 
 
 class Servers:

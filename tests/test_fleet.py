@@ -277,7 +277,8 @@ def test_a_request_whose_connection_always_breaks_is_not_sent_for_ever(weights: 
     answers = {"/health": HEALTHY, "/load": (200, {}), "/inference/v1/generate": (0, None)}
     with answering(answers) as (address, asked), weights.fleet([address]) as fleet:
         fleet.load(weights.published(0))
-        with pytest.raises(RunError, match="a request was sent 30 times without an answer; the last time: RemoteProtocolError"):
+        text = "a request was sent 30 times and never completed; the last time sampler 0: RemoteProtocolError"
+        with pytest.raises(RunError, match=text):
             generate_all(fleet, weights.wanted(1))
         assert asked["/inference/v1/generate"] == 30
 
@@ -286,9 +287,9 @@ def test_a_request_whose_servers_are_given_up_is_not_sent_for_ever(weights: Weig
     """As by a server that somebody has paused: it answers, loads weights, and completes nothing."""
     monkeypatch.setattr("groupwise.rollouts.dispatch.MOST_ATTEMPTS", 3)
     answers = {"/health": HEALTHY, "/load": (200, {}), "/inference/v1/generate": (-1, None)}
-    with answering(answers) as (address, asked), weights.fleet([address]) as fleet:
+    with answering(answers) as (address, asked), weights.fleet([address], timeout=1.0) as fleet:
         fleet.load(weights.published(0))
-        text = f"a request was sent 3 times without an answer; the last time: it answers, but has done nothing for {TIMEOUT:g} s"
+        text = "a request was sent 3 times and never completed; the last time sampler 0: it answers, but has done nothing for 1 s"
         with pytest.raises(RunError, match=text):
             generate_all(fleet, weights.wanted(1))
         assert asked["/inference/v1/generate"] == 3
@@ -434,7 +435,7 @@ def test_what_is_cancelled_is_cancelled_at_the_server(weights: Weights, servers:
 
         asyncio.run(begin_and_cancel())
         wait_until(lambda: fleet.health()["rows"] == 0)
-        wait_until(lambda: httpx.get(f"{address}/health").json()["rows"] == 0, 5)
+        wait_until(lambda: httpx.get(f"{address}/health", timeout=60).json()["rows"] == 0, 5)
         check_same(generate_all(fleet, weights.wanted(2)), weights.in_process(weights.wanted(2)))
 
 
@@ -466,11 +467,14 @@ def test_conversations_stay_where_their_keys_are(weights: Weights, servers: Serv
         fleet.load(weights.published(0))
         groups = generate_all(fleet, first)
         check_same(groups, expected)
-        kept = [int(httpx.get(f"{address}/health").json()["kept"]) for address in addresses]
-        assert sum(kept) == 6 and min(kept) > 0, "both keep some"
+
+        def kept() -> list[int]:
+            return [int(httpx.get(f"{address}/health", timeout=60).json()["kept"]) for address in addresses]
+
+        assert sum(kept()) == 6 and min(kept()) > 0, "both keep some"
         second = going_on(groups)
         check_same(generate_all(fleet, second), weights.in_process(second))
-        assert [httpx.get(f"{address}/health").json()["kept"] for address in addresses] == [0, 0], "each was continued"
+        assert kept() == [0, 0], "each was continued"
         again = going_on(generate_all(fleet, first))
         servers.kill(0)
         check_same(generate_all(fleet, again), weights.in_process(again))

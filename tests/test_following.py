@@ -133,8 +133,7 @@ def test_settings_that_could_not_be_read_once_are_read_again(tmp_path: Path, mon
         patched.setattr(Path, "open", failing)
         assert followed.poll()
     assert followed.run is not None and list(followed.run.left_out) == ["segments.jsonl: Input/output error"]
-    written.step()
-    assert followed.poll()
+    assert followed.poll() and not followed.poll()
     same(followed.run, open_run(tmp_path / "run"))
 
 
@@ -148,9 +147,17 @@ def test_a_run_that_cannot_be_read_any_more_stays_and_says_why(tmp_path: Path) -
     assert followed.poll() and not followed.poll()
     assert followed.run is not None and followed.run.last_step == 1
     assert len([line for line in followed.run.left_out if line.startswith("recipe.toml: ")]) == 1
+    (tmp_path / "run").rename(tmp_path / "away")
+    assert not followed.poll()
+    (tmp_path / "away").rename(tmp_path / "run")
     (tmp_path / "run" / "recipe.toml").write_text(recipe)
     assert followed.poll() and not followed.poll()
     same(followed.run, open_run(tmp_path / "run"))
+    (tmp_path / "run" / "events.jsonl").unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "run" / "events.jsonl")
+    assert followed.poll() and "events.jsonl: is not a file" in list(followed.run.left_out)
+    (tmp_path / "run" / "events.jsonl").unlink()
+    assert followed.poll() and "events.jsonl: is not a file" not in list(followed.run.left_out)
 
 
 def test_a_resume_that_has_overtaken_is_noticed(tmp_path: Path) -> None:

@@ -40,6 +40,8 @@ class Followed:
         """Whether it was looked at."""
         self.anew = False
         """Whether it was read from its beginning when it was looked at last, which takes longer than usual."""
+        self._was_refused = False
+        """Whether `run` says that it cannot be read any more."""
         self._metrics, self._events = Metrics(), list[Noted]()
         self._of_metrics, self._of_events = LeftOut(), LeftOut()
         self._metrics_file, self._events_file = Tail(path / "metrics.jsonl"), Tail(path / "events.jsonl")
@@ -60,8 +62,8 @@ class Followed:
                 check_run(self.path)
             grown = self._metrics_file.read(self._take_metrics, self._forget_metrics)
             noted = self._events_file.read(self._take_event, self._forget_events)
-            changed = self._read_settings(again=grown)
-            if self.run is not None and not (grown or noted or changed or self.reason):
+            changed = self._read_settings()
+            if self.run is not None and not (grown or noted or changed or self._was_refused):
                 return False
             left_out = LeftOut()
             for tail, of_file in ((self._metrics_file, self._of_metrics), (self._events_file, self._of_events)):
@@ -70,18 +72,17 @@ class Followed:
                     left_out.add(tail.path.name, tail.problem)
             left_out.include(self._of_settings)
             self.run, self.reason = assembled(self.path, self._settings, self._metrics, list(self._events), left_out), ""
-        except (UserError, OSError) as error:
-            return self._refused("unreadable", str(error).removeprefix(f"{self.path}: "))
+            self._was_refused = False
+        except UserError as error:
+            return self._refused("unreadable", str(error).removeprefix(f"{self.path}: ").removeprefix(f"{self.path}/"))
+        except OSError as error:
+            return self._refused("unreadable", f"{Path(error.filename or self.path).name}: {error.strerror or error}")
         return True
 
-    def _read_settings(self, *, again: bool) -> bool:
-        """Read the settings where their files have changed; returns whether they were read.
-
-        Args:
-            again: also where something of them could not be read, as while a shared disk fails.
-        """
+    def _read_settings(self) -> bool:
+        """Read the settings where their files have changed, or could not be read; returns whether they were read."""
         signatures = tuple(_signature(self.path / name) for name in READ[:2])
-        if signatures == self._signatures and not (again and any(self._of_settings)):
+        if signatures == self._signatures and not self._of_settings.failed:
             return False
         left_out = LeftOut()
         self._settings = read_settings(self.path, left_out)
@@ -92,7 +93,7 @@ class Followed:
         for name in READ:
             found = _stat(self.path / name)
             if found is not None and not stat.S_ISREG(found.st_mode):  # a named pipe would be waited for
-                raise UserError(f"{self.path}: {name} is not a file")
+                raise UserError(f"{self.path}/{name}: is not a file")
 
     def _refused(self, waits: Waits, reason: str = "") -> bool:
         changed = (waits, reason) != (self.waits, self.reason)
@@ -101,6 +102,7 @@ class Followed:
             return changed
         if changed and reason:
             self.run.note(UserError(reason))
+            self._was_refused = True
         return changed and reason != ""
 
     def _take_metrics(self, number: int, line: bytes) -> None:

@@ -18,8 +18,8 @@ from groupwise.text import shortened, visible
 
 MOST_POINTS, FEWEST_POINTS = 4096, 64
 """Of a line."""
-PAGE_POINTS = 800_000
-"""Of all lines of a page: 2.5 MB of it."""
+PAGE_POINTS = 600_000
+"""Of all lines of a page: at most 6.5 MB of it, where each stands for several steps."""
 LONG_GAP = 4
 """A line is broken where it has no value for longer than this many times its usual distance between values."""
 EXACT_POWER = 22
@@ -163,8 +163,7 @@ def line(
 def means_around(values: Values, chosen: NDArray[np.int64], stretch: int) -> Values:
     """For each chosen value the mean of its stretch: smoothing the chosen ones would show the middle between extremes."""
     starts = np.arange(0, len(values), stretch)
-    with np.errstate(over="ignore"):  # a damaged run may hold anything
-        means: Values = np.add.reduceat(values, starts) / np.diff(np.append(starts, len(values)))
+    means: Values = np.add.reduceat(values, starts) / np.diff(np.append(starts, len(values)))
     return means[chosen // stretch]
 
 

@@ -56,6 +56,8 @@ class LeftOut:
     def __init__(self) -> None:
         self._counts: Counter[tuple[str, str]] = Counter()
         self._lines: dict[tuple[str, str], int] = {}
+        self.failed = False
+        """Whether a file could not be read at all, as while a shared disk fails."""
 
     def add(self, file: str, reason: str, line: int = 0) -> None:
         self._counts[file, reason] += 1
@@ -85,6 +87,7 @@ def read_objects(path: Path, left_out: LeftOut) -> Iterator[tuple[int, dict[str,
                     yield number, value
     except OSError as error:
         left_out.add(name, error.strerror or "cannot be read")
+        left_out.failed = True
 
 
 def parsed(line: bytes, file: str, number: int, left_out: LeftOut) -> dict[str, Any] | None:
@@ -131,6 +134,7 @@ def read_recipe(path: Path, left_out: LeftOut, recorded: Sequence[Mapping[str, A
         if not recorded:
             raise
         tree, wrong = {}, str(error).removeprefix(str(path)).lstrip(":, ")[:200]
+        left_out.failed = left_out.failed or isinstance(error.__cause__, OSError)
     if wrong and recorded:
         left_out.add(path.name, f"{wrong}; the settings are those that segments.jsonl holds")
         return dict(recorded[-1])

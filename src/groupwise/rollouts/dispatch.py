@@ -86,7 +86,7 @@ class Dispatcher:
     def withdraw(self, member: Member, fault: str) -> None:
         """Let others do what a server was asked for that does not answer. It may still be first with the result, until `drop`."""
         for ticket in sorted(member.tickets, key=lambda ticket: -ticket.number):
-            ticket.fault = fault
+            ticket.fault = f"sampler {member.index}: {fault}"
             self._requeue(ticket)
         self.dispatch()
 
@@ -115,8 +115,7 @@ class Dispatcher:
 
     def _begin(self, ticket: Ticket, member: Member) -> None:
         if ticket.attempts >= MOST_ATTEMPTS:
-            last = f"; the last time: {ticket.fault}" if ticket.fault else ""
-            ticket.fail(RunError(f"a request was sent {ticket.attempts} times without an answer{last}"))
+            ticket.fail(RunError(f"a request was sent {ticket.attempts} times and never completed; the last time {ticket.fault}"))
             return
         ticket.attempts += 1
         self.reissued += ticket.attempts > 1
@@ -154,7 +153,7 @@ class Dispatcher:
         member.is_suspect = True
         member.look.set()
         ticket.errors += error.answered
-        ticket.fault = str(error)
+        ticket.fault = f"sampler {member.index}: {error}"
         if ticket.errors >= MOST_ERRORS:
             ticket.fail(RunError(f"samplers failed {ticket.errors} times at the same request; the last time: {error}"))
 

@@ -23,7 +23,7 @@ class Ticket:
     errors: int = 0
     """Attempts that a server answered with an error of its own."""
     fault: str = ""
-    """Why the last attempt gave nothing."""
+    """Where the last attempt gave nothing, and why."""
     at: "dict[Member, asyncio.Task[None]]" = field(default_factory=dict)
     """Attempts under way; more than one where a server fell silent."""
 

@@ -31,7 +31,7 @@ PING_LIMIT = 2.0
 END_LIMIT = 5.0
 """Seconds in which a keeper must have ended everything."""
 KILL_LIMIT = 1.0
-"""Seconds in which one that is killed ends, or what it started holds its pipes."""
+"""Seconds in which a keeper that was killed must have ended; after that, something that it started holds its pipes."""
 KEEPER = Path(__file__).with_name("keeper.py")
 """The program that starts `child.py`."""
 MOST_SHOWN = 2**20
@@ -270,9 +270,10 @@ class Worker:
             try:
                 return await asyncio.wait_for(asyncio.shield(self.process.wait()), limit)
             except TimeoutError:  # its keeper was stopped
-                self._signal(signal.SIGKILL)
+                if self.process.returncode is None:
+                    self._signal(signal.SIGKILL)
         # asyncio also waits for the pipes, which a process may hold that the keeper had no time to end.
-        return -signal.SIGKILL
+        return -signal.SIGKILL if self.process.returncode is None else self.process.returncode
 
     async def _end(self) -> None:
         await self.process.wait()

@@ -17,9 +17,10 @@ def patches(before: Document, after: Document) -> Patch:
     """What makes `after` of `before`; empty if they are alike.
 
     Returns:
-        "parts": keys of the document with their new values; "events": how many of the first to "keep", how many of the next to "drop", and which to "add" at the end; "runs" and
-        "settings": {id: {field: new value}}, where they are the same ones; "figures": {"order": ids, if they are others; "whole":
-        {id: figure}; "lines": {id: {line id: points}}}, points being how many to "keep" and what comes after these in each list.
+        "parts": keys of the document with their new values; "events": how many of the first to "keep", how many of the next to
+        "drop", and which to "add" at the end; "runs" and "settings": {id: {field: new value}}, where they are the same ones;
+        "figures": {"order": ids, if they are others; "whole": {id: figure}; "lines": {id: {line id: points}}}, points being how many
+        to "keep" and what comes after these in each list.
     """
     found: Patch = {}
     old, new = dict(before), dict(after)

@@ -148,7 +148,7 @@ function noteGroup(id) {
   if (plots.some((plot) => plot.coincide)) notes.push(make("span", { class: "key" }, lineSwatch("over", "var(--soft)", []), text("plots.coincide")));
   const stretches = lines.map((line) => line.stretch).filter((stretch) => stretch > 1), [least, most] = [Math.min(...stretches), Math.max(...stretches)];
   const count = least === most ? format(most) : `${format(least)}–${format(most)}`;
-  if (stretches.length) notes.push(plotsChosen.window > 1 ? text("plots.thinned_smoothed", { count, window: format(plotsChosen.window) }) : text("plots.thinned", { count }));
+  if (stretches.length) notes.push(plotsChosen.window > 1 ? text("plots.thinned_smoothed", { count, window: format(Math.max(plotsChosen.window, most)) }) : text("plots.thinned", { count }));
   groupsOf.get(id).notes.replaceChildren(...notes.map((note) => make("p", { class: "soft" }, note)));
 }
 
