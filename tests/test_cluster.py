@@ -236,8 +236,9 @@ def test_a_piece_says_how_it_ended(tmp_path: Path) -> None:
         assert "no weights" in str(launcher.failure("learner"))
         assert "No such file or directory" in str(launcher.failure("sampler 0"))
         assert launcher.failure("sampler 1") is None
-        child = psutil.Process(launcher._pieces["sampler 1"].process.keeper.pid).children()[0]  # type: ignore[union-attr]
-        child.send_signal(signal.SIGSEGV)
+        keeper = psutil.Process(launcher._pieces["sampler 1"].process.keeper.pid)  # type: ignore[union-attr]
+        wait_until(lambda: keeper.children())
+        keeper.children()[0].send_signal(signal.SIGSEGV)
         wait_until(lambda: launcher.failure("sampler 1"))
         assert "was killed by signal 11" in str(launcher.failure("sampler 1"))
     finally:
