@@ -328,6 +328,28 @@ def test_processes_end_with_their_pool_and_those_they_started_with_them(at: At, 
     assert wait_until_gone(int((tmp_path / "pid").read_text()))
 
 
+def test_a_keeper_that_stands_still_is_not_waited_for_while_others_hold_its_pipes(at: At, tmp_path: Path) -> None:
+    """It is killed, and cannot end what the worker has started."""
+    pool, path = Pool(1), tmp_path / "pid"
+    process = value(pool, at("pid"))
+
+    async def call() -> None:
+        task = asyncio.create_task(pool.call(at("child_then_hang"), str(path), limit=60))
+        while not path.is_file() or not path.read_text():
+            await asyncio.sleep(0.02)
+        (worker,) = pool.workers
+        os.kill(worker.process.pid, signal.SIGSTOP)
+        os.kill(process, signal.SIGKILL)
+        with pytest.raises(WorkerError, match="died"):
+            await asyncio.wait_for(task, 20)
+
+    try:
+        asyncio.run(call())
+        assert alive(int(path.read_text()))
+    finally:
+        os.kill(int(path.read_text()), signal.SIGKILL)
+
+
 def test_a_caller_that_gives_up_leaves_no_process_computing(at: At, tmp_path: Path) -> None:
     pool = Pool(1)
 

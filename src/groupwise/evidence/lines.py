@@ -25,7 +25,7 @@ LONG_GAP = 4
 EXACT_POWER = 22
 """Powers of ten up to this one are held exactly by a float."""
 NEAR_TIE = 0.499999
-"""A number this far from the integer beside it may lie on either side of the middle between two."""
+"""A product farther than this from the nearest integer is so near to a tie that the rounding error of the product may decide it."""
 CLOCK_POINTS = 256
 MOST_MARKS, LONGEST_MARK = 40, 120
 """How many events are marked in a figure, and characters of each."""
@@ -194,7 +194,7 @@ def rounded(values: Values) -> Values:
         scaled = np.where(digits >= 0, values * power, values / power)
         digits_only = np.rint(scaled)
         found = np.where(digits >= 0, digits_only / power, digits_only * power)
-        # The power and the digits are then held exactly; but beside a tie the product may have been rounded to it.
+        # Powers and digits are held exactly then, so that the division rounds once; a tie is left to Python's own formatting.
         exact = (np.abs(digits) <= EXACT_POWER) & (np.abs(scaled - digits_only) < NEAR_TIE)
     for place in np.flatnonzero(~exact & np.isfinite(values) & (values != 0)).tolist():
         found[place] = float(f"{values[place]:.5g}")

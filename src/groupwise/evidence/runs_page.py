@@ -33,7 +33,7 @@ def live_page(title: str) -> str:
 def _page(title: str, **values: Any) -> str:
     names = [name for part in (*PARTS, "main") for name in SCRIPTS.get(part, (part,))]
     scripts = [asset("uplot/uPlot.iife.min.js"), asset("numbers.js"), *(asset(f"page/{name}.js") for name in names)]
-    own = [asset(f"page/{part}.css") for part in PARTS if part != "core"]  # that of the core, also of the explorer, is page.css
+    own = [asset(f"page/{part}.css") for part in PARTS if part != "core"]  # the core's is page.css
     styles = [asset("page.css"), asset("uplot/uPlot.min.css"), *own]
     return render(
         "page.html",
